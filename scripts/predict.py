@@ -1,0 +1,25 @@
+#!/usr/bin/env python
+"""Predicts with Monte-Carlo dropout from a checkpoint alone: net, data and settings are in it.
+
+    python scripts/predict.py --ckpt_path runs/<experiment>/<run id>/checkpoints/best.ckpt
+        [--data.path other] [--data.predict_split val] [--mc_dropout.num_samples 200]
+"""
+
+from collections.abc import Sequence
+
+from thinned.cli import ThinnedCLI, checkpoint_arguments, one_message
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    with one_message():
+        checkpoint, arguments = checkpoint_arguments(args)
+        cli = ThinnedCLI(arguments, purpose="predict")
+        cli.restore(checkpoint)
+        if cli.datamodule.hparams.get("predict_split", "test") == "test":
+            cli.trainer.test(cli.model, cli.datamodule, verbose=False)
+        cli.trainer.predict(cli.model, cli.datamodule, return_predictions=False)
+        cli.print_results()
+
+
+if __name__ == "__main__":
+    main()

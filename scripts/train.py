@@ -1,0 +1,22 @@
+#!/usr/bin/env python
+"""Trains a model, tests its best checkpoint, and predicts with Monte-Carlo dropout.
+
+    python scripts/train.py --config configs/mlp_digits.yaml [--config overlay.yaml] [--any.key value]
+"""
+
+from collections.abc import Sequence
+
+from thinned.cli import ThinnedCLI, one_message
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    with one_message():
+        cli = ThinnedCLI(args)
+        cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.config.ckpt_path, weights_only=True)
+        cli.trainer.test(cli.model, cli.datamodule, ckpt_path=cli.best, verbose=False)
+        cli.trainer.predict(cli.model, cli.datamodule, ckpt_path=cli.best, return_predictions=False)
+        cli.print_results()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Training networks with dropout, and uncertainty from Monte-Carlo dropout that can be trusted."""

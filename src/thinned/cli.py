@@ -1,0 +1,274 @@
+"""The command line: one LightningCLI that gives each run its own directory and turns errors into one message.
+
+    runs/<experiment>/<run id>/  config.yaml  checkpoints/{best,last}.ckpt  metrics.json  predictions.parquet  wandb/
+"""
+
+import argparse
+import atexit
+import difflib
+import inspect
+import os
+import pickle
+import re
+import secrets
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from datetime import datetime
+from pathlib import Path
+from pydoc import locate
+from typing import Any, NoReturn
+
+import torch
+import wandb
+import yaml
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from rich.console import Console
+
+import thinned.data
+import thinned.tasks  # noqa: F401  (imported so that configs may name the classes without their package)
+from thinned.callbacks import MCDropout, StepSeed
+from thinned.models import SITES
+from thinned.tasks.base import Task
+from thinned.uncertainty.report import scores_table
+
+
+class Parser(LightningArgumentParser):
+    """Raises ValueError with one line for input that does not parse, and names the key nearest to an unknown one."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        if not self.exit_on_error:  # an inner parser, whose error the outer one reports
+            super().error(message, ex)
+        message = plain(message)
+        unknown = re.search(r"(?:unrecognized arguments: --|[Oo]ption '|Key ')([\w.]+)", message)
+        if unknown:
+            known = {name for action in self._actions for name in action.dest.split(".")} | set(SITES)
+            for class_path in re.findall(r"class_path '([\w.]+)'", message):
+                known |= set(inspect.signature(locate(class_path)).parameters)
+            nearest = [difflib.get_close_matches(name, known, n=1) for name in unknown[1].split(".")]
+            message += "".join(f" (did you mean {n[0]}?)" for n in nearest if n and n[0] not in unknown[1].split("."))
+        raise ValueError(message) from ex
+
+
+class RunRecord(SaveConfigCallback):
+    """Keeps the whole config: in the run directory, in every checkpoint, and once in the logger."""
+
+    def _content(self) -> dict[str, Any]:
+        content: dict[str, Any] = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
+        return content
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Nothing yet: the data may still turn out not to fit."""
+
+    def _record(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.already_saved or not trainer.is_global_zero:
+            return
+        self.already_saved = True
+        config = Path(trainer.default_root_dir, "config.yaml")
+        temporary = config.with_suffix(".tmp")
+        temporary.write_text(self.parser.dump(self.config, skip_none=False))
+        os.replace(temporary, config)
+        for logger in trainer.loggers:
+            logger.log_hyperparams(self._content())
+
+    on_fit_start = on_test_start = on_predict_start = _record
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint["config"] = self._content()
+
+
+class ThinnedCLI(LightningCLI):
+    """Parses configs and options and builds trainer, model and data; the script then says what happens.
+
+    Args:
+        args: command line arguments; `sys.argv` when None.
+        purpose: last part of the run id, to tell kinds of runs apart; none for training.
+    """
+
+    def __init__(self, args: Sequence[str] | None = None, purpose: str = "") -> None:
+        self.purpose = purpose
+        super().__init__(
+            model_class=Task,
+            datamodule_class=LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            parser_class=Parser,
+            save_config_callback=RunRecord,
+            auto_configure_optimizers=False,
+            seed_everything_default=0,
+            trainer_defaults={"use_distributed_sampler": False},
+            args=None if args is None else list(args),
+            run=False,
+        )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        self.config = parser.parse_args(args)
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--experiment", type=str, default="default", help="Name of the folder below `runs_dir`.")
+        parser.add_argument("--runs_dir", type=str, default="runs", help="Where the run directories go.")
+        parser.add_argument(
+            "--ckpt_path", type=str | None, help="Checkpoint to resume from; the run goes on in its directory."
+        )
+        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.set_defaults(
+            {
+                "checkpoint.filename": "best",
+                "checkpoint.monitor": "val/nll",
+                "checkpoint.save_last": True,
+                "checkpoint.enable_version_counter": False,
+            }
+        )
+        parser.add_lightning_class_args(StepSeed, "step_seed")
+        parser.link_arguments("seed_everything", "step_seed.seed")
+        parser.add_lightning_class_args(MCDropout, "mc_dropout")
+
+    def before_instantiate_classes(self) -> None:
+        config = self.config
+        if config.ckpt_path:
+            read_checkpoint(config.ckpt_path)
+            self.run_dir = Path(config.ckpt_path).absolute().parent.parent
+        else:
+            stamp = f"{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
+            run_id = "-".join(filter(None, [stamp, self.purpose]))
+            self.run_dir = Path(config.runs_dir, config.experiment, run_id).absolute()
+        config.trainer.default_root_dir = str(self.run_dir)
+        config.checkpoint.dirpath = str(self.run_dir / "checkpoints")
+        self._configure_logger(config.trainer.logger)
+
+    @rank_zero_only  # the directory of the other ranks is never made: callbacks broadcast this one
+    def after_instantiate_classes(self) -> None:
+        try:
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=self.run_dir).close()
+        except OSError as error:
+            raise ValueError(f"Expected runs_dir to be writable, but got {error.strerror}: {self.run_dir}") from error
+        atexit.register(_remove_if_empty, self.run_dir)
+
+    def _configure_logger(self, logger: Any) -> None:
+        """Fills in what depends on the run: its directory, its id, and whether W&B can be reached."""
+        if not hasattr(logger, "class_path"):
+            return
+        options = logger.init_args
+        options.save_dir = str(self.run_dir)
+        if logger.class_path.endswith("CSVLogger"):
+            options.name, options.version = "", ""
+        if logger.class_path.endswith("WandbLogger"):
+            options.id = self.run_dir.name  # resuming continues this run
+            options.name = f"{self.config.experiment} {self.run_dir.name}"
+            if not options.offline and "WANDB_MODE" not in os.environ and not wandb.login(prompt=False):
+                logger.dict_kwargs = {**logger.get("dict_kwargs", {}), "mode": "offline"}
+                rank_zero_info(
+                    f"W&B: no API key is configured, so this run is logged offline. Look at it with "
+                    f"`wandb leet {self.run_dir}`, send it with `wandb sync {self.run_dir}/wandb/offline-run-*`."
+                )
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        callbacks: list[Callback] = []
+        if self._get(self.config, "trainer.enable_progress_bar") is not False:
+            callbacks.append(RichProgressBar())
+        if self.config_init.trainer.logger is not False:
+            callbacks.append(LearningRateMonitor("step"))
+        self.trainer_defaults["callbacks"] = callbacks
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except (MisconfigurationException, RuntimeError) as error:
+            asked = {k: self.config.trainer[k] for k in ("accelerator", "devices", "num_nodes")}
+            raise ValueError(f"Expected a machine for trainer={asked}, but got: {error}") from error
+
+    def restore(self, checkpoint: dict[str, Any]) -> None:
+        """Loads weights and data statistics; ValueError where they do not fit."""
+        try:
+            self.model.load_state_dict(checkpoint["state_dict"])
+        except RuntimeError as error:
+            raise ValueError(f"Expected a model that fits ckpt_path, but got {error}") from error
+        if state := checkpoint.get(type(self.datamodule).__qualname__):
+            self.datamodule.load_state_dict(state)
+
+    @property
+    def best(self) -> str | None:
+        """Path of the best checkpoint of this run; None when it saved none (fast_dev_run)."""
+        path: str = getattr(self.trainer.checkpoint_callback, "best_model_path", "")
+        return path or None
+
+    @rank_zero_only
+    def print_results(self) -> None:
+        """The table of scores, deterministic against MC dropout, and where everything lies."""
+        console = Console()
+        metrics = next(c.metrics for c in self.trainer.callbacks if isinstance(c, MCDropout))  # type: ignore[attr-defined]
+        if metrics:
+            console.print(scores_table(metrics))
+        console.print(f"Run: {self.run_dir}", soft_wrap=True, highlight=False)
+        for path in sorted(self.run_dir.rglob("*")):
+            if path.is_file() and "wandb" not in path.parts:
+                console.print(f"  {path.relative_to(self.run_dir)}", highlight=False)
+        if (self.run_dir / "wandb").exists():
+            console.print(f"Dashboard: wandb leet {self.run_dir}", soft_wrap=True, highlight=False)
+
+
+def checkpoint_arguments(args: Sequence[str] | None = None) -> tuple[dict[str, Any], list[str]]:
+    """Turns `--ckpt_path X [options]` into the checkpoint and arguments: its config, then the options, which win.
+
+    Model, data and Monte-Carlo dropout come from the checkpoint; where to run (trainer) does not.
+    """
+    options = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    options.add_argument("--ckpt_path")
+    found, rest = options.parse_known_args(args)
+    if found.ckpt_path is None:
+        raise ValueError("Expected --ckpt_path with the path of a checkpoint, but got none")
+    checkpoint = read_checkpoint(found.ckpt_path)
+    config = checkpoint["config"]
+    kept = {key: config[key] for key in ("seed_everything", "experiment", "runs_dir", "model", "data", "mc_dropout")}
+    kept["trainer"] = {"logger": False}
+    return checkpoint, ["--config", yaml.safe_dump(kept), *rest]
+
+
+def read_checkpoint(path: str) -> dict[str, Any]:
+    """A checkpoint written by the scripts, opened with `weights_only`: no pickled code is run.
+
+    Raises:
+        ValueError: missing, truncated, foreign, or holding anything but tensors and primitives.
+    """
+    expected = "Expected ckpt_path to be a checkpoint of scripts/train.py, but got"
+    if not Path(path).is_file():
+        raise ValueError(f"{expected} no file: {path}")
+    try:
+        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"{expected} a file with other objects than tensors and primitives: {path}") from error
+    except (RuntimeError, EOFError, KeyError, ValueError) as error:
+        raise ValueError(f"{expected} a truncated or foreign file: {path}") from error
+    if not isinstance(checkpoint, dict) or not {"config", "state_dict"} <= checkpoint.keys():
+        raise ValueError(f"{expected} a file without its config: {path}")
+    return checkpoint
+
+
+@contextmanager
+def one_message() -> Iterator[None]:
+    """Ends the program with one line and exit status 1 on bad input; THINNED_TRACEBACK=1 shows where it arose."""
+    try:
+        yield
+    except (ValueError, OSError, MisconfigurationException) as error:
+        if os.environ.get("THINNED_TRACEBACK"):
+            raise
+        sys.stderr.write(f"error: {plain(str(error))}\n")
+        sys.exit(1)
+
+
+def plain(message: str) -> str:
+    """One line of a message of jsonargparse, without its report on the members of a union."""
+    noise = "Does not validate|Subtypes:|Errors:|- Expected a <class 'NoneType'>"
+    lines = [line.strip() for line in message.partition("Given value type:")[0].splitlines()]
+    return " ".join(line.removeprefix("- ") for line in lines if line and not re.match(noise, line))
+
+
+def _remove_if_empty(directory: Path) -> None:
+    """Leaves nothing behind of a run that wrote nothing."""
+    with suppress(OSError):
+        directory.rmdir()
+        directory.parent.rmdir()

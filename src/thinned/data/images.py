@@ -1,0 +1,449 @@
+"""Images with classes: scikit-learn's digits, or a Hugging Face dataset from a folder or from the hub.
+
+Images stay uint8, as they are stored, until a batch is made, by a few operations on the whole batch: an epoch
+spends no time on single examples.
+
+Shapes: N examples, B of them in a batch, C channels, H height, W width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import datasets
+import numpy as np
+import torch
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError
+from lightning.pytorch import LightningDataModule
+from PIL.Image import Resampling
+from sklearn.datasets import load_digits
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
+
+from thinned.data.sampling import batch_loader, stratified_split
+
+Split = Literal["train", "val", "test"]
+
+
+class Batch(NamedTuple):
+    """Images, their classes, and which examples of the split they are."""
+
+    image: Tensor  # (B, C, H, W) float32, standardised
+    target: Tensor  # (B,) int64
+    index: Tensor  # type: ignore[assignment]  # (B,) int64, row in its split of the dataset
+
+
+def read_digits() -> datasets.Dataset:
+    """Returns scikit-learn's 1,797 digits of 8x8 pixels, their 17 grey levels scaled to 0..255."""
+    digits = load_digits()
+    images = np.rint(digits.images * (255 / 16)).astype(np.uint8)
+    classes = datasets.ClassLabel(names=[str(name) for name in digits.target_names])
+    return datasets.Dataset.from_dict(
+        {"image": list(images), "label": digits.target},
+        features=datasets.Features(image=datasets.Image(), label=classes),
+    )
+
+
+def read_hub(path: str) -> datasets.DatasetDict:
+    """Returns a dataset of the hub, or its cached copy if the hub is out of reach."""
+    offline = datasets.config.HF_HUB_OFFLINE
+    try:
+        HfApi().dataset_info(path, timeout=5)
+    except HfHubHTTPError:
+        pass  # the hub answers; load_dataset says what is wrong
+    except Exception:  # the type differs between versions of the client, which has had three HTTP libraries
+        # Left to itself, load_dataset repeats its requests for 23 seconds before it turns to the cache.
+        datasets.config.HF_HUB_OFFLINE = True
+    try:
+        return datasets.load_dataset(path)
+    finally:
+        datasets.config.HF_HUB_OFFLINE = offline
+
+
+def read_splits(path: str) -> dict[str, datasets.Dataset]:
+    """Returns the splits of the dataset at ``data.path`` by the names under which they are stored.
+
+    Raises:
+        FileNotFoundError: If there is no such dataset, or it cannot be read.
+    """
+    if path == "digits":
+        return {"train": read_digits()}
+    folder = Path(path).expanduser()
+    try:
+        if (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():
+            stored = datasets.load_from_disk(folder)
+        elif folder.is_dir():
+            stored = datasets.load_dataset(str(folder))
+        else:
+            stored = read_hub(path)
+    except Exception as error:  # whatever it is, the user wants to know which setting it is about
+        cause = error.__cause__ or error
+        raise FileNotFoundError(
+            "Expected data.path to be 'digits', the folder of a dataset or its id on the Hugging Face Hub, "
+            f"but got {path!r} ({type(cause).__name__}: {cause})"
+        ) from None
+    return {"train": stored} if isinstance(stored, datasets.Dataset) else dict(stored)
+
+
+def find_column(features: datasets.Features, kind: Literal["image", "label"], given: str | None) -> str:
+    """Returns the given column, or else the only one of its kind; ValueError if there is none or a choice."""
+    feature_type = datasets.Image if kind == "image" else datasets.ClassLabel
+    found = [name for name, feature in features.items() if isinstance(feature, feature_type)]
+    if kind == "label":
+        scalars = (datasets.ClassLabel, datasets.Value)
+        integers = [name for name, f in features.items() if isinstance(f, scalars) and "int" in f.dtype]
+        if given:
+            found = integers
+        elif not found:
+            found = [name for name in integers if name in ("label", "labels", "target")]
+    if given in found or (given is None and len(found) == 1):
+        return given or found[0]
+    raise ValueError(
+        f"Expected data.{kind}_column to be one of the {kind} columns {found}, but got {given!r} "
+        f"(all columns: {list(features)})"
+    )
+
+
+def read_labels(stored: datasets.Dataset, column: str, split: str, num_classes: int | None) -> Tensor:
+    """Returns the labels of a stored split, shape (N,); without a number of classes, any from 0 on will do.
+
+    Raises:
+        ValueError: If there are no labels, or one is missing or out of range.
+    """
+    if column not in stored.column_names or not len(stored):
+        raise ValueError(
+            f"Expected labels in column {column!r} of split {split!r} of data.path, "
+            f"but got {len(stored)} rows of {stored.column_names}"
+        )
+    table = stored.with_format("arrow", columns=[column])[:]
+    labels = table[column].to_numpy()  # where a label is missing, all are float and this one is nan
+    if num_classes is None:
+        num_classes = int(np.nanmax(labels, initial=0)) + 1
+    wrong = labels[~((labels >= 0) & (labels < num_classes))]
+    if len(wrong):
+        raise ValueError(
+            f"Expected labels in [0, {num_classes}) in column {column!r} of split {split!r} of data.path, "
+            f"but got {wrong[0]} ({len(wrong)} of {len(labels)} labels are out of range)"
+        )
+    return torch.from_numpy(labels.astype(np.int64))
+
+
+@dataclass
+class StoredImages:
+    """The images of one stored split, decoded when asked for: ``images[rows]`` is uint8, (B, C, H, W)."""
+
+    stored: datasets.Dataset  # with no column but the images
+    split: str
+    shape: tuple[int, int, int]  # (C, H, W)
+    resize: bool
+
+    @cached_property
+    def pixels(self) -> Tensor:
+        """All images, decoded once and kept, uint8 (N, C, H, W)."""
+        pixels = torch.empty(len(self.stored), *self.shape, dtype=torch.uint8)
+        for rows in torch.split(torch.arange(len(pixels)), 1024):
+            pixels[rows] = self[rows]
+        return pixels
+
+    def __getitem__(self, rows: Tensor) -> Tensor:
+        channels, height, width = self.shape
+        (column,) = self.stored.column_names
+        images = []
+        for row, image in zip(rows.tolist(), self.stored[rows.tolist()][column], strict=True):
+            if image is None:
+                raise ValueError(
+                    f"Expected images in split {self.split!r} of data.path, but got None in row {row}"
+                )
+            image = image.convert("L" if channels == 1 else "RGB")
+            if self.resize:
+                image = image.resize((width, height), Resampling.BILINEAR)
+            elif image.size != (width, height):
+                raise ValueError(
+                    f"Expected data.image_size, as not all images are {width}x{height} like the first: "
+                    f"row {row} of split {self.split!r} is {image.width}x{image.height}, but got None"
+                )
+            images.append(np.asarray(image).reshape(height, width, channels))
+        return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
+
+
+def channel_statistics(images: Tensor | StoredImages, rows: Tensor) -> tuple[list[float], list[float]]:
+    """Returns mean and standard deviation (1 if there is none) per channel, of intensities in [0, 1]."""
+    counts = torch.zeros(images.shape[-3], 256, dtype=torch.int64)  # histograms: exact, in whatever order
+    for part in torch.split(rows, 1024):
+        for channel, pixels in enumerate(images[part].unbind(1)):
+            counts[channel] += torch.bincount(pixels.flatten(), minlength=256)
+    weights = counts.double() / counts.sum(1, keepdim=True)  # (C, 256)
+    values = torch.arange(256, dtype=torch.float64) / 255
+    mean = weights @ values
+    std = (weights * (values - mean[:, None]) ** 2).sum(1).sqrt()
+    return mean.tolist(), torch.where(std > 0, std, 1.0).tolist()
+
+
+def rotate_and_shift(image: Tensor, angle: Tensor, shift: Tensor) -> Tensor:
+    """Rotates each image about its centre, then shifts it; bilinear, and black (0) comes in from outside.
+
+    Args:
+        image: Shape (B, C, H, W), float.
+        angle: Degrees counter-clockwise, shape (B,).
+        shift: Pixels to the right and down, shape (B, 2).
+
+    Returns:
+        The moved images, shape (B, C, H, W).
+    """
+    angle = angle.deg2rad()
+    cos, sin = angle.cos(), angle.sin()
+    # A target pixel takes its value from back @ (target - shift), in pixels from the centre, y pointing down.
+    back = torch.stack([cos, -sin, sin, cos], -1).view(-1, 2, 2)
+    offset = -back @ shift[:, :, None]  # (B, 2, 1)
+    # affine_grid has an image reach from -1 to 1 both ways.
+    half = torch.tensor([image.shape[3] / 2, image.shape[2] / 2])
+    theta = torch.cat([back * half, offset], -1) / half[:, None]  # (B, 2, 3)
+    grid = F.affine_grid(theta, list(image.shape), align_corners=False)
+    return F.grid_sample(image, grid, padding_mode="zeros", align_corners=False)
+
+
+@dataclass
+class ImageBatches(Dataset[Batch]):
+    """A split as batches: ``split[epoch, indices]``. Augmentation is a function of (seed, epoch, index)."""
+
+    images: Tensor | StoredImages
+    rows: Tensor  # (N,) int64, where the split's images are
+    target: Tensor  # (N,) int64
+    mean: Tensor  # (C, 1, 1) float32, of intensities in [0, 255]
+    std: Tensor  # (C, 1, 1)
+    rotation: float  # largest angle in degrees
+    shift: float  # largest shift in pixels
+    seed: int
+
+    def __post_init__(self) -> None:
+        self._epoch_draws = (-1, torch.empty(0))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, item: tuple[int, list[int]]) -> Batch:
+        epoch, indices = item
+        index = torch.tensor(indices)
+        image = self.images[self.rows[index]].float()
+        if self.rotation or self.shift:  # before standardisation, while black is 0
+            draws = self._draws(epoch)[index]
+            image = rotate_and_shift(image, self.rotation * draws[:, 0], self.shift * draws[:, 1:])
+        return Batch((image - self.mean) / self.std, self.target[index], index)
+
+    def _draws(self, epoch: int) -> Tensor:
+        """Returns three draws from U(-1, 1) for each example, (N, 3); those of a whole epoch cost little."""
+        if self._epoch_draws[0] != epoch:
+            generator = np.random.default_rng((self.seed, epoch, 1))  # the sampler has (seed, epoch)
+            self._epoch_draws = epoch, torch.from_numpy(generator.uniform(-1, 1, (len(self), 3))).float()
+        return self._epoch_draws[1]
+
+
+class ImageDataModule(LightningDataModule):
+    """Images and classes in standardised batches, shared out among the processes.
+
+    The dataset has a split "train". Its "test", or for want of one its "validation" or "valid", is the test
+    split; if it has both, the latter is the validation split. What is missing is taken from "train",
+    stratified by class.
+
+    Args:
+        path: "digits" for scikit-learn's, a folder for ``datasets.load_dataset`` or ``load_from_disk``, or
+            the id of a dataset on the Hugging Face Hub.
+        image_column: Column of the images; None if it is the only one of its kind.
+        label_column: Column of the classes; None if it is the only one of its kind.
+        image_size: Height and width in pixels to which all images are resized; None keeps their size.
+        batch_size: Size of a training batch, over all processes.
+        eval_batch_size: Size of a batch in validation, test and prediction, over all processes.
+        val_fraction: Part of the stored "train" for validation, where no split is stored for it.
+        test_fraction: Part of the stored "train" for the test, where no split is stored for it.
+        predict_split: The split to predict.
+        shift: Training images are shifted by up to so many pixels along each axis, at random.
+        rotation: Training images are rotated by up to so many degrees either way, at random.
+        cache_gib: Memory in GiB for decoded images; where they do not fit, each batch is decoded anew.
+        num_workers: Number of worker processes that make batches; 0 makes them in the main process.
+        seed: Seed of splits, order and augmentation.
+
+    Raises:
+        ValueError: If an argument is out of range.
+    """
+
+    # Available after setup:
+    image_shape: tuple[int, int, int]  # (C, H, W)
+    num_classes: int
+    class_names: list[str]
+    rows: dict[Split, Tensor]  # rows of the examples in the stored split from which they come
+    target: dict[Split, Tensor]
+
+    def __init__(
+        self,
+        path: str = "digits",
+        image_column: str | None = None,
+        label_column: str | None = None,
+        image_size: int | None = None,
+        batch_size: int = 128,
+        eval_batch_size: int = 1024,
+        val_fraction: float = 0.1,
+        test_fraction: float = 0.2,
+        predict_split: Split = "test",
+        shift: float = 0.0,
+        rotation: float = 0.0,
+        cache_gib: float = 4.0,
+        num_workers: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters(logger=False)
+        for key, valid, expected in (
+            ("path", path, "to be 'digits', a folder or an id"),
+            ("image_size", image_size is None or image_size >= 1, "to be at least 1"),
+            ("batch_size", batch_size >= 1, "to be at least 1"),
+            ("eval_batch_size", eval_batch_size >= 1, "to be at least 1"),
+            ("val_fraction", 0 < val_fraction < 1, "in (0, 1)"),
+            ("test_fraction", 0 < test_fraction < 1, "in (0, 1)"),
+            ("predict_split", predict_split in ("train", "val", "test"), "to be 'train', 'val' or 'test'"),
+            ("shift", 0 <= shift < math.inf, "in [0, inf)"),
+            ("rotation", 0 <= rotation <= 180, "in [0, 180]"),
+            ("cache_gib", cache_gib >= 0, "to be at least 0"),
+            ("num_workers", num_workers >= 0, "to be at least 0"),
+            ("seed", 0 <= seed < 2**32, "in [0, 2**32)"),
+        ):
+            if not valid:
+                raise ValueError(f"Expected data.{key} {expected}, but got {self.hparams[key]!r}")
+        self._images: dict[Split, StoredImages] = {}
+        self._statistics: tuple[list[float], list[float]] | None = None
+
+    def setup(self, stage: str | None = None) -> None:
+        """Reads and splits the dataset, once for all stages; images are decoded when first needed."""
+        if self._images:
+            return
+        path, image_size, seed = (self.hparams[key] for key in ("path", "image_size", "seed"))
+        stored = read_splits(path)
+        if "train" not in stored:
+            raise ValueError(
+                f"Expected data.path to have a split 'train', but got {list(stored)} in {path!r}"
+            )
+        train = stored["train"]
+        image_column = find_column(train.features, "image", self.hparams["image_column"])
+        label_column = find_column(train.features, "label", self.hparams["label_column"])
+        test = next((name for name in ("test", "validation", "valid") if name in stored), "train")
+        val = next((name for name in ("validation", "valid") if name in stored and name != test), "train")
+        sources: dict[Split, str] = {"train": "train", "val": val, "test": test}
+
+        names: list[str] | None = getattr(train.features[label_column], "names", None)
+        labels = {"train": read_labels(train, label_column, "train", len(names) if names else None)}
+        self.class_names = names or [str(label) for label in range(int(labels["train"].max()) + 1)]
+        self.num_classes = len(self.class_names)
+        for source in {val, test} - {"train"}:
+            labels[source] = read_labels(stored[source], label_column, source, self.num_classes)
+
+        self.rows = {split: torch.arange(len(labels[source])) for split, source in sources.items()}
+        held_out: tuple[Split, Split] = ("test", "val")
+        for split in held_out:
+            if sources[split] == "train":
+                fraction = self.hparams[f"{split}_fraction"]
+                size = round(fraction * len(train))
+                try:
+                    parts = stratified_split(labels["train"], self.rows["train"], size, seed)
+                except ValueError as error:
+                    raise ValueError(
+                        f"Expected data.{split}_fraction to leave every class on both sides of the split, "
+                        f"but got {fraction} for {len(train)} examples: {error}"
+                    ) from None
+                self.rows["train"], self.rows[split] = parts
+        self.target = {split: labels[source][self.rows[split]] for split, source in sources.items()}
+
+        first = train[0][image_column]
+        width, height = (image_size, image_size) if image_size else first.size
+        self.image_shape = (1 if first.mode in ("1", "L") else 3, height, width)
+        images = {
+            source: StoredImages(
+                stored[source].select_columns(image_column),
+                source,
+                self.image_shape,
+                resize=image_size is not None,
+            )
+            for source in labels
+        }
+        num_bytes = sum(len(stored[source]) for source in labels) * math.prod(self.image_shape)
+        self._cached = num_bytes <= self.hparams["cache_gib"] * 2**30
+        self._images = {split: images[source] for split, source in sources.items()}
+
+    @property
+    def mean(self) -> list[float]:
+        """Mean of the training split per channel, of intensities in [0, 1]."""
+        return self._channel_statistics()[0]
+
+    @property
+    def std(self) -> list[float]:
+        """Standard deviation of the training split per channel, of intensities in [0, 1]."""
+        return self._channel_statistics()[1]
+
+    def _channel_statistics(self) -> tuple[list[float], list[float]]:
+        # Not in setup, which comes before a checkpoint is loaded.
+        if self._statistics is None:
+            self._statistics = channel_statistics(self._pixels("train"), self.rows["train"])
+        return self._statistics
+
+    def _pixels(self, split: Split) -> Tensor | StoredImages:
+        return self._images[split].pixels if self._cached else self._images[split]
+
+    def raw_images(self, split: Split, indices: Sequence[int] | Tensor) -> Tensor:
+        """Returns images before standardisation, uint8 (n, C, H, W), by their ``Batch.index``."""
+        return self._pixels(split)[
+            self.rows[split][torch.as_tensor(indices, dtype=torch.int64, device="cpu")]
+        ]
+
+    def state_dict(self) -> dict[str, list[float]]:
+        """Returns what a trained network takes for granted: mean and standard deviation."""
+        return {"mean": self.mean, "std": self.std} if self._images or self._statistics else {}
+
+    def load_state_dict(self, state_dict: dict[str, list[float]]) -> None:
+        """Takes mean and standard deviation from a checkpoint, so that they are not computed."""
+        self._statistics = state_dict["mean"], state_dict["std"]
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        """Returns shuffled, augmented batches."""
+        return self._dataloader("train", training=True)
+
+    def val_dataloader(self) -> DataLoader[Batch]:
+        """Returns the validation split in order."""
+        return self._dataloader("val")
+
+    def test_dataloader(self) -> DataLoader[Batch]:
+        """Returns the test split in order."""
+        return self._dataloader("test")
+
+    def predict_dataloader(self) -> DataLoader[Batch]:
+        """Returns the split ``data.predict_split`` in order."""
+        return self._dataloader(self.hparams["predict_split"])
+
+    def _dataloader(self, split: Split, *, training: bool = False) -> DataLoader[Batch]:
+        if len(self.mean) != self.image_shape[0]:
+            raise ValueError(
+                f"Expected data.path to have images with {len(self.mean)} channels, as the checkpoint has, "
+                f"but got {self.image_shape[0]}"
+            )
+        dataset = ImageBatches(
+            self._pixels(split),
+            self.rows[split],
+            self.target[split],
+            mean=255 * torch.tensor(self.mean)[:, None, None],
+            std=255 * torch.tensor(self.std)[:, None, None],
+            rotation=self.hparams["rotation"] if training else 0.0,
+            shift=self.hparams["shift"] if training else 0.0,
+            seed=self.hparams["seed"],
+        )
+        return batch_loader(
+            dataset,
+            self.hparams["batch_size" if training else "eval_batch_size"],
+            shuffle=training,
+            seed=self.hparams["seed"],
+            num_workers=self.hparams["num_workers"],
+            trainer=self.trainer,
+        )

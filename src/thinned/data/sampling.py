@@ -1,0 +1,164 @@
+"""Which examples come when: splits, and batches of indices computed from (seed, epoch, rank).
+
+Nothing is drawn from a global generator or carried over from an earlier epoch, so a resumed epoch has the
+batches it would have had, and a training step sees the same examples however many processes share them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import Trainer
+from sklearn.model_selection import train_test_split
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler, Subset
+from torch.utils.data.distributed import DistributedSampler
+
+
+def stratified_split(labels: Tensor, rows: Tensor, size: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Splits rows in two parts with the same proportions of classes.
+
+    Args:
+        labels: Class of every example, shape (N,).
+        rows: The examples to split, shape (M,).
+        size: Number of rows in the second part.
+        seed: Seed of the draw.
+
+    Returns:
+        Two ascending tensors of rows, shapes (M - size,) and (size,).
+
+    Raises:
+        ValueError: If a part is too small to hold every class, or a class has a single example.
+    """
+    parts = train_test_split(rows.numpy(), test_size=size, stratify=labels[rows].numpy(), random_state=seed)
+    first, second = (torch.from_numpy(np.sort(part)) for part in parts)
+    return first, second
+
+
+class EpochBatchSampler(DistributedSampler[tuple[int, list[int]]]):
+    """Yields (epoch, indices) for this rank; a pure function of (seed, epoch, rank).
+
+    Global batch i is examples i * B to (i + 1) * B in the order of the epoch; of these, rank r of R takes
+    every R-th, beginning with the r-th. The epoch goes with the indices, as ``set_epoch`` does not reach
+    persistent workers.
+
+    - Training (``shuffle``): at each step all ranks have the same number of examples, and they take the same
+      number of steps. What cannot be shared out evenly is left out of the epoch.
+    - Evaluation: dataset order, every example exactly once. If there is an example for each rank, all ranks
+      take the same number of steps, for which a last batch of less than R examples joins the one before.
+
+    It is a ``DistributedSampler`` because Lightning would wrap any other sampler in one and shard the data
+    twice.
+
+    Args:
+        num_examples: Size of the dataset.
+        batch_size: Size B of the global batch. Where there are fewer training examples than that, it is the
+            largest size that all ranks can share.
+        shuffle: Whether this is for training, in a new order every epoch.
+        seed: Seed of the orders, at least 0.
+        rank: This process, in [0, world_size).
+        world_size: Number R of processes.
+        drop_last: Whether a last training batch of less than B examples is left out.
+
+    Raises:
+        ValueError: If training batches or examples cannot be shared out among the ranks.
+    """
+
+    def __init__(
+        self,
+        num_examples: int,
+        batch_size: int,
+        *,
+        shuffle: bool,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        drop_last: bool = False,
+    ) -> None:
+        examples = range(num_examples)
+        super().__init__(examples, world_size, rank, shuffle, seed, drop_last)  # type: ignore[arg-type]
+        if batch_size < 1:
+            raise ValueError(f"Expected data.batch_size to be at least 1, but got {batch_size}")
+        if shuffle:
+            if batch_size % world_size:
+                raise ValueError(
+                    f"Expected data.batch_size to be a multiple of the number of processes, {world_size}, "
+                    f"but got {batch_size}"
+                )
+            if num_examples < world_size:
+                raise ValueError(
+                    f"Expected at least one training example for each of {world_size} processes, "
+                    f"but got {num_examples} (data.path)"
+                )
+            end = num_examples // world_size * world_size
+            batch_size = min(batch_size, end)
+            if drop_last:
+                end = end // batch_size * batch_size
+        else:
+            end = num_examples
+            batch_size = max(batch_size, world_size)
+        self.num_examples = num_examples
+        self.edges = [*range(0, end, batch_size), end]  # global batch i is order[edges[i] : edges[i + 1]]
+        if len(self.edges) > 2 and self.edges[-1] - self.edges[-2] < world_size:
+            del self.edges[-2]
+
+    def __iter__(self) -> Iterator[tuple[int, list[int]]]:
+        epoch = self.epoch
+        order = np.arange(self.num_examples)
+        if self.shuffle:
+            np.random.default_rng((self.seed, epoch)).shuffle(order)
+        for start, end in pairwise(self.edges):
+            if start + self.rank < end:
+                yield epoch, order[start + self.rank : end : self.num_replicas].tolist()
+
+    def __len__(self) -> int:
+        return sum(start + self.rank < end for start, end in pairwise(self.edges))
+
+
+def batch_loader(
+    dataset: Dataset[Any],
+    batch_size: int,
+    *,
+    shuffle: bool,
+    seed: int,
+    num_workers: int,
+    trainer: Trainer | None,
+) -> DataLoader[Any]:
+    """Returns a loader for a dataset that makes a whole batch at once, as ``dataset[epoch, indices]``.
+
+    Args:
+        dataset: The dataset; it has a length, in examples.
+        batch_size: Size of the global batch.
+        shuffle: Whether this is for training, where a smaller last batch is dropped.
+        seed: Seed of the order.
+        num_workers: Number of worker processes; 0 makes the batches in this one.
+        trainer: Says which rank, of how many, at which epoch; None is rank 0 of 1 at epoch 0.
+    """
+    sampler = EpochBatchSampler(
+        len(dataset),  # type: ignore[arg-type]
+        batch_size,
+        shuffle=shuffle,
+        seed=seed,
+        rank=trainer.global_rank if trainer else 0,
+        world_size=trainer.world_size if trainer else 1,
+        drop_last=shuffle,
+    )
+    order: Sampler[Any] | None = sampler
+    if trainer and trainer.overfit_batches:  # type: ignore[attr-defined]
+        # Lightning would replace any sampler by SequentialSampler(dataset), which knows nothing of batches.
+        dataset, order = Subset(dataset, list(sampler)), None  # type: ignore[arg-type]
+    elif trainer:
+        # A resumed run's workers fetch their first batches before Lightning calls set_epoch.
+        sampler.set_epoch(trainer.current_epoch)
+    return DataLoader(
+        dataset,
+        sampler=order,
+        batch_size=None,
+        num_workers=num_workers,
+        persistent_workers=num_workers > 0,
+        pin_memory=torch.cuda.is_available(),
+    )

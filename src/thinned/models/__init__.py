@@ -1,0 +1,6 @@
+"""Networks in pure torch. Every dropout in them is a `Dropout` at one of four named sites."""
+
+from thinned.models.dropout import SITES, Dropout, DropoutRates
+from thinned.models.mlp import MLP
+
+__all__ = ["MLP", "SITES", "Dropout", "DropoutRates"]

@@ -1,0 +1,318 @@
+"""A multi-layer perceptron with up to four dropout sites, and its thinned networks.
+
+The plain network is Srivastava et al. 2014 (sections 4, 6 and appendix A); residual blocks are the transformer's
+(Vaswani et al. 2017) without its attention; attention pooling is a softmax over image patches for one learned query.
+
+Shapes: B batch, C channels, H x W image, P patches, E width of the embedding, K classes.
+"""
+
+import math
+from collections import OrderedDict
+from collections.abc import Collection, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from thinned.models.dropout import Dropout, DropoutRates, sample_masks
+
+ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU, "tanh": nn.Tanh}
+
+
+class PatchEmbedding(nn.Module):
+    """Non-overlapping square patches, each projected to the width E, plus a learned position. Out: (B, P, E)."""
+
+    def __init__(self, input_shape: Sequence[int], patch_size: int, width: int) -> None:
+        super().__init__()
+        channels, height, image_width = input_shape
+        self.patch_size = patch_size
+        self.num_patches = (height // patch_size) * (image_width // patch_size)
+        self.projection = nn.Linear(channels * patch_size**2, width)
+        self.position = nn.Parameter(0.02 * torch.randn(self.num_patches, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        patches = nn.functional.unfold(x, self.patch_size, stride=self.patch_size)  # (B, C * size^2, P)
+        return self.projection(patches.transpose(1, 2)) + self.position  # (B, P, E)
+
+
+class AttentionPooling(nn.Module):
+    """One learned query attends over the patches: softmax(q k / sqrt(E)), dropout, then the values. Out: (B, E)."""
+
+    def __init__(self, query: nn.Parameter, key_value: nn.Linear, attention_dropout: nn.Module) -> None:
+        super().__init__()
+        self.query = query  # (E,)
+        self.key_value = key_value  # E -> 2 E
+        self.attention_dropout = attention_dropout
+
+    def forward(self, x: Tensor) -> Tensor:
+        key, value = self.key_value(x).chunk(2, dim=-1)  # (B, P, E) each
+        attention = torch.softmax(key @ self.query / math.sqrt(len(self.query)), dim=-1)  # (B, P)
+        return torch.einsum("bp,bpe->be", self.attention_dropout(attention), value)
+
+
+class Residual(nn.Module):
+    """x + sublayer(x)."""
+
+    def __init__(self, sublayer: nn.Module) -> None:
+        super().__init__()
+        self.sublayer = sublayer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.sublayer(x)
+
+
+class Mask(nn.Module):
+    """Multiplies by a fixed mask: what is left of a dropout that cannot be folded into weights."""
+
+    def __init__(self, mask: Tensor) -> None:
+        super().__init__()
+        self.mask: Tensor
+        self.register_buffer("mask", mask)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.mask
+
+
+class MLP(nn.Module):
+    """A classifier for images or feature vectors. Logits carry no dropout.
+
+    Args:
+        input_shape: of one example, (C, H, W) for images or (D,) for features.
+        num_classes: K.
+        hidden: width of each hidden layer (with `residual`: of each block's hidden layer).
+        activation: relu, gelu, silu or tanh.
+        layer_norm: normalise before each non-linearity (with `residual`: at each block's start and at the end).
+        width: project the input to this width first; None reads the raw input. Needed by the next two.
+        residual: each hidden layer becomes a block x + W2 act(W1 x) on a stream of `width`.
+        patch_size: embed square patches of this size and pool them by attention; None takes the image whole.
+        max_norm: bound on the L2 norm of each hidden unit's incoming weights; None for no bound. The training
+            task applies it after each optimiser step (Srivastava et al. 2014, section 5.1).
+        dropout: rates per site. embedding: on the raw input, or on its projection or patches; mlp: on hidden
+            activations; residual: on a block's output; attention: on the softmax over patches.
+
+    Raises:
+        ValueError: a setting outside its range, or a rate for a site that this architecture lacks.
+    """
+
+    def __init__(
+        self,
+        input_shape: Sequence[int],
+        num_classes: int,
+        hidden: Sequence[int] = (256, 256),
+        activation: Literal["relu", "gelu", "silu", "tanh"] = "relu",
+        layer_norm: bool = False,
+        width: int | None = None,
+        residual: bool = False,
+        patch_size: int | None = None,
+        max_norm: float | None = None,
+        dropout: DropoutRates = DropoutRates(),
+    ) -> None:
+        super().__init__()
+        self.config: dict[str, Any] = {
+            "input_shape": list(input_shape), "num_classes": num_classes, "hidden": list(hidden),
+            "activation": activation, "layer_norm": layer_norm, "width": width, "residual": residual,
+            "patch_size": patch_size, "max_norm": max_norm, "dropout": vars(dropout).copy(),
+        }  # fmt: skip
+        _check(**{**self.config, "dropout": dropout})
+        self.input_shape, self.num_classes, self.max_norm = tuple(input_shape), num_classes, max_norm
+
+        size = math.prod(input_shape)
+        stages: OrderedDict[str, nn.Module] = OrderedDict()
+        if patch_size is None:
+            stages["flatten"] = nn.Flatten()
+            if width is not None:
+                stages["embedding"], size = nn.Linear(size, width), width
+        else:
+            assert width is not None
+            stages["embedding"], size = PatchEmbedding(input_shape, patch_size, width), width
+        stages["embedding_dropout"] = Dropout(dropout.embedding, "embedding")
+        if patch_size is not None:
+            query, key_value = nn.Parameter(torch.randn(size)), nn.Linear(size, 2 * size)
+            stages["pooling"] = AttentionPooling(query, key_value, Dropout(dropout.attention, "attention"))
+        for i, units in enumerate(hidden):
+            if residual:
+                stages[f"block{i}"] = Residual(_residual_sublayer(size, units, activation, layer_norm, dropout))
+            else:
+                stages[f"linear{i}"] = nn.Linear(size, units)
+                if layer_norm:
+                    stages[f"norm{i}"] = nn.LayerNorm(units)
+                stages[f"activation{i}"] = ACTIVATIONS[activation]()
+                stages[f"mlp_dropout{i}"] = Dropout(dropout.mlp, "mlp")
+                size = units
+        if residual and layer_norm:
+            stages["norm"] = nn.LayerNorm(size)
+        stages["head"] = nn.Linear(size, num_classes)
+        self.stages = nn.Sequential(stages)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if tuple(x.shape[1:]) != self.input_shape:
+            raise ValueError(
+                f"Expected inputs of shape {self.input_shape} (net.input_shape), but got {tuple(x.shape[1:])}"
+            )
+        return self.stages(x)  # (B, K)
+
+    @torch.no_grad()
+    def constrain_max_norm_(self) -> None:
+        """Scales down, in place, the incoming weights of each hidden unit whose L2 norm exceeds `max_norm`."""
+        if self.max_norm is not None:
+            for name, module in self.stages.named_modules():
+                if isinstance(module, nn.Linear) and name.rpartition(".")[2].startswith(("linear", "up")):
+                    module.weight.copy_(torch.renorm(module.weight, p=2, dim=0, maxnorm=self.max_norm))
+
+    def masks(self, seed: int, sample: int, sites: Collection[str] | None = None) -> dict[str, Tensor]:
+        """The masks of thinned network (seed, sample): one per acting `Dropout`, by module name, to look at.
+
+        Each has the shape of one example at its place and is shared by all examples.
+        """
+        shapes: dict[str, tuple[int, ...]] = {}
+        for path, chain in self.named_modules():
+            size: tuple[int, ...] = (math.prod(self.input_shape),)
+            for name, module in chain.named_children() if isinstance(chain, nn.Sequential) else ():
+                if isinstance(module, nn.Linear):
+                    size = (module.out_features,)
+                elif isinstance(module, PatchEmbedding):
+                    size = tuple(module.position.shape)
+                elif isinstance(module, AttentionPooling):
+                    shapes[f"{path}.{name}.attention_dropout"] = size[:1]
+                elif isinstance(module, Dropout):
+                    shapes[f"{path}.{name}"] = size
+        return sample_masks(self, shapes, seed, sample, sites)
+
+    @torch.no_grad()
+    def thin(self, seed: int, sample: int, sites: Collection[str] | None = None) -> nn.Sequential:
+        """Thinned network `sample` of the ensemble `seed`: an ordinary module without dropout.
+
+        Dropped hidden units are cut out of the weight matrices; embedding and residual masks scale rows or columns;
+        only the masks on patches and on attention, which no weight can carry, stay as buffers. Equal to the
+        network with `masks(seed, sample, sites)` applied at its dropout modules.
+        """
+        return _thin_chain(self.stages, _within(self.masks(seed, sample, sites), "stages."))
+
+
+def _residual_sublayer(size: int, units: int, activation: str, layer_norm: bool, dropout: DropoutRates) -> nn.Module:
+    stages: OrderedDict[str, nn.Module] = OrderedDict(norm=nn.LayerNorm(size)) if layer_norm else OrderedDict()
+    stages["up"] = nn.Linear(size, units)
+    stages["activation"] = ACTIVATIONS[activation]()
+    stages["mlp_dropout"] = Dropout(dropout.mlp, "mlp")
+    stages["down"] = nn.Linear(units, size)
+    stages["residual_dropout"] = Dropout(dropout.residual, "residual")
+    return nn.Sequential(stages)
+
+
+def _thin_chain(chain: nn.Sequential, masks: dict[str, Tensor]) -> nn.Sequential:
+    """The chain without dropout, each mask folded into the linear layer before or after its place."""
+    names, modules = zip(*chain.named_children(), strict=True)
+    activations = tuple(ACTIVATIONS.values())
+    weights = next(chain.parameters())
+    thinned: OrderedDict[str, nn.Module] = OrderedDict()
+    kept: Tensor | None = None  # hidden units that the last linear layer still has; None for all
+    mask_in: Tensor | None = None  # on the inputs of the next linear layer
+
+    for i, (name, module) in enumerate(zip(names, modules, strict=True)):
+        following = (*zip(names[i + 1 :], modules[i + 1 :], strict=True), ("", None), ("", None))
+        if isinstance(module, nn.Linear):
+            scale_out = masks.get(following[0][0])  # a dropout right behind this layer scales its rows
+            hidden = masks.get(following[1][0]) if isinstance(following[0][1], activations) else None
+            kept_out = None if hidden is None else _kept_units(hidden)
+            thinned[name] = _thin_linear(module, kept, mask_in, kept_out, scale_out)
+            kept, mask_in = kept_out, None
+        elif isinstance(module, Dropout):
+            if name not in masks or (i and isinstance(modules[i - 1], nn.Linear)):
+                continue
+            if isinstance(following[0][1], nn.Linear):
+                mask_in = masks[name]
+            else:
+                thinned[name] = Mask(masks[name].to(weights))
+        elif isinstance(module, Residual):
+            assert isinstance(module.sublayer, nn.Sequential)
+            thinned[name] = Residual(_thin_chain(module.sublayer, _within(masks, f"{name}.sublayer.")))
+        elif isinstance(module, AttentionPooling):
+            mask = masks.get(f"{name}.attention_dropout")
+            attention_dropout = nn.Identity() if mask is None else Mask(mask.to(weights))
+            thinned[name] = AttentionPooling(module.query, module.key_value, attention_dropout)
+        else:
+            thinned[name] = module
+    return nn.Sequential(thinned)
+
+
+def _kept_units(mask: Tensor) -> Tensor:
+    """Indices of the kept units, filled up with dropped ones (whose mask is 0) to a multiple of 16.
+
+    Matrix products over odd sizes are slower than over the next multiple of a cache line: 921 takes longer than 1024.
+    """
+    kept, dropped = mask.nonzero().squeeze(1), (mask == 0).nonzero().squeeze(1)
+    return torch.cat([kept, dropped[: -len(kept) % 16]])
+
+
+def _thin_linear(
+    linear: nn.Linear,
+    kept_in: Tensor | None,
+    mask_in: Tensor | None,
+    kept_out: Tensor | None,
+    scale_out: Tensor | None,
+) -> nn.Linear:
+    """A linear layer with rows and columns cut (indices) or scaled (masks); the original where nothing is asked."""
+    weight, bias, device = linear.weight, linear.bias, linear.weight.device
+    if kept_out is not None:
+        weight, bias = weight.index_select(0, kept_out.to(device)), bias.index_select(0, kept_out.to(device))
+    if mask_in is not None:
+        if kept_in is not None:
+            weight, mask_in = weight.index_select(1, kept_in.to(device)), mask_in[kept_in]
+        weight = weight * mask_in.to(weight)
+    if scale_out is not None:
+        weight, bias = weight * scale_out.to(weight)[:, None], bias * scale_out.to(bias)
+    if weight is linear.weight:
+        return linear
+    thinned = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
+    thinned.weight, thinned.bias = nn.Parameter(weight, False), nn.Parameter(bias, False)
+    return thinned
+
+
+def _within(masks: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The masks whose names start with the prefix, named without it."""
+    return {name.removeprefix(prefix): mask for name, mask in masks.items() if name.startswith(prefix)}
+
+
+def _check(
+    input_shape: Sequence[int],
+    num_classes: int,
+    hidden: Sequence[int],
+    activation: str,
+    layer_norm: bool,
+    width: int | None,
+    residual: bool,
+    patch_size: int | None,
+    max_norm: float | None,
+    dropout: DropoutRates,
+) -> None:
+    if not input_shape or min(input_shape) < 1:
+        raise ValueError(f"Expected net.input_shape to hold positive sizes, but got {list(input_shape)}")
+    if num_classes < 2:
+        raise ValueError(f"Expected net.num_classes to be at least 2, but got {num_classes}")
+    if hidden and min(hidden) < 1:
+        raise ValueError(f"Expected net.hidden to hold positive widths, but got {list(hidden)}")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"Expected net.activation to be one of {list(ACTIVATIONS)}, but got {activation!r}")
+    if width is not None and width < 1:
+        raise ValueError(f"Expected net.width to be positive or null, but got {width}")
+    if width is None and (residual or patch_size is not None):
+        option = "residual" if residual else "patch_size"
+        raise ValueError(f"Expected net.width to be set where net.{option} is, but got null")
+    if patch_size is not None and (len(input_shape) != 3 or any(size % patch_size for size in input_shape[1:])):
+        raise ValueError(
+            f"Expected net.patch_size to divide the height and width of net.input_shape (C, H, W), "
+            f"but got {patch_size} for {list(input_shape)}"
+        )
+    if max_norm is not None and not max_norm > 0:
+        raise ValueError(f"Expected net.max_norm to be positive or null, but got {max_norm}")
+    lacking = {
+        "attention": None if patch_size is not None else "set net.patch_size and net.width",
+        "residual": None if residual and hidden else "set net.residual and net.width, with at least one net.hidden",
+        "mlp": None if hidden else "give at least one width in net.hidden",
+    }
+    for site, remedy in lacking.items():
+        if remedy and getattr(dropout, site) > 0:
+            raise ValueError(
+                f"Expected net.dropout.{site} to be 0 for an MLP without that site, "
+                f"but got {getattr(dropout, site)}: {remedy} to create it"
+            )

@@ -1,0 +1,99 @@
+"""What every task shares: the net, its optimiser with decay groups, and a learning rate by step."""
+
+import math
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from torch import Tensor, nn
+
+
+def warmup_cosine(step: int, warmup_steps: int, total_steps: int, final_fraction: float) -> float:
+    """The learning rate at a step, as a fraction of its peak.
+
+    Linear from 1 / (warmup_steps + 1) at step 0 to 1 at step `warmup_steps`, then half a cosine (Loshchilov and
+    Hutter 2017) to `final_fraction` at `total_steps`, and constant from there on.
+    """
+    if step < warmup_steps:
+        return (step + 1) / (warmup_steps + 1)
+    progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
+    return final_fraction + (1 - final_fraction) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def decay_groups(net: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Trainable parameters that decay (matrices: two dimensions or more) and those that do not (gains and biases)."""
+    parameters = [p for p in net.parameters() if p.requires_grad]
+    return [p for p in parameters if p.dim() >= 2], [p for p in parameters if p.dim() < 2]
+
+
+class Task(LightningModule):
+    """A net with its optimiser and schedule. Subclasses add the loss and the metrics.
+
+    Args:
+        net: maps inputs to logits. Any module; when it has `constrain_max_norm_`, that runs after each step.
+        optimizer: called with two parameter groups; the second, gains and biases, has weight_decay 0.
+        warmup_steps: optimiser steps of linear warm-up.
+        final_lr_fraction: of the peak learning rate, reached at the last step by a cosine; 1 keeps it constant.
+        compile: compile the net (not the LightningModule: torch 2.12 and later cannot log from compiled code).
+    """
+
+    net: nn.Module
+
+    def __init__(
+        self,
+        net: nn.Module,
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        warmup_steps: int = 0,
+        final_lr_fraction: float = 0.0,
+        compile: bool = False,
+    ) -> None:
+        super().__init__()
+        if warmup_steps < 0:
+            raise ValueError(f"Expected model.warmup_steps to be 0 or more, but got {warmup_steps}")
+        if not 0 <= final_lr_fraction <= 1:
+            raise ValueError(f"Expected model.final_lr_fraction in [0, 1], but got {final_lr_fraction}")
+        self.net = net
+        self.optimizer = optimizer
+        self.warmup_steps = warmup_steps
+        self.final_lr_fraction = final_lr_fraction
+        self.compile_net = compile
+
+    def save_primitive_hyperparameters(self) -> None:
+        """Stores the constructor's arguments so that `torch.load(weights_only=True)` opens the checkpoint.
+
+        Built from a config, they are primitives already. Built in Python, a net of this package is stored as its
+        class path and `config`; another net and the optimiser are left out and are given to `load_from_checkpoint`.
+        """
+        net, config = self.net, getattr(self.net, "config", None)
+        if not isinstance(self.hparams.get("net"), nn.Module):
+            return
+        self.remove_ignored_hparams(["net", "optimizer"])
+        if config is not None:
+            class_path = f"{type(net).__module__}.{type(net).__qualname__}"
+            self.hparams["net"] = {"class_path": class_path, "init_args": config}
+            self.hparams["_instantiator"] = "lightning.pytorch.cli.instantiate_module"
+
+    def forward(self, inputs: Any) -> Tensor:
+        """The logits."""
+        logits: Tensor = self.net(inputs)
+        return logits
+
+    def setup(self, stage: str) -> None:
+        if self.compile_net and stage == "fit":
+            self.net.compile()
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        decay, no_decay = decay_groups(self.net)
+        optimizer = self.optimizer([{"params": decay}, {"params": no_decay, "weight_decay": 0.0}])
+        constrain = getattr(self.net, "constrain_max_norm_", None)
+        if constrain is not None:
+            optimizer.register_step_post_hook(lambda *_: constrain())
+        total_steps = int(self.trainer.estimated_stepping_batches)
+
+        def fraction(step: int) -> float:
+            return warmup_cosine(step, self.warmup_steps, total_steps, self.final_lr_fraction)
+
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, fraction)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

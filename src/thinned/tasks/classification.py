@@ -1,0 +1,119 @@
+"""Classification: cross-entropy for training; accuracy, NLL, Brier score and calibration error for every stage."""
+
+from typing import Any
+
+import torch
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchmetrics import MeanMetric, Metric, MetricCollection
+from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
+
+from thinned.tasks.base import Task
+from thinned.uncertainty.scores import ECE_BINS, below_one, brier, nll
+
+
+class NLL(MeanMetric):
+    """Mean negative log-likelihood of the targets, in nats."""
+
+    def update(self, probs: Tensor, targets: Tensor) -> None:  # type: ignore[override]
+        super().update(nll(probs, targets))
+
+
+class Brier(MeanMetric):
+    """Mean Brier score."""
+
+    def update(self, probs: Tensor, targets: Tensor) -> None:  # type: ignore[override]
+        super().update(brier(probs, targets))
+
+
+class CalibrationError(MulticlassCalibrationError):
+    """Expected calibration error over 15 bins, a confidence of exactly 1 counted in the last of them."""
+
+    def update(self, probs: Tensor, targets: Tensor) -> None:
+        super().update(below_one(probs), targets)
+
+
+class ClassificationTask(Task):
+    """A classifier trained by cross-entropy.
+
+    Batches are tuples whose first two elements are inputs and targets (B,). Logs `loss`, `accuracy`, `nll`, `brier`
+    and `ece` under `train/`, `val/` and `test/`; the loss alone has label smoothing in it, in training.
+
+    Args:
+        net: maps inputs to logits (B, K).
+        num_classes: K; taken from the net when None.
+        optimizer, warmup_steps, final_lr_fraction, compile: see `Task`.
+        label_smoothing: share of the target's probability spread over all classes, in [0, 1).
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        num_classes: int | None = None,
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        warmup_steps: int = 0,
+        final_lr_fraction: float = 0.0,
+        label_smoothing: float = 0.0,
+        compile: bool = False,
+    ) -> None:
+        super().__init__(net, optimizer, warmup_steps, final_lr_fraction, compile)
+        if not 0 <= label_smoothing < 1:
+            raise ValueError(f"Expected model.label_smoothing in [0, 1), but got {label_smoothing}")
+        num_classes = num_classes or getattr(net, "num_classes", None)
+        if num_classes is None:
+            raise ValueError(f"Expected model.num_classes for a {type(net).__name__}, but got null")
+        self.save_hyperparameters(logger=False)
+        self.save_primitive_hyperparameters()
+        self.num_classes = num_classes
+        self.label_smoothing = label_smoothing
+        input_shape = getattr(net, "input_shape", None)
+        if input_shape is not None:
+            self.example_input_array = torch.zeros(1, *input_shape)  # sizes and FLOPs in the model summary
+        self.metrics = nn.ModuleDict({f"{stage}_metrics": self._metrics(stage) for stage in ("train", "val", "test")})
+
+    def _metrics(self, stage: str) -> MetricCollection:
+        metrics: dict[str, Metric] = {
+            "accuracy": MulticlassAccuracy(self.num_classes, average="micro", validate_args=False),
+            "nll": NLL(),
+            "brier": Brier(),
+            "ece": CalibrationError(self.num_classes, ECE_BINS, validate_args=False),
+        }
+        return MetricCollection(metrics, prefix=f"{stage}/", compute_groups=False)  # type: ignore[arg-type]
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        data = getattr(self.trainer, "datamodule", None)
+        for key in ("image_shape", "num_classes"):
+            net_key = key.replace("image", "input")
+            expected, got = getattr(self.net, net_key, None), getattr(data, key, None)
+            if expected is not None and got is not None and expected != got:
+                raise ValueError(
+                    f"Expected data with {key.replace('_', ' ')} {expected} (model.net.{net_key}), but got {got} "
+                    f"from data.path={data.hparams.get('path')!r}"
+                )
+
+    def _step(self, batch: Any, stage: str) -> Tensor:
+        inputs, targets = batch[0], batch[1]
+        logits = self(inputs).float()
+        smoothing = self.label_smoothing if stage == "train" else 0.0
+        loss = F.cross_entropy(logits, targets, label_smoothing=smoothing)
+        metrics = self.metrics[f"{stage}_metrics"]
+        assert isinstance(metrics, MetricCollection)
+        metrics.update(logits.detach().softmax(-1), targets)
+        self.log(f"{stage}/loss", loss, on_step=stage == "train", on_epoch=stage != "train", sync_dist=stage != "train", batch_size=len(targets))
+        self.log_dict(dict(metrics), on_step=False, on_epoch=True, prog_bar=stage == "val")
+        return loss
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self._step(batch, "train")
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self._step(batch, "val")
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self._step(batch, "test")
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """The logits (B, K) of the deterministic network."""
+        return self(batch[0])

@@ -1,0 +1,166 @@
+"""Monte-Carlo dropout (Gal and Ghahramani 2016): the predictions of S networks sampled by dropout.
+
+`shared` masks sample a network and evaluate it on every input (`net.thin`); `independent` masks are drawn anew for
+every input and element, by switching on whatever dropout the net contains, and only that.
+"""
+
+from collections.abc import Callable, Collection, Generator, Iterator
+from contextlib import closing, contextmanager
+from itertools import combinations
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.utils.parametrizations import _SpectralNorm
+
+from thinned.models.dropout import Dropout, check_sites, derive_seed, sites_in
+from thinned.uncertainty.statistics import MCPrediction, MCStatistics
+
+Masks = Literal["auto", "shared", "independent"]
+
+# Modules that do something other than dropout when `training` is set.
+NOT_DROPOUT = (_NormBase, _SpectralNorm, nn.RReLU)
+
+
+def resolve_masks(net: nn.Module, masks: Masks) -> Literal["shared", "independent"]:
+    """`auto` is `shared` where the net has `thin`; ValueError for shared masks of a net without it."""
+    if masks not in ("auto", "shared", "independent"):
+        raise ValueError(f"Expected masks to be auto, shared or independent, but got {masks!r}")
+    thinnable = callable(getattr(net, "thin", None))
+    if masks == "shared" and not thinnable:
+        raise ValueError(f"Expected a net with `thin(seed, sample, sites)` for masks=shared, but got {_name(net)}")
+    return "shared" if masks != "independent" and thinnable else "independent"
+
+
+def mc_samples(
+    net: nn.Module,
+    inputs: Any,
+    *,
+    num_samples: int = 50,
+    masks: Masks = "auto",
+    seed: int = 0,
+    sites: Collection[str] | None = None,
+) -> Generator[Tensor, None, None]:
+    """The S sampled predictive distributions, one at a time: softmax of the logits, (B, K).
+
+    Shared masks depend on (seed, sample) alone: the same networks whatever the inputs, the batch or the device.
+    Independent masks depend on the shape of the inputs too. Args and Raises: see `mc_predict`.
+    """
+    if num_samples < 2:
+        raise ValueError(f"Expected num_samples to be at least 2, but got {num_samples}")
+    if sites is not None and not set(sites_in(net)) & set(check_sites(sites)):
+        raise ValueError(f"Expected sites among those that drop in {_name(net)}, {sites_in(net)}, but got {sites}")
+    if resolve_masks(net, masks) == "shared":
+        if not sites_in(net):
+            raise _nothing_stochastic(net)
+        for sample in range(num_samples):
+            yield _probs(net.thin(seed, sample, sites)(inputs))  # type: ignore[operator]
+    else:
+        with only_dropout_active(net, sites):
+            for sample in range(num_samples):
+                yield _probs(_seeded(net, inputs, derive_seed(seed, sample)))
+
+
+@torch.no_grad()
+def mc_predict(
+    net: nn.Module,
+    inputs: Any,
+    *,
+    num_samples: int = 50,
+    masks: Masks = "auto",
+    seed: int = 0,
+    sites: Collection[str] | None = None,
+) -> MCPrediction:
+    """Predicts with S networks sampled by dropout and says how much they differ.
+
+    Args:
+        net: maps inputs to logits (B, K). Any module will do for independent masks, whether its dropout is a
+            module, `F.dropout(..., self.training)`, or inside `nn.MultiheadAttention` or
+            `scaled_dot_product_attention`. Normalisation layers stay in evaluation mode, all modes are restored.
+        inputs: what the net is called with.
+        num_samples: S, at least 2.
+        masks: shared by all inputs (a thinned network), independent per element, or auto: shared where `net.thin`
+            exists.
+        seed: of the ensemble. The global random state is left as it was.
+        sites: at which dropout acts; all when None. Only for nets built from `thinned.models.Dropout`.
+
+    Raises:
+        ValueError: S below 2, unknown site, no dropout that acts, or a module that changes its buffers.
+    """
+    statistics = MCStatistics()
+    samples = mc_samples(net, inputs, num_samples=num_samples, masks=masks, seed=seed, sites=sites)
+    with closing(samples):  # an exception here restores the modes at once
+        for probs in samples:
+            statistics.update(probs)
+    return statistics.compute()
+
+
+def select_sites(net: nn.Module, nll: Callable[[tuple[str, ...]], float]) -> dict[tuple[str, ...], float]:
+    """Scores every combination of the sites that drop in a net, best first.
+
+    Args:
+        net: whose sites with a rate above 0 are combined, at most 2^4 - 1 ways.
+        nll: the negative log-likelihood on held-out data when dropout acts at the given sites, in nats.
+    """
+    sites = sites_in(net)
+    if not sites:
+        raise _nothing_stochastic(net)
+    candidates = [c for size in range(1, len(sites) + 1) for c in combinations(sites, size)]
+    return dict(sorted(((c, nll(c)) for c in candidates), key=lambda item: item[1]))
+
+
+@contextmanager
+def only_dropout_active(net: nn.Module, sites: Collection[str] | None = None) -> Iterator[None]:
+    """Within the block dropout acts (at the sites, or everywhere) and nothing else is in training mode.
+
+    Every module's mode is restored on the way out. A buffer that changed inside (running statistics of a functional
+    batch norm, say) is restored too and raises ValueError, since such a prediction would depend on its batch.
+    """
+    modes = {module: module.training for module in net.modules()}
+    buffers = {name: (buffer, buffer.clone()) for name, buffer in net.named_buffers()}
+    try:
+        for module in modes:
+            if sites is None:
+                module.training = not isinstance(module, NOT_DROPOUT)
+            else:
+                module.training = isinstance(module, Dropout) and module.site in sites
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+        changed = [name for name, (now, then) in buffers.items() if not torch.equal(now, then)]
+        for name in changed:
+            buffers[name][0].copy_(buffers[name][1])
+    if changed:
+        raise ValueError(f"Expected dropout alone to act in {_name(net)}, but got changed buffers: {changed}")
+
+
+def _seeded(net: nn.Module, inputs: Any, seed: int) -> Tensor:
+    """One pass with the random state set to seed, and put back after; ValueError when the pass draws nothing."""
+    cuda = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(cuda):
+        torch.default_generator.manual_seed(seed)
+        if cuda:
+            torch.cuda.manual_seed(seed)
+        before = _random_state(cuda)
+        logits: Tensor = net(inputs)
+        if all(map(torch.equal, before, _random_state(cuda))):
+            raise _nothing_stochastic(net)
+    return logits
+
+
+def _random_state(cuda: list[int]) -> list[Tensor]:
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in cuda)]
+
+
+def _probs(logits: Tensor) -> Tensor:
+    return torch.softmax(logits if logits.dtype == torch.float64 else logits.float(), dim=-1)
+
+
+def _name(net: nn.Module) -> str:
+    return type(net).__name__
+
+
+def _nothing_stochastic(net: nn.Module) -> ValueError:
+    return ValueError(f"Expected dropout with a rate above 0 in {_name(net)}, but got a pass that draws nothing")

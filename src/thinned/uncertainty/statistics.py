@@ -1,0 +1,85 @@
+"""Statistics of S sampled predictive distributions, accumulated one sample at a time.
+
+Mean and variance by Welford (1962), merged by Chan et al. (1979); entropies as in Gal (2016, section 3.3) and
+Smith and Gal (2018). Memory does not grow with S. Shapes: B examples (any leading shape), K classes. Units: nats.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class MCPrediction:
+    """What S samples p_1 .. p_S of a predictive distribution say of each example.
+
+    Attributes:
+        mean: (B, K), the prediction: p = 1/S sum_s p_s.
+        variance: (B, K), of each class's probability: 1/(S - 1) sum_s (p_s - p)^2.
+        predictive_entropy: (B,), H[p]: the total uncertainty, in nats.
+        expected_entropy: (B,), 1/S sum_s H[p_s]: what every sample is unsure of (aleatoric), in nats.
+        mutual_information: (B,), H[p] - 1/S sum_s H[p_s] >= 0: what the samples disagree on (epistemic), in nats.
+            Never above log S, and too small by about the factor 1 - 1/S.
+        variation_ratio: (B,), the share of samples whose most probable class is not the most voted one.
+        num_samples: S.
+    """
+
+    mean: Tensor
+    variance: Tensor
+    predictive_entropy: Tensor
+    expected_entropy: Tensor
+    mutual_information: Tensor
+    variation_ratio: Tensor
+    num_samples: int
+
+
+def entropy(probs: Tensor) -> Tensor:
+    """H[p] = - sum_k p_k log p_k over the last dimension, in nats, with 0 log 0 = 0."""
+    return torch.special.entr(probs).sum(-1)
+
+
+class MCStatistics:
+    """Accumulates samples; any split of the samples over instances and `merge` gives the same prediction."""
+
+    def __init__(self) -> None:
+        self.num_samples = 0
+
+    def update(self, probs: Tensor) -> None:
+        """Adds one sample: probs (B, K), summing to 1 over K. Half precisions are accumulated in fp32."""
+        probs = probs if probs.dtype == torch.float64 else probs.float()
+        votes = torch.zeros_like(probs).scatter_(-1, probs.argmax(-1, keepdim=True), 1.0)
+        self._add(1, probs, torch.zeros_like(probs), entropy(probs), votes)
+
+    def merge(self, other: "MCStatistics") -> None:
+        """Adds all samples of another accumulator over the same examples."""
+        if other.num_samples:
+            self._add(other.num_samples, other._mean, other._squares, other._entropy, other._votes)
+
+    def _add(self, count: int, mean: Tensor, squares: Tensor, entropy_sum: Tensor, votes: Tensor) -> None:
+        if self.num_samples == 0:
+            self.num_samples, self._mean, self._squares = count, mean.clone(), squares.clone()
+            self._entropy, self._votes = entropy_sum.clone(), votes.clone()
+            return
+        total = self.num_samples + count
+        delta = mean - self._mean
+        self._squares += squares + delta.square() * (self.num_samples * count / total)
+        self._mean += delta * (count / total)
+        self._entropy += entropy_sum
+        self._votes += votes
+        self.num_samples = total
+
+    def compute(self) -> MCPrediction:
+        """The prediction; ValueError with fewer than two samples, which have no spread."""
+        if self.num_samples < 2:
+            raise ValueError(f"Expected num_samples to be at least 2, but got {self.num_samples}")
+        predictive, expected = entropy(self._mean), self._entropy / self.num_samples
+        return MCPrediction(
+            mean=self._mean,
+            variance=self._squares / (self.num_samples - 1),
+            predictive_entropy=predictive,
+            expected_entropy=expected,
+            mutual_information=(predictive - expected).clamp_min(0),
+            variation_ratio=1 - self._votes.amax(-1) / self.num_samples,
+            num_samples=self.num_samples,
+        )
