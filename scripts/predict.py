@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Predicts with Monte-Carlo dropout from a checkpoint alone: net, data and settings are in it.
 
-    python scripts/predict.py --ckpt_path runs/<experiment>/<run id>/checkpoints/best.ckpt
-        [--data.path other] [--data.predict_split val] [--mc_dropout.num_samples 200]
+python scripts/predict.py --ckpt_path runs/<experiment>/<run id>/checkpoints/best.ckpt
+[--data.path other] [--data.predict_split val] [--mc_dropout.num_samples 200]
 """
 
 from collections.abc import Sequence

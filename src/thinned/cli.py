@@ -1,6 +1,6 @@
 """The command line: one LightningCLI that gives each run its own directory and turns errors into one message.
 
-    runs/<experiment>/<run id>/  config.yaml  checkpoints/{best,last}.ckpt  metrics.json  predictions.parquet  wandb/
+runs/<experiment>/<run id>/  config.yaml  checkpoints/{best,last}.ckpt  metrics.json  predictions.parquet  wandb/
 """
 
 import argparse
@@ -11,6 +11,7 @@ import os
 import pickle
 import re
 import secrets
+import shlex
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -18,16 +19,16 @@ from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from pydoc import locate
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import torch
 import wandb
 import yaml
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 
 import thinned.data
@@ -49,7 +50,7 @@ class Parser(LightningArgumentParser):
         if unknown:
             known = {name for action in self._actions for name in action.dest.split(".")} | set(SITES)
             for class_path in re.findall(r"class_path '([\w.]+)'", message):
-                known |= set(inspect.signature(locate(class_path)).parameters)
+                known |= set(inspect.signature(cast(type, locate(class_path))).parameters)
             nearest = [difflib.get_close_matches(name, known, n=1) for name in unknown[1].split(".")]
             message += "".join(f" (did you mean {n[0]}?)" for n in nearest if n and n[0] not in unknown[1].split("."))
         raise ValueError(message) from ex
@@ -59,7 +60,7 @@ class RunRecord(SaveConfigCallback):
     """Keeps the whole config: in the run directory, in every checkpoint, and once in the logger."""
 
     def _content(self) -> dict[str, Any]:
-        content: dict[str, Any] = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
+        content: dict[str, Any] = yaml.safe_load(self.parser.dump(self.config, skip_unset=False))
         return content
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -71,7 +72,7 @@ class RunRecord(SaveConfigCallback):
         self.already_saved = True
         config = Path(trainer.default_root_dir, "config.yaml")
         temporary = config.with_suffix(".tmp")
-        temporary.write_text(self.parser.dump(self.config, skip_none=False))
+        temporary.write_text(self.parser.dump(self.config, skip_unset=False))
         os.replace(temporary, config)
         for logger in trainer.loggers:
             logger.log_hyperparams(self._content())
@@ -163,9 +164,10 @@ class ThinnedCLI(LightningCLI):
             options.name = f"{self.config.experiment} {self.run_dir.name}"
             if not options.offline and "WANDB_MODE" not in os.environ and not wandb.login(prompt=False):
                 logger.dict_kwargs = {**logger.get("dict_kwargs", {}), "mode": "offline"}
+                directory = shlex.quote(str(self.run_dir))
                 rank_zero_info(
                     f"W&B: no API key is configured, so this run is logged offline. Look at it with "
-                    f"`wandb leet {self.run_dir}`, send it with `wandb sync {self.run_dir}/wandb/offline-run-*`."
+                    f"`wandb leet {directory}`, send it with `wandb sync {directory}/wandb/offline-run-*`."
                 )
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -208,7 +210,7 @@ class ThinnedCLI(LightningCLI):
             if path.is_file() and "wandb" not in path.parts:
                 console.print(f"  {path.relative_to(self.run_dir)}", highlight=False)
         if (self.run_dir / "wandb").exists():
-            console.print(f"Dashboard: wandb leet {self.run_dir}", soft_wrap=True, highlight=False)
+            console.print(f"Dashboard: wandb leet {shlex.quote(str(self.run_dir))}", soft_wrap=True, highlight=False)
 
 
 def checkpoint_arguments(args: Sequence[str] | None = None) -> tuple[dict[str, Any], list[str]]:

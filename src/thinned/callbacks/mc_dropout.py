@@ -165,7 +165,7 @@ class MCDropout(Callback):
         if self.sites == "auto" and self.num_samples is not None and not self.selection:
             self.selection = select_sites(net, lambda sites: self._validation_nll(trainer, pl_module, sites))
             best = next(iter(self.selection))
-            rank_zero_info(f"MC dropout at {'+'.join(best)}: the lowest validation NLL, {self.selection[best]:.4f} nats")
+            rank_zero_info(f"MC dropout at {'+'.join(best)}: lowest validation NLL, {self.selection[best]:.4f} nats")
         self._active_sites: Collection[str] | None = None if self.sites == "all" else self.sites
         if self.selection:
             self._active_sites = next(iter(self.selection))

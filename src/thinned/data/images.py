@@ -158,9 +158,7 @@ class StoredImages:
         images = []
         for row, image in zip(rows.tolist(), self.stored[rows.tolist()][column], strict=True):
             if image is None:
-                raise ValueError(
-                    f"Expected images in split {self.split!r} of data.path, but got None in row {row}"
-                )
+                raise ValueError(f"Expected images in split {self.split!r} of data.path, but got None in row {row}")
             image = image.convert("L" if channels == 1 else "RGB")
             if self.resize:
                 image = image.resize((width, height), Resampling.BILINEAR)
@@ -325,9 +323,7 @@ class ImageDataModule(LightningDataModule):
         path, image_size, seed = (self.hparams[key] for key in ("path", "image_size", "seed"))
         stored = read_splits(path)
         if "train" not in stored:
-            raise ValueError(
-                f"Expected data.path to have a split 'train', but got {list(stored)} in {path!r}"
-            )
+            raise ValueError(f"Expected data.path to have a split 'train', but got {list(stored)} in {path!r}")
         train = stored["train"]
         image_column = find_column(train.features, "image", self.hparams["image_column"])
         label_column = find_column(train.features, "label", self.hparams["label_column"])
@@ -395,9 +391,7 @@ class ImageDataModule(LightningDataModule):
 
     def raw_images(self, split: Split, indices: Sequence[int] | Tensor) -> Tensor:
         """Returns images before standardisation, uint8 (n, C, H, W), by their ``Batch.index``."""
-        return self._pixels(split)[
-            self.rows[split][torch.as_tensor(indices, dtype=torch.int64, device="cpu")]
-        ]
+        return self._pixels(split)[self.rows[split][torch.as_tensor(indices, dtype=torch.int64, device="cpu")]]
 
     def state_dict(self) -> dict[str, list[float]]:
         """Returns what a trained network takes for granted: mean and standard deviation."""

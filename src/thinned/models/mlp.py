@@ -241,7 +241,8 @@ def _kept_units(mask: Tensor) -> Tensor:
     Matrix products over odd sizes are slower than over the next multiple of a cache line: 921 takes longer than 1024.
     """
     kept, dropped = mask.nonzero().squeeze(1), (mask == 0).nonzero().squeeze(1)
-    return torch.cat([kept, dropped[: -len(kept) % 16]])
+    size = -(-max(len(kept), 1) // 16) * 16  # never 0: torch warns of empty layers
+    return torch.cat([kept, dropped])[:size]
 
 
 def _thin_linear(
@@ -252,7 +253,9 @@ def _thin_linear(
     scale_out: Tensor | None,
 ) -> nn.Linear:
     """A linear layer with rows and columns cut (indices) or scaled (masks); the original where nothing is asked."""
-    weight, bias, device = linear.weight, linear.bias, linear.weight.device
+    weight: Tensor = linear.weight
+    bias: Tensor = linear.bias
+    device = weight.device
     if kept_out is not None:
         weight, bias = weight.index_select(0, kept_out.to(device)), bias.index_select(0, kept_out.to(device))
     if mask_in is not None:
@@ -298,7 +301,9 @@ def _check(
     if width is None and (residual or patch_size is not None):
         option = "residual" if residual else "patch_size"
         raise ValueError(f"Expected net.width to be set where net.{option} is, but got null")
-    if patch_size is not None and (len(input_shape) != 3 or any(size % patch_size for size in input_shape[1:])):
+    if patch_size is not None and (
+        patch_size < 1 or len(input_shape) != 3 or any(size % patch_size for size in input_shape[1:])
+    ):
         raise ValueError(
             f"Expected net.patch_size to divide the height and width of net.input_shape (C, H, W), "
             f"but got {patch_size} for {list(input_shape)}"

@@ -87,7 +87,7 @@ class ClassificationTask(Task):
         for key in ("image_shape", "num_classes"):
             net_key = key.replace("image", "input")
             expected, got = getattr(self.net, net_key, None), getattr(data, key, None)
-            if expected is not None and got is not None and expected != got:
+            if data is not None and expected is not None and got is not None and expected != got:
                 raise ValueError(
                     f"Expected data with {key.replace('_', ' ')} {expected} (model.net.{net_key}), but got {got} "
                     f"from data.path={data.hparams.get('path')!r}"
@@ -101,8 +101,9 @@ class ClassificationTask(Task):
         metrics = self.metrics[f"{stage}_metrics"]
         assert isinstance(metrics, MetricCollection)
         metrics.update(logits.detach().softmax(-1), targets)
-        self.log(f"{stage}/loss", loss, on_step=stage == "train", on_epoch=stage != "train", sync_dist=stage != "train", batch_size=len(targets))
-        self.log_dict(dict(metrics), on_step=False, on_epoch=True, prog_bar=stage == "val")
+        train = stage == "train"
+        self.log(f"{stage}/loss", loss, on_step=train, on_epoch=not train, sync_dist=not train, batch_size=len(targets))
+        self.log_dict(metrics, on_step=False, on_epoch=True, prog_bar=stage == "val")
         return loss
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:

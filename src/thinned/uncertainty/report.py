@@ -66,9 +66,9 @@ def reliability_diagram(rows: Mapping[str, Tensor]) -> Figure:
         number = torch.bincount(bins, minlength=ECE_BINS)
         filled = number > 0
         mean = [torch.bincount(bins, value, ECE_BINS)[filled] / number[filled] for value in (confidence, right)]
-        axes.plot(*mean, marker="o", markersize=4, color=COLOURS[name], label=name)
+        axes.plot(*(points.numpy() for points in mean), marker="o", markersize=4, color=COLOURS[name], label=name)
         centre = (torch.arange(ECE_BINS) + 0.5) / ECE_BINS + (i - (len(predictions) - 1) / 2) * width
-        counts.bar(centre, number, width, color=COLOURS[name])
+        counts.bar(centre.numpy(), number.numpy(), width, color=COLOURS[name])
     axes.set(ylabel="accuracy", xlim=(0, 1), ylim=(0, 1), title="Reliability")
     axes.legend(frameon=False)
     counts.set(xlabel="confidence", ylabel="examples", yscale="log")
@@ -85,7 +85,7 @@ def entropy_histogram(rows: Mapping[str, Tensor]) -> Figure:
         if chosen.any():
             values = rows["predictive_entropy"][chosen]
             label = f"{name} ({len(values)})"
-            axes.hist(values, 30, (0.0, top), density=True, alpha=0.6, color=colour, label=label)
+            axes.hist(values.numpy(), 30, range=(0.0, top), density=True, alpha=0.6, color=colour, label=label)
     axes.set(xlabel="predictive entropy, nats", ylabel="density", title="Entropy of right and wrong predictions")
     axes.legend(frameon=False)
     return figure

@@ -36,8 +36,10 @@ def below_one(probs: Tensor) -> Tensor:
 
 
 def aurc(errors: Tensor, uncertainty: Tensor) -> Tensor:
-    """Area under the risk-coverage curve (Geifman and El-Yaniv 2017): the mean, over n = 1 .. N, of the error rate
-    among the n least uncertain examples. 0 is perfect; ties count in the order given.
+    """Area under the risk-coverage curve (Geifman and El-Yaniv 2017).
+
+    The mean, over n = 1 .. N, of the error rate among the n least uncertain examples. 0 is perfect; ties count in
+    the order given.
     """
     risk = errors[uncertainty.argsort(stable=True)].double().cumsum(0)
     return (risk / torch.arange(1, len(risk) + 1, device=risk.device)).mean()

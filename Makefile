@@ -1,0 +1,53 @@
+# `make train` and `make test` make .venv by themselves: no activated environment, no question asked.
+#
+#   make train ARGS="--trainer.max_epochs 3"    passes options on; so does `make test ARGS="-k dropout"`
+#   make train PYTHON=python3.12                picks the interpreter, which later calls remember
+#   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make train
+#                                               takes torch without CUDA, a tenth of the download
+
+# The interpreter that .venv was made with, where there is one.
+PYTHON ?= $(shell p=$$(sed -n 1p .venv/made-with 2>/dev/null); command -v "$$p" || echo python3)
+
+# Says which interpreter and directory .venv belongs to; fails where pyproject.toml's requires-python would.
+OWNER := import ensurepip, os, sys, venv; (3, 11) <= sys.version_info < (3, 14) or sys.exit(1); \
+         print(os.path.realpath(sys.executable), os.getcwd(), sep="\n")
+
+# -I and --no-user keep PYTHONPATH, user site packages and pip's own settings out of .venv.
+INSTALL := .venv/bin/python -I -m pip install --disable-pip-version-check --no-user -c constraints.txt
+unexport PIP_TARGET PIP_PREFIX
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' Makefile
+
+train: .venv/installed ## Train, test and predict with configs/mlp_digits.yaml; ARGS="--key value" changes it
+	.venv/bin/python scripts/train.py --config configs/mlp_digits.yaml $(ARGS)
+
+test: .venv/installed-dev ## Run all tests, one process per core with one thread each; ARGS goes to pytest
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal $(ARGS)
+
+lint: .venv/installed-dev ## Check style, format and types
+	.venv/bin/python -m ruff check .
+	.venv/bin/python -m ruff format --check .
+	.venv/bin/python -m mypy
+
+clean: ## Remove .venv and caches; runs/ stays
+	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache
+	find src scripts tests -name __pycache__ -prune -exec rm -rf {} +
+
+# Made anew when it is missing, unfinished, moved, or of another Python.
+.venv/made-with: FORCE
+	@owner=$$("$(PYTHON)" -c '$(OWNER)' 2>/dev/null) || { \
+	    echo "Expected Python 3.11 to 3.13 with venv, but got $(PYTHON):" \
+	         "$$("$(PYTHON)" --version 2>&1 | head -n 1); set PYTHON=..." >&2; exit 1; }; \
+	if [ "$$owner" != "$$(cat $@ 2>/dev/null)" ]; then \
+	    echo "Making .venv with $(PYTHON); this takes some minutes, once."; \
+	    "$(PYTHON)" -m venv --clear .venv && printf '%s\n' "$$owner" > $@; fi
+
+.venv/installed: .venv/made-with pyproject.toml constraints.txt
+	$(INSTALL) --editable . && touch $@
+
+.venv/installed-dev: .venv/installed
+	$(INSTALL) --editable '.[dev]' && touch $@
+
+FORCE:
+.PHONY: help train test lint clean FORCE
