@@ -42,9 +42,7 @@ def global_batches(ranks: list[list[list[int]]]) -> list[list[int]]:
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 @pytest.mark.parametrize(("num_examples", "batch_size"), [*SIZES, (13, 2), (1, 4), (2, 1)])
-def test_evaluation_is_in_order_and_has_each_example_once(
-    num_examples: int, batch_size: int, world_size: int
-) -> None:
+def test_evaluation_is_in_order_and_has_each_example_once(num_examples: int, batch_size: int, world_size: int) -> None:
     ranks = batches(num_examples, batch_size, world_size, shuffle=False)
     assert [i for batch in global_batches(ranks) for i in batch] == list(range(num_examples))
     assert all(batch for rank in ranks for batch in rank)
@@ -106,9 +104,7 @@ def test_global_generators_are_neither_used_nor_moved() -> None:
 def test_what_cannot_be_shared_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"Expected data\.batch_size to be a multiple .*, 3, but got 8"):
         EpochBatchSampler(100, 8, shuffle=True, world_size=3)
-    with pytest.raises(
-        ValueError, match="Expected at least one training example for each of 4 processes, but got 3"
-    ):
+    with pytest.raises(ValueError, match="Expected at least one training example for each of 4 processes, but got 3"):
         EpochBatchSampler(3, 8, shuffle=True, world_size=4)
     with pytest.raises(ValueError, match=r"Expected data\.batch_size to be at least 1, but got 0"):
         EpochBatchSampler(3, 0, shuffle=True)
@@ -180,7 +176,7 @@ def expected(epoch: int) -> list[list[int]]:
     return [[epoch, *indices] for indices in rank]
 
 
-@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+@pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:.*LeafSpec")
 class TestLightning:
     def test_fit_has_a_new_order_every_epoch(self, trainer: Trainer) -> None:
         model = Recorder()

@@ -1,0 +1,164 @@
+"""Where images come from: scikit-learn's digits, a folder, or the Hugging Face hub; their columns and their pixels.
+
+Shapes: N examples, B of them in a batch, C channels, H height, W width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+import datasets
+import numpy as np
+import torch
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError
+from PIL.Image import Resampling
+from sklearn.datasets import load_digits
+from torch import Tensor
+
+
+def read_digits() -> datasets.Dataset:
+    """Returns scikit-learn's 1,797 digits of 8x8 pixels, their 17 grey levels scaled to 0..255."""
+    digits = load_digits()
+    images = np.rint(digits.images * (255 / 16)).astype(np.uint8)
+    classes = datasets.ClassLabel(names=[str(name) for name in digits.target_names])
+    return datasets.Dataset.from_dict(
+        {"image": list(images), "label": digits.target},
+        features=datasets.Features(image=datasets.Image(), label=classes),
+    )
+
+
+def read_hub(path: str) -> datasets.DatasetDict:
+    """Returns a dataset of the hub, or its cached copy if the hub is out of reach."""
+    offline = datasets.config.HF_HUB_OFFLINE
+    try:
+        HfApi().dataset_info(path, timeout=5)
+    except HfHubHTTPError:
+        pass  # the hub answers; load_dataset says what is wrong
+    except Exception:  # the type differs between versions of the client, which has had three HTTP libraries
+        # Left to itself, load_dataset repeats its requests for 23 seconds before it turns to the cache.
+        datasets.config.HF_HUB_OFFLINE = True
+    try:
+        return datasets.load_dataset(path)
+    finally:
+        datasets.config.HF_HUB_OFFLINE = offline
+
+
+def read_splits(path: str) -> dict[str, datasets.Dataset]:
+    """Returns the splits of the dataset at ``data.path`` by the names under which they are stored.
+
+    Raises:
+        FileNotFoundError: If there is no such dataset, or it cannot be read.
+    """
+    if path == "digits":
+        return {"train": read_digits()}
+    folder = Path(path).expanduser()
+    try:
+        if (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():
+            stored = datasets.load_from_disk(folder)
+        elif folder.is_dir():
+            stored = datasets.load_dataset(str(folder))
+        else:
+            stored = read_hub(path)
+    except Exception as error:  # whatever it is, the user wants to know which setting it is about
+        cause = error.__cause__ or error
+        raise FileNotFoundError(
+            "Expected data.path to be 'digits', the folder of a dataset or its id on the Hugging Face Hub, "
+            f"but got {path!r} ({type(cause).__name__}: {cause})"
+        ) from None
+    return {"train": stored} if isinstance(stored, datasets.Dataset) else dict(stored)
+
+
+def find_column(features: datasets.Features, kind: Literal["image", "label"], given: str | None) -> str:
+    """Returns the given column, or else the only one of its kind; ValueError if there is none or a choice."""
+    feature_type = datasets.Image if kind == "image" else datasets.ClassLabel
+    found = [name for name, feature in features.items() if isinstance(feature, feature_type)]
+    if kind == "label":
+        scalars = (datasets.ClassLabel, datasets.Value)
+        integers = [name for name, f in features.items() if isinstance(f, scalars) and "int" in f.dtype]
+        if given:
+            found = integers
+        elif not found:
+            found = [name for name in integers if name in ("label", "labels", "target")]
+    if given in found or (given is None and len(found) == 1):
+        return given or found[0]
+    raise ValueError(
+        f"Expected data.{kind}_column to be one of the {kind} columns {found}, but got {given!r} "
+        f"(all columns: {list(features)})"
+    )
+
+
+def read_labels(stored: datasets.Dataset, column: str, split: str, num_classes: int | None) -> Tensor:
+    """Returns the labels of a stored split, shape (N,); without a number of classes, any from 0 on will do.
+
+    Raises:
+        ValueError: If there are no labels, or one is missing or out of range.
+    """
+    if column not in stored.column_names or not len(stored):
+        raise ValueError(
+            f"Expected labels in column {column!r} of split {split!r} of data.path, "
+            f"but got {len(stored)} rows of {stored.column_names}"
+        )
+    table = stored.with_format("arrow", columns=[column])[:]
+    labels = table[column].to_numpy()  # where a label is missing, all are float and this one is nan
+    if num_classes is None:
+        num_classes = int(np.nanmax(labels, initial=0)) + 1
+    wrong = labels[~((labels >= 0) & (labels < num_classes))]
+    if len(wrong):
+        raise ValueError(
+            f"Expected labels in [0, {num_classes}) in column {column!r} of split {split!r} of data.path, "
+            f"but got {wrong[0]} ({len(wrong)} of {len(labels)} labels are out of range)"
+        )
+    return torch.from_numpy(labels.astype(np.int64))
+
+
+@dataclass
+class StoredImages:
+    """The images of one stored split, decoded when asked for: ``images[rows]`` is uint8, (B, C, H, W)."""
+
+    stored: datasets.Dataset  # with no column but the images
+    split: str
+    shape: tuple[int, int, int]  # (C, H, W)
+    resize: bool
+
+    @cached_property
+    def pixels(self) -> Tensor:
+        """All images, decoded once and kept, uint8 (N, C, H, W)."""
+        pixels = torch.empty(len(self.stored), *self.shape, dtype=torch.uint8)
+        for rows in torch.split(torch.arange(len(pixels)), 1024):
+            pixels[rows] = self[rows]
+        return pixels
+
+    def __getitem__(self, rows: Tensor) -> Tensor:
+        channels, height, width = self.shape
+        (column,) = self.stored.column_names
+        images = []
+        for row, image in zip(rows.tolist(), self.stored[rows.tolist()][column], strict=True):
+            if image is None:
+                raise ValueError(f"Expected images in split {self.split!r} of data.path, but got None in row {row}")
+            image = image.convert("L" if channels == 1 else "RGB")
+            if self.resize:
+                image = image.resize((width, height), Resampling.BILINEAR)
+            elif image.size != (width, height):
+                raise ValueError(
+                    f"Expected data.image_size, as not all images are {width}x{height} like the first: "
+                    f"row {row} of split {self.split!r} is {image.width}x{image.height}, but got None"
+                )
+            images.append(np.asarray(image).reshape(height, width, channels))
+        return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
+
+
+def channel_statistics(images: Tensor | StoredImages, rows: Tensor) -> tuple[list[float], list[float]]:
+    """Returns mean and standard deviation (1 if there is none) per channel, of intensities in [0, 1]."""
+    counts = torch.zeros(images.shape[-3], 256, dtype=torch.int64)  # histograms: exact, in whatever order
+    for part in torch.split(rows, 1024):
+        for channel, pixels in enumerate(images[part].unbind(1)):
+            counts[channel] += torch.bincount(pixels.flatten(), minlength=256)
+    weights = counts.double() / counts.sum(1, keepdim=True)  # (C, 256)
+    values = torch.arange(256, dtype=torch.float64) / 255
+    mean = weights @ values
+    std = (weights * (values - mean[:, None]) ** 2).sum(1).sqrt()
+    return mean.tolist(), torch.where(std > 0, std, 1.0).tolist()
