@@ -32,7 +32,7 @@ digits = cache(sources_module.read_digits)
 @pytest.fixture(autouse=True)
 def caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.setattr(images_module, "read_digits", digits)
+    monkeypatch.setattr(sources_module, "read_digits", digits)
 
 
 def noise(n: int, *shape: int, seed: int = 0) -> list[np.ndarray]:
