@@ -14,9 +14,11 @@ import secrets
 import shlex
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime
+from functools import cached_property
 from pathlib import Path
 from pydoc import locate
 from typing import Any, NoReturn, cast
@@ -37,6 +39,9 @@ from thinned.callbacks import MCDropout, StepSeed
 from thinned.models import SITES
 from thinned.tasks.base import Task
 from thinned.uncertainty.report import scores_table
+
+# Lightning 2.6.6 asks isinstance(treespec, LeafSpec) in each stage: Lightning-AI/pytorch-lightning#21326
+warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated", category=FutureWarning)
 
 
 class Parser(LightningArgumentParser):
@@ -59,8 +64,14 @@ class Parser(LightningArgumentParser):
 class RunRecord(SaveConfigCallback):
     """Keeps the whole config: in the run directory, in every checkpoint, and once in the logger."""
 
-    def _content(self) -> dict[str, Any]:
-        content: dict[str, Any] = yaml.safe_load(self.parser.dump(self.config, skip_unset=False))
+    @cached_property
+    def text(self) -> str:
+        text: str = self.parser.dump(self.config, skip_unset=False)
+        return text
+
+    @cached_property
+    def content(self) -> dict[str, Any]:
+        content: dict[str, Any] = yaml.safe_load(self.text)
         return content
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -72,15 +83,15 @@ class RunRecord(SaveConfigCallback):
         self.already_saved = True
         config = Path(trainer.default_root_dir, "config.yaml")
         temporary = config.with_suffix(".tmp")
-        temporary.write_text(self.parser.dump(self.config, skip_unset=False))
+        temporary.write_text(self.text)
         os.replace(temporary, config)
         for logger in trainer.loggers:
-            logger.log_hyperparams(self._content())
+            logger.log_hyperparams(self.content)
 
     on_fit_start = on_test_start = on_predict_start = _record
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        checkpoint["config"] = self._content()
+        checkpoint["config"] = self.content
 
 
 class ThinnedCLI(LightningCLI):
@@ -164,10 +175,10 @@ class ThinnedCLI(LightningCLI):
             options.name = f"{self.config.experiment} {self.run_dir.name}"
             if not options.offline and "WANDB_MODE" not in os.environ and not wandb.login(prompt=False):
                 logger.dict_kwargs = {**logger.get("dict_kwargs", {}), "mode": "offline"}
-                directory = shlex.quote(str(self.run_dir))
+                directory = shlex.quote(str(self.run_dir / "wandb"))
                 rank_zero_info(
                     f"W&B: no API key is configured, so this run is logged offline. Look at it with "
-                    f"`wandb leet {directory}`, send it with `wandb sync {directory}/wandb/offline-run-*`."
+                    f"`wandb leet {directory}`, send it with `wandb sync {directory}/offline-run-*`."
                 )
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -201,16 +212,16 @@ class ThinnedCLI(LightningCLI):
     @rank_zero_only
     def print_results(self) -> None:
         """The table of scores, deterministic against MC dropout, and where everything lies."""
+        wandb.finish()  # before the table, which should stand last
         console = Console()
         metrics = next(c.metrics for c in self.trainer.callbacks if isinstance(c, MCDropout))  # type: ignore[attr-defined]
         if metrics:
             console.print(scores_table(metrics))
-        console.print(f"Run: {self.run_dir}", soft_wrap=True, highlight=False)
-        for path in sorted(self.run_dir.rglob("*")):
-            if path.is_file() and "wandb" not in path.parts:
-                console.print(f"  {path.relative_to(self.run_dir)}", highlight=False)
-        if (self.run_dir / "wandb").exists():
-            console.print(f"Dashboard: wandb leet {shlex.quote(str(self.run_dir))}", soft_wrap=True, highlight=False)
+        paths = [path.relative_to(self.run_dir) for path in sorted(self.run_dir.rglob("*")) if path.is_file()]
+        lines = [f"Run: {self.run_dir}", *(f"  {path}" for path in paths if path.parts[0] != "wandb")]
+        if any(path.parts[0] == "wandb" for path in paths):
+            lines.append(f"Dashboard: wandb leet {shlex.quote(str(self.run_dir / 'wandb'))}")
+        console.print("\n".join(lines), soft_wrap=True, highlight=False)
 
 
 def checkpoint_arguments(args: Sequence[str] | None = None) -> tuple[dict[str, Any], list[str]]:
@@ -218,8 +229,9 @@ def checkpoint_arguments(args: Sequence[str] | None = None) -> tuple[dict[str, A
 
     Model, data and Monte-Carlo dropout come from the checkpoint; where to run (trainer) does not.
     """
-    options = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    options.add_argument("--ckpt_path")
+    epilog = "Every option of scripts/train.py may follow, and wins over what the checkpoint holds."
+    options = argparse.ArgumentParser(epilog=epilog, allow_abbrev=False)
+    options.add_argument("--ckpt_path", help="Checkpoint of a run, which holds its config.")
     found, rest = options.parse_known_args(args)
     if found.ckpt_path is None:
         raise ValueError("Expected --ckpt_path with the path of a checkpoint, but got none")
