@@ -113,7 +113,7 @@ class MLP(nn.Module):
             "activation": activation, "layer_norm": layer_norm, "width": width, "residual": residual,
             "patch_size": patch_size, "max_norm": max_norm, "dropout": vars(dropout).copy(),
         }  # fmt: skip
-        _check(**{**self.config, "dropout": dropout})
+        _check(self.config)
         self.input_shape, self.num_classes, self.max_norm = tuple(input_shape), num_classes, max_norm
 
         size = math.prod(input_shape)
@@ -246,21 +246,17 @@ def _kept_units(mask: Tensor) -> Tensor:
 
 
 def _thin_linear(
-    linear: nn.Linear,
-    kept_in: Tensor | None,
-    mask_in: Tensor | None,
-    kept_out: Tensor | None,
-    scale_out: Tensor | None,
+    linear: nn.Linear, kept_in: Tensor | None, mask_in: Tensor | None, kept_out: Tensor | None, scale_out: Tensor | None
 ) -> nn.Linear:
     """A linear layer with rows and columns cut (indices) or scaled (masks); the original where nothing is asked."""
     weight: Tensor = linear.weight
     bias: Tensor = linear.bias
-    device = weight.device
     if kept_out is not None:
-        weight, bias = weight.index_select(0, kept_out.to(device)), bias.index_select(0, kept_out.to(device))
+        kept_out = kept_out.to(weight.device)
+        weight, bias = weight.index_select(0, kept_out), bias.index_select(0, kept_out)
     if mask_in is not None:
         if kept_in is not None:
-            weight, mask_in = weight.index_select(1, kept_in.to(device)), mask_in[kept_in]
+            weight, mask_in = weight.index_select(1, kept_in.to(weight.device)), mask_in[kept_in]
         weight = weight * mask_in.to(weight)
     if scale_out is not None:
         weight, bias = weight * scale_out.to(weight)[:, None], bias * scale_out.to(bias)
@@ -276,48 +272,37 @@ def _within(masks: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): mask for name, mask in masks.items() if name.startswith(prefix)}
 
 
-def _check(
-    input_shape: Sequence[int],
-    num_classes: int,
-    hidden: Sequence[int],
-    activation: str,
-    layer_norm: bool,
-    width: int | None,
-    residual: bool,
-    patch_size: int | None,
-    max_norm: float | None,
-    dropout: DropoutRates,
-) -> None:
-    if not input_shape or min(input_shape) < 1:
-        raise ValueError(f"Expected net.input_shape to hold positive sizes, but got {list(input_shape)}")
-    if num_classes < 2:
-        raise ValueError(f"Expected net.num_classes to be at least 2, but got {num_classes}")
-    if hidden and min(hidden) < 1:
-        raise ValueError(f"Expected net.hidden to hold positive widths, but got {list(hidden)}")
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"Expected net.activation to be one of {list(ACTIVATIONS)}, but got {activation!r}")
-    if width is not None and width < 1:
-        raise ValueError(f"Expected net.width to be positive or null, but got {width}")
-    if width is None and (residual or patch_size is not None):
-        option = "residual" if residual else "patch_size"
-        raise ValueError(f"Expected net.width to be set where net.{option} is, but got null")
-    if patch_size is not None and (
-        patch_size < 1 or len(input_shape) != 3 or any(size % patch_size for size in input_shape[1:])
+def _check(config: dict[str, Any]) -> None:
+    """Raises ValueError for a setting outside its range, and for a rate at a site that is not there."""
+    shape, hidden, width, patch_size = (config[key] for key in ("input_shape", "hidden", "width", "patch_size"))
+    needs_width = config["residual"] or patch_size is not None
+    divides = patch_size is None or (
+        patch_size >= 1 and len(shape) == 3 and not any(size % patch_size for size in shape[1:])
+    )
+    max_norm = config["max_norm"]
+    for key, valid, expected in (
+        ("input_shape", shape and min(shape) >= 1, "to hold positive sizes"),
+        ("num_classes", config["num_classes"] >= 2, "to be at least 2"),
+        ("hidden", not hidden or min(hidden) >= 1, "to hold positive widths"),
+        ("activation", config["activation"] in ACTIVATIONS, f"to be one of {list(ACTIVATIONS)}"),
+        ("width", width is None or width >= 1, "to be positive or null"),
+        ("width", width is not None or not needs_width, "to be set where net.residual or net.patch_size is"),
+        ("patch_size", divides, f"to divide the height and width of net.input_shape (C, H, W) {shape}"),
+        ("max_norm", max_norm is None or max_norm > 0, "to be positive or null"),
     ):
-        raise ValueError(
-            f"Expected net.patch_size to divide the height and width of net.input_shape (C, H, W), "
-            f"but got {patch_size} for {list(input_shape)}"
-        )
-    if max_norm is not None and not max_norm > 0:
-        raise ValueError(f"Expected net.max_norm to be positive or null, but got {max_norm}")
+        if not valid:
+            raise ValueError(f"Expected net.{key} {expected}, but got {config[key]!r}")
     lacking = {
-        "attention": None if patch_size is not None else "set net.patch_size and net.width",
-        "residual": None if residual and hidden else "set net.residual and net.width, with at least one net.hidden",
-        "mlp": None if hidden else "give at least one width in net.hidden",
+        "attention": "" if patch_size is not None else "set net.patch_size and net.width",
+        "residual": ""
+        if config["residual"] and hidden
+        else "set net.residual and net.width, with at least one net.hidden",
+        "mlp": "" if hidden else "give at least one width in net.hidden",
     }
     for site, remedy in lacking.items():
-        if remedy and getattr(dropout, site) > 0:
+        rate = config["dropout"][site]
+        if remedy and rate > 0:
             raise ValueError(
-                f"Expected net.dropout.{site} to be 0 for an MLP without that site, "
-                f"but got {getattr(dropout, site)}: {remedy} to create it"
+                f"Expected net.dropout.{site} to be 0 for an MLP without that site, but got {rate}: "
+                f"{remedy} to create it"
             )
