@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torchmetrics.utilities.distributed import gather_all_tensors
 
 from thinned.callbacks.prediction_file import PredictionFile
-from thinned.models.dropout import check_sites, derive_seed
+from thinned.models.dropout import check_sites, derive_seed, sites_in
 from thinned.uncertainty import MCPrediction, classification_scores, mc_predict, report, select_sites
 from thinned.uncertainty.monte_carlo import Masks, resolve_masks
 from thinned.uncertainty.scores import nll
@@ -73,6 +73,14 @@ class MCDropout(Callback):
         self._file: PredictionFile | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        net = self._net(pl_module)
+        if self.num_samples is not None and net is not pl_module:  # known before training, not an hour later
+            droppable = sites_in(net)
+            if not droppable or not (isinstance(self.sites, str) or set(droppable) & set(self.sites)):
+                raise ValueError(
+                    f"Expected mc_dropout.sites among those of the net with a rate above 0, {list(droppable)}, but got "
+                    f"{self.sites!r}: raise a rate, or set mc_dropout.num_samples to null to leave MC dropout out"
+                )
         directory = Path(self.dirpath or trainer.default_root_dir)
         self._directory: Path = trainer.strategy.broadcast(directory)
 

@@ -102,7 +102,8 @@ class ClassificationTask(Task):
         assert isinstance(metrics, MetricCollection)
         metrics.update(logits.detach().softmax(-1), targets)
         train = stage == "train"
-        self.log(f"{stage}/loss", loss, on_step=train, on_epoch=not train, sync_dist=not train, batch_size=len(targets))
+        when: dict[str, Any] = {"on_step": train, "on_epoch": not train, "prog_bar": train, "sync_dist": not train}
+        self.log(f"{stage}/loss", loss, batch_size=len(targets), **when)
         self.log_dict(metrics, on_step=False, on_epoch=True, prog_bar=stage == "val")
         return loss
 
