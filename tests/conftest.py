@@ -1,0 +1,177 @@
+"""What all tests share: settings and caches of their own, small datasets in the hub's layout, and runs of scripts."""
+
+import importlib.util
+import io
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from contextlib import ExitStack, chdir, redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SECRET = "zebra-crossing-0451"  # stands in the environment of every run and must stand in none of its files
+TRAINED = (
+    "--config", ROOT / "configs/mlp_digits.yaml", "--trainer.accelerator", "cpu", "--model.final_lr_fraction", 1,
+    "--model.net.dropout.embedding", 0.1, "--model.net.dropout.mlp", 0.3,
+)  # fmt: skip
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Before anything is imported: no key, no hub, and no caches of whoever runs the tests."""
+    home = tempfile.mkdtemp(prefix="thinned-tests-")
+    config.add_cleanup(partial(shutil.rmtree, home, ignore_errors=True))
+    for name in [name for name in os.environ if name.startswith(("WANDB_", "HF_", "THINNED_", "PL_"))]:
+        del os.environ[name]
+    os.environ |= {f"WANDB_{kind}_DIR": f"{home}/wandb/{kind}" for kind in ("CONFIG", "CACHE", "DATA")}
+    os.environ |= {"HF_HOME": f"{home}/huggingface", "HF_HUB_OFFLINE": "1", "NETRC": f"{home}/netrc"}
+    os.environ |= {"TEST_SECRET": SECRET}
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What a script did: its exit status, what it printed, and what is new in its working directory."""
+
+    status: int
+    out: str
+    err: str
+    cwd: Path
+    new: list[Path]  # relative to cwd
+
+    @property
+    def run(self) -> Path:
+        """The directory of its only run."""
+        assert self.status == 0, self.err
+        (run,) = {Path(*path.parts[:3]) for path in self.new if len(path.parts) >= 3}  # runs/<experiment>/<id>
+        return self.cwd / run
+
+    @property
+    def error(self) -> str:
+        """The one line of the failure, which has left nothing behind."""
+        (line,) = [line for line in self.err.splitlines() if line.startswith("error: ")]
+        assert self.status == 1
+        assert "Traceback" not in self.err
+        assert self.new in ([], [Path("runs")])
+        return line
+
+
+def run_script(name: str, *args: object, cwd: Path, pictures: bool = False, **environment: str) -> Finished:
+    """Runs scripts/<name>.py to the end of its process, but inside this one, which saves the start of another.
+
+    Drawing takes longer than all the rest together, so pictures are left out where nobody asks for them.
+    """
+    import wandb
+
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"scripts/{name}.py")
+    assert spec and spec.loader
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    before, status, out, err = _files(cwd), 0, io.StringIO(), io.StringIO()
+    at_exit: list[Callable[[], None]] = [wandb.teardown]  # done last
+    fake_atexit = SimpleNamespace(register=lambda function, *args: at_exit.append(partial(function, *args)))
+    handler = logging.StreamHandler(err)  # Lightning's own holds on to the stderr that there was at its import
+    logging.getLogger("lightning.pytorch").addHandler(handler)
+    with ExitStack() as stack:
+        stack.callback(logging.getLogger("lightning.pytorch").removeHandler, handler)
+        stack.enter_context(mock.patch.dict(os.environ, environment))
+        stack.enter_context(mock.patch("thinned.cli.atexit", fake_atexit))
+        if not pictures:
+            stack.enter_context(mock.patch("thinned.uncertainty.report.figures", return_value={}))
+        for context in (redirect_stdout(out), redirect_stderr(err), chdir(cwd)):
+            stack.enter_context(context)
+        try:
+            script.main([*map(str, args)])
+        except SystemExit as error:
+            assert isinstance(error.code, int)
+            status = error.code
+        finally:
+            for function in reversed([*at_exit, wandb.finish]):
+                function()
+    return Finished(status, out.getvalue(), err.getvalue(), cwd, sorted(_files(cwd) - before))
+
+
+def start_script(path: str | Path, *args: object, cwd: Path, **environment: str) -> Finished:
+    """Runs a script in a process of its own."""
+    import thinned
+
+    before = _files(cwd)
+    importable = os.pathsep.join([str(Path(thinned.__file__).parents[1]), str(ROOT / "tests/end_to_end")])
+    done = subprocess.run(
+        [sys.executable, ROOT / path, *map(str, args)],
+        env={**os.environ, "PYTHONPATH": importable, **environment},
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    return Finished(done.returncode, done.stdout, done.stderr, cwd, sorted(_files(cwd) - before))
+
+
+def _files(folder: Path) -> set[Path]:
+    return {path.relative_to(folder) for path in folder.rglob("*")}
+
+
+@pytest.fixture(name="run_script")
+def bound_run_script(tmp_path: Path) -> Callable[..., Finished]:
+    """`run_script` in the test's own directory."""
+    return partial(run_script, cwd=tmp_path)
+
+
+@pytest.fixture(name="start_script")
+def bound_start_script(tmp_path: Path) -> Callable[..., Finished]:
+    """`start_script` in the test's own directory."""
+    return partial(start_script, cwd=tmp_path)
+
+
+@pytest.fixture(scope="session")
+def trained_args() -> tuple[object, ...]:
+    """The arguments of `trained`, less the number of epochs."""
+    return TRAINED
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """Three epochs of 19 steps on the digits, with a learning rate that stays constant after its warm-up."""
+    cwd = tmp_path_factory.mktemp("trained")
+    return run_script("train", *TRAINED, "--trainer.max_epochs", 3, cwd=cwd, pictures=True)
+
+
+@pytest.fixture(scope="session")
+def save_images() -> Callable[..., Path]:
+    """Saves 200 + 50 images of ten classes, noise that grows brighter, as MNIST is stored on the hub."""
+    import datasets
+    import numpy as np
+
+    classes = datasets.ClassLabel(names=[str(name) for name in range(10)])
+
+    def save(folder: Path, size: int = 28, leave_out: str | None = None, first_label: int = 0) -> Path:
+        (folder / "data").mkdir(parents=True, exist_ok=True)
+        for split, count in (("train", 200), ("test", 50)):
+            label = np.arange(count) % 10
+            pixels = np.random.default_rng(count).integers(0, 64, (count, size, size)) + 20 * label[:, None, None]
+            label[0] = first_label
+            features = datasets.Features(image=datasets.Image(), label=classes)
+            content = {"image": list(pixels.astype(np.uint8)), "label": label}
+            dataset = datasets.Dataset.from_dict(content, features=features)
+            if leave_out:
+                dataset = dataset.remove_columns(leave_out)
+            dataset.to_parquet(folder / f"data/{split}-00000-of-00001.parquet")
+        return folder
+
+    return save
+
+
+@pytest.fixture(scope="session")
+def hub_images(save_images: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder like a clone of MNIST from the hub, with 250 images."""
+    return save_images(tmp_path_factory.mktemp("hub_images"))

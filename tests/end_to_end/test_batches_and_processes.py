@@ -1,0 +1,44 @@
+"""Predictions do not depend on how examples are dealt out to batches and processes."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+
+
+def assert_equal(predicted: pa.Table, expected: pa.Table) -> None:
+    assert predicted.schema == expected.schema
+    for name in expected.column_names:
+        pair = (torch.tensor(table[name].to_pylist(), dtype=torch.float64) for table in (predicted, expected))
+        torch.testing.assert_close(*pair, atol=1e-6, rtol=0, msg=lambda message, name=name: f"{name}: {message}")
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 512])
+def test_batch_size(batch_size: int, trained: Any, run_script: Callable[..., Any]) -> None:
+    args = ("--ckpt_path", trained.run / "checkpoints/best.ckpt", "--data.predict_split", "val")
+    runs = [
+        run_script("predict", *args, "--mc_dropout.num_samples", 3, "--data.eval_batch_size", size).run
+        for size in (64, batch_size)
+    ]
+    expected, predicted = (pq.read_table(run / "predictions.parquet") for run in runs)
+    assert expected["index"].to_pylist() == list(range(180))
+    assert_equal(predicted, expected)
+
+
+@pytest.mark.slow
+def test_two_processes(trained: Any, start_script: Callable[..., Any]) -> None:
+    args = ("--ckpt_path", trained.run / "checkpoints/best.ckpt", "--config", ROOT / "configs/trainer/ddp_cpu.yaml")
+    run = start_script("scripts/predict.py", *args, "--data.eval_batch_size", 50).run
+    predicted, expected = (pq.read_table(r / "predictions.parquet") for r in (run, trained.run))
+    assert predicted["index"].to_pylist() == list(range(359))  # odd: one process has an example more
+    assert_equal(predicted, expected)
+    assert not list(run.glob("*.part*"))
+    scores, alone = (json.loads((r / "metrics.json").read_text())["mc_dropout"] for r in (run, trained.run))
+    assert scores == pytest.approx(alone, abs=1e-6)

@@ -1,0 +1,97 @@
+"""Every yaml below configs/ does what it is for: experiments run, overlays reach the run. A new file is found here."""
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+import yaml
+
+Script = Callable[..., Any]
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = ROOT / "configs"
+EXPERIMENTS = sorted(CONFIGS.glob("*.yaml"))
+OVERLAYS = sorted(set(CONFIGS.glob("**/*.yaml")) - set(EXPERIMENTS) - {CONFIGS / "trainer/ddp_cpu.yaml"})  # has its own
+ON_GPU = [path for path in OVERLAYS if "accelerator: gpu" in path.read_text()]
+DIGITS = CONFIGS / "mlp_digits.yaml"
+CPU = ("--trainer.accelerator", "cpu", "--trainer.devices", 1)
+
+
+def name(path: Path) -> str:
+    return str(path.relative_to(CONFIGS))
+
+
+def leaves(content: Any, *keys: str) -> Iterator[tuple[tuple[str, ...], Any]]:
+    if isinstance(content, dict) and content:
+        for key, value in content.items():
+            yield from leaves(value, *keys, key)
+    else:
+        yield keys, content
+
+
+def assert_scores(run: Path) -> None:
+    metrics = json.loads((run / "metrics.json").read_text())
+    rows = pq.read_table(run / "predictions.parquet")
+    mean_nll = -sum(math.log(p[t]) for p, t in zip(*(rows[k].to_pylist() for k in ("probs", "target")), strict=True))
+    assert metrics[list(metrics)[-1]]["nll"] == pytest.approx(mean_nll / len(rows), rel=1e-5)
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS, ids=name)
+def test_experiment_runs(experiment: Path, run_script: Script, hub_images: Path) -> None:
+    data = yaml.safe_load(experiment.read_text())["data"]
+    offline = data["init_args"]["path"] == "digits" or not data["class_path"].endswith("ImageDataModule")
+    path = () if offline else ("--data.path", hub_images)
+    fast = ("--config", CONFIGS / "debug/fast.yaml", *CPU)
+    run = run_script("train", "--config", experiment, *fast, *path).run
+    assert run.parent.name == experiment.stem  # `experiment` is called as its file is
+    assert_scores(run)
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS, ids=name)
+def test_overlay_reaches_the_run(overlay: Path, run_script: Script, start_script: Script) -> None:
+    if overlay in ON_GPU and not torch.cuda.is_available():
+        pytest.skip("there is no GPU; the next test sees the overlay refused")
+    content = yaml.safe_load(overlay.read_text())
+    few = {"max_epochs": 1, "limit_train_batches": 2, "check_val_every_n_epoch": 1, "log_every_n_steps": 1}
+    options = [f"--trainer.{key}={value}" for key, value in few.items()]
+    if overlay not in ON_GPU and "accelerator" not in content.get("trainer", {}):
+        options += map(str, CPU)
+    if "strategy" in content.get("trainer", {}):  # starts further processes
+        finished = start_script("scripts/train.py", "--config", DIGITS, "--config", overlay, *options)
+    else:
+        finished = run_script("train", "--config", DIGITS, "--config", overlay, *options)
+    config = yaml.safe_load((finished.run / "config.yaml").read_text())
+    changed = {("trainer", key) for key in few} | {("trainer", "logger", "init_args", "save_dir")}
+    asked = {keys: value for keys, value in leaves(content) if keys not in changed}
+    got = dict(leaves(config))
+    assert {keys: got.get(keys) for keys in asked} == asked
+    assert_scores(finished.run)
+
+
+@pytest.mark.parametrize("overlay", ON_GPU, ids=name)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_gpu_overlay_is_refused_without_gpu(overlay: Path, run_script: Script) -> None:
+    error = run_script("train", "--config", DIGITS, "--config", overlay).error
+    assert "Expected a machine for trainer={'accelerator': 'gpu'" in error
+
+
+def test_fast_sees_every_stage_but_little_of_it(run_script: Script) -> None:
+    overlay = ("--config", CONFIGS / "debug/fast.yaml", "--data.eval_batch_size", 10, *CPU)
+    run = run_script("train", "--config", DIGITS, *overlay).run
+    assert torch.load(run / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 3
+    assert pq.read_table(run / "predictions.parquet").num_rows == 20
+    assert json.loads((run / "metrics.json").read_text())["mc_dropout"]["num_samples"] == 3
+
+
+def test_overfit_overfits(run_script: Script) -> None:
+    overlays = ("--config", CONFIGS / "debug/overfit.yaml", "--config", CONFIGS / "logger/csv.yaml")
+    run = run_script("train", "--config", DIGITS, *overlays, *CPU, "--trainer.enable_progress_bar=false").run
+    rows = [line.split(",") for line in (run / "metrics.csv").read_text().splitlines()]
+    losses = [float(row[rows[0].index("train/loss")]) for row in rows[1:] if row[rows[0].index("train/loss")]]
+    assert losses[0] > 2
+    assert losses[-1] < 1e-3

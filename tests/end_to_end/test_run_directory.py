@@ -1,0 +1,85 @@
+"""What a run leaves behind: its directory, the scores in it, what is printed, and a config that can be used again."""
+
+import json
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from thinned.uncertainty import classification_scores
+from thinned.uncertainty.report import SCORES
+
+SCORE_NAMES = {"accuracy", "nll", "brier", "ece", "auroc_error", "aurc"}
+PICTURES = {"reliability.png", "entropy.png", "uncertain.png"}
+
+
+def test_files_of_a_run(trained: Any) -> None:
+    run = trained.run
+    files = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file() and "wandb" not in path.parts}
+    checkpoints = {"checkpoints/best.ckpt", "checkpoints/last.ckpt"}
+    assert files == {"config.yaml", "metrics.json", "predictions.parquet"} | checkpoints | PICTURES
+    assert {path.name for path in run.iterdir() if path.is_dir()} == {"checkpoints", "wandb"}
+    assert [path.name for path in run.parents[2].iterdir()] == ["runs"]  # nothing beside it
+
+
+def test_pictures_show_something(trained: Any) -> None:
+    for name in PICTURES:
+        colours = Image.open(trained.run / name).convert("RGB").getcolors(maxcolors=10**6)
+        assert len(colours) > 20, name
+
+
+def test_metrics_have_exactly_these_keys(trained: Any) -> None:
+    metrics = json.loads((trained.run / "metrics.json").read_text())
+    assert metrics.keys() == {"deterministic", "mc_dropout"}
+    assert metrics["deterministic"].keys() == SCORE_NAMES
+    assert metrics["mc_dropout"].keys() == SCORE_NAMES | {"num_samples", "masks"}
+    assert (metrics["mc_dropout"]["num_samples"], metrics["mc_dropout"]["masks"]) == (50, "shared")
+    assert metrics["mc_dropout"]["accuracy"] > 0.9
+
+
+def test_metrics_are_those_of_the_predictions(trained: Any) -> None:
+    rows = pq.read_table(trained.run / "predictions.parquet")
+    assert rows["index"].to_pylist() == list(range(359))
+    probs, target = torch.tensor(rows["probs"].to_pylist()), torch.tensor(rows["target"].to_pylist())
+    written = json.loads((trained.run / "metrics.json").read_text())["mc_dropout"]
+    assert classification_scores(probs, target) == pytest.approx({key: written[key] for key in SCORE_NAMES}, abs=1e-6)
+    assert (probs.argmax(-1) == torch.tensor(rows["prediction"].to_pylist())).all()
+
+
+def test_printed_table_holds_the_metrics(trained: Any) -> None:
+    metrics = json.loads((trained.run / "metrics.json").read_text())
+    header = next(line for line in trained.out.splitlines() if "deterministic" in line)
+    assert header.index("deterministic") < header.index("MC dropout, S = 50, shared masks")
+    for key, label in SCORES.items():
+        (line,) = [line for line in trained.out.splitlines() if f" {label} " in line]
+        printed = [float(number) for number in re.findall(r"\d+\.\d{4}", line)]
+        expected = [metrics["deterministic"][key], metrics["mc_dropout"][key]]
+        assert printed == pytest.approx(expected, abs=5.1e-5), key
+
+
+def test_printed_files_are_those_of_the_run(trained: Any) -> None:
+    lines = trained.out.splitlines()
+    start = lines.index(f"Run: {trained.run}") + 1
+    printed = {line.strip() for line in lines[start:] if line.startswith("  ")}
+    files = (path for path in trained.run.rglob("*") if path.is_file() and "wandb" not in path.parts)
+    assert printed == {str(path.relative_to(trained.run)) for path in files}
+
+
+def test_config_of_a_run_gives_an_equal_run(trained: Any, run_script: Callable[..., Any]) -> None:
+    again = run_script("train", "--config", trained.run / "config.yaml").run
+    assert again != trained.run
+    for name in ("metrics.json", "predictions.parquet"):
+        assert (again / name).read_bytes() == (trained.run / name).read_bytes()
+    first, second = (yaml.safe_load((run / "config.yaml").read_text()) for run in (trained.run, again))
+    for key in ("seed_everything", "model", "data", "mc_dropout"):
+        assert first[key] == second[key]
+
+
+def test_config_does_not_remember_that_there_was_no_key(trained: Any) -> None:
+    logger = yaml.safe_load((trained.run / "config.yaml").read_text())["trainer"]["logger"]
+    assert (logger.get("dict_kwargs") or {}).get("mode") != "offline"

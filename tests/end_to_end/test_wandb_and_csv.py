@@ -1,0 +1,185 @@
+"""What the loggers hold after a run, read back from their files."""
+
+import csv
+import json
+import math
+import os
+import re
+import struct
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from wandb.proto.wandb_internal_pb2 import Record
+
+Script = Callable[..., Any]
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+SCORES = ("accuracy", "nll", "brier", "ece")
+KEYS = {
+    "epoch", "train/loss", "val/loss", "test/loss", "lr-AdamW/pg1", "lr-AdamW/pg2",
+    *(f"{stage}/{score}" for stage in ("train", "val", "test", "mc") for score in SCORES),
+    *(f"{stage}/{score}" for stage in ("test", "mc") for score in ("auroc_error", "aurc")),
+}  # fmt: skip
+MEDIA = {"mc/reliability", "mc/entropy", "mc/uncertain", "mc/most_uncertain"}
+STEPS = {  # of 57, three times 19, counted from 0; the test comes after them
+    "train/loss": [9, 19, 29, 39, 49],
+    "lr-AdamW/pg1": [9, 19, 29, 39, 49],
+    "train/accuracy": [18, 37, 56],
+    "val/nll": [18, 37, 56],
+    "test/nll": [57],
+    "mc/nll": [57],
+    "mc/reliability": [57],
+    "mc/most_uncertain": [57],
+}
+
+
+def records(run: Path) -> Iterator[Record]:
+    """The records of a run's only .wandb file, a LevelDB log: blocks of 32 KiB with chunks (CRC, length, kind, bytes)."""
+    (file,) = run.glob("wandb/offline-run-*/*.wandb")
+    content, position, record = file.read_bytes(), 7, b""
+    while position + 7 < len(content):
+        left = 2**15 - position % 2**15
+        if left < 7:
+            position += left
+            continue
+        _, length, kind = struct.unpack_from("<IHB", content, position)
+        record += content[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            yield Record.FromString(record)
+            record = b""
+
+
+def history(run: Path) -> list[dict[str, Any]]:
+    """The logged rows; a picture or table is a dict under its key."""
+    rows = []
+    for record in records(run):
+        if record.WhichOneof("record_type") == "history":
+            row: dict[str, Any] = {}
+            for item in record.history.item:
+                *keys, last = item.nested_key or [item.key]
+                place = row
+                for key in keys:
+                    place = place.setdefault(key, {})
+                place[last] = json.loads(item.value_json)
+            rows.append(row)
+    return rows
+
+
+def metrics_csv(run: Path) -> list[dict[str, str]]:
+    with (run / "metrics.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="session")
+def rows(trained: Any) -> list[dict[str, Any]]:
+    return history(trained.run)
+
+
+def test_history_has_exactly_these_keys(rows: list[dict[str, Any]]) -> None:
+    logged = {key for row in rows for key in row if not key.startswith("_")}
+    assert logged == KEYS | MEDIA | {"trainer/global_step"}
+
+
+def test_history_has_these_steps(rows: list[dict[str, Any]]) -> None:
+    steps = [row["trainer/global_step"] for row in rows]
+    assert steps == sorted(steps)
+    assert {key: [row["trainer/global_step"] for row in rows if key in row] for key in STEPS} == STEPS
+
+
+def test_history_holds_the_scores_of_the_run(trained: Any, rows: list[dict[str, Any]]) -> None:
+    metrics = json.loads((trained.run / "metrics.json").read_text())
+    (last,) = [row for row in rows if "mc/nll" in row]
+    for prefix, scores in (("test", metrics["deterministic"]), ("mc", metrics["mc_dropout"])):
+        logged = {key.removeprefix(f"{prefix}/"): value for key, value in last.items() if key.startswith(prefix)}
+        logged.pop("loss", None)
+        assert logged == pytest.approx({key: scores[key] for key in logged}, abs=1e-6)
+        assert len(logged) == 6
+
+
+def test_learning_rate_is_that_of_the_step(trained: Any, rows: list[dict[str, Any]]) -> None:
+    rates = [row["lr-AdamW/pg1"] for row in rows if "lr-AdamW/pg1" in row]
+    model = yaml.safe_load((trained.run / "config.yaml").read_text())["model"]["init_args"]
+    peak, warmup_steps = model["optimizer"]["init_args"]["lr"], model["warmup_steps"]
+    assert warmup_steps >= 50
+    assert rates == pytest.approx([peak * (step + 1) / (warmup_steps + 1) for step in STEPS["train/loss"]])
+
+
+def test_pictures_and_table_are_there(trained: Any, rows: list[dict[str, Any]]) -> None:
+    (files,) = trained.run.glob("wandb/offline-run-*/files")
+    logged = {key: row[key] for row in rows for key in MEDIA if key in row}
+    for key in MEDIA - {"mc/most_uncertain"}:
+        (picture,) = logged[key]["filenames"]
+        assert (files / picture).read_bytes().startswith(b"\x89PNG"), key
+    table = json.loads((files / logged["mc/most_uncertain"]["path"]).read_text())
+    entropies = [row[table["columns"].index("predictive_entropy")] for row in table["data"]]
+    assert len(entropies) == 64
+    assert entropies == sorted(entropies, reverse=True)
+    assert 0 < entropies[-1] < entropies[0] < math.log(10)
+
+
+def test_config_is_logged_once(trained: Any) -> None:
+    updates = [record.config.update for record in records(trained.run) if record.WhichOneof("record_type") == "config"]
+    logged = [(item.key or item.nested_key, json.loads(item.value_json)) for update in updates for item in update]
+    config = yaml.safe_load((trained.run / "config.yaml").read_text())
+    for key in ("model", "data", "mc_dropout", "seed_everything"):
+        assert [value for name, value in logged if name == key] == [config[key]]
+    assert len(updates) == 1
+
+
+def test_no_environment_in_any_file(trained: Any) -> None:
+    secret = os.environ["TEST_SECRET"].encode()
+    files = [path for path in trained.run.rglob("*") if path.is_file()]
+    assert [path for path in files if secret in path.read_bytes()] == []
+    assert any(b"W&B" in path.read_bytes() for path in files)  # the search finds what is there
+
+
+def test_no_key_in_any_file(run_script: Script) -> None:
+    key = "0123456789abcdef" * 2 + "fedcba98"
+    few = ("--config", CONFIGS / "debug/fast.yaml", "--config", CONFIGS / "logger/wandb.yaml")
+    options = ("--trainer.log_every_n_steps", 1, "--trainer.accelerator", "cpu")
+    finished = run_script(
+        "train", "--config", CONFIGS / "mlp_digits.yaml", *few, *options, WANDB_MODE="offline", WANDB_API_KEY=key
+    )
+    assert len(history(finished.run)) > 3
+    files = [path for path in finished.cwd.rglob("*") if path.is_file()]
+    assert [path for path in files if key.encode() in path.read_bytes()] == []
+    assert "no API key" not in finished.err
+
+
+def test_message_without_a_key_names_commands_that_work(trained: Any) -> None:
+    (line,) = [line for line in trained.err.splitlines() if "no API key" in line]
+    leet, sync = re.findall(r"`wandb (.*?)`", line)
+    assert f"Dashboard: wandb {leet}" in trained.out
+    shown = subprocess.run(
+        [sys.executable, "-m", "wandb", "leet", "inspect", "--summary", leet.removeprefix("leet ")],
+        capture_output=True,
+        text=True,
+    )
+    assert "mc/nll" in shown.stdout, shown.stderr
+    command, pattern = sync.split(" ", 1)
+    assert command == "sync"
+    assert [path.suffix for run in Path("/").glob(pattern[1:]) for path in run.glob("*.wandb")] == [".wandb"]
+
+
+def test_logger_can_be_left_out(run_script: Script) -> None:
+    args = ("--config", CONFIGS / "mlp_digits.yaml", "--trainer.logger=false", "--trainer.accelerator", "cpu")
+    finished = run_script("train", *args, "--trainer.max_epochs", 1)
+    assert finished.status == 0
+    assert not [path for path in finished.new if "wandb" in path.name]
+    assert "W&B" not in finished.err
+
+
+def test_csv_has_the_same_keys_and_steps(run_script: Script) -> None:
+    configs = ("--config", CONFIGS / "mlp_digits.yaml", "--config", CONFIGS / "logger/csv.yaml")
+    run = run_script("train", *configs, "--trainer.max_epochs", 3, "--trainer.accelerator", "cpu").run
+    rows = metrics_csv(run)
+    assert set(rows[0]) == KEYS | {"step"}
+    scalars = {key: steps for key, steps in STEPS.items() if key not in MEDIA}
+    assert {key: [int(row["step"]) for row in rows if row[key]] for key in scalars} == scalars
+    assert not (run / "wandb").exists()

@@ -1,0 +1,81 @@
+"""Scores by hand, and against scikit-learn where it has them."""
+
+import math
+
+import pytest
+import torch
+from sklearn import metrics
+from torch import Tensor
+
+from thinned.uncertainty import classification_scores
+from thinned.uncertainty.scores import aurc, brier, ece, nll
+
+
+def binary(confidence: list[float]) -> Tensor:
+    """Predictions of class 0 with these confidences."""
+    p = torch.tensor(confidence)
+    return torch.stack([p, 1 - p], -1)
+
+
+def test_nll_and_brier_by_hand() -> None:
+    probs, targets = torch.tensor([[0.7, 0.2, 0.1], [0.7, 0.2, 0.1]]), torch.tensor([0, 2])
+    assert nll(probs, targets).tolist() == pytest.approx([-math.log(0.7), -math.log(0.1)])
+    assert brier(probs, targets).tolist() == pytest.approx([0.09 + 0.04 + 0.01, 0.49 + 0.04 + 0.81])
+
+
+def test_nll_of_an_impossible_target_is_finite() -> None:
+    assert nll(torch.tensor([[1.0, 0.0]]), torch.tensor([1])).item() == pytest.approx(-math.log(2.0**-126))
+
+
+def test_ece_by_hand() -> None:
+    """Right at 0.68 and wrong at 0.72, both in bin 11 of 15 (in 10 bins they would part); right at 0.9; right at 1."""
+    error = ece(binary([0.68, 0.72, 0.9, 1.0]), torch.tensor([0, 1, 0, 0]))
+    assert error.item() == pytest.approx((2 * abs(0.5 - 0.7) + 0.1 + 0) / 4, abs=1e-6)
+
+
+def test_confidence_of_exactly_one_shares_the_last_bin() -> None:
+    """Right at 0.95 and wrong at 1: |1/2 - 0.975|; in bins of their own they would give (0.05 + 1) / 2."""
+    assert ece(binary([0.95, 1.0]), torch.tensor([0, 1])).item() == pytest.approx(0.475, abs=1e-6)
+
+
+def test_aurc_by_hand() -> None:
+    errors, uncertainty = torch.tensor([False, True, False, True]), torch.tensor([0.1, 0.4, 0.2, 0.3])
+    assert aurc(errors, uncertainty).item() == pytest.approx((0 + 0 + 1 / 3 + 2 / 4) / 4)
+    assert aurc(errors, -uncertainty).item() == pytest.approx((1 + 2 / 2 + 2 / 3 + 2 / 4) / 4)
+    assert aurc(errors, torch.zeros(4)).item() == pytest.approx((0 + 1 / 2 + 1 / 3 + 2 / 4) / 4)  # ties, as given
+
+
+def test_all_six_by_hand() -> None:
+    """Hits at 0.9, 0.6 and 0.95, an error at 0.7: it is more uncertain than two of three hits."""
+    scores = classification_scores(binary([0.9, 0.6, 0.7, 0.95]), torch.tensor([0, 0, 1, 0]))
+    assert list(scores) == ["accuracy", "nll", "brier", "ece", "auroc_error", "aurc"]
+    assert scores == pytest.approx(
+        {
+            "accuracy": 3 / 4,
+            "nll": -math.log(0.9 * 0.6 * 0.3 * 0.95) / 4,
+            "brier": 2 * (0.1**2 + 0.4**2 + 0.7**2 + 0.05**2) / 4,
+            "ece": (0.1 + 0.4 + 0.7 + 0.05) / 4,
+            "auroc_error": 2 / 3,
+            "aurc": (0 + 0 + 1 / 3 + 1 / 4) / 4,
+        },
+        abs=1e-6,
+    )
+
+
+@pytest.mark.parametrize("target", [0, 1])
+def test_auroc_of_errors_is_undefined_without_both_kinds(target: int) -> None:
+    scores = classification_scores(binary([0.9, 0.6]), torch.tensor([target, target]))
+    assert math.isnan(scores["auroc_error"])
+    assert scores["accuracy"] == 1 - target
+
+
+def test_agrees_with_scikit_learn() -> None:
+    generator = torch.Generator().manual_seed(0)
+    probs = torch.softmax(torch.randn(200, 4, generator=generator, dtype=torch.float64), -1)
+    targets = torch.multinomial(probs, 1, generator=generator).squeeze(1)
+    scores = classification_scores(probs, targets)
+    entropy = -(probs * probs.log()).sum(-1)
+    assert scores["accuracy"] == pytest.approx(metrics.accuracy_score(targets, probs.argmax(-1)))
+    assert scores["nll"] == pytest.approx(metrics.log_loss(targets, probs))
+    assert scores["brier"] == pytest.approx(metrics.brier_score_loss(targets, probs, scale_by_half=False))
+    assert scores["auroc_error"] == pytest.approx(metrics.roc_auc_score(targets != probs.argmax(-1), entropy))
