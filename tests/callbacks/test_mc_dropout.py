@@ -237,9 +237,10 @@ def test_net_that_drops_nothing_is_refused(stage: str, net: nn.Module, run: Call
     assert not list(tmp_path.iterdir())
 
 
-def test_sites_without_dropout_are_refused(run: Callable[..., Any]) -> None:
+def test_sites_without_dropout_are_refused_before_training(make_trainer: Callable[..., Trainer]) -> None:
+    callback = MCDropout(sites=["residual"])
     with pytest.raises(ValueError, match=r"Expected .*sites among those .*'embedding', 'mlp'.* but got .*'residual'"):
-        run("test", thinnable(), loader(*examples()), sites=["residual"])
+        callback.setup(make_trainer(), Plain(thinnable()), "fit")
 
 
 class FailsLate(nn.Module):

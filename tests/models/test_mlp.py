@@ -36,8 +36,8 @@ def make(stem: str = "raw", layer_norm: bool = False, hidden: tuple[int, ...] = 
         residual=p if "residual" in options and hidden else 0,
         mlp=p if hidden else 0,
     )
-    activation = ACTIVATIONS[len(hidden)]
-    net = MLP((2, 4, 4), 3, hidden, activation, layer_norm, dropout=rates, **options).double().eval()  # type: ignore[arg-type]
+    activation = ACTIVATIONS[(len(hidden) + list(STEMS).index(stem)) % 4]
+    net = MLP((2, 4, 4), 3, hidden, activation, layer_norm, dropout=rates, **options).double().eval()
     for parameter in net.parameters():
         nn.init.normal_(parameter, std=0.5)
     return net

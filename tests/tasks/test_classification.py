@@ -62,7 +62,7 @@ def test_metrics_are_the_scores_of_the_whole_split(make_trainer: MakeTrainer) ->
     """In batches of 8, 8, 8, 8 and 5, whose plain average would be another number."""
     x, y = digits(37)
     task, trainer = ClassificationTask(net()), make_trainer()
-    nn.init.normal_(task.net.stages.head.weight)  # type: ignore[union-attr]
+    nn.init.normal_(task.net.stages.head.weight)
     logits = task.net.eval()(x).detach()
     expected = classification_scores(logits.softmax(-1), y)
     trainer.validate(task, loader(x, y, 8), verbose=False)
@@ -132,7 +132,7 @@ def test_overfits_one_batch(make_trainer: MakeTrainer) -> None:
 def test_trains_a_net_with_batch_norm(make_trainer: MakeTrainer) -> None:
     x, y = digits(64)
     task = ClassificationTask(batch_norm_net(), num_classes=10, optimizer=partial(torch.optim.SGD, lr=0.5))
-    norm, trainer = task.net[2], make_trainer(max_epochs=5)  # type: ignore[index]
+    norm, trainer = task.net[2], make_trainer(max_epochs=5)
     before = F.cross_entropy(task.net(x), y).item()
     norm.reset_running_stats()
     trainer.fit(task, loader(x, y, 32), loader(x, y, 32))

@@ -253,7 +253,7 @@ def test_net_that_cannot_be_thinned() -> None:
     with pytest.raises(ValueError, match=r"net with `thin.* for masks=shared, but got FunctionalDropout"):
         mc_predict(net, x, masks="shared")
     with pytest.raises(ValueError, match="masks to be auto, shared or independent, but got 'both'"):
-        mc_predict(net, x, masks="both")  # type: ignore[arg-type]
+        mc_predict(net, x, masks="both")
     with pytest.raises(ValueError, match="dropout with a rate above 0 in Linear"):
         mc_predict(nn.Linear(4, 3), x)
 
