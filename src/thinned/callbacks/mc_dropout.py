@@ -76,7 +76,7 @@ class MCDropout(Callback):
         net = self._net(pl_module)
         if self.num_samples is not None and net is not pl_module:  # known before training, not an hour later
             droppable = sites_in(net)
-            if not droppable or not (isinstance(self.sites, str) or set(droppable) & set(self.sites)):
+            if not droppable or (not isinstance(self.sites, str) and set(self.sites) - set(droppable)):
                 raise ValueError(
                     f"Expected mc_dropout.sites among those of the net with a rate above 0, {list(droppable)}, but got "
                     f"{self.sites!r}: raise a rate, or set mc_dropout.num_samples to null to leave MC dropout out"
@@ -92,6 +92,7 @@ class MCDropout(Callback):
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._rows = []
+        self.selection = {}  # the weights may be others than last time
         self._prepare(trainer, pl_module)
 
     def on_test_batch_end(
@@ -112,8 +113,9 @@ class MCDropout(Callback):
             logged |= {f"mc/{key}": value for key, value in scores.items()}
             masks = resolve_masks(self._net(pl_module), self.masks)
             self.metrics["mc_dropout"] = {**scores, "num_samples": self.num_samples, "masks": masks}
+            if self._active_sites is not None:
+                self.metrics["mc_dropout"]["sites"] = list(self._active_sites)
             if self.selection:
-                self.metrics["mc_dropout"]["sites"] = list(self._active_sites or ())
                 self.metrics["sites_nll"] = {"+".join(s): value for s, value in self.selection.items()}
         pl_module.log_dict(logged, sync_dist=True)  # equal on all ranks
         if trainer.is_global_zero:
@@ -180,6 +182,8 @@ class MCDropout(Callback):
 
     @torch.no_grad()
     def _validation_nll(self, trainer: Trainer, pl_module: LightningModule, sites: tuple[str, ...]) -> float:
+        if getattr(trainer, "datamodule", None) is None:
+            raise ValueError("Expected a data module for mc_dropout.sites=auto, which needs its validation split")
         sums = torch.zeros(2, dtype=torch.float32, device=pl_module.device)
         for batch in trainer.datamodule.val_dataloader():  # type: ignore[attr-defined]
             batch = trainer.strategy.batch_to_device(batch, pl_module.device)

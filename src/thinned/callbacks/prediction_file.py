@@ -21,6 +21,7 @@ class PredictionFile:
         self.path = path
         self.rank = rank
         self._writer: pq.ParquetWriter | None = None
+        self._part(rank).unlink(missing_ok=True)  # of a run that broke off
 
     def _part(self, rank: int) -> Path:
         return self.path.with_suffix(f".part{rank}")

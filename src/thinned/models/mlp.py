@@ -184,7 +184,8 @@ class MLP(nn.Module):
 
         Dropped hidden units are cut out of the weight matrices; embedding and residual masks scale rows or columns;
         only the masks on patches and on attention, which no weight can carry, stay as buffers. Equal to the
-        network with `masks(seed, sample, sites)` applied at its dropout modules.
+        network with `masks(seed, sample, sites)` applied at its dropout modules. What no mask touches (uncut layers,
+        norms) is shared with this network, not copied.
         """
         return _thin_chain(self.stages, _within(self.masks(seed, sample, sites), "stages."))
 

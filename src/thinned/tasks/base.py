@@ -60,18 +60,14 @@ class Task(LightningModule):
         self.final_lr_fraction = final_lr_fraction
         self.compile_net = compile
 
-    def save_primitive_hyperparameters(self) -> None:
-        """Stores the constructor's arguments so that `torch.load(weights_only=True)` opens the checkpoint.
+    def save_net_as_primitives(self) -> None:
+        """Stores a net of this package as class path and `config`, so that a checkpoint of it stands alone.
 
-        Built from a config, they are primitives already. Built in Python, a net of this package is stored as its
-        class path and `config`; another net and the optimiser are left out and are given to `load_from_checkpoint`.
+        Any other net, and the optimiser, are given to `load_from_checkpoint`: `weights_only=True` opens no pickles.
         """
-        net, config = self.net, getattr(self.net, "config", None)
-        if not isinstance(self.hparams.get("net"), nn.Module):
-            return
-        self.remove_ignored_hparams(["net", "optimizer"])
+        config = getattr(self.net, "config", None)
         if config is not None:
-            class_path = f"{type(net).__module__}.{type(net).__qualname__}"
+            class_path = f"{type(self.net).__module__}.{type(self.net).__qualname__}"
             self.hparams["net"] = {"class_path": class_path, "init_args": config}
             self.hparams["_instantiator"] = "lightning.pytorch.cli.instantiate_module"
 

@@ -1,5 +1,6 @@
 """Classification: cross-entropy for training; accuracy, NLL, Brier score and calibration error for every stage."""
 
+import warnings
 from typing import Any
 
 import torch
@@ -63,8 +64,12 @@ class ClassificationTask(Task):
         num_classes = num_classes or getattr(net, "num_classes", None)
         if num_classes is None:
             raise ValueError(f"Expected model.num_classes for a {type(net).__name__}, but got null")
-        self.save_hyperparameters(logger=False)
-        self.save_primitive_hyperparameters()
+        with warnings.catch_warnings():  # of a module among the hyperparameters, which goes at once
+            warnings.simplefilter("ignore")
+            self.save_hyperparameters(logger=False)
+        if "_instantiator" not in self.hparams:  # built in Python, not from a config
+            self.save_hyperparameters(ignore=["net", "optimizer"], logger=False)
+            self.save_net_as_primitives()
         self.num_classes = num_classes
         self.label_smoothing = label_smoothing
         input_shape = getattr(net, "input_shape", None)

@@ -49,8 +49,10 @@ def mc_samples(
     """
     if num_samples < 2:
         raise ValueError(f"Expected num_samples to be at least 2, but got {num_samples}")
-    if sites is not None and not set(sites_in(net)) & set(check_sites(sites)):
-        raise ValueError(f"Expected sites among those that drop in {_name(net)}, {sites_in(net)}, but got {sites}")
+    if sites is not None and (not sites or set(check_sites(sites)) - set(sites_in(net))):
+        raise ValueError(
+            f"Expected sites among those that drop in {_name(net)}, {list(sites_in(net))}, but got {list(sites)}"
+        )
     if resolve_masks(net, masks) == "shared":
         if not sites_in(net):
             raise _nothing_stochastic(net)
@@ -129,7 +131,7 @@ def only_dropout_active(net: nn.Module, sites: Collection[str] | None = None) ->
     finally:
         for module, mode in modes.items():
             module.training = mode
-        changed = [name for name, (now, then) in buffers.items() if not torch.equal(now, then)]
+        changed = [name for name, (now, then) in buffers.items() if not _equal(now, then)]
         for name in changed:
             buffers[name][0].copy_(buffers[name][1])
     if changed:
@@ -152,6 +154,11 @@ def _seeded(net: nn.Module, inputs: Any, seed: int) -> Tensor:
 
 def _random_state(cuda: list[int]) -> list[Tensor]:
     return [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in cuda)]
+
+
+def _equal(now: Tensor, then: Tensor) -> bool:
+    """Equal element by element, a NaN equal to a NaN."""
+    return torch.equal(now, then) or (now.is_floating_point() and torch.allclose(now, then, 0, 0, equal_nan=True))
 
 
 def _probs(logits: Tensor) -> Tensor:

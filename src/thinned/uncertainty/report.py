@@ -83,7 +83,7 @@ def entropy_histogram(rows: Mapping[str, Tensor]) -> Figure:
     top = float(np.log(rows["probs"].shape[-1]))
     for name, chosen, colour in (("right", ~wrong, "#3b7a57"), ("wrong", wrong, "#c2410c")):
         if chosen.any():
-            values = rows["predictive_entropy"][chosen]
+            values = rows["predictive_entropy"][chosen].clamp_max(top)  # rounding can exceed log K
             label = f"{name} ({len(values)})"
             axes.hist(values.numpy(), 30, range=(0.0, top), density=True, alpha=0.6, color=colour, label=label)
     axes.set(xlabel="predictive entropy, nats", ylabel="density", title="Entropy of right and wrong predictions")
