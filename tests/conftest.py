@@ -1,9 +1,9 @@
 """What all tests share: settings and caches of their own, small datasets in the hub's layout, and runs of scripts."""
 
-import importlib.util
 import io
 import logging
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -72,10 +72,7 @@ def run_script(name: str, *args: object, cwd: Path, pictures: bool = False, **en
     """
     import wandb
 
-    spec = importlib.util.spec_from_file_location(name, ROOT / f"scripts/{name}.py")
-    assert spec and spec.loader
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+    main = runpy.run_path(str(ROOT / f"scripts/{name}.py"))["main"]
     before, status, out, err = _files(cwd), 0, io.StringIO(), io.StringIO()
     at_exit: list[Callable[[], None]] = [wandb.teardown]  # done last
     fake_atexit = SimpleNamespace(register=lambda function, *args: at_exit.append(partial(function, *args)))
@@ -90,10 +87,9 @@ def run_script(name: str, *args: object, cwd: Path, pictures: bool = False, **en
         for context in (redirect_stdout(out), redirect_stderr(err), chdir(cwd)):
             stack.enter_context(context)
         try:
-            script.main([*map(str, args)])
+            main([*map(str, args)])
         except SystemExit as error:
-            assert isinstance(error.code, int)
-            status = error.code
+            status = int(str(error.code))
         finally:
             for function in reversed([*at_exit, wandb.finish]):
                 function()

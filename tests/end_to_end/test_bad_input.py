@@ -103,7 +103,9 @@ def test_dataset(
         assert text in error
 
 
-def test_predicting_images_of_another_size(trained: Any, save_images: Script, run_script: Script, tmp_path: Path) -> None:
+def test_predicting_images_of_another_size(
+    trained: Any, save_images: Script, run_script: Script, tmp_path: Path
+) -> None:
     folder = save_images(tmp_path / "images", size=9)
     args = ("--ckpt_path", trained.run / "checkpoints/best.ckpt", "--data.path", folder)
     for split in ("test", "val"):
@@ -167,8 +169,8 @@ def write_checkpoint(kind: str, path: Path, original: Path) -> None:
 
 
 KINDS = [
-    "missing", "empty", "text", "truncated", "without its end", "weights of another project", "config of another project",
-    "a whole module", "an attack", "a plain pickle with an attack",
+    "missing", "empty", "text", "truncated", "without its end", "weights of another project",
+    "config of another project", "a whole module", "an attack", "a plain pickle with an attack",
 ]  # fmt: skip
 
 

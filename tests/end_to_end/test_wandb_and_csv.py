@@ -39,7 +39,7 @@ STEPS = {  # of 57, three times 19, counted from 0; the test comes after them
 
 
 def records(run: Path) -> Iterator[Record]:
-    """The records of a run's only .wandb file, a LevelDB log: blocks of 32 KiB with chunks (CRC, length, kind, bytes)."""
+    """The records of a run's only .wandb file, a LevelDB log: chunks (CRC, length, kind, bytes) in blocks of 32 KiB."""
     (file,) = run.glob("wandb/offline-run-*/*.wandb")
     content, position, record = file.read_bytes(), 7, b""
     while position + 7 < len(content):

@@ -8,7 +8,7 @@ Shapes: B batch, C channels, H x W image, P patches, E width of the embedding, K
 
 import math
 from collections import OrderedDict
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, Literal
 
 import torch
@@ -16,7 +16,12 @@ from torch import Tensor, nn
 
 from thinned.models.dropout import Dropout, DropoutRates, sample_masks
 
-ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU, "tanh": nn.Tanh}
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "relu": lambda: nn.ReLU(inplace=True),  # nothing else reads its input, and fresh memory is slow
+    "gelu": nn.GELU,
+    "silu": nn.SiLU,
+    "tanh": nn.Tanh,
+}
 
 
 class PatchEmbedding(nn.Module):
@@ -71,6 +76,15 @@ class Mask(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.mask
+
+
+class GivenLinear(nn.Linear):
+    """A linear layer with given weights, which draws no initial ones."""
+
+    def __init__(self, weight: Tensor, bias: Tensor) -> None:
+        nn.Module.__init__(self)
+        self.out_features, self.in_features = weight.shape
+        self.weight, self.bias = nn.Parameter(weight, False), nn.Parameter(bias, False)
 
 
 class MLP(nn.Module):
@@ -203,7 +217,7 @@ def _residual_sublayer(size: int, units: int, activation: str, layer_norm: bool,
 def _thin_chain(chain: nn.Sequential, masks: dict[str, Tensor]) -> nn.Sequential:
     """The chain without dropout, each mask folded into the linear layer before or after its place."""
     names, modules = zip(*chain.named_children(), strict=True)
-    activations = tuple(ACTIVATIONS.values())
+    activations = (nn.ReLU, nn.GELU, nn.SiLU, nn.Tanh)
     weights = next(chain.parameters())
     thinned: OrderedDict[str, nn.Module] = OrderedDict()
     kept: Tensor | None = None  # hidden units that the last linear layer still has; None for all
@@ -258,14 +272,11 @@ def _thin_linear(
     if mask_in is not None:
         if kept_in is not None:
             weight, mask_in = weight.index_select(1, kept_in.to(weight.device)), mask_in[kept_in]
-        weight = weight * mask_in.to(weight)
+        # In place where the weights are a copy already: a fresh block of memory costs more than the product.
+        weight = torch.mul(weight, mask_in.to(weight), out=None if weight is linear.weight else weight)
     if scale_out is not None:
         weight, bias = weight * scale_out.to(weight)[:, None], bias * scale_out.to(bias)
-    if weight is linear.weight:
-        return linear
-    thinned = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
-    thinned.weight, thinned.bias = nn.Parameter(weight, False), nn.Parameter(bias, False)
-    return thinned
+    return linear if weight is linear.weight else GivenLinear(weight, bias)
 
 
 def _within(masks: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
