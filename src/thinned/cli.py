@@ -12,6 +12,7 @@ import pickle
 import re
 import secrets
 import shlex
+import shutil
 import sys
 import tempfile
 import warnings
@@ -42,6 +43,10 @@ from thinned.uncertainty.report import scores_table
 
 # Lightning 2.6.6 asks isinstance(treespec, LeafSpec) in each stage: Lightning-AI/pytorch-lightning#21326
 warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated", category=FutureWarning)
+
+
+# What prediction takes from a checkpoint.
+KEPT = ("seed_everything", "experiment", "runs_dir", "model", "data", "mc_dropout")
 
 
 class Parser(LightningArgumentParser):
@@ -143,8 +148,13 @@ class ThinnedCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         config = self.config
         if config.ckpt_path:
-            read_checkpoint(config.ckpt_path)
-            self.run_dir = Path(config.ckpt_path).absolute().parent.parent
+            self.checkpoint = read_checkpoint(config.ckpt_path)
+            directory = Path(config.ckpt_path).absolute().parent
+            if directory.name != "checkpoints":
+                raise ValueError(f"Expected ckpt_path in the checkpoints/ of a run, but got {config.ckpt_path}")
+            self.run_dir = directory.parent
+            # Lightning 2.6.6 warns of every directory with checkpoints: Lightning-AI/pytorch-lightning#5209
+            warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
         else:
             stamp = f"{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
             run_id = "-".join(filter(None, [stamp, self.purpose]))
@@ -153,17 +163,26 @@ class ThinnedCLI(LightningCLI):
         config.checkpoint.dirpath = str(self.run_dir / "checkpoints")
         self._configure_logger(config.trainer.logger)
 
-    @rank_zero_only  # the directory of the other ranks is never made: callbacks broadcast this one
     def after_instantiate_classes(self) -> None:
+        if self.config.ckpt_path:
+            self.restore(self.checkpoint)  # says at once whether they fit
+        if self.offline:  # of this machine, not of the experiment
+            del self.config.trainer.logger.dict_kwargs["mode"]
+        self._make_run_dir()
+
+    @rank_zero_only  # the directory of the other ranks is never made: callbacks broadcast this one
+    def _make_run_dir(self) -> None:
         try:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=self.run_dir).close()
         except OSError as error:
             raise ValueError(f"Expected runs_dir to be writable, but got {error.strerror}: {self.run_dir}") from error
-        atexit.register(_remove_if_empty, self.run_dir)
+        if not self.config.ckpt_path:
+            atexit.register(_discard_unless_started, self.run_dir)
 
     def _configure_logger(self, logger: Any) -> None:
         """Fills in what depends on the run: its directory, its id, and whether W&B can be reached."""
+        self.offline = False
         if not hasattr(logger, "class_path"):
             return
         options = logger.init_args
@@ -173,7 +192,9 @@ class ThinnedCLI(LightningCLI):
         if logger.class_path.endswith("WandbLogger"):
             options.id = self.run_dir.name  # resuming continues this run
             options.name = f"{self.config.experiment} {self.run_dir.name}"
-            if not options.offline and "WANDB_MODE" not in os.environ and not wandb.login(prompt=False):
+            chosen = options.offline or "WANDB_MODE" in os.environ or "mode" in logger.get("dict_kwargs", {})
+            if not chosen and not wandb.login(prompt=False):
+                self.offline = True
                 logger.dict_kwargs = {**logger.get("dict_kwargs", {}), "mode": "offline"}
                 directory = shlex.quote(str(self.run_dir / "wandb"))
                 rank_zero_info(
@@ -191,8 +212,8 @@ class ThinnedCLI(LightningCLI):
         try:
             return super().instantiate_trainer(**kwargs)
         except (MisconfigurationException, RuntimeError) as error:
-            asked = {k: self.config.trainer[k] for k in ("accelerator", "devices", "num_nodes")}
-            raise ValueError(f"Expected a machine for trainer={asked}, but got: {error}") from error
+            asked = ", ".join(f"trainer.{k}={self.config.trainer[k]}" for k in ("accelerator", "devices", "strategy"))
+            raise ValueError(f"Expected settings that can run here, but got {asked}: {error}") from error
 
     def restore(self, checkpoint: dict[str, Any]) -> None:
         """Loads weights and data statistics; ValueError where they do not fit."""
@@ -237,7 +258,7 @@ def checkpoint_arguments(args: Sequence[str] | None = None) -> tuple[dict[str, A
         raise ValueError("Expected --ckpt_path with the path of a checkpoint, but got none")
     checkpoint = read_checkpoint(found.ckpt_path)
     config = checkpoint["config"]
-    kept = {key: config[key] for key in ("seed_everything", "experiment", "runs_dir", "model", "data", "mc_dropout")}
+    kept = {key: config[key] for key in KEPT}
     kept["trainer"] = {"logger": False}
     return checkpoint, ["--config", yaml.safe_dump(kept), *rest]
 
@@ -252,12 +273,14 @@ def read_checkpoint(path: str) -> dict[str, Any]:
     if not Path(path).is_file():
         raise ValueError(f"{expected} no file: {path}")
     try:
-        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):
+            checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(f"{expected} a file with other objects than tensors and primitives: {path}") from error
-    except (RuntimeError, EOFError, KeyError, ValueError) as error:
+    except Exception as error:  # torch.load fails in many ways on bytes that are none of its own
         raise ValueError(f"{expected} a truncated or foreign file: {path}") from error
-    if not isinstance(checkpoint, dict) or not {"config", "state_dict"} <= checkpoint.keys():
+    config = checkpoint.get("config") if isinstance(checkpoint, dict) else None
+    if not isinstance(config, dict) or "state_dict" not in checkpoint or not set(KEPT) <= config.keys():
         raise ValueError(f"{expected} a file without its config: {path}")
     return checkpoint
 
@@ -267,7 +290,7 @@ def one_message() -> Iterator[None]:
     """Ends the program with one line and exit status 1 on bad input; THINNED_TRACEBACK=1 shows where it arose."""
     try:
         yield
-    except (ValueError, OSError, MisconfigurationException) as error:
+    except (ValueError, OSError, MisconfigurationException, wandb.errors.UsageError) as error:
         if os.environ.get("THINNED_TRACEBACK"):
             raise
         sys.stderr.write(f"error: {plain(str(error))}\n")
@@ -277,12 +300,17 @@ def one_message() -> Iterator[None]:
 def plain(message: str) -> str:
     """One line of a message of jsonargparse, without its report on the members of a union."""
     noise = "Does not validate|Subtypes:|Errors:|- Expected a <class 'NoneType'>"
-    lines = [line.strip() for line in message.partition("Given value type:")[0].splitlines()]
-    return " ".join(line.removeprefix("- ") for line in lines if line and not re.match(noise, line))
+    said, _, given = message.partition("Given value type:")
+    lines = [line.strip().removeprefix("- ") for line in said.splitlines() if not re.match(rf"\s*({noise})", line)]
+    value = given.partition("Given value: ")[2].strip()
+    if value and not value.startswith(("Namespace(", "NestedArg(")):
+        lines.append(f"(got {value})")
+    return " ".join(line for line in lines if line)
 
 
-def _remove_if_empty(directory: Path) -> None:
-    """Leaves nothing behind of a run that wrote nothing."""
-    with suppress(OSError):
-        directory.rmdir()
-        directory.parent.rmdir()
+def _discard_unless_started(directory: Path) -> None:
+    """Leaves nothing behind of a run that ended before its first step."""
+    if not (directory / "config.yaml").exists():
+        shutil.rmtree(directory, ignore_errors=True)
+        with suppress(OSError):
+            directory.parent.rmdir()

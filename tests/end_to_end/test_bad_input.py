@@ -72,8 +72,7 @@ def test_missing_config(start_script: Script) -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_missing_devices(run_script: Script) -> None:
     error = run_script("train", *BASE, "--trainer.accelerator", "gpu", "--trainer.devices", 3).error
-    assert "trainer={'accelerator': 'gpu', 'devices': " in error
-    assert "3" in error
+    assert "trainer.accelerator=gpu, trainer.devices=3" in error
 
 
 def test_runs_dir_below_a_file(run_script: Script, tmp_path: Path) -> None:

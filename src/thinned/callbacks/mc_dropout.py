@@ -133,12 +133,12 @@ class MCDropout(Callback):
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 for name, figure in figures.items():
-                    logger.log_image(f"mc/{name}", [figure])
+                    logger.log_image(f"mc/{name}", [figure], step=trainer.global_step)
                 if images is not None:
                     columns, data = report.most_uncertain(rows, images, names)
                     for row in data:
                         row[0] = wandb.Image(row[0])
-                    logger.log_table("mc/most_uncertain", columns=columns, data=data)
+                    logger.log_table("mc/most_uncertain", columns, data, step=trainer.global_step)
 
     # Predict
 
