@@ -57,7 +57,8 @@ def mc_samples(
         if not sites_in(net):
             raise _nothing_stochastic(net)
         for sample in range(num_samples):
-            yield _probs(net.thin(seed, sample, sites)(inputs))  # type: ignore[operator]
+            thinned = net.thin(seed, sample, sites)  # type: ignore[operator]
+            yield _probs(thinned(inputs))
     else:
         with only_dropout_active(net, sites):
             for sample in range(num_samples):
