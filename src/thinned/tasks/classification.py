@@ -13,6 +13,8 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibratio
 from thinned.tasks.base import Task
 from thinned.uncertainty.scores import ECE_BINS, below_one, brier, nll
 
+UNMEASURED_BATCHES = 50  # whose logits are kept before the metrics take them in
+
 
 class NLL(MeanMetric):
     """Mean negative log-likelihood of the targets, in nats."""
@@ -71,6 +73,7 @@ class ClassificationTask(Task):
             self.save_hyperparameters(ignore=["net", "optimizer"], logger=False)
             self.save_net_as_primitives()
         self.num_classes = num_classes
+        self._unmeasured: list[tuple[Tensor, Tensor]] = []
         self.label_smoothing = label_smoothing
         input_shape = getattr(net, "input_shape", None)
         if input_shape is not None:
@@ -101,16 +104,30 @@ class ClassificationTask(Task):
     def _step(self, batch: Any, stage: str) -> Tensor:
         inputs, targets = batch[0], batch[1]
         logits = self(inputs).float()
-        smoothing = self.label_smoothing if stage == "train" else 0.0
-        loss = F.cross_entropy(logits, targets, label_smoothing=smoothing)
-        metrics = self.metrics[f"{stage}_metrics"]
-        assert isinstance(metrics, MetricCollection)
-        metrics.update(logits.detach().softmax(-1), targets)
         train = stage == "train"
+        loss = F.cross_entropy(logits, targets, label_smoothing=self.label_smoothing if train else 0.0)
         when: dict[str, Any] = {"on_step": train, "on_epoch": not train, "prog_bar": train, "sync_dist": not train}
         self.log(f"{stage}/loss", loss, batch_size=len(targets), **when)
-        self.log_dict(metrics, on_step=False, on_epoch=True, prog_bar=stage == "val")
+        self._unmeasured.append((logits.detach(), targets))
+        if len(self._unmeasured) == UNMEASURED_BATCHES:
+            self._measure(stage)
         return loss
+
+    def _measure(self, stage: str) -> MetricCollection:
+        """Brings the metrics up to date: many batches at once, since an update costs more than its arithmetic."""
+        metrics = self.metrics[f"{stage}_metrics"]
+        assert isinstance(metrics, MetricCollection)
+        if self._unmeasured:
+            logits, targets = map(torch.cat, zip(*self._unmeasured, strict=True))
+            metrics.update(logits.softmax(-1), targets)
+            self._unmeasured.clear()
+        return metrics
+
+    def _log_epoch(self, stage: str) -> None:
+        metrics = self._measure(stage)
+        if any(metric.update_called for metric in metrics.values()):  # not where a subclass has a step of its own
+            self.log_dict(metrics.compute(), prog_bar=stage == "val")
+            metrics.reset()
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         return self._step(batch, "train")
@@ -120,6 +137,18 @@ class ClassificationTask(Task):
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
         self._step(batch, "test")
+
+    def on_validation_start(self) -> None:
+        self._measure("train")  # validation may come amid an epoch
+
+    def on_train_epoch_end(self) -> None:
+        self._log_epoch("train")
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_epoch("val")
+
+    def on_test_epoch_end(self) -> None:
+        self._log_epoch("test")
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         """The logits (B, K) of the deterministic network."""
