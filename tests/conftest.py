@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -171,3 +172,12 @@ def save_images() -> Callable[..., Path]:
 def hub_images(save_images: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder like a clone of MNIST from the hub, with 250 images."""
     return save_images(tmp_path_factory.mktemp("hub_images"))
+
+
+@pytest.fixture
+def make_trainer(tmp_path: Path) -> Callable[..., Any]:
+    """A quiet Trainer on one CPU that writes below `tmp_path`; options as of `Trainer`."""
+    from lightning.pytorch import Trainer
+
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
+    return partial(Trainer, accelerator="cpu", devices=1, enable_progress_bar=False, default_root_dir=tmp_path, **quiet)
