@@ -7,7 +7,8 @@ python scripts/predict.py --ckpt_path runs/<experiment>/<run id>/checkpoints/bes
 
 from collections.abc import Sequence
 
-from thinned.cli import ThinnedCLI, checkpoint_arguments, one_message
+from thinned.checkpoint import checkpoint_arguments
+from thinned.cli import ThinnedCLI, one_message
 
 
 def main(args: Sequence[str] | None = None) -> None:
