@@ -73,7 +73,7 @@ class ClassificationTask(Task):
             self.save_hyperparameters(ignore=["net", "optimizer"], logger=False)
             self.save_net_as_primitives()
         self.num_classes = num_classes
-        self._unmeasured: list[tuple[Tensor, Tensor]] = []
+        self._unmeasured: dict[str, list[tuple[Tensor, Tensor]]] = {"train": [], "val": [], "test": []}
         self.label_smoothing = label_smoothing
         input_shape = getattr(net, "input_shape", None)
         if input_shape is not None:
@@ -108,8 +108,8 @@ class ClassificationTask(Task):
         loss = F.cross_entropy(logits, targets, label_smoothing=self.label_smoothing if train else 0.0)
         when: dict[str, Any] = {"on_step": train, "on_epoch": not train, "prog_bar": train, "sync_dist": not train}
         self.log(f"{stage}/loss", loss, batch_size=len(targets), **when)
-        self._unmeasured.append((logits.detach(), targets))
-        if len(self._unmeasured) == UNMEASURED_BATCHES:
+        self._unmeasured[stage].append((logits.detach(), targets))
+        if len(self._unmeasured[stage]) == UNMEASURED_BATCHES:
             self._measure(stage)
         return loss
 
@@ -117,10 +117,10 @@ class ClassificationTask(Task):
         """Brings the metrics up to date: many batches at once, since an update costs more than its arithmetic."""
         metrics = self.metrics[f"{stage}_metrics"]
         assert isinstance(metrics, MetricCollection)
-        if self._unmeasured:
-            logits, targets = map(torch.cat, zip(*self._unmeasured, strict=True))
+        if batches := self._unmeasured[stage]:
+            logits, targets = map(torch.cat, zip(*batches, strict=True))
             metrics.update(logits.softmax(-1), targets)
-            self._unmeasured.clear()
+            batches.clear()
         return metrics
 
     def _log_epoch(self, stage: str) -> None:
@@ -137,9 +137,6 @@ class ClassificationTask(Task):
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
         self._step(batch, "test")
-
-    def on_validation_start(self) -> None:
-        self._measure("train")  # validation may come amid an epoch
 
     def on_train_epoch_end(self) -> None:
         self._log_epoch("train")
