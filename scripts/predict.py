@@ -18,7 +18,8 @@ def main(args: Sequence[str] | None = None) -> None:
         cli.restore(checkpoint)
         if cli.datamodule.hparams.get("predict_split", "test") == "test":
             cli.trainer.test(cli.model, cli.datamodule, verbose=False)
-        cli.trainer.predict(cli.model, cli.datamodule, return_predictions=False)
+        else:
+            cli.trainer.predict(cli.model, cli.datamodule, return_predictions=False)
         cli.print_results()
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Trains a model, tests its best checkpoint, and predicts with Monte-Carlo dropout.
+"""Trains a model and tests its best checkpoint, deterministic and with Monte-Carlo dropout.
 
 python scripts/train.py --config configs/mlp_digits.yaml [--config overlay.yaml] [--any.key value]
 """
@@ -14,7 +14,6 @@ def main(args: Sequence[str] | None = None) -> None:
         cli = ThinnedCLI(args)
         cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.config.ckpt_path, weights_only=True)
         cli.trainer.test(cli.model, cli.datamodule, ckpt_path=cli.best, verbose=False)
-        cli.trainer.predict(cli.model, cli.datamodule, ckpt_path=cli.best, return_predictions=False)
         cli.print_results()
 
 

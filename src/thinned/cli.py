@@ -33,12 +33,14 @@ from rich.console import Console
 
 import thinned.data
 import thinned.tasks  # noqa: F401  (imported so that configs may name the classes without their package)
-from thinned.callbacks import MCDropout, StepSeed
+from thinned.callbacks import MCDropout, StepSeed, Throughput
 from thinned.checkpoint import read_checkpoint
 from thinned.models import SITES
 from thinned.tasks.base import Task
 from thinned.uncertainty.report import scores_table
 
+# Batches already seen are left out by the sampler; Lightning knows of loaders with a state alone.
+warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch ended")
 # Lightning 2.6.6 asks isinstance(treespec, LeafSpec) in each stage: Lightning-AI/pytorch-lightning#21326
 warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated", category=FutureWarning)
 
@@ -130,7 +132,7 @@ class ThinnedCLI(LightningCLI):
         parser.set_defaults(
             {
                 "checkpoint.filename": "best",
-                "checkpoint.monitor": "val/nll",
+                "checkpoint.monitor": "val/loss",
                 "checkpoint.save_last": True,
                 "checkpoint.enable_version_counter": False,
             }
@@ -153,6 +155,7 @@ class ThinnedCLI(LightningCLI):
             stamp = f"{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
             run_id = "-".join(filter(None, [stamp, self.purpose]))
             self.run_dir = Path(config.runs_dir, config.experiment, run_id).absolute()
+        _fill_in_from_data(config)
         config.trainer.default_root_dir = str(self.run_dir)
         config.checkpoint.dirpath = str(self.run_dir / "checkpoints")
         self._configure_logger(config.trainer.logger)
@@ -197,7 +200,7 @@ class ThinnedCLI(LightningCLI):
                 )
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        callbacks: list[Callback] = []
+        callbacks: list[Callback] = [Throughput()]
         if self._get(self.config, "trainer.enable_progress_bar") is not False:
             callbacks.append(RichProgressBar())
         if self.config_init.trainer.logger is not False:
@@ -237,6 +240,16 @@ class ThinnedCLI(LightningCLI):
         if any(path.parts[0] == "wandb" for path in paths):
             lines.append(f"Dashboard: wandb leet {shlex.quote(str(self.run_dir / 'wandb'))}")
         console.print("\n".join(lines), soft_wrap=True, highlight=False)
+
+
+def _fill_in_from_data(config: Any) -> None:
+    """Gives the net what it leaves to the data (null): the size of a vocabulary, the length of a context."""
+    data_class = cast(type, locate(config.data.class_path))
+    net = config.model.get("init_args.net.init_args")
+    if hasattr(data_class, "net_arguments") and net is not None and None in vars(net).values():
+        for key, value in data_class(**config.data.init_args.as_dict()).net_arguments().items():
+            if net.get(key, value) is None:
+                net[key] = value
 
 
 @contextmanager

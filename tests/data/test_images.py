@@ -18,6 +18,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from torch import Tensor
 
+import thinned.data.hugging_face as hub_module
 import thinned.data.image_sources as sources_module
 import thinned.data.images as images_module
 from thinned.data import Batch, ImageDataModule
@@ -409,7 +410,7 @@ def unreachable(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any, **__: Any) -> None:
         raise ConnectionError
 
-    monkeypatch.setattr(sources_module.HfApi, "dataset_info", refuse)
+    monkeypatch.setattr(hub_module.HfApi, "dataset_info", refuse)
 
 
 class Linear(LightningModule):

@@ -1,6 +1,7 @@
-"""Lightning callbacks: reproducible masks in training, Monte-Carlo dropout at test and predict."""
+"""Lightning callbacks: reproducible masks in training, its speed, Monte-Carlo dropout at test and predict."""
 
 from thinned.callbacks.mc_dropout import MCDropout
 from thinned.callbacks.randomness import StepSeed
+from thinned.callbacks.throughput import Throughput
 
-__all__ = ["MCDropout", "StepSeed"]
+__all__ = ["MCDropout", "StepSeed", "Throughput"]

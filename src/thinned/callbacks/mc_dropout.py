@@ -1,11 +1,10 @@
-"""Monte-Carlo dropout beside the deterministic prediction: scores at test, a row per example at predict.
+"""Monte-Carlo dropout beside the deterministic prediction: a row per example or token, and the scores of all.
 
-Shapes: B examples of a batch, N of the split, K classes, S samples.
+Shapes: B examples of a batch, N of the split, T tokens of a sequence, K classes, S samples.
 """
 
 import json
 import os
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,29 +17,34 @@ from torch import Tensor, nn
 from torchmetrics.utilities.distributed import gather_all_tensors
 
 from thinned.callbacks.prediction_file import PredictionFile
-from thinned.models.dropout import check_sites, derive_seed, sites_in
-from thinned.uncertainty import MCPrediction, classification_scores, mc_predict, report, select_sites
-from thinned.uncertainty.monte_carlo import Masks, resolve_masks
-from thinned.uncertainty.scores import nll
-from thinned.uncertainty.statistics import entropy
+from thinned.models.dropout import check_sites, sites_in
+from thinned.uncertainty import report, select_sites
+from thinned.uncertainty.monte_carlo import Acting, Masks, resolve_masks
+from thinned.uncertainty.rows import MCSettings, example_rows, example_scores, token_rows, token_scores
+
+EXAMPLE_SCORES = {"accuracy", "nll", "ece", "brier"}  # which the task logs for the deterministic network
+TOKEN_SCORES = {"nll", "bits_per_byte"}
+SELECTION_TARGETS = 25_600  # of the validation split, for the choice of sites
 
 
 class MCDropout(Callback):
     """Predicts with S networks sampled by dropout, beside the deterministic network, at test and at predict.
 
-    Works with any LightningModule whose `forward` maps the first element of a batch to logits (B, K). Where its
-    `net` has `thin(seed, sample, sites)`, a sample is a thinned network, the same for every input; otherwise masks
-    are drawn per element. Nothing but dropout is switched on.
+    Works with any LightningModule whose `forward` maps the first element of a batch to logits: (B, K), or (B, T, V) for
+    targets (B, T), a token each. Where its `net` has `thin(seed, sample, sites, scale)`, a sample is a thinned network,
+    the same for every input; otherwise masks are drawn per element. Nothing but dropout is switched on.
 
-    At test: logs `mc/accuracy`, `nll`, `brier`, `ece`, `auroc_error`, `aurc` and the last two under `test/`; writes
-    `metrics.json` and pictures; with a `WandbLogger`, logs the pictures and the most uncertain examples.
-    At predict: writes `predictions.parquet`, one row per example in dataset order.
+    At test: logs `mc/accuracy`, `nll`, `ece`, `auroc_error`, `aurc` (and `brier` of examples, `bits_per_byte` of text),
+    under `test/` those of the deterministic network that its task does not log; writes `metrics.json` and pictures;
+    with a `WandbLogger`, logs the pictures and the most uncertain examples.
+    At test and predict: writes `predictions.parquet`, one row per example or token in dataset order, and for text
+    `sequences.parquet`.
 
     Args:
         num_samples: S, at least 2. None leaves Monte-Carlo dropout out: the deterministic network alone is reported.
         masks: shared (thinned networks), independent (per element), or auto: shared where the net can.
-        sites: at which dropout acts: all; auto, the combination with the lowest NLL on the validation split; or a
-            list of sites.
+        sites: at which dropout acts: all; a list of sites; or auto, the combination, at its rates or scaled ones, with
+            the lowest NLL on the validation split (on its first 25,600 targets, where it has more).
         seed: of the ensemble.
         dirpath: where the files go; the trainer's `default_root_dir` when None.
 
@@ -68,9 +72,9 @@ class MCDropout(Callback):
         self.seed = seed
         self.dirpath = dirpath
         self.metrics: dict[str, dict[str, Any]] = {}  # what `metrics.json` holds
-        self.selection: dict[tuple[str, ...], float] = {}  # with sites=auto: validation NLL by combination
+        self.selection: dict[Acting, float] = {}  # with sites=auto: validation NLL of each choice
         self._rows: list[dict[str, Tensor]] = []
-        self._file: PredictionFile | None = None
+        self._files: dict[str, PredictionFile] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         net = self._net(pl_module)
@@ -85,14 +89,16 @@ class MCDropout(Callback):
         self._directory: Path = trainer.strategy.broadcast(directory)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        if self._file is not None:
-            self._file.discard()
+        for file in self._files.values():
+            file.discard()
 
-    # Test
+    # Stages
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._rows = []
         self.selection = {}  # the weights may be others than last time
+        self._prepare(trainer, pl_module)
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._prepare(trainer, pl_module)
 
     def on_test_batch_end(
@@ -100,28 +106,116 @@ class MCDropout(Callback):
     ) -> None:
         self._rows.append(self._predict(trainer, pl_module, batch))
 
+    def on_predict_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
+    ) -> None:
+        self._predict(trainer, pl_module, batch)
+
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         rows = _gather(self._rows)
         self._rows = []
         if "target" not in rows:
             raise ValueError("Expected test batches (inputs, targets, ...), but got inputs alone")
-        deterministic = classification_scores(rows["deterministic_probs"], rows["target"])
-        self.metrics = {"deterministic": deterministic}
-        logged = {f"test/{key}": deterministic[key] for key in ("auroc_error", "aurc")}
+        ways = {"deterministic": "deterministic_"} | ({} if self.num_samples is None else {"mc_dropout": ""})
+        self.metrics = {name: self._scores(pl_module, rows, way) for name, way in ways.items()}
+        by_task = EXAMPLE_SCORES if "probs" in rows else TOKEN_SCORES
+        logged = {f"test/{k}": v for k, v in self.metrics["deterministic"].items() if k not in by_task}
         if self.num_samples is not None:
-            scores = classification_scores(rows["probs"], rows["target"])
-            logged |= {f"mc/{key}": value for key, value in scores.items()}
+            logged |= {f"mc/{key}": value for key, value in self.metrics["mc_dropout"].items()}
             masks = resolve_masks(self._net(pl_module), self.masks)
-            self.metrics["mc_dropout"] = {**scores, "num_samples": self.num_samples, "masks": masks}
-            if self._active_sites is not None:
-                self.metrics["mc_dropout"]["sites"] = list(self._active_sites)
+            self.metrics["mc_dropout"] |= {"num_samples": self.num_samples, "masks": masks}
+            if self._acting is not None:
+                self.metrics["mc_dropout"] |= {"sites": list(self._acting.sites), "scale": self._acting.scale}
             if self.selection:
-                self.metrics["sites_nll"] = {"+".join(s): value for s, value in self.selection.items()}
+                self.metrics["sites_nll"] = {str(acting): value for acting, value in self.selection.items()}
         pl_module.log_dict(logged, sync_dist=True)  # equal on all ranks
         if trainer.is_global_zero:
             self._directory.mkdir(parents=True, exist_ok=True)
             _write_json(self._directory / "metrics.json", self.metrics)
             self._report(trainer, {name: column.cpu() for name, column in rows.items()})
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._finish_files(trainer)
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._finish_files(trainer)
+
+    # Parts
+
+    def _net(self, pl_module: LightningModule) -> nn.Module:
+        """The net where it can be thinned, else the module itself: both map inputs to logits."""
+        net = getattr(pl_module, "net", None)
+        return net if isinstance(net, nn.Module) and hasattr(net, "thin") else pl_module
+
+    def _prepare(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._rows, self._seen = [], 0
+        net = self._net(pl_module)
+        resolve_masks(net, self.masks)
+        if self.sites == "auto" and self.num_samples is not None and not self.selection:
+            self.selection = select_sites(net, lambda acting: self._validation_nll(trainer, pl_module, acting))
+            best = next(iter(self.selection))
+            rank_zero_info(f"MC dropout at {best}: lowest validation NLL, {self.selection[best]:.4f} nats")
+        self._acting: Acting | None = None
+        if self.selection:
+            self._acting = next(iter(self.selection))
+        elif not isinstance(self.sites, str):
+            self._acting = Acting(self.sites)
+        paths = {"examples": "predictions.parquet", "sequences": "sequences.parquet"}
+        self._files = {n: PredictionFile(self._directory / path, trainer.global_rank) for n, path in paths.items()}
+
+    def _finish_files(self, trainer: Trainer) -> None:
+        for file in self._files.values():
+            file.close()
+        trainer.strategy.barrier("predictions")
+        if trainer.is_global_zero:
+            for file in self._files.values():
+                file.merge(trainer.world_size)
+
+    @torch.no_grad()
+    def _validation_nll(self, trainer: Trainer, pl_module: LightningModule, acting: Acting) -> float:
+        if getattr(trainer, "datamodule", None) is None:
+            raise ValueError("Expected a data module for mc_dropout.sites=auto, which needs its validation split")
+        sums = torch.zeros(2, device=pl_module.device)
+        for i, batch in enumerate(trainer.datamodule.val_dataloader()):  # type: ignore[attr-defined]
+            batch = trainer.strategy.batch_to_device(batch, pl_module.device)
+            index = torch.full((len(batch[1]),), i)
+            nll = self._sample(trainer, pl_module, batch, index, acting)[0]["nll"]
+            sums += torch.stack([nll.sum(), torch.tensor(float(len(nll)), device=nll.device)])
+            if sums[1] * trainer.world_size >= SELECTION_TARGETS:
+                break
+        total, count = trainer.strategy.reduce(sums, reduce_op="sum")
+        return (total / count).item()
+
+    @torch.no_grad()
+    def _predict(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> dict[str, Tensor]:
+        """The rows of a batch, which are written to the files."""
+        index = self._index(trainer, batch)
+        rows, sequences = self._sample(trainer, pl_module, batch, index, self._acting)
+        tokenizer = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
+        if sequences and tokenizer is not None:
+            rows["bytes"] = tokenizer.token_bytes.to(rows["target"].device)[rows["target"]]
+        self._files["examples"].write({n: c for n, c in rows.items() if not n.startswith("deterministic_probs")})
+        if sequences:
+            self._files["sequences"].write(sequences)
+        return rows
+
+    def _sample(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, index: Tensor, acting: Acting | None
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The rows of a batch, and those of its sequences where it is text."""
+        net, mc = self._net(pl_module), None
+        if self.num_samples is not None:
+            sites, scale = acting or (None, 1.0)
+            mc = MCSettings(self.num_samples, self.masks, self.seed, sites, scale)
+        with trainer.precision_plugin.forward_context():
+            if not isinstance(batch, Tensor) and len(batch) > 1 and batch[1].dim() == 2:
+                return token_rows(net, batch, index, mc)
+            return example_rows(net, batch, index, mc), {}
+
+    def _scores(self, pl_module: LightningModule, rows: dict[str, Tensor], way: str) -> dict[str, Any]:
+        if "probs" in rows:
+            return example_scores(rows, way)
+        return token_scores(rows, self._net(pl_module).vocab_size, way)  # type: ignore[arg-type]
 
     def _report(self, trainer: Trainer, rows: dict[str, Tensor]) -> None:
         raw_images = getattr(getattr(trainer, "datamodule", None), "raw_images", None)
@@ -140,99 +234,14 @@ class MCDropout(Callback):
                         row[0] = wandb.Image(row[0])
                     logger.log_table("mc/most_uncertain", columns, data, step=trainer.global_step)
 
-    # Predict
-
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._prepare(trainer, pl_module)
-        self._file = PredictionFile(self._directory / "predictions.parquet", trainer.global_rank)
-
-    def on_predict_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
-    ) -> None:
-        rows = self._predict(trainer, pl_module, batch)
-        rows.pop("deterministic_probs")
-        assert self._file is not None
-        self._file.write(rows)
-
-    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert self._file is not None
-        self._file.close()
-        trainer.strategy.barrier("predictions")
-        if trainer.is_global_zero:
-            self._file.merge(trainer.world_size)
-
-    # Both
-
-    def _net(self, pl_module: LightningModule) -> nn.Module:
-        """The net where it can be thinned, else the module itself: both map inputs to logits."""
-        net = getattr(pl_module, "net", None)
-        return net if isinstance(net, nn.Module) and hasattr(net, "thin") else pl_module
-
-    def _prepare(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._seen = 0
-        net = self._net(pl_module)
-        resolve_masks(net, self.masks)
-        if self.sites == "auto" and self.num_samples is not None and not self.selection:
-            self.selection = select_sites(net, lambda sites: self._validation_nll(trainer, pl_module, sites))
-            best = next(iter(self.selection))
-            rank_zero_info(f"MC dropout at {'+'.join(best)}: lowest validation NLL, {self.selection[best]:.4f} nats")
-        self._active_sites: Collection[str] | None = None if self.sites == "all" else self.sites
-        if self.selection:
-            self._active_sites = next(iter(self.selection))
-
-    @torch.no_grad()
-    def _validation_nll(self, trainer: Trainer, pl_module: LightningModule, sites: tuple[str, ...]) -> float:
-        if getattr(trainer, "datamodule", None) is None:
-            raise ValueError("Expected a data module for mc_dropout.sites=auto, which needs its validation split")
-        sums = torch.zeros(2, dtype=torch.float32, device=pl_module.device)
-        for batch in trainer.datamodule.val_dataloader():  # type: ignore[attr-defined]
-            batch = trainer.strategy.batch_to_device(batch, pl_module.device)
-            with trainer.precision_plugin.forward_context():
-                mean = self._mc_predict(pl_module, batch[0], sites, self.seed).mean
-            sums += torch.stack([nll(mean, batch[1]).sum(), torch.tensor(len(mean), device=mean.device)])
-        total, count = trainer.strategy.reduce(sums, reduce_op="sum")
-        return (total / count).item()
-
-    def _mc_predict(
-        self, pl_module: LightningModule, inputs: Any, sites: Collection[str] | None, seed: int
-    ) -> MCPrediction:
-        assert self.num_samples is not None
-        net = self._net(pl_module)
-        return mc_predict(net, inputs, num_samples=self.num_samples, masks=self.masks, seed=seed, sites=sites)
-
-    @torch.no_grad()
-    def _predict(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> dict[str, Tensor]:
-        """The rows of a batch, by column: (B,) each, (B, K) for probabilities."""
-        inputs = batch if isinstance(batch, Tensor) else batch[0]
-        with trainer.precision_plugin.forward_context():
-            logits = pl_module(inputs)
-        rows = {"index": self._index(trainer, batch, len(logits))}
-        if not isinstance(batch, Tensor) and len(batch) > 1:
-            rows["target"] = batch[1]
-        deterministic = probs = torch.softmax(logits.float(), dim=-1)
-        if self.num_samples is not None:
-            shared = resolve_masks(self._net(pl_module), self.masks) == "shared"
-            seed = self.seed if shared else derive_seed(self.seed, int(rows["index"][0]))
-            with trainer.precision_plugin.forward_context():
-                mc = self._mc_predict(pl_module, inputs, self._active_sites, seed)
-            probs = mc.mean
-        rows["prediction"] = probs.argmax(-1)
-        rows["confidence"] = probs.amax(-1)
-        rows["predictive_entropy"] = entropy(probs)
-        if self.num_samples is not None:
-            rows["expected_entropy"] = mc.expected_entropy
-            rows["mutual_information"] = mc.mutual_information
-            rows["variation_ratio"] = mc.variation_ratio
-            rows["std"] = mc.variance.gather(-1, rows["prediction"][:, None]).squeeze(-1).sqrt()
-        return rows | {"probs": probs, "deterministic_probs": deterministic}
-
-    def _index(self, trainer: Trainer, batch: Any, count: int) -> Tensor:
+    def _index(self, trainer: Trainer, batch: Any) -> Tensor:
         """Dataset rows of the batch: its third element, else counted on as Lightning's samplers stride over ranks."""
         if not isinstance(batch, Tensor) and len(batch) > 2:
             index: Tensor = batch[2]
             return index
-        position = torch.arange(self._seen, self._seen + count)
-        self._seen += count
+        inputs = batch if isinstance(batch, Tensor) else batch[0]
+        position = torch.arange(self._seen, self._seen + len(inputs), device=inputs.device)
+        self._seen += len(inputs)
         return position * trainer.world_size + trainer.global_rank
 
 

@@ -47,8 +47,10 @@ class PredictionFile:
         self._part(self.rank).unlink(missing_ok=True)
 
     def merge(self, world_size: int) -> None:
-        """Merges all ranks' parts, sorted by `index`, each index once, and removes them."""
+        """Merges all ranks' parts, sorted by `index`, each index once, and removes them; nothing where none wrote."""
         parts = [part for part in map(self._part, range(world_size)) if part.exists()]
+        if not parts:
+            return
         table = pa.concat_tables([pq.read_table(part) for part in parts]).sort_by("index")
         index = table["index"].combine_chunks()
         if len(index) > 1:

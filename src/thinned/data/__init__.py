@@ -2,5 +2,7 @@
 
 from thinned.data.images import Batch, ImageDataModule
 from thinned.data.sampling import EpochBatchSampler
+from thinned.data.text import TextDataModule, TokenBatch
+from thinned.data.tokenizer import Tokenizer
 
-__all__ = ["Batch", "EpochBatchSampler", "ImageDataModule"]
+__all__ = ["Batch", "EpochBatchSampler", "ImageDataModule", "TextDataModule", "TokenBatch", "Tokenizer"]

@@ -7,17 +7,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Literal
 
 import datasets
 import numpy as np
 import torch
-from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError
 from PIL.Image import Resampling
 from sklearn.datasets import load_digits
 from torch import Tensor
+
+from thinned.data.hugging_face import read_stored
 
 
 def read_digits() -> datasets.Dataset:
@@ -31,22 +30,6 @@ def read_digits() -> datasets.Dataset:
     )
 
 
-def read_hub(path: str) -> datasets.DatasetDict:
-    """Returns a dataset of the hub, or its cached copy if the hub is out of reach."""
-    offline = datasets.config.HF_HUB_OFFLINE
-    try:
-        HfApi().dataset_info(path, timeout=5)
-    except HfHubHTTPError:
-        pass  # the hub answers; load_dataset says what is wrong
-    except Exception:  # the type differs between versions of the client, which has had three HTTP libraries
-        # Left to itself, load_dataset repeats its requests for 23 seconds before it turns to the cache.
-        datasets.config.HF_HUB_OFFLINE = True
-    try:
-        return datasets.load_dataset(path)
-    finally:
-        datasets.config.HF_HUB_OFFLINE = offline
-
-
 def read_splits(path: str) -> dict[str, datasets.Dataset]:
     """Returns the splits of the dataset at ``data.path`` by the names under which they are stored.
 
@@ -55,21 +38,7 @@ def read_splits(path: str) -> dict[str, datasets.Dataset]:
     """
     if path == "digits":
         return {"train": read_digits()}
-    folder = Path(path).expanduser()
-    try:
-        if (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():
-            stored = datasets.load_from_disk(folder)
-        elif folder.is_dir():
-            stored = datasets.load_dataset(str(folder))
-        else:
-            stored = read_hub(path)
-    except Exception as error:  # whatever it is, the user wants to know which setting it is about
-        cause = error.__cause__ or error
-        raise FileNotFoundError(
-            "Expected data.path to be 'digits', the folder of a dataset or its id on the Hugging Face Hub, "
-            f"but got {path!r} ({type(cause).__name__}: {cause})"
-        ) from None
-    return {"train": stored} if isinstance(stored, datasets.Dataset) else dict(stored)
+    return read_stored(path, "'digits', the folder of a dataset or its id on the Hugging Face Hub")
 
 
 def find_column(features: datasets.Features, kind: Literal["image", "label"], given: str | None) -> str:

@@ -6,8 +6,8 @@ batches it would have had, and a training step sees the same examples however ma
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from itertools import pairwise
+from collections.abc import Callable, Iterator
+from itertools import islice, pairwise
 from typing import Any
 
 import numpy as np
@@ -63,6 +63,7 @@ class EpochBatchSampler(DistributedSampler[tuple[int, list[int]]]):
         rank: This process, in [0, world_size).
         world_size: Number R of processes.
         drop_last: Whether a last training batch of less than B examples is left out.
+        done: Says, when iteration begins, how many batches of the epoch an interrupted run has behind it.
 
     Raises:
         ValueError: If training batches or examples cannot be shared out among the ranks.
@@ -78,6 +79,7 @@ class EpochBatchSampler(DistributedSampler[tuple[int, list[int]]]):
         rank: int = 0,
         world_size: int = 1,
         drop_last: bool = False,
+        done: Callable[[], int] = lambda: 0,
     ) -> None:
         examples = range(num_examples)
         super().__init__(examples, world_size, rank, shuffle, seed, drop_last)  # type: ignore[arg-type]
@@ -102,6 +104,7 @@ class EpochBatchSampler(DistributedSampler[tuple[int, list[int]]]):
             end = num_examples
             batch_size = max(batch_size, world_size)
         self.num_examples = num_examples
+        self.done = done
         self.edges = [*range(0, end, batch_size), end]  # global batch i is order[edges[i] : edges[i + 1]]
         if len(self.edges) > 2 and self.edges[-1] - self.edges[-2] < world_size:
             del self.edges[-2]
@@ -111,7 +114,7 @@ class EpochBatchSampler(DistributedSampler[tuple[int, list[int]]]):
         order = np.arange(self.num_examples)
         if self.shuffle:
             np.random.default_rng((self.seed, epoch)).shuffle(order)
-        for start, end in pairwise(self.edges):
+        for start, end in islice(pairwise(self.edges), self.done(), None):
             if start + self.rank < end:
                 yield epoch, order[start + self.rank : end : self.num_replicas].tolist()
 
@@ -136,8 +139,13 @@ def batch_loader(
         shuffle: Whether this is for training, where a smaller last batch is dropped.
         seed: Seed of the order.
         num_workers: Number of worker processes; 0 makes the batches in this one.
-        trainer: Says which rank, of how many, at which epoch; None is rank 0 of 1 at epoch 0.
+        trainer: Says which rank, of how many, at which batch of which epoch; None is rank 0 of 1 at the start.
     """
+
+    def done() -> int:
+        """Batches of this epoch that a resumed run has seen: Lightning goes on counting, but reads from the start."""
+        return trainer.fit_loop.epoch_loop.batch_progress.current.ready if trainer and shuffle else 0
+
     sampler = EpochBatchSampler(
         len(dataset),  # type: ignore[arg-type]
         batch_size,
@@ -146,6 +154,7 @@ def batch_loader(
         rank=trainer.global_rank if trainer else 0,
         world_size=trainer.world_size if trainer else 1,
         drop_last=shuffle,
+        done=done,
     )
     order: Sampler[Any] | None = sampler
     if trainer and trainer.overfit_batches:  # type: ignore[attr-defined]

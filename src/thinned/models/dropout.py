@@ -125,6 +125,8 @@ def sample_masks(
     seed: int,
     sample: int,
     sites: Collection[str] | None = None,
+    scale: float = 1.0,
+    dtype: torch.dtype = torch.float64,
 ) -> dict[str, Tensor]:
     """The masks of thinned network `sample`: one per `Dropout` of the net that acts, by module name.
 
@@ -134,16 +136,21 @@ def sample_masks(
         seed: of the whole ensemble.
         sample: which network of the ensemble, 0 <= sample < S.
         sites: that drop; all when None.
+        scale: by which each rate is multiplied.
+        dtype: of the masks; what is dropped does not depend on it.
 
     Returns:
-        Scaled masks in float64 on the CPU, so that every device and dtype sees the same network. A mask is a
-        function of (seed, sample, module name, p) alone.
+        Scaled masks on the CPU, so that every device sees the same network. A mask is a function of
+        (seed, sample, module name, p) alone.
     """
     chosen = SITES if sites is None else check_sites(sites)
     return {
         name: dropout_mask(
-            shapes[name], module.p, torch.float64, Generator().manual_seed(derive_seed(seed, sample, name))
+            shapes[name],
+            check_rate(scale * module.p, f"scale * dropout.{module.site}"),
+            dtype,
+            Generator().manual_seed(derive_seed(seed, sample, name)),
         )
         for name, module in net.named_modules()
-        if isinstance(module, Dropout) and module.p > 0 and module.site in chosen
+        if isinstance(module, Dropout) and module.p * scale > 0 and module.site in chosen
     }

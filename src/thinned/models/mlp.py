@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from thinned.models.blocks import AttentionPooling, GivenLinear, Mask, PatchEmbedding, Residual
+from thinned.models.blocks import AttentionPooling, Mask, PatchEmbedding, Residual, kept_units, thin_linear
 from thinned.models.dropout import Dropout, DropoutRates, sample_masks
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
@@ -111,7 +111,9 @@ class MLP(nn.Module):
                 if isinstance(module, nn.Linear) and name.rpartition(".")[2].startswith(("linear", "up")):
                     module.weight.copy_(torch.renorm(module.weight, p=2, dim=0, maxnorm=self.max_norm))
 
-    def masks(self, seed: int, sample: int, sites: Collection[str] | None = None) -> dict[str, Tensor]:
+    def masks(
+        self, seed: int, sample: int, sites: Collection[str] | None = None, scale: float = 1.0
+    ) -> dict[str, Tensor]:
         """The masks of thinned network (seed, sample): one per acting `Dropout`, by module name, to look at.
 
         Each has the shape of one example at its place and is shared by all examples.
@@ -128,18 +130,18 @@ class MLP(nn.Module):
                     shapes[f"{path}.{name}.attention_dropout"] = size[:1]
                 elif isinstance(module, Dropout):
                     shapes[f"{path}.{name}"] = size
-        return sample_masks(self, shapes, seed, sample, sites)
+        return sample_masks(self, shapes, seed, sample, sites, scale)
 
     @torch.no_grad()
-    def thin(self, seed: int, sample: int, sites: Collection[str] | None = None) -> nn.Sequential:
+    def thin(self, seed: int, sample: int, sites: Collection[str] | None = None, scale: float = 1.0) -> nn.Sequential:
         """Thinned network `sample` of the ensemble `seed`: an ordinary module without dropout.
 
         Dropped hidden units are cut out of the weight matrices; embedding and residual masks scale rows or columns;
         only the masks on patches and on attention, which no weight can carry, stay as buffers. Equal to the
-        network with `masks(seed, sample, sites)` applied at its dropout modules. What no mask touches (uncut layers,
-        norms) is shared with this network, not copied.
+        network with `masks(seed, sample, sites, scale)` applied at its dropout modules. What no mask touches (uncut
+        layers, norms) is shared with this network, not copied.
         """
-        return _thin_chain(self.stages, _within(self.masks(seed, sample, sites), "stages."))
+        return _thin_chain(self.stages, _within(self.masks(seed, sample, sites, scale), "stages."))
 
 
 def _residual_sublayer(size: int, units: int, activation: str, layer_norm: bool, dropout: DropoutRates) -> nn.Module:
@@ -166,8 +168,8 @@ def _thin_chain(chain: nn.Sequential, masks: dict[str, Tensor]) -> nn.Sequential
         if isinstance(module, nn.Linear):
             scale_out = masks.get(following[0][0])  # a dropout right behind this layer scales its rows
             hidden = masks.get(following[1][0]) if isinstance(following[0][1], activations) else None
-            kept_out = None if hidden is None else _kept_units(hidden)
-            thinned[name] = _thin_linear(module, kept, mask_in, kept_out, scale_out)
+            kept_out = None if hidden is None else kept_units(hidden)
+            thinned[name] = thin_linear(module, kept_in=kept, mask_in=mask_in, kept_out=kept_out, scale_out=scale_out)
             kept, mask_in = kept_out, None
         elif isinstance(module, Dropout):
             if name not in masks or (i and isinstance(modules[i - 1], nn.Linear)):
@@ -186,35 +188,6 @@ def _thin_chain(chain: nn.Sequential, masks: dict[str, Tensor]) -> nn.Sequential
         else:
             thinned[name] = module
     return nn.Sequential(thinned)
-
-
-def _kept_units(mask: Tensor) -> Tensor:
-    """Indices of the kept units, filled up with dropped ones (whose mask is 0) to a multiple of 16.
-
-    Matrix products over odd sizes are slower than over the next multiple of a cache line: 921 takes longer than 1024.
-    """
-    kept, dropped = mask.nonzero().squeeze(1), (mask == 0).nonzero().squeeze(1)
-    size = -(-max(len(kept), 1) // 16) * 16  # never 0: torch warns of empty layers
-    return torch.cat([kept, dropped])[:size]
-
-
-def _thin_linear(
-    linear: nn.Linear, kept_in: Tensor | None, mask_in: Tensor | None, kept_out: Tensor | None, scale_out: Tensor | None
-) -> nn.Linear:
-    """A linear layer with rows and columns cut (indices) or scaled (masks); the original where nothing is asked."""
-    weight: Tensor = linear.weight
-    bias: Tensor = linear.bias
-    if kept_out is not None:
-        kept_out = kept_out.to(weight.device)
-        weight, bias = weight.index_select(0, kept_out), bias.index_select(0, kept_out)
-    if mask_in is not None:
-        if kept_in is not None:
-            weight, mask_in = weight.index_select(1, kept_in.to(weight.device)), mask_in[kept_in]
-        # In place where the weights are a copy already: a fresh block of memory costs more than the product.
-        weight = torch.mul(weight, mask_in.to(weight), out=None if weight is linear.weight else weight)
-    if scale_out is not None:
-        weight, bias = weight * scale_out.to(weight)[:, None], bias * scale_out.to(bias)
-    return linear if weight is linear.weight else GivenLinear(weight, bias)
 
 
 def _within(masks: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -1,11 +1,15 @@
 """What every task shares: the net, its optimiser with decay groups, and a learning rate by step."""
 
+import inspect
 import math
-from typing import Any
+import warnings
+from types import FrameType
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
@@ -60,11 +64,19 @@ class Task(LightningModule):
         self.final_lr_fraction = final_lr_fraction
         self.compile_net = compile
 
-    def save_net_as_primitives(self) -> None:
-        """Stores a net of this package as class path and `config`, so that a checkpoint of it stands alone.
+    def save_settings(self) -> None:
+        """Stores the arguments of the subclass's `__init__`, which calls this, so that its checkpoints stand alone.
 
-        Any other net, and the optimiser, are given to `load_from_checkpoint`: `weights_only=True` opens no pickles.
+        A net of this package is stored as class path and `config`. Any other net, and the optimiser, are given to
+        `load_from_checkpoint`: `weights_only=True` opens no pickles.
         """
+        caller = cast(FrameType, cast(FrameType, inspect.currentframe()).f_back)
+        with warnings.catch_warnings():  # of a module among the hyperparameters, which goes at once
+            warnings.simplefilter("ignore")
+            self.save_hyperparameters(logger=False, frame=caller)
+        if "_instantiator" in self.hparams:  # built from a config
+            return
+        self.save_hyperparameters(ignore=["net", "optimizer"], logger=False, frame=caller)
         config = getattr(self.net, "config", None)
         if config is not None:
             class_path = f"{type(self.net).__module__}.{type(self.net).__qualname__}"
@@ -82,6 +94,8 @@ class Task(LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         decay, no_decay = decay_groups(self.net)
+        sizes = [f"{len(group)} tensors with {sum(p.numel() for p in group):,}" for group in (decay, no_decay)]
+        rank_zero_info(f"Weight decay on {sizes[0]} weights, none on {sizes[1]}.")
         optimizer = self.optimizer([{"params": decay}, {"params": no_decay, "weight_decay": 0.0}])
         constrain = getattr(self.net, "constrain_max_norm_", None)
         if constrain is not None:

@@ -1,6 +1,5 @@
 """Classification: cross-entropy for training; accuracy, NLL, Brier score and calibration error for every stage."""
 
-import warnings
 from typing import Any
 
 import torch
@@ -66,12 +65,7 @@ class ClassificationTask(Task):
         num_classes = num_classes or getattr(net, "num_classes", None)
         if num_classes is None:
             raise ValueError(f"Expected model.num_classes for a {type(net).__name__}, but got null")
-        with warnings.catch_warnings():  # of a module among the hyperparameters, which goes at once
-            warnings.simplefilter("ignore")
-            self.save_hyperparameters(logger=False)
-        if "_instantiator" not in self.hparams:  # built in Python, not from a config
-            self.save_hyperparameters(ignore=["net", "optimizer"], logger=False)
-            self.save_net_as_primitives()
+        self.save_settings()
         self.num_classes = num_classes
         self._unmeasured: dict[str, list[tuple[Tensor, Tensor]]] = {"train": [], "val": [], "test": []}
         self.label_smoothing = label_smoothing

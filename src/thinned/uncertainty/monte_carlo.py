@@ -7,18 +7,19 @@ every input and element, by switching on whatever dropout the net contains, and 
 from collections.abc import Callable, Collection, Generator, Iterator
 from contextlib import closing, contextmanager
 from itertools import combinations
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils.parametrizations import _SpectralNorm
 
-from thinned.models.dropout import Dropout, check_sites, derive_seed, sites_in
+from thinned.models.dropout import Dropout, check_rate, check_sites, derive_seed, sites_in
 from thinned.uncertainty.statistics import MCPrediction, MCStatistics
 
 Masks = Literal["auto", "shared", "independent"]
 
+SCALES = (0.25, 0.5, 2.0)  # of the rates, tried by `select_sites`
 # Modules that do something other than dropout when `training` is set.
 NOT_DROPOUT = (_NormBase, _SpectralNorm, nn.RReLU)
 
@@ -33,16 +34,17 @@ def resolve_masks(net: nn.Module, masks: Masks) -> Literal["shared", "independen
     return "shared" if masks != "independent" and thinnable else "independent"
 
 
-def mc_samples(
+def sampled_outputs(
     net: nn.Module,
-    inputs: Any,
+    evaluate: Callable[[nn.Module], Tensor],
     *,
     num_samples: int = 50,
     masks: Masks = "auto",
     seed: int = 0,
     sites: Collection[str] | None = None,
+    scale: float = 1.0,
 ) -> Generator[Tensor, None, None]:
-    """The S sampled predictive distributions, one at a time: softmax of the logits, (B, K).
+    """What `evaluate` returns for each of the S sampled networks, one at a time.
 
     Shared masks depend on (seed, sample) alone: the same networks whatever the inputs, the batch or the device.
     Independent masks depend on the shape of the inputs too. Args and Raises: see `mc_predict`.
@@ -57,12 +59,18 @@ def mc_samples(
         if not sites_in(net):
             raise _nothing_stochastic(net)
         for sample in range(num_samples):
-            thinned = net.thin(seed, sample, sites)  # type: ignore[operator]
-            yield _probs(thinned(inputs))
+            yield evaluate(net.thin(seed, sample, sites, scale))  # type: ignore[operator]
     else:
-        with only_dropout_active(net, sites):
+        with only_dropout_active(net, sites, scale):
             for sample in range(num_samples):
-                yield _probs(_seeded(net, inputs, derive_seed(seed, sample)))
+                yield _seeded(net, evaluate, derive_seed(seed, sample))
+
+
+def mc_samples(net: nn.Module, inputs: Any, **settings: Any) -> Generator[Tensor, None, None]:
+    """The S sampled predictive distributions, one at a time: softmax of the logits, (B, K). See `mc_predict`."""
+    with closing(sampled_outputs(net, lambda sampled: sampled(inputs), **settings)) as outputs:
+        for logits in outputs:  # closed on an exception, which restores the modes at once
+            yield torch.softmax(logits if logits.dtype == torch.float64 else logits.float(), dim=-1)
 
 
 @torch.no_grad()
@@ -74,6 +82,7 @@ def mc_predict(
     masks: Masks = "auto",
     seed: int = 0,
     sites: Collection[str] | None = None,
+    scale: float = 1.0,
 ) -> MCPrediction:
     """Predicts with S networks sampled by dropout and says how much they differ.
 
@@ -87,40 +96,57 @@ def mc_predict(
             exists.
         seed: of the ensemble. The global random state is left as it was.
         sites: at which dropout acts; all when None. Only for nets built from `thinned.models.Dropout`.
+        scale: by which the rates of `thinned.models.Dropout` are multiplied.
 
     Raises:
         ValueError: S below 2, unknown site, no dropout that acts, or a module that changes its buffers.
     """
     statistics = MCStatistics()
-    samples = mc_samples(net, inputs, num_samples=num_samples, masks=masks, seed=seed, sites=sites)
+    samples = mc_samples(net, inputs, num_samples=num_samples, masks=masks, seed=seed, sites=sites, scale=scale)
     with closing(samples):  # an exception here restores the modes at once
         for probs in samples:
             statistics.update(probs)
     return statistics.compute()
 
 
-def select_sites(net: nn.Module, nll: Callable[[tuple[str, ...]], float]) -> dict[tuple[str, ...], float]:
-    """Scores every combination of the sites that drop in a net, best first.
+class Acting(NamedTuple):
+    """Where dropout acts at prediction, and by what its rates are multiplied."""
+
+    sites: tuple[str, ...]
+    scale: float = 1.0
+
+    def __str__(self) -> str:
+        return "+".join(self.sites) + ("" if self.scale == 1 else f" × {self.scale:g}")
+
+
+def select_sites(net: nn.Module, nll: Callable[[Acting], float]) -> dict[Acting, float]:
+    """Scores every combination of the sites that drop in a net, then the best one at other rates; best first.
 
     Args:
         net: whose sites with a rate above 0 are combined, at most 2^4 - 1 ways.
-        nll: the negative log-likelihood on held-out data when dropout acts at the given sites, in nats.
+        nll: the negative log-likelihood on held-out data when dropout acts in the given way, in nats.
     """
     sites = sites_in(net)
     if not sites:
         raise _nothing_stochastic(net)
-    candidates = [c for size in range(1, len(sites) + 1) for c in combinations(sites, size)]
-    return dict(sorted(((c, nll(c)) for c in candidates), key=lambda item: item[1]))
+    combined = [Acting(c) for size in range(1, len(sites) + 1) for c in combinations(sites, size)]
+    scores = {acting: nll(acting) for acting in combined}
+    best = min(scores, key=lambda acting: scores[acting]).sites
+    highest = max(m.p for m in net.modules() if isinstance(m, Dropout) and m.site in best)
+    scores |= {a: nll(a) for a in (Acting(best, scale) for scale in SCALES if scale * highest < 1)}
+    return dict(sorted(scores.items(), key=lambda item: item[1]))
 
 
 @contextmanager
-def only_dropout_active(net: nn.Module, sites: Collection[str] | None = None) -> Iterator[None]:
+def only_dropout_active(net: nn.Module, sites: Collection[str] | None = None, scale: float = 1.0) -> Iterator[None]:
     """Within the block dropout acts (at the sites, or everywhere) and nothing else is in training mode.
 
-    Every module's mode is restored on the way out. A buffer that changed inside (running statistics of a functional
-    batch norm, say) is restored too and raises ValueError, since such a prediction would depend on its batch.
+    The rates of every `Dropout` are multiplied by `scale`. They and every module's mode are restored on the way out.
+    A buffer that changed inside (running statistics of a functional batch norm, say) is restored too and raises
+    ValueError, since such a prediction would depend on its batch.
     """
     modes = {module: module.training for module in net.modules()}
+    rates = {module: module.p for module in modes if isinstance(module, Dropout)}
     buffers = {name: (buffer, buffer.clone()) for name, buffer in net.named_buffers()}
     try:
         for module in modes:
@@ -128,10 +154,14 @@ def only_dropout_active(net: nn.Module, sites: Collection[str] | None = None) ->
                 module.training = not isinstance(module, NOT_DROPOUT)
             else:
                 module.training = isinstance(module, Dropout) and module.site in sites
+        for module, p in rates.items():
+            module.p = check_rate(scale * p, f"scale * dropout.{module.site}")
         yield
     finally:
         for module, mode in modes.items():
             module.training = mode
+        for module, p in rates.items():
+            module.p = p
         changed = [name for name, (now, then) in buffers.items() if not _equal(now, then)]
         for name in changed:
             buffers[name][0].copy_(buffers[name][1])
@@ -139,7 +169,7 @@ def only_dropout_active(net: nn.Module, sites: Collection[str] | None = None) ->
         raise ValueError(f"Expected dropout alone to act in {_name(net)}, but got changed buffers: {changed}")
 
 
-def _seeded(net: nn.Module, inputs: Any, seed: int) -> Tensor:
+def _seeded(net: nn.Module, evaluate: Callable[[nn.Module], Tensor], seed: int) -> Tensor:
     """One pass with the random state set to seed, and put back after; ValueError when the pass draws nothing."""
     cuda = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.random.fork_rng(cuda):
@@ -147,10 +177,10 @@ def _seeded(net: nn.Module, inputs: Any, seed: int) -> Tensor:
         if cuda:
             torch.cuda.manual_seed(seed)
         before = _random_state(cuda)
-        logits: Tensor = net(inputs)
+        output = evaluate(net)
         if all(map(torch.equal, before, _random_state(cuda))):
             raise _nothing_stochastic(net)
-    return logits
+    return output
 
 
 def _random_state(cuda: list[int]) -> list[Tensor]:
@@ -160,10 +190,6 @@ def _random_state(cuda: list[int]) -> list[Tensor]:
 def _equal(now: Tensor, then: Tensor) -> bool:
     """Equal element by element, a NaN equal to a NaN."""
     return torch.equal(now, then) or (now.is_floating_point() and torch.allclose(now, then, 0, 0, equal_nan=True))
-
-
-def _probs(logits: Tensor) -> Tensor:
-    return torch.softmax(logits if logits.dtype == torch.float64 else logits.float(), dim=-1)
 
 
 def _name(net: nn.Module) -> str:

@@ -1,7 +1,6 @@
 """What a person looks at: the table of scores, and pictures of calibration and uncertainty.
 
-`rows` are columns of N examples: index, target, prediction, confidence, predictive_entropy, probs and
-deterministic_probs (N, K), and with Monte-Carlo dropout mutual_information (N,).
+`rows` are the columns of N predictions that `thinned.uncertainty.rows` describes.
 """
 
 from collections.abc import Callable, Mapping
@@ -14,11 +13,13 @@ from matplotlib.figure import Figure
 from rich.table import Table
 from torch import Tensor
 
+from thinned.uncertainty.monte_carlo import Acting
 from thinned.uncertainty.scores import ECE_BINS
 
 SCORES = {
     "accuracy": "accuracy ↑",
     "nll": "NLL, nats ↓",
+    "bits_per_byte": "bits per byte ↓",
     "brier": "Brier ↓",
     "ece": "ECE ↓",
     "auroc_error": "AUROC of errors ↑",
@@ -35,9 +36,11 @@ def scores_table(metrics: Mapping[str, Mapping[str, Any]]) -> Table:
     table.add_column("")
     table.add_column("deterministic", justify="right")
     if mc:
-        sites = f" at {'+'.join(mc['sites'])}" if "sites" in mc else ""
+        sites = f" at {Acting(tuple(mc['sites']), mc['scale'])}" if "sites" in mc else ""
         table.add_column(f"MC dropout, S = {mc['num_samples']}, {mc['masks']} masks{sites}", justify="right")
     for key, label in SCORES.items():
+        if key not in metrics["deterministic"]:
+            continue
         cells = [metrics["deterministic"][key], *([mc[key]] if mc else [])]
         table.add_row(label, *("–" if value is None or value != value else f"{value:.4f}" for value in cells))
     return table
@@ -56,18 +59,16 @@ def reliability_diagram(rows: Mapping[str, Tensor]) -> Figure:
     figure = Figure(figsize=(5, 4.6), layout="constrained")
     axes, counts = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
     axes.plot([0, 1], [0, 1], color="black", linewidth=0.8, linestyle=":")
-    predictions = {"deterministic": rows["deterministic_probs"]}
-    if "mutual_information" in rows:
-        predictions["MC dropout"] = rows["probs"]
-    width = 1 / ECE_BINS / (len(predictions) + 0.5)
-    for i, (name, probs) in enumerate(predictions.items()):
-        confidence, right = probs.amax(-1), (probs.argmax(-1) == rows["target"]).double()
+    ways = {"deterministic": "deterministic_"} | ({"MC dropout": ""} if "mutual_information" in rows else {})
+    width = 1 / ECE_BINS / (len(ways) + 0.5)
+    for i, (name, way) in enumerate(ways.items()):
+        confidence, right = rows[f"{way}confidence"], rows[f"{way}correct"].double()
         bins = (confidence * ECE_BINS).long().clamp_max(ECE_BINS - 1)
         number = torch.bincount(bins, minlength=ECE_BINS)
         filled = number > 0
         mean = [torch.bincount(bins, value, ECE_BINS)[filled] / number[filled] for value in (confidence, right)]
         axes.plot(*(points.numpy() for points in mean), marker="o", markersize=4, color=COLOURS[name], label=name)
-        centre = (torch.arange(ECE_BINS) + 0.5) / ECE_BINS + (i - (len(predictions) - 1) / 2) * width
+        centre = (torch.arange(ECE_BINS) + 0.5) / ECE_BINS + (i - (len(ways) - 1) / 2) * width
         counts.bar(centre.numpy(), number.numpy(), width, color=COLOURS[name])
     axes.set(ylabel="accuracy", xlim=(0, 1), ylim=(0, 1), title="Reliability")
     axes.legend(frameon=False)
@@ -79,11 +80,11 @@ def entropy_histogram(rows: Mapping[str, Tensor]) -> Figure:
     """Density of the predictive entropy, split by right and wrong predictions; apart is good."""
     figure = Figure(figsize=(5, 3.4), layout="constrained")
     axes = figure.subplots()
-    wrong = rows["prediction"] != rows["target"]
-    top = float(np.log(rows["probs"].shape[-1]))
+    wrong = ~rows["correct"]
+    top = float(rows["predictive_entropy"].max())
     for name, chosen, colour in (("right", ~wrong, "#3b7a57"), ("wrong", wrong, "#c2410c")):
         if chosen.any():
-            values = rows["predictive_entropy"][chosen].clamp_max(top)  # rounding can exceed log K
+            values = rows["predictive_entropy"][chosen]
             label = f"{name} ({len(values)})"
             axes.hist(values.numpy(), 30, range=(0.0, top), density=True, alpha=0.6, color=colour, label=label)
     axes.set(xlabel="predictive entropy, nats", ylabel="density", title="Entropy of right and wrong predictions")

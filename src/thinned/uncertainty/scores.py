@@ -7,7 +7,7 @@ import math
 
 import torch
 from torch import Tensor
-from torchmetrics.functional.classification import binary_auroc, multiclass_calibration_error
+from torchmetrics.functional.classification import binary_auroc, binary_calibration_error
 
 from thinned.uncertainty.statistics import entropy
 
@@ -25,9 +25,9 @@ def brier(probs: Tensor, targets: Tensor) -> Tensor:
     return (probs - torch.nn.functional.one_hot(targets, probs.shape[-1])).square().sum(-1)
 
 
-def ece(probs: Tensor, targets: Tensor) -> Tensor:
-    """Expected calibration error of the confidence, 15 equal bins (Naeini et al. 2015; Guo et al. 2017)."""
-    return multiclass_calibration_error(below_one(probs), targets, probs.shape[-1], ECE_BINS)
+def ece(confidence: Tensor, correct: Tensor) -> Tensor:
+    """Expected calibration error of a confidence, 15 equal bins (Naeini et al. 2015; Guo et al. 2017)."""
+    return binary_calibration_error(below_one(confidence), correct.long(), ECE_BINS)
 
 
 def below_one(probs: Tensor) -> Tensor:
@@ -45,21 +45,36 @@ def aurc(errors: Tensor, uncertainty: Tensor) -> Tensor:
     return (risk / torch.arange(1, len(risk) + 1, device=risk.device)).mean()
 
 
-def classification_scores(probs: Tensor, targets: Tensor) -> dict[str, float]:
-    """Six scores of predictions (N, K) against targets (N,).
+def scores(nll: Tensor, confidence: Tensor, correct: Tensor, uncertainty: Tensor) -> dict[str, float]:
+    """Five scores of N predictions.
+
+    Args:
+        nll: (N,), of the targets, in nats.
+        confidence: (N,), the highest probability.
+        correct: (N,), whether the class that has it is the target.
+        uncertainty: (N,), entropy of the prediction over that of a uniform one, in [0, 1].
 
     Returns:
-        accuracy; nll in nats; brier; ece; auroc_error, the probability that an error is more uncertain than a hit
-        (NaN where all or none are errors); aurc. The uncertainty is the entropy of the prediction.
+        accuracy; nll in nats; ece; auroc_error, the probability that an error is more uncertain than a hit (NaN where
+        all or none are errors); aurc.
     """
-    uncertainty = entropy(probs) / math.log(probs.shape[-1])  # in [0, 1], where binary_auroc applies no sigmoid
-    errors = probs.argmax(-1) != targets
+    errors = ~correct
     both = 0 < errors.sum() < len(errors)
+    uncertainty = uncertainty.clamp(0, 1)  # rounding; binary_auroc applies a sigmoid to anything outside
     return {
-        "accuracy": 1 - errors.double().mean().item(),
-        "nll": nll(probs, targets).double().mean().item(),
-        "brier": brier(probs, targets).double().mean().item(),
-        "ece": ece(probs, targets).item(),
-        "auroc_error": binary_auroc(uncertainty.clamp(0, 1), errors.long()).item() if both else math.nan,
+        "accuracy": correct.double().mean().item(),
+        "nll": nll.double().mean().item(),
+        "ece": ece(confidence, correct).item(),
+        "auroc_error": binary_auroc(uncertainty, errors.long()).item() if both else math.nan,
         "aurc": aurc(errors, uncertainty).item(),
+    }
+
+
+def classification_scores(probs: Tensor, targets: Tensor) -> dict[str, float]:
+    """The scores of predictions (N, K) against targets (N,), and the Brier score; see `scores`."""
+    confidence, prediction = probs.max(-1)
+    uncertainty = entropy(probs) / math.log(probs.shape[-1])
+    return {
+        **scores(nll(probs, targets), confidence, prediction == targets, uncertainty),
+        "brier": brier(probs, targets).double().mean().item(),
     }

@@ -1,0 +1,80 @@
+"""How fast training is: tokens or examples per second, step time, model FLOPs utilisation, peak memory."""
+
+import resource
+import sys
+import time
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.throughput import get_available_flops
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+DTYPES = {"32": torch.float32, "bf16": torch.bfloat16, "16": torch.float16}  # by the first part of `precision`
+
+
+class Throughput(Callback):
+    """Logs the speed over the steps since it last did, without validation.
+
+    `throughput/tokens_per_second` of all devices (of examples where a batch is no text), `throughput/step_ms` per
+    optimiser step, `throughput/peak_memory_mib` of this process's device, and where the net has `flops_per_token` and
+    the device's peak is known `throughput/mfu` (Chowdhery et al. 2022, appendix B). The progress bar has the rate.
+    """
+
+    _start: float | None = None
+    _paused = 0.0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        kind = DTYPES.get(str(trainer.precision).partition("-")[0], torch.float32)
+        on_cpu = pl_module.device.type == "cpu"  # whose peak is not known
+        self._peak_flops = None if on_cpu else get_available_flops(pl_module.device, kind)
+        self._start = None  # not before the first batch is done: compilation, warm-up
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._paused = time.perf_counter()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._start is not None:
+            self._start += time.perf_counter() - self._paused
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        inputs = batch[0]
+        text = not inputs.is_floating_point() and inputs.dim() == 2
+        if self._start is None:
+            self._restart(trainer, pl_module)
+            return
+        self._items += inputs.numel() if text else len(inputs)
+        if not trainer._logger_connector.should_update_logs or trainer.global_step == self._step:
+            return
+        _synchronize(pl_module)
+        seconds = time.perf_counter() - self._start
+        rate = self._items * trainer.world_size / seconds
+        unit = "tokens" if text else "examples"
+        metrics = {
+            "throughput/step_ms": 1000 * seconds / (trainer.global_step - self._step),
+            "throughput/peak_memory_mib": _peak_memory(pl_module) / 2**20,
+        }
+        flops_per_token = getattr(getattr(pl_module, "net", None), "flops_per_token", None)
+        if text and flops_per_token is not None and self._peak_flops is not None:
+            metrics["throughput/mfu"] = rate * flops_per_token() / (self._peak_flops * trainer.world_size)
+        pl_module.log_dict(metrics | {f"throughput/{unit}_per_second": rate}, batch_size=1)
+        pl_module.log(f"{unit}/s", rate, prog_bar=True, logger=False, batch_size=1)
+        self._restart(trainer, pl_module)
+
+    def _restart(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        _synchronize(pl_module)
+        self._start, self._items, self._step = time.perf_counter(), 0, trainer.global_step
+
+
+def _synchronize(pl_module: LightningModule) -> None:
+    if pl_module.device.type != "cpu":
+        torch.accelerator.synchronize(pl_module.device)
+
+
+def _peak_memory(pl_module: LightningModule) -> float:
+    """Bytes: allocated on a CUDA device, else the resident size of the process."""
+    if pl_module.device.type == "cuda":
+        return torch.cuda.max_memory_allocated(pl_module.device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,68 @@
+"""GPT-2's published weights (Radford et al. 2019), as `transformers` reads them, in a `GPT`."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from thinned.models.gpt import GPT
+
+NAMES = {  # ours to theirs, within a block
+    "attention_norm": "ln_1",
+    "attention.qkv": "attn.c_attn",
+    "attention.projection": "attn.c_proj",
+    "mlp_norm": "ln_2",
+    "mlp.up": "mlp.c_fc",
+    "mlp.down": "mlp.c_proj",
+}
+
+
+def load_gpt2(net: nn.Module, path: str) -> None:
+    """Loads a GPT-2 checkpoint, a hub id (gpt2, gpt2-medium, ...) or a folder, into a net of the same shape.
+
+    Positions may be fewer than the checkpoint has: its first ones are taken.
+
+    Raises:
+        ValueError: `transformers` is not installed, there is no such checkpoint, or the net has another shape.
+    """
+    try:
+        from transformers import GPT2LMHeadModel
+    except ImportError as error:
+        raise ValueError("Expected the package transformers for model.init_from: pip install 'thinned[hf]'") from error
+    try:
+        source = GPT2LMHeadModel.from_pretrained(path)
+    except OSError as error:
+        raise ValueError(f"Expected model.init_from to be a GPT-2 of the hub or a folder, but got {path!r}") from error
+    copy_gpt2(source, net)
+
+
+@torch.no_grad()
+def copy_gpt2(source: nn.Module, net: nn.Module) -> None:
+    """Copies a `transformers.GPT2LMHeadModel` into a GPT; ValueError where the shapes differ."""
+    if not isinstance(net, GPT):
+        raise ValueError(f"Expected model.net to be a GPT for model.init_from, but got {type(net).__name__}")
+    theirs: Any = source.config  # GPT-2's names for sizes
+    for key, wanted in (
+        ("num_layers", theirs.n_layer), ("num_heads", theirs.n_head), ("width", theirs.n_embd), ("bias", True),
+        ("vocab_size", theirs.vocab_size), ("gelu", "tanh" if theirs.activation_function != "gelu" else "exact"),
+    ):  # fmt: skip
+        if net.config[key] != wanted:
+            raise ValueError(f"Expected net.{key} to be {wanted}, as in model.init_from, but got {net.config[key]}")
+    if net.context_length > theirs.n_positions or theirs.n_inner not in (None, 4 * theirs.n_embd):
+        raise ValueError(
+            f"Expected net.context_length of at most {theirs.n_positions} and hidden layers of 4 net.width, as in "
+            f"model.init_from, but got {net.context_length} and {theirs.n_inner}"
+        )
+    state = source.get_submodule("transformer").state_dict()
+    for name, parameter in net.named_parameters():
+        if name == "token_embedding.weight":
+            parameter[: net.vocab_size] = state["wte.weight"]
+        elif name == "position_embedding.weight":
+            parameter.copy_(state["wpe.weight"][: net.context_length])
+        elif name.startswith("norm."):
+            parameter.copy_(state[f"ln_f.{name.removeprefix('norm.')}"])
+        else:
+            _, layer, inner = name.split(".", 2)
+            module, _, kind = inner.rpartition(".")
+            weight = state[f"h.{layer}.{NAMES[module]}.{kind}"]
+            parameter.copy_(weight.T if weight.dim() == 2 else weight)  # theirs are stored (in, out)

@@ -1,0 +1,106 @@
+"""Language modelling: the loss of the next token, over every token of a split."""
+
+import math
+from typing import Any
+
+import torch
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor, nn
+from torchmetrics import MeanMetric
+
+from thinned.models.gpt2_weights import load_gpt2
+from thinned.tasks.base import Task
+
+
+class LanguageModelingTask(Task):
+    """A causal language model trained on the next token.
+
+    Batches are tuples whose first two elements are tokens and targets, (B, T) each; a target of -100 does not count.
+    Logs `loss` in nats per token under `train/`, and under `val/` and `test/` `loss`, `perplexity` (its exponential)
+    and `bits_per_byte`, whose bytes are those that the data module's `tokenizer.token_bytes` gives each target.
+
+    Args:
+        net: maps tokens (B, T) to logits (B, T, V), and tokens with targets to their losses (B, T).
+        optimizer, warmup_steps, final_lr_fraction, compile: see `Task`.
+        init_from: start from GPT-2's weights: a hub id, such as gpt2, or a folder. Rates are the net's own.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        warmup_steps: int = 0,
+        final_lr_fraction: float = 0.1,
+        compile: bool = False,
+        init_from: str | None = None,
+    ) -> None:
+        super().__init__(net, optimizer, warmup_steps, final_lr_fraction, compile)
+        self.save_settings()
+        self.init_from = init_from
+        self.totals = nn.ModuleDict({f"{stage}_totals": Totals() for stage in ("val", "test")})
+        self.token_bytes: Tensor | None = None
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        data = getattr(self.trainer, "datamodule", None)
+        for key, needed in (("vocab_size", "tokens"), ("context_length", "positions")):
+            has, wants = getattr(self.net, key, None), getattr(data, key, None)
+            if has is not None and wants is not None and wants > has:
+                raise ValueError(f"Expected at least {wants} {needed} (model.net.{key}) for this data, but got {has}")
+        tokenizer = getattr(data, "tokenizer", None)
+        self.token_bytes = None if tokenizer is None else tokenizer.token_bytes
+        if self.init_from is not None and stage == "fit" and self.trainer.ckpt_path is None:
+            load_gpt2(self.net, self.init_from)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        losses, targets = self.net(batch[0], batch[1]), batch[1]
+        loss = losses.sum() / (targets >= 0).sum()
+        self.log("train/loss", loss, batch_size=len(targets), prog_bar=True)
+        return loss
+
+    def _measure(self, batch: Any, stage: str) -> None:
+        targets = batch[1]
+        losses, counted = self.net(batch[0], targets), targets >= 0
+        totals = self.totals[f"{stage}_totals"]
+        assert isinstance(totals, Totals)
+        totals.nll.update(losses, counted)
+        if self.token_bytes is not None:
+            self.token_bytes = self.token_bytes.to(targets.device)
+            totals.bytes.update(self.token_bytes[targets.clamp_min(0)], counted)
+
+    def _log_epoch(self, stage: str) -> None:
+        totals = self.totals[f"{stage}_totals"]
+        assert isinstance(totals, Totals)
+        if not totals.nll.update_called:
+            return
+        nll = totals.nll.compute()
+        logged = {f"{stage}/loss": nll, f"{stage}/perplexity": nll.exp()}
+        if totals.bytes.update_called:
+            logged[f"{stage}/bits_per_byte"] = nll / (math.log(2) * totals.bytes.compute())
+        self.log_dict(logged, prog_bar=stage == "val")
+        totals.nll.reset()
+        totals.bytes.reset()
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self._measure(batch, "val")
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self._measure(batch, "test")
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_epoch("val")
+
+    def on_test_epoch_end(self) -> None:
+        self._log_epoch("test")
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """The logits (B, T, V) of the deterministic network."""
+        return self(batch[0])
+
+
+class Totals(nn.Module):
+    """Means over all tokens of a split, on all devices: nats per token, and bytes per token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.nll, self.bytes = MeanMetric("disable"), MeanMetric("disable")
