@@ -17,10 +17,13 @@ INSTALL := .venv/bin/python -I -m pip install --disable-pip-version-check --no-u
 unexport PIP_TARGET PIP_PREFIX
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
 
 train: .venv/installed ## Train, test and predict with configs/mlp_digits.yaml; ARGS="--key value" changes it
 	.venv/bin/python scripts/train.py --config configs/mlp_digits.yaml $(ARGS)
+
+train-gpt: .venv/installed ## Train a GPT on the Python reference with configs/gpt_pydocs.yaml, print coloured samples
+	.venv/bin/python scripts/train.py --config configs/gpt_pydocs.yaml $(ARGS)
 
 test: .venv/installed-dev ## Run all tests, one process per core with one thread each; ARGS goes to pytest
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal $(ARGS)
@@ -50,4 +53,4 @@ clean: ## Remove .venv and caches; runs/ stays
 	$(INSTALL) --editable '.[dev]' && touch $@
 
 FORCE:
-.PHONY: help train test lint clean FORCE
+.PHONY: help train train-gpt test lint clean FORCE

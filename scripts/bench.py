@@ -1,25 +1,23 @@
 #!/usr/bin/env python
-"""Measures what dropout, Monte-Carlo dropout and the Trainer cost, each against a baseline in the same run.
+"""Measures what dropout, Monte-Carlo dropout, the Trainer and the GPT cost, each against a baseline in the same run.
 
-    python scripts/bench.py {dropout,mc,overhead} [--repeats 7]
+    python scripts/bench.py {dropout,mc,overhead,train,generate} [--repeats 7] [--nanogpt nanoGPT/model.py]
 
-Both sides run in turn; times are medians over the repeats, ratios are medians of the pairwise ratios.
+All sides run in turn; times are medians over the repeats, ratios are medians of the pairwise ratios.
 """
 
 import argparse
-import multiprocessing
-import statistics
 import sys
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import lightning.pytorch as pl
 import torch
+from bench_gpt import bench_generate, bench_gpt_mc, bench_train
 from lightning.pytorch.callbacks import Timer
-from rich.console import Console
-from rich.table import Table
+from measuring import compare, peak_memory, repeat, show
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -43,40 +41,6 @@ def textbook(p: float) -> nn.Sequential:
     for size, units in zip((784, *WIDTHS), WIDTHS, strict=False):
         layers += [nn.Linear(size, units), nn.ReLU(), nn.Dropout(p)]
     return nn.Sequential(*layers, nn.Linear(WIDTHS[-1], 10))
-
-
-def compare(sides: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, tuple[float, float]]:
-    """Median seconds of each side, and its median ratio to the first one, run in turn after one warm-up.
-
-    A side that times itself returns its seconds as a float.
-    """
-    times: dict[str, list[float]] = {name: [] for name in sides}
-    for run in range(repeats + 1):
-        for name, side in sides.items():
-            start = time.perf_counter()
-            measured = side()
-            if run:
-                times[name].append(measured if isinstance(measured, float) else time.perf_counter() - start)
-    base = next(iter(times.values()))
-    return {
-        name: (statistics.median(seconds), statistics.median(s / b for s, b in zip(seconds, base, strict=True)))
-        for name, seconds in times.items()
-    }
-
-
-def repeat(count: int, function: Callable[[int], None]) -> None:
-    """Calls function(0), ..., function(count - 1)."""
-    for i in range(count):
-        function(i)
-
-
-def show(
-    title: str, results: dict[str, tuple[float, float]], per: int = 1, extra: dict[str, str] | None = None
-) -> None:
-    table = Table("", "ms", "ratio", *(["peak MiB"] if extra else []), title=title, title_justify="left")
-    for name, (seconds, ratio) in results.items():
-        table.add_row(name, f"{1e3 * seconds / per:.2f}", f"{ratio:.3f}", *([extra[name]] if extra else []))
-    Console().print(table)
 
 
 def training_step(net: nn.Module, inputs: Tensor, targets: Tensor, optimizer: torch.optim.Optimizer) -> None:
@@ -107,25 +71,6 @@ def predict_textbook(net: nn.Module, inputs: Tensor, num_samples: int) -> Tensor
         return torch.stack([net(inputs).softmax(-1) for _ in range(num_samples)]).mean(0)
 
 
-def peak_memory(function: Callable[..., object], *args: object) -> float:
-    """MiB by which calling the function raises the peak resident size of a fresh process (Linux only)."""
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(1) as pool:
-        return pool.apply(_rise, (function, args))
-
-
-def _rise(function: Callable[..., object], args: tuple[object, ...]) -> float:
-    Path("/proc/self/clear_refs").write_text("5")  # the peak of the imports is forgotten
-    before = _peak()
-    function(*args)
-    return _peak() - before
-
-
-def _peak() -> float:
-    status = Path("/proc/self/status").read_text()
-    return int(status.partition("VmHWM:")[2].split()[0]) / 1024
-
-
 def run_textbook(p: float, num_samples: int) -> object:
     return predict_textbook(textbook(p), torch.randn(1000, 1, 28, 28), num_samples)
 
@@ -147,10 +92,14 @@ def bench_mc(repeats: int) -> None:
             "textbook": lambda net=baseline: predict_textbook(net, inputs, samples),  # type: ignore[misc]
         }
         memory = {"thinned": peak_memory(run_thinned, p, samples), "textbook": peak_memory(run_textbook, p, samples)}
-        extra = {name: f"{memory[name]:.0f}" if name in memory else "" for name in sides}
-        show(f"Monte-Carlo prediction, p = {p}, S = {samples}", compare(sides, repeats), extra=extra)
+
+        def peak(name: str, seconds: float, memory: dict[str, float] = memory) -> str:
+            return f"{memory[name]:.0f} MiB" if name in memory else ""
+
+        show(f"MLP, Monte-Carlo prediction, p = {p}, S = {samples}", compare(sides, repeats), peak=peak)
     for samples in (4, 64):
-        print(f"peak memory of thinned networks, S = {samples}: {peak_memory(run_thinned, 0.5, samples):.0f} MiB")
+        print(f"peak memory of thinned MLPs, S = {samples}: {peak_memory(run_thinned, 0.5, samples):.0f} MiB")
+    bench_gpt_mc(repeats)
 
 
 def bench_overhead(repeats: int) -> None:
@@ -189,9 +138,16 @@ def bench_overhead(repeats: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    benches = {"dropout": bench_dropout, "mc": bench_mc, "overhead": bench_overhead}
+    benches: dict[str, Callable[[int], None]] = {
+        "dropout": bench_dropout,
+        "mc": bench_mc,
+        "overhead": bench_overhead,
+        "train": lambda repeats: bench_train(repeats, arguments.nanogpt),
+        "generate": bench_generate,
+    }
     parser.add_argument("bench", choices=benches)
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--nanogpt", type=Path, help="nanoGPT's model.py, to measure against in `train`")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")  # Lightning's advice on loaders and loggers, which are left out on purpose
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, Python {sys.version.split()[0]}")

@@ -3,6 +3,7 @@
 import io
 import logging
 import os
+import random
 import runpy
 import shutil
 import subprocess
@@ -53,7 +54,8 @@ class Finished:
     def run(self) -> Path:
         """The directory of its only run."""
         assert self.status == 0, self.err
-        (run,) = {Path(*path.parts[:3]) for path in self.new if len(path.parts) >= 3}  # runs/<experiment>/<id>
+        below = [path.parts for path in self.new if path.parts[0] == "runs" and len(path.parts) >= 3]
+        (run,) = {Path(*parts[:3]) for parts in below}  # runs/<experiment>/<id>
         return self.cwd / run
 
     @property
@@ -141,6 +143,36 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     """Three epochs of 19 steps on the digits, with a learning rate that stays constant after its warm-up."""
     cwd = tmp_path_factory.mktemp("trained")
     return run_script("train", *TRAINED, "--trainer.max_epochs", 3, cwd=cwd, pictures=True)
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """14,000 characters, 28 different ones: sentences of words in an order that a seed decides."""
+    words = "the quick brown fox jumps over a lazy dog while five wizards box and mix liquid jugs".split()
+    order = random.Random(0)
+    lines = [" ".join(order.choices(words, k=8)) + ".\n" for _ in range(350)]
+    path = tmp_path_factory.mktemp("text") / "words.txt"
+    path.write_text("".join(lines))
+    return path
+
+
+@pytest.fixture(scope="session")
+def small_gpt() -> tuple[object, ...]:
+    """Options that make any GPT config run in a second, whatever its size and tokenizer."""
+    return (
+        "--model.net.num_layers", 2, "--model.net.num_heads", 2, "--model.net.width", 16, "--model.compile=false",
+        "--model.warmup_steps", 0, "--data.context_length", 32, "--data.batch_size", 8, "--data.val_fraction", 0.1,
+        "--data.cache_dir", "data", "--trainer.accelerator", "cpu", "--trainer.devices", 1,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def trained_text(tmp_path_factory: pytest.TempPathFactory, text_file: Path, small_gpt: tuple[object, ...]) -> Finished:
+    """Thirty steps of a small GPT with dropout on `text_file`, a validation after each ten."""
+    steps = ("--trainer.max_steps", 30, "--trainer.val_check_interval", 10, "--mc_dropout.num_samples", 4)
+    callbacks = ("--trainer.callbacks.prompt", "the ", "--trainer.callbacks.max_new_tokens", 20)
+    config = ("--config", ROOT / "configs/gpt_pydocs.yaml", "--data.path", text_file)
+    return run_script("train", *config, *small_gpt, *steps, *callbacks, cwd=tmp_path_factory.mktemp("trained_text"))
 
 
 @pytest.fixture(scope="session")

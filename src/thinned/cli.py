@@ -41,6 +41,8 @@ from thinned.uncertainty.report import scores_table
 
 # Batches already seen are left out by the sampler; Lightning knows of loaders with a state alone.
 warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch ended")
+# The model summary gives sizes in fp32, whatever the precision.
+warnings.filterwarnings("ignore", message="Precision .* is not supported by the model summary")
 # Lightning 2.6.6 asks isinstance(treespec, LeafSpec) in each stage: Lightning-AI/pytorch-lightning#21326
 warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated", category=FutureWarning)
 

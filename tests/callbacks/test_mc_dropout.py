@@ -5,10 +5,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 import pytest
 import torch
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import Trainer
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -16,32 +15,18 @@ from torch.utils.data import DataLoader, TensorDataset
 from thinned.callbacks import MCDropout
 from thinned.models import MLP, DropoutRates
 from thinned.uncertainty import classification_scores, mc_predict
+from thinned.uncertainty.monte_carlo import Acting
 from thinned.uncertainty.scores import nll
 
-SCORES = ["accuracy", "nll", "brier", "ece", "auroc_error", "aurc"]
-COLUMNS = ["index", "target", "prediction", "confidence", "predictive_entropy", "expected_entropy"]
-COLUMNS += ["mutual_information", "variation_ratio", "std", "probs"]
+SCORES = ["accuracy", "nll", "ece", "auroc_error", "aurc", "brier"]
+SINGLE = ["prediction", "confidence", "predictive_entropy", "nll", "correct"]  # of either network
+COLUMNS = {"index", "target", "probs", *SINGLE, *(f"deterministic_{name}" for name in SINGLE)}
+OF_SAMPLES = {"expected_entropy", "mutual_information", "variation_ratio", "std"}
 
 
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
-
-
-class Plain(LightningModule):
-    """Anyone's module: no metrics, no hyperparameters."""
-
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__()
-        self.net = net
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)
-
-    def test_step(self, batch: Any, batch_idx: int) -> None: ...
-
-    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
-        return self(batch if isinstance(batch, Tensor) else batch[0])
 
 
 class Functional(nn.Module):
@@ -70,36 +55,11 @@ def loader(*columns: Tensor, batch_size: int = 7) -> DataLoader[Any]:
     return DataLoader(TensorDataset(*columns), batch_size)
 
 
-class Splits(LightningDataModule):
-    def __init__(self, val: DataLoader[Any], test: DataLoader[Any]) -> None:
-        super().__init__()
-        self.val_dataloader = lambda: val
-        self.test_dataloader = self.predict_dataloader = lambda: test
-
-
-@pytest.fixture
-def run(make_trainer: Callable[..., Trainer], tmp_path: Path) -> Callable[..., Any]:
-    """Runs a stage of the Trainer; returns the metrics of `test`, or the rows of `predict`."""
-
-    def stage(name: str, net: nn.Module, data: Any, **options: Any) -> dict[str, Any]:
-        callback = MCDropout(**{"num_samples": 8, "seed": 3} | options)
-        trainer = make_trainer(callbacks=[callback])
-        if name == "test":
-            trainer.test(Plain(net), data, verbose=False)
-            assert json.loads((tmp_path / "metrics.json").read_text()) == callback.metrics
-            return {"logged": {k: v.item() for k, v in trainer.callback_metrics.items()}, **callback.metrics}
-        trainer.predict(Plain(net), data, return_predictions=False)
-        table = pq.read_table(tmp_path / "predictions.parquet")
-        return {column: torch.tensor(table[column].to_pylist()) for column in table.column_names}
-
-    return stage
-
-
 def test_rows_are_the_prediction_of_every_example_in_order(run: Callable[..., Any]) -> None:
     (x, y), net = examples(), thinnable()
     rows = run("predict", net, loader(x, y))
     mc = mc_predict(net, x, num_samples=8, seed=3)
-    assert list(rows) == COLUMNS
+    assert rows.keys() == COLUMNS | OF_SAMPLES
     assert rows["index"].tolist() == list(range(30))
     assert rows["target"].tolist() == y.tolist()
     torch.testing.assert_close(rows["probs"], mc.mean)
@@ -108,6 +68,19 @@ def test_rows_are_the_prediction_of_every_example_in_order(run: Callable[..., An
     predicted_class = mc.mean.argmax(-1)
     assert torch.equal(rows["prediction"], predicted_class)
     torch.testing.assert_close(rows["std"], mc.variance.sqrt()[torch.arange(30), predicted_class])
+    torch.testing.assert_close(rows["deterministic_confidence"], net(x).softmax(-1).amax(-1))
+
+
+def test_test_writes_the_rows_that_predict_does(
+    run: Callable[..., Any], read_rows: Callable[..., Any], tmp_path: Path
+) -> None:
+    (x, y), net = examples(), thinnable()
+    predicted = run("predict", net, loader(x, y))
+    (tmp_path / "predictions.parquet").unlink()
+    run("test", net, loader(x, y))
+    tested = read_rows()
+    assert list(tested) == list(predicted)
+    assert all(torch.equal(tested[name], column) for name, column in predicted.items())
 
 
 @pytest.mark.parametrize("net", [thinnable, Functional])
@@ -155,13 +128,14 @@ def test_index_in_the_batch_decides_the_row(run: Callable[..., Any]) -> None:
 def test_inputs_without_targets_can_be_predicted(wrap: Callable[..., Any], run: Callable[..., Any]) -> None:
     x, net = torch.randn(10, 4), thinnable()
     rows = run("predict", net, wrap(x, batch_size=4))
-    assert list(rows) == [column for column in COLUMNS if column != "target"]
+    of_targets = {"target", *(f"{prefix}{name}" for prefix in ("", "deterministic_") for name in ("nll", "correct"))}
+    assert rows.keys() == (COLUMNS | OF_SAMPLES) - of_targets
     torch.testing.assert_close(rows["probs"], mc_predict(net, x, num_samples=8, seed=3).mean)
 
 
 def test_scores_of_both_networks(run: Callable[..., Any], tmp_path: Path) -> None:
     (x, y), net = examples(), thinnable()
-    metrics = run("test", net, loader(x, y))
+    metrics = run("test", net, loader(x, y), pictures=True)
     deterministic = classification_scores(net(x).softmax(-1), y)
     dropout = classification_scores(mc_predict(net, x, num_samples=8, seed=3).mean, y)
     assert metrics["deterministic"] == pytest.approx(deterministic, rel=1e-5)
@@ -186,30 +160,44 @@ def test_net_with_functional_dropout_is_sampled_per_element(run: Callable[..., A
     assert metrics["mc_dropout"]["nll"] != metrics["deterministic"]["nll"]
 
 
-def test_undefined_score_is_null_in_json(make_trainer: Callable[..., Trainer], tmp_path: Path) -> None:
+def test_undefined_score_is_null_in_json(make_trainer: Callable[..., Trainer], plain: Any, tmp_path: Path) -> None:
     x, net = torch.randn(10, 4), thinnable()
     trainer = make_trainer(callbacks=[MCDropout(None)])
-    trainer.test(Plain(net), loader(x, net(x).argmax(-1)), verbose=False)
+    trainer.test(plain(net), loader(x, net(x).argmax(-1)), verbose=False)
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert metrics["deterministic"]["accuracy"] == 1
     assert metrics["deterministic"]["auroc_error"] is None
 
 
-def test_automatic_sites_are_those_of_lowest_validation_nll(run: Callable[..., Any]) -> None:
-    net, (x, y), (x_val, y_val) = thinnable(embedding=0.4, mlp=0.5), examples(), examples(20)
-    data, expected = Splits(val=loader(x_val, y_val), test=loader(x, y)), {}
-    for sites in (["embedding"], ["mlp"], ["embedding", "mlp"]):
-        mean = mc_predict(net, x_val, num_samples=8, seed=3, sites=sites).mean
-        expected["+".join(sites)] = nll(mean, y_val).mean().item()
+def test_automatic_sites_and_rates_are_those_of_lowest_validation_nll(run: Callable[..., Any], splits: Any) -> None:
+    """Rates of 0.4 and 0.5: every combination is tried, then the best at other rates, below 1.
+
+    The targets are what the net says without dropout, so that the lowest rates are best.
+    """
+    net, (x, y), x_val = thinnable(embedding=0.4, mlp=0.5), examples(), torch.randn(20, 4)
+    y_val = net(x_val).argmax(-1)
+
+    def validation_nll(acting: Acting) -> float:
+        mean = mc_predict(net, x_val, num_samples=8, seed=3, sites=acting.sites, scale=acting.scale).mean
+        return nll(mean, y_val).mean().item()
+
+    combined = [Acting(sites) for sites in (("embedding",), ("mlp",), ("embedding", "mlp"))]
+    best_sites = min(combined, key=validation_nll).sites
+    assert len(best_sites) == 1  # so that the choice is not what `all` would have been
+    scales = (0.25, 0.5, 2.0) if best_sites == ("embedding",) else (0.25, 0.5)
+    expected = {acting: validation_nll(acting) for acting in [*combined, *(Acting(best_sites, s) for s in scales)]}
+    best = min(expected, key=expected.__getitem__)
+
+    data = splits(val=loader(x_val, y_val), test=loader(x, y))
     metrics = run("test", net, data, sites="auto")
-    assert metrics["sites_nll"] == pytest.approx(expected, rel=1e-5)
-    best = min(expected, key=expected.__getitem__).split("+")
-    assert next(iter(metrics["sites_nll"])) == "+".join(best)
-    assert metrics["mc_dropout"]["sites"] == best
-    assert len(best) == 1  # so that the choice is not what `all` would have been
+    assert metrics["sites_nll"] == pytest.approx({str(a): value for a, value in expected.items()}, rel=1e-5)
+    assert [*metrics["sites_nll"].values()] == sorted(metrics["sites_nll"].values())
+    assert metrics["mc_dropout"]["sites"] == list(best.sites)
+    assert metrics["mc_dropout"]["scale"] == best.scale
+    assert best.scale < 1
     torch.testing.assert_close(
         run("predict", net, data, sites="auto")["probs"],
-        mc_predict(net, x, num_samples=8, seed=3, sites=best).mean,
+        mc_predict(net, x, num_samples=8, seed=3, sites=best.sites, scale=best.scale).mean,
     )
 
 
@@ -225,7 +213,7 @@ def test_no_samples_leave_the_deterministic_network(run: Callable[..., Any]) -> 
     assert metrics.keys() == {"logged", "deterministic"}
     assert metrics["logged"].keys() == {"test/auroc_error", "test/aurc"}
     rows = run("predict", net, loader(x, y), num_samples=None)
-    assert list(rows) == ["index", "target", "prediction", "confidence", "predictive_entropy", "probs"]
+    assert rows.keys() == COLUMNS
     torch.testing.assert_close(rows["probs"], net(x).softmax(-1))
 
 
@@ -237,10 +225,10 @@ def test_net_that_drops_nothing_is_refused(stage: str, net: nn.Module, run: Call
     assert not list(tmp_path.iterdir())
 
 
-def test_sites_without_dropout_are_refused_before_training(make_trainer: Callable[..., Trainer]) -> None:
+def test_sites_without_dropout_are_refused_before_training(make_trainer: Callable[..., Trainer], plain: Any) -> None:
     callback = MCDropout(sites=["residual"])
     with pytest.raises(ValueError, match=r"Expected .*sites among those .*'embedding', 'mlp'.* but got .*'residual'"):
-        callback.setup(make_trainer(), Plain(thinnable()), "fit")
+        callback.setup(make_trainer(), plain(thinnable()), "fit")
 
 
 class FailsLate(nn.Module):
@@ -254,15 +242,17 @@ class FailsLate(nn.Module):
         return self.body(x)
 
 
-def test_failure_leaves_no_part_of_a_file(run: Callable[..., Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize("stage", ["test", "predict"])
+def test_failure_leaves_no_part_of_a_file(stage: str, run: Callable[..., Any], tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="last batch"):
-        run("predict", FailsLate(), loader(*examples()))
+        run(stage, FailsLate(), loader(*examples()))
     assert not list(tmp_path.iterdir())
 
 
-def test_test_needs_targets(run: Callable[..., Any]) -> None:
+def test_test_needs_targets(run: Callable[..., Any], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"Expected test batches .* but got inputs alone"):
         run("test", thinnable(), loader(torch.randn(10, 4)))
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,16 @@
 """Splits, order and sharding of the examples."""
 
+from functools import partial
 from itertools import zip_longest
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -124,6 +127,25 @@ def test_stratified_split_keeps_the_proportions() -> None:
     assert labels[stratified_split(labels, rows[50:], 10, seed=0)[1]].bincount().tolist() == [2, 6, 2]
 
 
+@pytest.mark.parametrize("done", [0, 1, 3, 5])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_batches_that_a_resumed_run_has_behind_it_are_left_out(world_size: int, done: int) -> None:
+    options = {"shuffle": True, "seed": 3, "world_size": world_size, "drop_last": True}
+    for rank in range(world_size):
+        whole, rest = (EpochBatchSampler(22, 4, rank=rank, done=lambda n=n: n, **options) for n in (0, done))
+        whole.set_epoch(2)
+        rest.set_epoch(2)
+        assert list(rest) == list(whole)[done:]
+        assert len(rest) == len(whole) == 5  # of the epoch, as Lightning goes on counting
+
+
+def test_what_is_done_is_asked_at_each_beginning() -> None:
+    behind = iter([3, 0])
+    sampler = EpochBatchSampler(20, 4, shuffle=True, done=lambda: next(behind))
+    first, second = list(sampler), list(sampler)
+    assert (first, len(second)) == (second[3:], 5)
+
+
 class Echo(Dataset[Any]):
     """Returns the epoch and indices that it is asked for."""
 
@@ -133,6 +155,17 @@ class Echo(Dataset[Any]):
     def __getitem__(self, item: tuple[int, list[int]]) -> Tensor:
         epoch, indices = item
         return torch.tensor([epoch, *indices])
+
+
+class Late(LightningDataModule):
+    """Makes its loader when it is asked to, as by then a trainer knows where it resumes."""
+
+    def __init__(self, trainer: Trainer, **options: Any) -> None:
+        super().__init__()
+        self.loader = partial(loader, trainer, shuffle=True, **options)
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return self.loader()
 
 
 class Recorder(LightningModule):
@@ -154,25 +187,34 @@ class Recorder(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
+def make_trainer(**options: Any) -> Trainer:
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    return Trainer(**{"max_epochs": 2, "accelerator": "cpu", "enable_model_summary": False} | quiet | options)
+
+
 @pytest.fixture
 def trainer(request: pytest.FixtureRequest) -> Trainer:
-    return Trainer(
-        max_epochs=2,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **getattr(request, "param", {}),
+    return make_trainer(**getattr(request, "param", {}))
+
+
+def fake_trainer(rank: int = 0, world_size: int = 1, epoch: int = 0, done: int = 0, is_last: bool = False) -> Any:
+    """What the loader asks of a trainer."""
+    progress = SimpleNamespace(current=SimpleNamespace(ready=done), is_last_batch=is_last)
+    return SimpleNamespace(
+        global_rank=rank,
+        world_size=world_size,
+        overfit_batches=0.0,
+        current_epoch=epoch,
+        fit_loop=SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=progress)),
     )
 
 
-def loader(trainer: Any, *, shuffle: bool, num_workers: int = 0) -> DataLoader[Any]:
-    return batch_loader(Echo(), 8, shuffle=shuffle, seed=0, num_workers=num_workers, trainer=trainer)
+def loader(trainer: Any, *, shuffle: bool, num_workers: int = 0, batch_size: int = 8) -> DataLoader[Any]:
+    return batch_loader(Echo(), batch_size, shuffle=shuffle, seed=0, num_workers=num_workers, trainer=trainer)
 
 
-def expected(epoch: int) -> list[list[int]]:
-    (rank,) = batches(20, 8, 1, epoch, shuffle=True, drop_last=True)
+def expected(epoch: int, batch_size: int = 8) -> list[list[int]]:
+    (rank,) = batches(20, batch_size, 1, epoch, shuffle=True, drop_last=True)
     return [[epoch, *indices] for indices in rank]
 
 
@@ -194,14 +236,45 @@ class TestLightning:
         trainer.fit(model, loader(trainer, shuffle=True))
         assert model.seen == expected(0) * 2
 
+    # Of loaders without a state of their own, which ours does not need.
+    @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
+    @pytest.mark.parametrize("num_workers", [0, 1])
+    @pytest.mark.parametrize("steps", [1, 3, 5, 7])  # of five in an epoch
+    def test_resumed_fit_sees_each_batch_once(self, steps: int, num_workers: int, tmp_path: Path) -> None:
+        save = ModelCheckpoint(tmp_path, "broken", every_n_train_steps=steps)
+        seen = []
+        for ckpt_path, options in (
+            (None, {"max_steps": steps, "max_epochs": -1, "callbacks": [save], "enable_checkpointing": True}),
+            (tmp_path / "broken.ckpt", {"max_epochs": 3}),
+        ):
+            trainer, model = make_trainer(**options), Recorder()
+            data = Late(trainer, num_workers=num_workers, batch_size=4)
+            trainer.fit(model, data, ckpt_path=ckpt_path, weights_only=True)
+            seen.append(model.seen)
+        whole = [batch for epoch in range(3) for batch in expected(epoch, 4)]
+        assert seen == [whole[:steps], whole[steps:]]
 
-def test_workers_that_fetch_ahead_do_so_for_the_epoch_at_hand() -> None:
-    resumed = SimpleNamespace(global_rank=0, world_size=1, overfit_batches=0.0, current_epoch=6)
-    assert [batch.tolist() for batch in loader(resumed, shuffle=True, num_workers=1)] == expected(6)
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_workers_that_fetch_ahead_do_so_for_the_epoch_at_hand(num_workers: int) -> None:
+    for done in (0, 1):
+        resumed = fake_trainer(epoch=6, done=done)
+        got = [batch.tolist() for batch in loader(resumed, shuffle=True, num_workers=num_workers)]
+        assert got == expected(6)[done:]
+
+
+def test_a_finished_epoch_is_not_left_out_of_the_next() -> None:
+    resumed = fake_trainer(epoch=6, done=2, is_last=True)
+    assert [batch.tolist() for batch in loader(resumed, shuffle=True)] == expected(6)
+
+
+def test_evaluation_begins_at_the_beginning_in_the_middle_of_an_epoch() -> None:
+    got = [batch.tolist() for batch in loader(fake_trainer(done=2), shuffle=False)]
+    assert [len(batch) - 1 for batch in got] == [8, 8, 4]
 
 
 def test_rank_and_world_size_are_the_trainers() -> None:
-    second = SimpleNamespace(global_rank=1, world_size=2, overfit_batches=0.0, current_epoch=0)
+    second = fake_trainer(rank=1, world_size=2)
     assert [batch.tolist() for batch in loader(second, shuffle=False)] == [
         [0, 1, 3, 5, 7],
         [0, 9, 11, 13, 15],

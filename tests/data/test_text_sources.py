@@ -95,7 +95,9 @@ class TestFiles:
 
     def test_that_belong_to_a_dataset(self, tmp_path: Path) -> None:
         (tmp_path / "a.jsonl").write_text(json.dumps({"text": "a"}))
-        with pytest.raises(ValueError, match=r"data\.path to be the folder of a dataset, not one of its files, but got"):
+        with pytest.raises(
+            ValueError, match=r"data\.path to be the folder of a dataset, not one of its files, but got"
+        ):
             read_text(str(tmp_path / "a.jsonl"))
         (tmp_path / "README.md").write_text("not this")
         assert documents(read_text(str(tmp_path))) == {"train": ["a"]}
@@ -137,7 +139,9 @@ class TestDatasets:
     def test_column_that_a_split_lacks(self, tmp_path: Path, streaming: bool) -> None:
         saved = DatasetDict(train=Dataset.from_dict({"text": ["a"]}), test=Dataset.from_dict({"story": ["c"]}))
         saved.save_to_disk(tmp_path / "set")
-        with pytest.raises(ValueError, match=r"Expected a column 'text' in split 'test' of data\.path, but got \['story"):
+        with pytest.raises(
+            ValueError, match=r"Expected a column 'text' in split 'test' of data\.path, but got \['story"
+        ):
             read_text(str(tmp_path / "set"), streaming=streaming)
 
     def test_a_row_without_text(self, tmp_path: Path, streaming: bool) -> None:

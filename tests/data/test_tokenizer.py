@@ -16,7 +16,13 @@ import thinned.data.tokenizer as tokenizer_module
 from thinned.data import Tokenizer
 from thinned.data.tokenizer import END_OF_TEXT, bpe_size
 
-AWKWARD = ["a\r\n\t\x00 \n\n  b\x0b\x85\u2028\ufeff", f"end {END_OF_TEXT} and on", "e\u0301 \u00e9 👩‍👧 ▁ Ġ ##x <0x0A>", " ", ""]
+AWKWARD = [
+    "a\r\n\t\x00 \n\n  b\x0b\x85\u2028\ufeff",
+    f"end {END_OF_TEXT} and on",
+    "e\u0301 \u00e9 👩‍👧 ▁ Ġ ##x <0x0A>",
+    " ",
+    "",
+]
 
 
 def any_text(seed: int) -> str:
@@ -46,9 +52,7 @@ def like_llama(text: str) -> tokenizers.Tokenizer:
     tokenizer = tokenizers.Tokenizer(models.BPE(ids, [], unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     strip = decoders.Strip(" ", 1, 0)
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), strip]
-    )
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), strip])
     tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
     tokenizer.post_processor = processors.TemplateProcessing("<s> $A", None, [("<s>", 1)])
     return tokenizer
@@ -84,7 +88,7 @@ class TestCharacters:
         tokenizer = Tokenizer.characters(["abc"])
         with pytest.raises(ValueError, match=r"vocabulary of the tokenizer, which has 3 .* but got ' ', 'ü'$"):
             tokenizer.encode("a cü")
-        with pytest.raises(ValueError, match="but got '0', .*, '9' and 52 more"):
+        with pytest.raises(ValueError, match=r"but got '0', .*, '9' and 50 more"):
             tokenizer.encode_documents(["abc", string.digits + string.ascii_uppercase + string.ascii_lowercase + "é"])
 
 
@@ -147,9 +151,7 @@ class TestPretrained:
         with pytest.raises(ValueError, match=r"Expected data\.tokenizer '.*' to hold a tokenizer, but got .*'\{\}'"):
             Tokenizer.pretrained(str(tmp_path))
 
-    def test_from_the_cache_of_the_hub(
-        self, tmp_path: Path, bpe: Tokenizer, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_from_the_cache_of_the_hub(self, tmp_path: Path, bpe: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
         (tmp_path / "tokenizer.json").write_text(bpe.to_json(), encoding="utf-8")
 
         def download(name: str, file: str, **options: bool) -> str:
@@ -173,13 +175,19 @@ def test_what_may_be_configured() -> None:
             bpe_size(spec)
 
 
-def test_forks_after_encoding_are_quiet() -> None:
-    script = (
-        "import os; from thinned.data import Tokenizer; t = Tokenizer.characters(['ab']);"
-        "t.encode_documents(['ab'] * 100)\nif os.fork(): os.wait()\nelse: t.encode_documents(['ab'] * 9)"
-    )
+def test_forks_after_encoding_are_quiet_and_can_encode() -> None:
+    script = """if True:
+        import os
+        from thinned.data import Tokenizer
+        tokenizer = Tokenizer.characters(["ab"])
+        tokenizer.encode_documents(["ab"] * 100)
+        if os.fork():
+            print(os.waitstatus_to_exitcode(os.wait()[1]))
+        else:
+            os._exit(len(tokenizer.encode_documents(["ab"] * 9)))
+    """
     environment = {name: value for name, value in os.environ.items() if name != "TOKENIZERS_PARALLELISM"}
     source = str(Path(tokenizer_module.__file__).parents[2])
     run = [sys.executable, "-W", "ignore", "-c", script]
-    done = subprocess.run(run, env=environment | {"PYTHONPATH": source}, capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stderr) == (0, "")
+    done = subprocess.run(run, env=environment | {"PYTHONPATH": source}, capture_output=True, text=True, timeout=30)
+    assert (done.stdout, done.stderr) == ("9\n", "")

@@ -36,18 +36,45 @@ def leaves(content: Any, *keys: str) -> Iterator[tuple[tuple[str, ...], Any]]:
 
 def assert_scores(run: Path) -> None:
     metrics = json.loads((run / "metrics.json").read_text())
-    rows = pq.read_table(run / "predictions.parquet")
-    mean_nll = -sum(math.log(p[t]) for p, t in zip(*(rows[k].to_pylist() for k in ("probs", "target")), strict=True))
-    assert metrics[list(metrics)[-1]]["nll"] == pytest.approx(mean_nll / len(rows), rel=1e-5)
+    rows = pq.read_table(run / "predictions.parquet").to_pydict()
+    if "probs" in rows:
+        losses = [-math.log(p[t]) for p, t in zip(rows["probs"], rows["target"], strict=True)]
+        assert losses == pytest.approx(rows["nll"], rel=1e-4, abs=1e-6)
+    way = "mc_dropout" if "mc_dropout" in metrics else "deterministic"
+    assert metrics[way]["nll"] == pytest.approx(sum(rows["nll"]) / len(rows["nll"]), rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint like GPT-2's, of the size of `small_gpt`."""
+    transformers = pytest.importorskip("transformers", reason="needs the extra hf")
+    sizes = {"vocab_size": 300, "n_positions": 64, "n_embd": 16, "n_layer": 2, "n_head": 2}
+    folder = tmp_path_factory.mktemp("gpt2")
+    config = transformers.GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)
+    transformers.GPT2LMHeadModel(config).save_pretrained(folder)
+    return folder
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS, ids=name)
-def test_experiment_runs(experiment: Path, run_script: Script, hub_images: Path) -> None:
-    data = yaml.safe_load(experiment.read_text())["data"]
-    offline = data["init_args"]["path"] == "digits" or not data["class_path"].endswith("ImageDataModule")
-    path = () if offline else ("--data.path", hub_images)
-    fast = ("--config", CONFIGS / "debug/fast.yaml", *CPU)
-    run = run_script("train", "--config", experiment, *fast, *path).run
+def test_experiment_runs(
+    experiment: Path, run_script: Script, hub_images: Path, text_file: Path, small_gpt: Any, request: Any
+) -> None:
+    content = yaml.safe_load(experiment.read_text())
+    data = content["data"]["init_args"]
+    options: list[object] = ["--config", CONFIGS / "debug/fast.yaml", *CPU]
+    if "/" in data["path"]:  # on the hub
+        options += ["--data.path", text_file if "tokenizer" in data else hub_images]
+    if "tokenizer" in data:
+        options += [*small_gpt, "--trainer.max_epochs", -1, "--trainer.max_steps", 3, "--trainer.val_check_interval", 1]
+        options += ["--trainer.callbacks.prompt", "the", "--trainer.callbacks.max_new_tokens", 3]
+    if "/" in data.get("tokenizer", ""):
+        options += ["--data.tokenizer", "bpe:300"]
+    if content["mc_dropout"]["num_samples"] is None:  # nothing drops
+        options += ["--mc_dropout.num_samples", "null"]
+    if "init_from" in content["model"]["init_args"]:
+        options += ["--model.init_from", request.getfixturevalue("gpt2")]
+        options += ["--model.net.vocab_size", 300, "--model.net.context_length", 32]
+    run = run_script("train", "--config", experiment, *options).run
     assert run.parent.name == experiment.stem  # `experiment` is called as its file is
     assert_scores(run)
 

@@ -55,8 +55,10 @@ def test_printed_table_holds_the_metrics(trained: Any) -> None:
     metrics = json.loads((trained.run / "metrics.json").read_text())
     header = next(line for line in trained.out.splitlines() if "deterministic" in line)
     assert header.index("deterministic") < header.index("MC dropout, S = 50, shared masks")
-    for key, label in SCORES.items():
-        (line,) = [line for line in trained.out.splitlines() if f" {label} " in line]
+    printed_labels = {key for key, label in SCORES.items() if f" {label} " in trained.out}
+    assert printed_labels == SCORE_NAMES
+    for key in SCORE_NAMES:
+        (line,) = [line for line in trained.out.splitlines() if f" {SCORES[key]} " in line]
         printed = [float(number) for number in re.findall(r"\d+\.\d{4}", line)]
         expected = [metrics["deterministic"][key], metrics["mc_dropout"][key]]
         assert printed == pytest.approx(expected, abs=5.1e-5), key

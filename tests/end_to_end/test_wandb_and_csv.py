@@ -24,11 +24,14 @@ KEYS = {
     "epoch", "train/loss", "val/loss", "test/loss", "lr-AdamW/pg1", "lr-AdamW/pg2",
     *(f"{stage}/{score}" for stage in ("train", "val", "test", "mc") for score in SCORES),
     *(f"{stage}/{score}" for stage in ("test", "mc") for score in ("auroc_error", "aurc")),
+    *(f"throughput/{name}" for name in ("examples_per_second", "step_ms", "peak_memory_mib")),
 }  # fmt: skip
 MEDIA = {"mc/reliability", "mc/entropy", "mc/uncertain", "mc/most_uncertain"}
 STEPS = {  # of 57, three times 19, counted from 0; the test comes after them
     "train/loss": [9, 19, 29, 39, 49],
     "lr-AdamW/pg1": [9, 19, 29, 39, 49],
+    "throughput/examples_per_second": [9, 19, 29, 39, 49],
+    "throughput/step_ms": [9, 19, 29, 39, 49],
     "train/accuracy": [18, 37, 56],
     "val/nll": [18, 37, 56],
     "test/nll": [57],

@@ -10,9 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import spectral_norm
 
-from thinned.models import MLP, Dropout, DropoutRates
-from thinned.uncertainty import mc_predict, mc_samples, select_sites
-from thinned.uncertainty.monte_carlo import only_dropout_active
+from thinned.models import MLP, DropoutRates
+from thinned.uncertainty import mc_predict, mc_samples
 from thinned.uncertainty.statistics import entropy
 
 
@@ -206,42 +205,6 @@ def test_modes_are_restored_when_no_more_samples_are_asked_for() -> None:
     assert not net.training
 
 
-def all_sites() -> MLP:
-    rates = DropoutRates(0.3, 0.3, 0.3, 0.3)
-    return MLP((1, 4, 4), 3, (20,), width=6, patch_size=2, residual=True, dropout=rates).double().eval()
-
-
-@pytest.mark.parametrize("sites", [["embedding"], ["attention"], ["residual"], ["mlp"], ["mlp", "embedding"]])
-def test_only_the_chosen_sites_act(sites: list[str]) -> None:
-    net, x, acted = all_sites(), torch.randn(50, 1, 4, 4, dtype=torch.float64), set()
-
-    def record(module: Dropout, args: tuple[Tensor], output: Tensor) -> None:
-        if not torch.equal(args[0], output):
-            acted.add(module.site)
-
-    for module in net.modules():
-        if isinstance(module, Dropout):
-            module.register_forward_hook(record)
-    mc_predict(net, x, num_samples=2, masks="independent", sites=sites)
-    assert acted == set(sites)
-    shared, alone = (next(mc_samples(net, x, seed=3, sites=s)) for s in (sites, None))
-    torch.testing.assert_close(shared, net.thin(3, 0, sites)(x).softmax(-1))
-    assert not torch.allclose(shared, alone)
-
-
-def test_chosen_sites_leave_dropout_without_a_site_off() -> None:
-    net = nn.Sequential(Dropout(0.5, "mlp"), nn.Dropout(0.5))
-    with only_dropout_active(net, ["mlp"]):
-        assert [module.training for module in net] == [True, False]
-
-
-@pytest.mark.parametrize("masks", ["shared", "independent"])
-@pytest.mark.parametrize(("sites", "said"), [(["hidden"], "hidden"), (["attention"], "attention"), ([], r"\[\]")])
-def test_sites_that_cannot_drop_are_refused(masks: Any, sites: list[str], said: str) -> None:
-    with pytest.raises(ValueError, match=f"Expected sites among .*but got .*{said}"):
-        mc_predict(wide_net(), torch.zeros(1, 1, 4, 4, dtype=torch.float64), masks=masks, sites=sites)
-
-
 @pytest.mark.parametrize("masks", ["shared", "independent"])
 def test_nothing_stochastic_is_refused(masks: Any) -> None:
     with pytest.raises(ValueError, match="dropout with a rate above 0 in MLP, but got a pass that draws nothing"):
@@ -282,12 +245,3 @@ def test_samples_are_a_function_of_seed_and_number_alone() -> None:
 def test_half_precision_logits_give_single_precision_probabilities() -> None:
     net, x = wide_net().bfloat16(), torch.randn(3, 1, 4, 4).bfloat16()
     assert next(mc_samples(net, x)).dtype == torch.float32
-
-
-def test_every_combination_of_sites_is_scored_and_the_best_comes_first() -> None:
-    scores = {("embedding",): 0.5, ("mlp",): 0.2, ("embedding", "mlp"): 0.3}
-    selection = select_sites(wide_net(), scores.__getitem__)
-    assert list(selection.items()) == [(("mlp",), 0.2), (("embedding", "mlp"), 0.3), (("embedding",), 0.5)]
-    assert len(select_sites(all_sites(), lambda sites: 0.0)) == 2**4 - 1
-    with pytest.raises(ValueError, match="rate above 0 in Linear"):
-        select_sites(nn.Linear(1, 1), lambda sites: 0.0)

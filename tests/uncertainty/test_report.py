@@ -14,15 +14,15 @@ from thinned.uncertainty import report
 def rows() -> dict[str, Tensor]:
     """Four examples of two classes: prediction 0 throughout, right but for the third."""
     confidence = torch.tensor([0.9, 0.6, 0.7, 0.9])
-    probs = torch.stack([confidence, 1 - confidence], -1)
     return {
         "index": torch.tensor([3, 0, 2, 1]),
         "target": torch.tensor([0, 0, 1, 0]),
         "prediction": torch.zeros(4, dtype=torch.int64),
         "confidence": confidence,
+        "correct": torch.tensor([True, True, False, True]),
         "predictive_entropy": torch.tensor([0.33, 0.67, 0.61, 0.33]),
-        "probs": probs,
-        "deterministic_probs": torch.tensor([[1.0, 0.0]]).expand(4, 2),
+        "deterministic_confidence": torch.ones(4),
+        "deterministic_correct": torch.tensor([True, False, False, True]),
     }
 
 
@@ -37,13 +37,25 @@ def titles(figure: Figure) -> list[str]:
 
 def test_table_of_scores() -> None:
     score = {"accuracy": 0.98765, "nll": 0.1, "brier": 0.2, "ece": 0.03, "auroc_error": math.nan, "aurc": None}
-    mc = dict.fromkeys(score, 0.5) | {"num_samples": 20, "masks": "shared", "sites": ["embedding", "mlp"]}
+    mc = dict.fromkeys(score, 0.5) | {"num_samples": 20, "masks": "shared", "sites": ["embedding", "mlp"], "scale": 1.0}
     table = report.scores_table({"deterministic": score, "mc_dropout": mc})
     labels, deterministic, dropout = (list(column.cells) for column in table.columns)
-    assert labels == list(report.SCORES.values())
+    assert labels == [report.SCORES[key] for key in score]  # in this order, and of text alone bits per byte
     assert deterministic == ["0.9877", "0.1000", "0.2000", "0.0300", "–", "–"]
     assert dropout == ["0.5000"] * 6
     assert table.columns[2].header == "MC dropout, S = 20, shared masks at embedding+mlp"
+    mc["scale"] = 0.25
+    scaled = report.scores_table({"deterministic": score, "mc_dropout": mc})
+    assert scaled.columns[2].header == "MC dropout, S = 20, shared masks at embedding+mlp × 0.25"
+
+
+def test_table_of_text_has_bits_per_byte_and_no_brier_score() -> None:
+    text = {"accuracy": 0.5, "nll": 1.0, "ece": 0.1, "auroc_error": 0.7, "aurc": 0.3, "bits_per_byte": 1.44}
+    table = report.scores_table({"deterministic": text})
+    cells = dict(zip(*(list(column.cells) for column in table.columns), strict=True))
+    assert cells["bits per byte ↓"] == "1.4400"
+    assert len(cells) == 6
+    assert "Brier ↓" not in cells
 
 
 def test_table_without_dropout_has_one_column_of_scores() -> None:
@@ -56,7 +68,7 @@ def test_reliability_points_are_accuracy_at_mean_confidence(rows: dict[str, Tens
     axes, counts = report.reliability_diagram(rows).axes
     deterministic, dropout = axes.lines[1:]
     assert [line.get_label() for line in (deterministic, dropout)] == ["deterministic", "MC dropout"]
-    assert deterministic.get_xydata().tolist() == [[1.0, 0.75]]
+    assert deterministic.get_xydata().tolist() == [[1.0, 0.5]]
     assert dropout.get_xydata().ravel().tolist() == pytest.approx([0.6, 1, 0.7, 0, 0.9, 1])
     heights = [bar.get_height() for bar in counts.patches]
     assert [(i, h) for i, h in enumerate(heights) if h] == [(14, 4), (15 + 9, 1), (15 + 10, 1), (15 + 13, 2)]
@@ -65,9 +77,9 @@ def test_reliability_points_are_accuracy_at_mean_confidence(rows: dict[str, Tens
 def test_entropy_histogram_tells_right_from_wrong(rows: dict[str, Tensor]) -> None:
     (axes,) = report.entropy_histogram(rows).axes
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["right (3)", "wrong (1)"]
-    width = math.log(2) / 30
+    width = 0.67 / 30  # the 30 bins reach to the highest entropy
     filled = [(int(p.get_x() / width + 0.5), p.get_height() * width) for p in axes.patches if p.get_height()]
-    assert filled == [(14, pytest.approx(2 / 3)), (28, pytest.approx(1 / 3)), (26, pytest.approx(1))]
+    assert filled == [(14, pytest.approx(2 / 3)), (29, pytest.approx(1 / 3)), (27, pytest.approx(1))]
 
 
 def test_uncertain_images_come_in_descending_entropy(rows: dict[str, Tensor]) -> None:

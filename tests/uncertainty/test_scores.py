@@ -8,7 +8,7 @@ from sklearn import metrics
 from torch import Tensor
 
 from thinned.uncertainty import classification_scores
-from thinned.uncertainty.scores import aurc, brier, ece, nll
+from thinned.uncertainty.scores import aurc, brier, ece, nll, scores
 
 
 def binary(confidence: list[float]) -> Tensor:
@@ -29,13 +29,13 @@ def test_nll_of_an_impossible_target_is_finite() -> None:
 
 def test_ece_by_hand() -> None:
     """Right at 0.68 and wrong at 0.72, both in bin 11 of 15 (in 10 bins they would part); right at 0.9; right at 1."""
-    error = ece(binary([0.68, 0.72, 0.9, 1.0]), torch.tensor([0, 1, 0, 0]))
+    error = ece(torch.tensor([0.68, 0.72, 0.9, 1.0]), torch.tensor([True, False, True, True]))
     assert error.item() == pytest.approx((2 * abs(0.5 - 0.7) + 0.1 + 0) / 4, abs=1e-6)
 
 
 def test_confidence_of_exactly_one_shares_the_last_bin() -> None:
     """Right at 0.95 and wrong at 1: |1/2 - 0.975|; in bins of their own they would give (0.05 + 1) / 2."""
-    assert ece(binary([0.95, 1.0]), torch.tensor([0, 1])).item() == pytest.approx(0.475, abs=1e-6)
+    assert ece(torch.tensor([0.95, 1.0]), torch.tensor([True, False])).item() == pytest.approx(0.475, abs=1e-6)
 
 
 def test_aurc_by_hand() -> None:
@@ -45,11 +45,31 @@ def test_aurc_by_hand() -> None:
     assert aurc(errors, torch.zeros(4)).item() == pytest.approx((0 + 1 / 2 + 1 / 3 + 2 / 4) / 4)  # ties, as given
 
 
+def test_five_scores_of_columns_by_hand() -> None:
+    """Confidence says nothing of the uncertainty here: the error at 0.7 is less uncertain than one of three hits."""
+    columns = (
+        torch.tensor([0.1, 0.5, 2.0, 0.2]),
+        torch.tensor([0.9, 0.6, 0.7, 0.95]),
+        torch.tensor([True, True, False, True]),
+        torch.tensor([0.1, 1.0 + 1e-6, 0.6, 0.2]),  # above 1 by rounding
+    )
+    assert scores(*columns) == pytest.approx(
+        {
+            "accuracy": 3 / 4,
+            "nll": 2.8 / 4,
+            "ece": (0.1 + 0.4 + 0.7 + 0.05) / 4,
+            "auroc_error": 2 / 3,
+            "aurc": (0 + 0 + 1 / 3 + 1 / 4) / 4,
+        },
+        abs=1e-6,
+    )
+
+
 def test_all_six_by_hand() -> None:
     """Hits at 0.9, 0.6 and 0.95, an error at 0.7: it is more uncertain than two of three hits."""
-    scores = classification_scores(binary([0.9, 0.6, 0.7, 0.95]), torch.tensor([0, 0, 1, 0]))
-    assert list(scores) == ["accuracy", "nll", "brier", "ece", "auroc_error", "aurc"]
-    assert scores == pytest.approx(
+    result = classification_scores(binary([0.9, 0.6, 0.7, 0.95]), torch.tensor([0, 0, 1, 0]))
+    assert list(result) == ["accuracy", "nll", "ece", "auroc_error", "aurc", "brier"]
+    assert result == pytest.approx(
         {
             "accuracy": 3 / 4,
             "nll": -math.log(0.9 * 0.6 * 0.3 * 0.95) / 4,
@@ -64,18 +84,18 @@ def test_all_six_by_hand() -> None:
 
 @pytest.mark.parametrize("target", [0, 1])
 def test_auroc_of_errors_is_undefined_without_both_kinds(target: int) -> None:
-    scores = classification_scores(binary([0.9, 0.6]), torch.tensor([target, target]))
-    assert math.isnan(scores["auroc_error"])
-    assert scores["accuracy"] == 1 - target
+    result = classification_scores(binary([0.9, 0.6]), torch.tensor([target, target]))
+    assert math.isnan(result["auroc_error"])
+    assert result["accuracy"] == 1 - target
 
 
 def test_agrees_with_scikit_learn() -> None:
     generator = torch.Generator().manual_seed(0)
     probs = torch.softmax(torch.randn(200, 4, generator=generator, dtype=torch.float64), -1)
     targets = torch.multinomial(probs, 1, generator=generator).squeeze(1)
-    scores = classification_scores(probs, targets)
+    result = classification_scores(probs, targets)
     entropy = -(probs * probs.log()).sum(-1)
-    assert scores["accuracy"] == pytest.approx(metrics.accuracy_score(targets, probs.argmax(-1)))
-    assert scores["nll"] == pytest.approx(metrics.log_loss(targets, probs))
-    assert scores["brier"] == pytest.approx(metrics.brier_score_loss(targets, probs, scale_by_half=False))
-    assert scores["auroc_error"] == pytest.approx(metrics.roc_auc_score(targets != probs.argmax(-1), entropy))
+    assert result["accuracy"] == pytest.approx(metrics.accuracy_score(targets, probs.argmax(-1)))
+    assert result["nll"] == pytest.approx(metrics.log_loss(targets, probs))
+    assert result["brier"] == pytest.approx(metrics.brier_score_loss(targets, probs, scale_by_half=False))
+    assert result["auroc_error"] == pytest.approx(metrics.roc_auc_score(targets != probs.argmax(-1), entropy))

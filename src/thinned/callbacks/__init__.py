@@ -2,6 +2,7 @@
 
 from thinned.callbacks.mc_dropout import MCDropout
 from thinned.callbacks.randomness import StepSeed
+from thinned.callbacks.text_samples import TextSamples
 from thinned.callbacks.throughput import Throughput
 
-__all__ = ["MCDropout", "StepSeed", "Throughput"]
+__all__ = ["MCDropout", "StepSeed", "TextSamples", "Throughput"]

@@ -27,7 +27,8 @@ class Throughput(Callback):
         kind = DTYPES.get(str(trainer.precision).partition("-")[0], torch.float32)
         on_cpu = pl_module.device.type == "cpu"  # whose peak is not known
         self._peak_flops = None if on_cpu else get_available_flops(pl_module.device, kind)
-        self._start = None  # not before the first batch is done: compilation, warm-up
+        self._start = None  # not before the first step is done: compilation, warm-up
+        self._last_step = trainer.global_step
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._paused = time.perf_counter()
@@ -41,11 +42,14 @@ class Throughput(Callback):
     ) -> None:
         inputs = batch[0]
         text = not inputs.is_floating_point() and inputs.dim() == 2
+        stepped = trainer.global_step > self._last_step  # else this batch's gradients are accumulated
+        self._last_step = trainer.global_step
         if self._start is None:
-            self._restart(trainer, pl_module)
+            if stepped:
+                self._restart(trainer, pl_module)
             return
         self._items += inputs.numel() if text else len(inputs)
-        if not trainer._logger_connector.should_update_logs or trainer.global_step == self._step:
+        if not stepped or not trainer._logger_connector.should_update_logs:
             return
         _synchronize(pl_module)
         seconds = time.perf_counter() - self._start

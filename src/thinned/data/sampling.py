@@ -144,7 +144,8 @@ def batch_loader(
 
     def done() -> int:
         """Batches of this epoch that a resumed run has seen: Lightning goes on counting, but reads from the start."""
-        return trainer.fit_loop.epoch_loop.batch_progress.current.ready if trainer and shuffle else 0
+        progress = trainer.fit_loop.epoch_loop.batch_progress if trainer and shuffle else None
+        return 0 if progress is None or progress.is_last_batch else progress.current.ready  # workers ask before a reset
 
     sampler = EpochBatchSampler(
         len(dataset),  # type: ignore[arg-type]

@@ -231,7 +231,9 @@ class TextDataModule(LightningDataModule):
             if stop - start < least:
                 reason = "one more than data.context_length" if split == "train" else "an input and its target"
                 change = (
-                    "choose a smaller data.context_length or" if split == "train" else f"a larger {split}_fraction or"
+                    "choose a smaller data.context_length or"
+                    if split == "train"
+                    else f"a larger data.{split}_fraction or"
                 )
                 raise ValueError(
                     f"Expected at least {least} tokens for {split} ({reason}), but got {stop - start} of the "

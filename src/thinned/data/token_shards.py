@@ -25,7 +25,7 @@ from filelock import FileLock
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from thinned.data.tokenisation import token_arrays
+from thinned.data.tokenisation import first_characters, token_arrays
 from thinned.data.tokenizer import Tokenizer
 
 FORMAT = 1
@@ -174,6 +174,8 @@ def _write(
     written: dict[str, Any] = {}
     with shown_progress() as advance:
         for split, documents in splits.items():
+            if tokenizer.by_character:  # what is not kept may have characters that it does not know
+                documents = first_characters(documents, max_tokens)
             with ShardWriter(folder, split, dtype) as writer:
                 try:
                     for tokens in token_arrays(documents, tokenizer):

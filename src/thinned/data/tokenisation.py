@@ -54,7 +54,7 @@ def count_characters(documents: Iterable[str], max_tokens: int | None) -> int:
 def first_characters(documents: Iterable[str], limit: int | None) -> Iterator[str]:
     """Yields documents up to so many characters, the last one cut off; None is no limit."""
     for document in documents:
-        if limit is not None and limit < len(document):
+        if limit is not None and limit <= len(document):
             yield document[:limit]
             return
         yield document
@@ -64,7 +64,7 @@ def first_characters(documents: Iterable[str], limit: int | None) -> Iterator[st
 def pieces(document: str, tokenizer: Tokenizer) -> Iterator[str]:
     """Cuts a long document at line breaks, where both sides have the tokens that they have as one.
 
-    A tokeniser such as GPT-2's has no token that reaches beyond a line break between two lines; others have, or begin
+    A tokenizer such as GPT-2's has no token that reaches beyond a line break between two lines; others have, or begin
     every text with a space. So it is tried out at each cut, on the text around it.
     """
     start = 0
@@ -73,7 +73,9 @@ def pieces(document: str, tokenizer: Tokenizer) -> Iterator[str]:
         if not tokenizer.by_character:
             tries = zip(range(4), LINE_BREAK.finditer(document, stop), strict=False)
             ends = (match.end() for _, match in tries)
-            stop = next((end for end in ends if _separable(document, end, tokenizer)), len(document))
+            stop = next((end for end in ends if _separable(document, end, tokenizer)), 0)
+            if not stop:
+                break
         yield document[start:stop]
         start = stop
     yield document[start:]

@@ -10,7 +10,6 @@ Shapes: V tokens in the vocabulary.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -22,10 +21,6 @@ from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
-
-# Unless told, the library writes a warning to the terminal of every data loader worker that is forked after it has
-# encoded anything with threads. The workers encode nothing.
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 END_OF_TEXT = "<|endoftext|>"
 ENDS_OF_TEXT = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")  # of GPT-2, Llama 3, Llama 2 and Gemma

@@ -85,7 +85,7 @@ class Attention(nn.Module):
         qkv: nn.Linear = self.qkv
         drop: nn.Module = nn.Identity()
         if attention is not None:
-            values = torch.ones(3, self.qkv.in_features)
+            values = torch.ones(3, self.qkv.in_features, dtype=attention.dtype)
             values[2] = attention.amax()  # 1 / (1 - p)
             qkv = thin_linear(qkv, scale_out=values.flatten())
             drop = Mask((attention > 0).to(qkv.weight.device))
@@ -220,7 +220,7 @@ class GPT(nn.Module):
         position = torch.arange(start, end, device=tokens.device)
         x = self.embedding_dropout(self.token_embedding(tokens) + self.position_embedding(position))  # (B, T, C)
         for block in self.blocks:
-            if self.activation_checkpointing and torch.is_grad_enabled():
+            if self.activation_checkpointing and cache is None and torch.is_grad_enabled():
                 x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=True)
             else:
                 x = block(x, cache)

@@ -63,10 +63,10 @@ class LanguageModelingTask(Task):
         losses, counted = self.net(batch[0], targets), targets >= 0
         totals = self.totals[f"{stage}_totals"]
         assert isinstance(totals, Totals)
-        totals.nll.update(losses, counted)
+        totals.nll.update(losses[counted])  # torchmetrics 1.9 ignores weights under nan_strategy="disable"
         if self.token_bytes is not None:
             self.token_bytes = self.token_bytes.to(targets.device)
-            totals.bytes.update(self.token_bytes[targets.clamp_min(0)], counted)
+            totals.bytes.update(self.token_bytes[targets[counted]])
 
     def _log_epoch(self, stage: str) -> None:
         totals = self.totals[f"{stage}_totals"]

@@ -141,9 +141,9 @@ def select_sites(net: nn.Module, nll: Callable[[Acting], float]) -> dict[Acting,
 def only_dropout_active(net: nn.Module, sites: Collection[str] | None = None, scale: float = 1.0) -> Iterator[None]:
     """Within the block dropout acts (at the sites, or everywhere) and nothing else is in training mode.
 
-    The rates of every `Dropout` are multiplied by `scale`. They and every module's mode are restored on the way out.
-    A buffer that changed inside (running statistics of a functional batch norm, say) is restored too and raises
-    ValueError, since such a prediction would depend on its batch.
+    The rates of each `Dropout` that acts are multiplied by `scale`. Rates and every module's mode are restored on the
+    way out. A buffer that changed inside (running statistics of a functional batch norm, say) is restored too and
+    raises ValueError, since such a prediction would depend on its batch.
     """
     modes = {module: module.training for module in net.modules()}
     rates = {module: module.p for module in modes if isinstance(module, Dropout)}
@@ -155,7 +155,8 @@ def only_dropout_active(net: nn.Module, sites: Collection[str] | None = None, sc
             else:
                 module.training = isinstance(module, Dropout) and module.site in sites
         for module, p in rates.items():
-            module.p = check_rate(scale * p, f"scale * dropout.{module.site}")
+            if module.training:
+                module.p = check_rate(scale * p, f"scale * dropout.{module.site}")
         yield
     finally:
         for module, mode in modes.items():

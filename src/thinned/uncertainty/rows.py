@@ -43,6 +43,7 @@ class MCSettings:
         return vars(self) | {"seed": self.seed if shared else derive_seed(self.seed, int(index[0]))}
 
 
+@torch.no_grad()
 def example_rows(net: nn.Module, batch: Any, index: Tensor, mc: MCSettings | None) -> Rows:
     """The rows of a batch (inputs[, targets]), with the probabilities: probs and deterministic_probs (B, K).
 
@@ -99,6 +100,7 @@ def _scores(rows: Mapping[str, Tensor], way: str, num_classes: int) -> dict[str,
     return scores(nll, confidence, correct, uncertainty / math.log(num_classes))
 
 
+@torch.no_grad()
 def token_rows(net: nn.Module, batch: Any, index: Tensor, mc: MCSettings | None) -> tuple[Rows, Rows]:
     """The rows of a batch (tokens (B, T), targets (B, T)): one per token, and one per sequence.
 
@@ -119,7 +121,7 @@ def token_rows(net: nn.Module, batch: Any, index: Tensor, mc: MCSettings | None)
         deterministic_log_likelihood; mutual_information, summed over tokens, and mutual_information_per_token.
     """
     tokens, targets = batch[0], batch[1]
-    vocab_size = getattr(net, "vocab_size", None) or net(tokens[:1, :1]).shape[-1]
+    vocab_size = vocabulary_of(net, tokens)
     at_once = max(1, PROBABILITIES_AT_ONCE // (vocab_size * tokens.shape[1]))
     parts = [
         _token_rows(net, some, their_targets, their_index, vocab_size, mc)
@@ -129,6 +131,12 @@ def token_rows(net: nn.Module, batch: Any, index: Tensor, mc: MCSettings | None)
     ]
     rows, sequences = ({name: torch.cat([p[i][name] for p in parts]) for name in parts[0][i]} for i in (0, 1))
     return rows, sequences
+
+
+def vocabulary_of(net: nn.Module, tokens: Tensor) -> int:
+    """V of a net: its `vocab_size`, else the number of its logits of the first of some tokens (B, T)."""
+    size: int = getattr(net, "vocab_size", None) or net(tokens[:1, :1]).shape[-1]
+    return size
 
 
 def _token_rows(

@@ -1,0 +1,65 @@
+"""Times of several sides in turn, and peak memory: what the benchmarks measure with."""
+
+import multiprocessing
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+Results = dict[str, tuple[float, float]]  # seconds, and ratio to the first side
+
+
+def compare(sides: Mapping[str, Callable[[], object]], repeats: int) -> Results:
+    """Median seconds of each side, and its median ratio to the first one, run in turn after one warm-up.
+
+    A side that times itself returns its seconds as a float.
+    """
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    for run in range(repeats + 1):
+        for name, side in sides.items():
+            start = time.perf_counter()
+            measured = side()
+            if run:
+                times[name].append(measured if isinstance(measured, float) else time.perf_counter() - start)
+    base = next(iter(times.values()))
+    return {
+        name: (statistics.median(seconds), statistics.median(s / b for s, b in zip(seconds, base, strict=True)))
+        for name, seconds in times.items()
+    }
+
+
+def repeat(count: int, function: Callable[[int], None]) -> None:
+    """Calls function(0), ..., function(count - 1)."""
+    for i in range(count):
+        function(i)
+
+
+def show(title: str, results: Results, per: int = 1, **extra: Callable[[str, float], str]) -> None:
+    """Prints a table: milliseconds of one of `per` repetitions, ratio, and columns made of name and seconds."""
+    table = Table("", "ms", "ratio", *extra, title=title, title_justify="left")
+    for name, (seconds, ratio) in results.items():
+        columns = [column(name, seconds / per) for column in extra.values()]
+        table.add_row(name, f"{1e3 * seconds / per:.2f}", f"{ratio:.3f}", *columns)
+    Console().print(table)
+
+
+def peak_memory(function: Callable[..., object], *args: object) -> float:
+    """MiB by which calling the function raises the peak resident size of a fresh process (Linux only)."""
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(1) as pool:
+        return pool.apply(_rise, (function, args))
+
+
+def _rise(function: Callable[..., object], args: tuple[object, ...]) -> float:
+    Path("/proc/self/clear_refs").write_text("5")  # the peak of the imports is forgotten
+    before = _peak()
+    function(*args)
+    return _peak() - before
+
+
+def _peak() -> float:
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) / 1024

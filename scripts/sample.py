@@ -1,0 +1,92 @@
+#!/usr/bin/env python
+"""Continues a prompt with a trained GPT, coloured by how unsure it is of each token.
+
+python scripts/sample.py --ckpt_path runs/<experiment>/<run id>/checkpoints/best.ckpt --prompt "The yield statement"
+
+Each continuation comes from a thinned network of its own; with --ensemble from the mean of S of them, which shows where
+they disagree (mutual information); with --deterministic from the network without dropout (entropy).
+"""
+
+import argparse
+import os
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from pydoc import locate
+from typing import Any, cast
+
+import torch
+
+from thinned.callbacks.text_samples import print_samples
+from thinned.checkpoint import read_checkpoint
+from thinned.cli import one_message
+from thinned.data import Tokenizer
+from thinned.models import GPT
+from thinned.uncertainty.generation import Sampling, sample_texts
+from thinned.uncertainty.highlight import highlighted_page
+
+
+def parse(args: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--ckpt_path", required=True, help="checkpoint of a run with text")
+    parser.add_argument("--prompt", default="\n", help="text to continue, or FILE:path of a file with it")
+    parser.add_argument("--num_samples", type=int, default=3, help="number of continuations (default 3)")
+    parser.add_argument("--max_new_tokens", type=int, default=256, help="length of each (default 256)")
+    parser.add_argument("--temperature", type=float, default=0.8, help="divides the logits; 0 is greedy (default 0.8)")
+    parser.add_argument("--top_k", type=int, help="only the k most probable tokens can follow")
+    parser.add_argument(
+        "--top_p", type=float, help="only the most probable tokens can follow, of this joint probability"
+    )
+    parser.add_argument("--stop", help="text that ends a continuation")
+    parser.add_argument("--seed", type=int, default=0, help="of networks and tokens")
+    parser.add_argument(
+        "--ensemble", type=int, nargs="?", const=20, metavar="S", help="mean of S networks (default 20)"
+    )
+    parser.add_argument("--deterministic", action="store_true", help="the network without dropout")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write the coloured text there too")
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=default, help=f"cpu, cuda, cuda:1, mps (default {default})")
+    return parser.parse_args(args)
+
+
+def load(path: str, device: str) -> tuple[GPT, Tokenizer]:
+    """The net and tokenizer of a checkpoint; ValueError where it is of no GPT."""
+    checkpoint = read_checkpoint(path)
+    task: Any = cast(type, locate(checkpoint["config"]["model"]["class_path"]))
+    if "TextDataModule" not in checkpoint:
+        raise ValueError(f"Expected ckpt_path to be a checkpoint of a language model, but got one of {task.__name__}")
+    net = task.load_from_checkpoint(path, map_location=device, weights_only=True).net.eval()
+    if not isinstance(net, GPT):
+        raise ValueError(f"Expected ckpt_path to hold a GPT, but got {type(net).__name__}")
+    return net, Tokenizer.from_json(checkpoint["TextDataModule"]["tokenizer"])
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    with one_message():
+        options = parse(args)
+        warnings.showwarning = lambda message, *_: print(f"note: {message}")
+        try:
+            torch.empty(0, device=options.device)
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(f"Expected --device to be one of this machine, but got {options.device!r}") from error
+        net, tokenizer = load(options.ckpt_path, options.device)
+        prompt = options.prompt
+        if prompt.startswith("FILE:"):
+            prompt = Path(prompt.removeprefix("FILE:")).read_text(encoding="utf-8")
+        samples = sample_texts(
+            net, tokenizer, prompt, num_samples=options.num_samples, ensemble=options.ensemble,
+            deterministic=options.deterministic, max_new_tokens=options.max_new_tokens,
+            sampling=Sampling(options.temperature, options.top_k, options.top_p), stop=options.stop, seed=options.seed,
+        )  # fmt: skip
+        print_samples(samples)
+        if options.html is not None:
+            temporary = options.html.with_name(f".{options.html.name}.tmp")
+            temporary.write_text(highlighted_page(samples, f"Samples of {options.ckpt_path}"), encoding="utf-8")
+            os.replace(temporary, options.html)
+            print(f"Written: {options.html}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,299 @@
+"""Shards of tokens: borders, checksums, what separates documents, and builds that break off or run at the same time."""
+
+import errno
+import json
+import multiprocessing
+import os
+import pickle
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tokenizers
+from tokenizers import models, normalizers
+
+import thinned.data.token_shards as shards_module
+import thinned.data.tokenisation as tokenisation_module
+from thinned.data import Tokenizer
+from thinned.data.token_shards import ShardWriter, TokenShards, build_shards, open_shards
+from thinned.data.tokenisation import first_characters, make_tokenizer, pieces, token_arrays
+
+KEY = {"content": "of a test"}
+Build = Callable[..., dict[str, TokenShards]]
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    return tmp_path / "new" / "cache" / "shards"
+
+
+@pytest.fixture
+def build(directory: Path) -> Build:
+    """Builds shards of characters and opens them."""
+
+    def run(max_tokens: int | None = None, check: Any = lambda _: None, **splits: Any) -> dict[str, TokenShards]:
+        make = Tokenizer.characters
+        build_shards(directory, KEY, lambda: make(["abcdefghij\n"]), splits, max_tokens, check)
+        return open_shards(directory, KEY)[1]
+
+    return run
+
+
+def text(tokens: TokenShards) -> str:
+    return Tokenizer.characters(["abcdefghij\n"]).decode(tokens.read(0, len(tokens)).tolist())
+
+
+def below(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
+
+
+class TestReading:
+    def test_across_files(self, build: Build, monkeypatch: pytest.MonkeyPatch, directory: Path) -> None:
+        monkeypatch.setattr(shards_module, "SHARD_TOKENS", 4)
+        tokens = build(train=["abcdefghij"])["train"]
+        assert [path.name for path in tokens.paths] == ["train-00000.bin", "train-00001.bin", "train-00002.bin"]
+        assert tokens.counts == [4, 4, 2]
+        whole = np.arange(1, 11)
+        for start in range(11):
+            for stop in range(start, 11):
+                assert tokens.read(start, stop).tolist() == whole[start:stop].tolist()
+                part = tokens.part(start, stop)
+                assert len(part) == stop - start
+                assert part.read(0, len(part)).tolist() == whole[start:stop].tolist()
+        assert tokens.read(0, 1).dtype == np.int64
+        assert tokens.part(2, 9).part(3, 5).read(1, 2).tolist() == [7]
+        for bad in ((-1, 2), (2, 1), (0, 11)):
+            with pytest.raises(IndexError, match=r"Expected tokens in \[0, 10\]"):
+                tokens.read(*bad)
+        with pytest.raises(IndexError, match=r"Expected tokens in \[0, 3\]"):
+            tokens.part(2, 5).read(0, 4)
+
+    def test_pickles_where_the_tokens_are_and_not_what_they_are(self, build: Build) -> None:
+        tokens = build(train=["abc" * 10_000])["train"]
+        first = tokens.read(5, 9).tolist()
+        pickled = pickle.dumps(tokens)
+        assert len(pickled) < 1000
+        assert pickle.loads(pickled).read(5, 9).tolist() == first
+
+    @pytest.mark.parametrize(("vocab_size", "dtype"), [(2**16, "<u2"), (2**16 + 1, "<u4")])
+    def test_tokens_are_as_wide_as_the_vocabulary_needs(self, directory: Path, vocab_size: int, dtype: str) -> None:
+        characters = "".join(map(chr, range(0xE000, 0xE000 + vocab_size)))
+        tokenizer = Tokenizer.characters([characters])
+        build_shards(directory, KEY, lambda: tokenizer, {"train": [characters[::-1]]}, None, lambda _: None)
+        tokens = open_shards(directory, KEY)[1]["train"]
+        assert tokens.dtype == dtype
+        assert tokens.paths[0].stat().st_size == vocab_size * int(dtype[-1])
+        assert tokens.read(0, vocab_size).tolist() == list(range(vocab_size))[::-1]
+
+
+class TestDocuments:
+    def test_characters_have_a_blank_line_between_them(self, build: Build) -> None:
+        splits = build(train=["ab", "", "c\n", "d"], val=["e"])
+        assert text(splits["train"]) == "ab\n\nc\n\n\nd"
+        assert text(splits["val"]) == "e"
+
+    def test_end_of_text_is_after_each(self) -> None:
+        bpe = Tokenizer.bpe(["ab"], 257)
+        tokens = np.concatenate(list(token_arrays(["ab", "", "c"], bpe)))
+        assert tokens.tolist() == [*bpe.encode("ab"), 0, *bpe.encode("c"), 0]
+
+    def test_max_tokens_is_exact_and_reads_no_further(self, build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(tokenisation_module, "GROUP", 3)
+
+        def endless() -> Iterator[str]:
+            yield from ["abcd", "efgh"]
+            pytest.fail("read too far")
+
+        splits = build(max_tokens=8, train=endless(), val=["abc"])
+        assert text(splits["train"]) == "abcd\n\nef"
+        assert text(splits["val"]) == "abc"
+
+    @pytest.mark.parametrize("kind", ["char", "bpe"])
+    def test_cuts_leave_the_tokens_as_they_are(self, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(tokenisation_module, "PIECE", 40)
+        monkeypatch.setattr(tokenisation_module, "GROUP", 100)
+        lines = ["def f(x):", "    return x  ", "", "\tpass", "\r", "it's 42!!", "  ", "naïve", "end.\r"]
+        document = "\n".join(np.random.default_rng(0).choice(lines, 400))
+        tokenizer = Tokenizer.characters([document]) if kind == "char" else Tokenizer.bpe([document], 400)
+        cut = list(pieces(document, tokenizer))
+        assert len(cut) > 30
+        assert "".join(cut) == document
+        end = [] if kind == "char" else [0]
+        assert np.concatenate(list(token_arrays([document], tokenizer))).tolist() == tokenizer.encode(document) + end
+
+    def test_a_tokenizer_that_marks_the_start_of_a_text_gets_it_whole(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(tokenisation_module, "PIECE", 4)
+        ids = {name: index for index, name in enumerate("▁ab\n")}
+        library = tokenizers.Tokenizer(models.BPE(ids, []))
+        library.normalizer = normalizers.Prepend("▁")
+        document = "a\nb\n" * 9
+        assert list(pieces(document, Tokenizer(library))) == [document]
+        assert len(list(pieces(document, Tokenizer.bpe(["a"], 257)))) == 6
+
+
+class TestTokenizers:
+    def test_bpe_sees_the_training_part_alone(self) -> None:
+        documents = ["abab" * 20, "cdcd" * 60]  # half of it is 160 characters
+        splits = {"train": documents, "val": ["efef" * 99]}
+        names = make_tokenizer("bpe:400", splits, 0.25, None).pieces(range(257, 262))
+        assert set("".join(names)) == set("ab")
+        assert set("".join(make_tokenizer("bpe:400", splits, 0.5, None).pieces(range(257, 265)))) == set("abcd")
+
+    def test_bpe_sees_no_more_than_the_tokens_that_are_kept(self) -> None:
+        splits = {"train": ["é" * 50, "ab" * 50]}
+        tokenizer = make_tokenizer("bpe:400", splits, 1.0, 100)  # bytes, if nothing is merged
+        assert set("".join(tokenizer.pieces(range(257, tokenizer.vocab_size)))) == {"é"}
+
+    def test_characters_are_those_of_all_text_that_is_kept(self) -> None:
+        splits = {"train": ["ab", "c"], "val": ["xyz"]}
+        assert make_tokenizer("char", splits, 0.5, None).decode(range(7)) == "\nabcxyz"
+        assert make_tokenizer("char", splits, 0.5, 2).decode(range(5)) == "\nabxy"
+        assert make_tokenizer("char", {"train": ["ab", ""]}, 0.5, None).vocab_size == 2  # nothing to separate
+
+    def test_first_characters(self) -> None:
+        assert list(first_characters(["ab", "cd", "ef"], 3)) == ["ab", "c"]
+        assert list(first_characters(["ab"], None)) == ["ab"]
+
+
+class TestFailures:
+    @pytest.mark.parametrize("error", [KeyboardInterrupt(), MemoryError(), ValueError("bad text")])
+    def test_leave_nothing(self, build: Build, tmp_path: Path, error: BaseException) -> None:
+        def breaks_off() -> Iterator[str]:
+            yield "abc"
+            assert below(tmp_path / "new/cache") == [
+                ".shards.lock",
+                ".shards.partial",
+                ".shards.partial/train-00000.bin",
+            ]
+            raise error
+
+        with pytest.raises(type(error)):
+            build(train=["abc"], val=breaks_off())
+        assert below(tmp_path) == []
+        assert text(build(train=["abc"])["train"]) == "abc"
+
+    def test_leave_what_others_have_written(self, build: Build, tmp_path: Path) -> None:
+        (tmp_path / "new").mkdir()
+        (tmp_path / "new" / "mine").touch()
+        with pytest.raises(ValueError, match=r"but got 'x' \(data\.path, split 'val'\)"):
+            build(train=["abc"], val=["x"])
+        assert below(tmp_path) == ["new", "new/mine"]
+
+    def test_of_the_check_leave_nothing(self, build: Build, tmp_path: Path) -> None:
+        def check(counts: dict[str, int]) -> None:
+            raise ValueError(counts)
+
+        with pytest.raises(ValueError, match=r"\{'train': 7, 'val': 1\}"):
+            build(train=["abc", "de"], val=["a"], check=check)
+        assert below(tmp_path) == []
+
+    def test_a_full_disk(self, build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def full(self: ShardWriter, tokens: np.ndarray) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        monkeypatch.setattr(ShardWriter, "append", full)
+        with pytest.raises(
+            OSError, match=r"data\.cache_dir, but got OSError \(.*No space left.*\) for .*/cache/shards"
+        ):
+            build(train=["abc"])
+        assert below(tmp_path) == []
+
+    def test_a_cache_that_is_no_folder(self, build: Build, tmp_path: Path) -> None:
+        (tmp_path / "new").touch()
+        with pytest.raises(OSError, match=r"Expected to write tokens to data\.cache_dir, but got NotADirectoryError"):
+            build(train=["abc"])
+
+    def test_leftovers_of_a_killed_process_are_removed(self, build: Build, directory: Path) -> None:
+        partial = directory.with_name(".shards.partial")
+        partial.mkdir(parents=True)
+        (partial / "train-00007.bin").write_bytes(b"half")
+        directory.with_name(".shards.lock").touch()
+        assert text(build(train=["abc"])["train"]) == "abc"
+        assert below(directory.parent) == ["shards", *(f"shards/{n}" for n in below(directory))]
+        assert below(directory) == ["manifest.json", "tokenizer.json", "train-00000.bin"]
+
+
+class TestReuse:
+    def test_a_directory_that_is_there_is_left_alone(self, build: Build, directory: Path) -> None:
+        build(train=["abc"])
+        before = {path: path.stat().st_mtime_ns for path in directory.iterdir()}
+        directory.parent.chmod(0o500)
+        assert text(build(train=iter(lambda: pytest.fail("read again"), None))["train"]) == "abc"
+        directory.parent.chmod(0o700)
+        assert {path: path.stat().st_mtime_ns for path in directory.iterdir()} == before
+
+    @pytest.mark.parametrize(
+        ("damage", "message"),
+        [
+            (
+                lambda folder: (folder / "train-00000.bin").write_bytes(b"\1\0\2\0\4\0"),
+                "bin has the checksum .* instead",
+            ),
+            (lambda folder: (folder / "train-00000.bin").write_bytes(b"\1\0\2\0"), "bin has 4 bytes instead of 6"),
+            (lambda folder: (folder / "train-00000.bin").unlink(), "FileNotFoundError: .*train-00000.bin"),
+            (lambda folder: (folder / "manifest.json").unlink(), "FileNotFoundError: .*manifest.json"),
+            (lambda folder: (folder / "manifest.json").write_text("{}"), "KeyError: 'format'"),
+            (lambda folder: (folder / "tokenizer.json").write_text("{}"), "the JSON of a tokenizer"),
+        ],
+    )
+    def test_damage_is_found(self, build: Build, directory: Path, damage: Any, message: str) -> None:
+        build(train=["abc"])
+        damage(directory)
+        with pytest.raises(
+            ValueError, match=rf"(?s)data\.cache_dir, but got .*{message}.*; delete {directory} to have"
+        ):
+            build(train=["abc"])
+        shutil.rmtree(directory)
+        assert text(build(train=["abc"])["train"]) == "abc"
+
+    def test_other_content_under_the_same_name_is_refused(self, build: Build, directory: Path) -> None:
+        build(train=["abc"])
+        with pytest.raises(ValueError, match="is of other text; delete"):
+            open_shards(directory, {"content": "other"})
+
+    def test_manifest(self, build: Build, directory: Path) -> None:
+        build(train=["abc"], val=["a"])
+        assert json.loads((directory / "manifest.json").read_text()) == {
+            "format": 1,
+            "vocab_size": 11,
+            "dtype": "<u2",
+            "key": KEY,
+            "splits": {  # checksums as gzip has them
+                "train": {"tokens": 3, "shards": [{"file": "train-00000.bin", "tokens": 3, "crc32": 0xFBBAE94E}]},
+                "val": {"tokens": 1, "shards": [{"file": "val-00000.bin", "tokens": 1, "crc32": 0x58C223BE}]},
+            },
+        }
+
+
+def slow_build(directory: Path, log: Path, fail_first: bool) -> None:
+    """Builds in a second of many processes, and writes down that it has."""
+
+    def tokenizer() -> Tokenizer:
+        with log.open("a") as file:
+            file.write("built\n")
+        time.sleep(0.5)
+        if fail_first and len(log.read_text().split()) == 1:
+            raise ValueError("the first one fails")
+        return Tokenizer.characters(["abc"])
+
+    build_shards(directory, KEY, tokenizer, {"train": ["abc"]}, None, lambda _: None)
+    assert open_shards(directory, KEY)[1]["train"].read(0, 3).tolist() == [0, 1, 2]
+
+
+@pytest.mark.filterwarnings("ignore:This process.*is multi-threaded:DeprecationWarning")
+@pytest.mark.parametrize("fail_first", [False, True])
+def test_of_several_processes_one_builds(tmp_path: Path, fail_first: bool) -> None:
+    fork = multiprocessing.get_context("fork")
+    arguments = (tmp_path / "shards", tmp_path / "log", fail_first)
+    processes = [fork.Process(target=slow_build, args=arguments) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(30)
+    assert sorted(process.exitcode for process in processes) == [0, 0, int(fail_first)]
+    assert (tmp_path / "log").read_text().split() == ["built"] * (1 + fail_first)
+    assert [path.name for path in tmp_path.iterdir() if path.suffix in (".partial", ".bin")] == []

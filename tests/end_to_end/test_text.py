@@ -1,0 +1,118 @@
+"""Text from end to end: a GPT takes its sizes from the data, and its checkpoint alone predicts any text."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+import yaml
+
+from thinned.uncertainty.rows import token_scores
+
+Script = Callable[..., Any]
+
+CONFIG = Path(__file__).parents[2] / "configs/gpt_pydocs.yaml"
+CONTEXT = 32
+
+
+def read(run: Path, name: str = "predictions") -> dict[str, torch.Tensor]:
+    table = pq.read_table(run / f"{name}.parquet")
+    return {column: torch.tensor(table[column].to_pylist()) for column in table.column_names}
+
+
+def net_of(run: Path) -> list[dict[str, Any]]:
+    """The arguments of the net in each of the places where a run keeps them."""
+    kept = [yaml.safe_load((run / "config.yaml").read_text())]
+    kept += [torch.load(run / f"checkpoints/{name}.ckpt", weights_only=True)["config"] for name in ("best", "last")]
+    return [config["model"]["init_args"]["net"]["init_args"] for config in kept]
+
+
+def spelled(targets: torch.Tensor, text: str) -> str:
+    """Targets as text, by the characters of a text in the order of Unicode."""
+    vocabulary = sorted(set(text))
+    return "".join(vocabulary[target] for target in targets.tolist())
+
+
+@pytest.fixture
+def checkpoint(trained_text: Any) -> Path:
+    return trained_text.run / "checkpoints/best.ckpt"
+
+
+def test_sizes_left_to_the_data_are_kept_with_the_run(trained_text: Any, text_file: Path) -> None:
+    asked = yaml.safe_load(CONFIG.read_text())["model"]["init_args"]["net"]["init_args"]
+    assert (asked["vocab_size"], asked["context_length"]) == (None, None)
+    for net in net_of(trained_text.run):
+        assert net["vocab_size"] == len(set(text_file.read_text()))
+        assert net["context_length"] == CONTEXT
+    weights = torch.load(trained_text.run / "checkpoints/best.ckpt", weights_only=True)["state_dict"]
+    assert weights["net.position_embedding.weight"].shape == (CONTEXT, 16)
+
+
+def test_given_sizes_are_kept(text_file: Path, small_gpt: Any, run_script: Script) -> None:
+    given = ("--model.net.vocab_size", 50, "--model.net.context_length", 40)
+    few = ("--trainer.max_steps", 1, "--trainer.limit_val_batches", 1, "--trainer.limit_test_batches", 1)
+    quiet = ("--trainer.callbacks=null", "--trainer.logger=false", "--trainer.val_check_interval", 1)
+    run = run_script(
+        "train", "--config", CONFIG, *small_gpt, "--data.path", text_file, *given, *few, *quiet
+    ).run  # fmt: skip
+    assert [(net["vocab_size"], net["context_length"]) for net in net_of(run)] == [(50, 40)] * 3
+
+
+def test_each_token_of_the_test_is_a_row(trained_text: Any, text_file: Path) -> None:
+    """The test is the last tenth of the text, of which all but the first character are targets."""
+    text = text_file.read_text()
+    test = text[int(0.9 * len(text)) :]
+    rows, sequences = read(trained_text.run), read(trained_text.run, "sequences")
+    assert rows["index"].tolist() == list(range(len(test) - 1))
+    assert spelled(rows["target"], text) == test[1:]
+    assert rows["bytes"].tolist() == [1] * (len(test) - 1)
+    assert sequences["index"].tolist() == list(range(-(-(len(test) - 1) // CONTEXT)))
+    assert sequences["tokens"].sum() == len(test) - 1
+
+
+def test_metrics_are_those_of_the_rows(trained_text: Any, text_file: Path) -> None:
+    metrics, rows = json.loads((trained_text.run / "metrics.json").read_text()), read(trained_text.run)
+    size = len(set(text_file.read_text()))
+    for name, way in (("deterministic", "deterministic_"), ("mc_dropout", "")):
+        scores = token_scores(rows, size, way)
+        assert {key: metrics[name][key] for key in scores} == pytest.approx(scores, rel=1e-5)
+    assert metrics["mc_dropout"].keys() - scores.keys() == {"num_samples", "masks"}
+    assert (metrics["mc_dropout"]["num_samples"], metrics["mc_dropout"]["masks"]) == (4, "shared")
+
+
+def test_predictions_are_those_of_the_run(trained_text: Any, checkpoint: Path, run_script: Script) -> None:
+    predicted = run_script("predict", "--ckpt_path", checkpoint, "--trainer.accelerator", "cpu")
+    run = predicted.run
+    for name in ("predictions.parquet", "sequences.parquet", "metrics.json"):
+        assert (run / name).read_bytes() == (trained_text.run / name).read_bytes()
+
+
+@pytest.mark.parametrize("batch_size", [1, 7])
+def test_batch_size_changes_nothing(batch_size: int, trained_text: Any, checkpoint: Path, run_script: Script) -> None:
+    run = run_script("predict", "--ckpt_path", checkpoint, "--data.eval_batch_size", batch_size).run
+    for name in ("predictions", "sequences"):
+        expected = read(trained_text.run, name)
+        got = read(run, name)
+        assert got.keys() == expected.keys()
+        for column, values in expected.items():
+            torch.testing.assert_close(got[column], values, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("split", ["test", "val"])
+def test_another_text_is_read_with_the_vocabulary_of_the_checkpoint(
+    split: str, checkpoint: Path, text_file: Path, run_script: Script, tmp_path: Path
+) -> None:
+    """The other text has fewer characters, which by themselves would have other numbers; its tenths are read."""
+    other = "some more words of mine" * 40
+    assert set(other) < set(text_file.read_text())
+    (tmp_path / "other.txt").write_text(other)
+    run = run_script(
+        "predict", "--ckpt_path", checkpoint, "--data.path", tmp_path / "other.txt", "--data.predict_split", split
+    ).run
+    part = other[int(0.9 * len(other)) :] if split == "test" else other[int(0.8 * len(other)) : int(0.9 * len(other))]
+    assert spelled(read(run)["target"], text_file.read_text()) == part[1:]
+    assert (run / "sequences.parquet").exists()
+    assert (run / "metrics.json").exists() == (split == "test")  # a validation split is no test

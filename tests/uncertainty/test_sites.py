@@ -1,0 +1,127 @@
+"""Where dropout acts at prediction, by what its rates are multiplied, and how the best way is found."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from thinned.models import MLP, Dropout, DropoutRates
+from thinned.uncertainty import mc_predict, mc_samples, select_sites
+from thinned.uncertainty.monte_carlo import Acting, only_dropout_active
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+def all_sites(*rates: float) -> MLP:
+    """A net with all four sites, at these rates or 0.3, in float64 and evaluation mode."""
+    dropout = DropoutRates(*rates or [0.3] * 4)
+    return MLP((1, 4, 4), 3, (20,), width=6, patch_size=2, residual=True, dropout=dropout).double().eval()
+
+
+def inputs(count: int) -> Tensor:
+    return torch.randn(count, 1, 4, 4, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("sites", [["embedding"], ["attention"], ["residual"], ["mlp"], ["mlp", "embedding"]])
+def test_only_the_chosen_sites_act(sites: list[str]) -> None:
+    net, x, acted = all_sites(), inputs(50), set()
+
+    def record(module: Dropout, args: tuple[Tensor], output: Tensor) -> None:
+        if not torch.equal(args[0], output):
+            acted.add(module.site)
+
+    for module in net.modules():
+        if isinstance(module, Dropout):
+            module.register_forward_hook(record)
+    mc_predict(net, x, num_samples=2, masks="independent", sites=sites)
+    assert acted == set(sites)
+    shared, alone = (next(mc_samples(net, x, seed=3, sites=s)) for s in (sites, None))
+    torch.testing.assert_close(shared, net.thin(3, 0, sites)(x).softmax(-1))
+    assert not torch.allclose(shared, alone)
+
+
+def test_chosen_sites_leave_dropout_without_a_site_off() -> None:
+    net = nn.Sequential(Dropout(0.5, "mlp"), nn.Dropout(0.5))
+    with only_dropout_active(net, ["mlp"]):
+        assert [module.training for module in net] == [True, False]
+
+
+@pytest.mark.parametrize("masks", ["shared", "independent"])
+@pytest.mark.parametrize(("sites", "said"), [(["hidden"], "hidden"), (["attention"], "attention"), ([], r"\[\]")])
+def test_sites_that_cannot_drop_are_refused(masks: Any, sites: list[str], said: str) -> None:
+    with pytest.raises(ValueError, match=f"Expected sites among .*but got .*{said}"):
+        mc_predict(all_sites(0.3, 0, 0.3, 0.3), inputs(1), masks=masks, sites=sites)
+
+
+@pytest.mark.parametrize("masks", ["shared", "independent"])
+@pytest.mark.parametrize("sites", [None, ["residual", "mlp"]])
+def test_scale_multiplies_the_rates(masks: Any, sites: list[str] | None) -> None:
+    """At half the rates a net predicts as one that was built with them, and not as at its own."""
+    net, half, x = all_sites(0.5, 0.25, 0.5, 0.5), all_sites(0.25, 0.125, 0.25, 0.25), inputs(20)
+    half.load_state_dict(net.state_dict())
+    settings: dict[str, Any] = {"num_samples": 4, "masks": masks, "sites": sites}
+    scaled, built, own = (mc_predict(n, x, **settings, scale=s) for n, s in ((net, 0.5), (half, 1.0), (net, 1.0)))
+    torch.testing.assert_close(scaled.mean, built.mean, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(scaled.variance, built.variance, rtol=1e-12, atol=1e-12)
+    assert not torch.allclose(scaled.mean, own.mean)
+
+
+@pytest.mark.parametrize("masks", ["shared", "independent"])
+def test_rates_stay_as_they_were(masks: Any) -> None:
+    net = all_sites(0.1, 0.2, 0.3, 0.4)
+    rates = [module.p for module in net.modules() if isinstance(module, Dropout)]
+    mc_predict(net, inputs(2), num_samples=2, masks=masks, scale=2.0)
+    with pytest.raises(ValueError, match=r"scale \* dropout.mlp to be a probability in \[0, 1\], but got 1.2"):
+        mc_predict(net, inputs(2), num_samples=2, masks=masks, sites=["mlp"], scale=3.0)
+    assert [module.p for module in net.modules() if isinstance(module, Dropout)] == rates
+    assert not any(module.training for module in net.modules())
+
+
+@pytest.mark.parametrize("masks", ["shared", "independent"])
+def test_scale_is_for_the_chosen_sites_alone(masks: Any) -> None:
+    """Four times the other rates would be no probabilities."""
+    predicted = mc_predict(
+        all_sites(0.1, 0.5, 0.5, 0.5), inputs(2), num_samples=2, masks=masks, sites=["embedding"], scale=4.0
+    )
+    assert (predicted.variance > 0).all()
+
+
+def test_every_combination_of_sites_is_scored_then_the_best_at_other_rates() -> None:
+    """The rates of the best are 0.1 and 0.3, of which a quarter, half and double are tried."""
+    best, asked = ("embedding", "mlp"), []
+
+    def nll(acting: Acting) -> float:
+        asked.append(acting)
+        return (0.5 if acting.sites == best else 1 + len(acting.sites)) + abs(acting.scale - 0.4)
+
+    net = MLP((16,), 5, (32,), dropout=DropoutRates(embedding=0.1, mlp=0.3))
+    selection = select_sites(net, nll)
+    assert asked == [Acting(("embedding",)), Acting(("mlp",)), Acting(best), *(Acting(best, s) for s in (0.25, 0.5, 2))]
+    order = [*((best, scale) for scale in (0.5, 0.25, 1, 2)), (("embedding",), 1), (("mlp",), 1)]
+    assert [*selection] == order
+    assert [*selection.values()] == pytest.approx([0.6, 0.65, 1.1, 2.1, 2.6, 2.6])
+
+
+def test_rates_are_not_scaled_to_one_or_above() -> None:
+    """Twice 0.5 drops everything; twice the 0.4 of another site does not."""
+    net = MLP((16,), 5, (32,), dropout=DropoutRates(embedding=0.4, mlp=0.5))
+    for best, scales in (("mlp", [0.25, 0.5, 1.0]), ("embedding", [0.25, 0.5, 1.0, 2.0])):
+        selection = select_sites(net, lambda acting, best=best: float(acting.sites != (best,)))
+        assert sorted(acting.scale for acting in selection if acting.sites == (best,)) == scales
+
+
+def test_sites_without_a_rate_are_not_combined() -> None:
+    assert len(select_sites(all_sites(), lambda acting: 0.0)) == 2**4 - 1 + 3
+    assert len(select_sites(all_sites(0.3, 0, 0.3, 0), lambda acting: 0.0)) == 2**2 - 1 + 3
+    with pytest.raises(ValueError, match="rate above 0 in Linear"):
+        select_sites(nn.Linear(1, 1), lambda acting: 0.0)
+
+
+def test_ways_to_act_by_name() -> None:
+    assert str(Acting(("embedding", "mlp"))) == "embedding+mlp"
+    assert str(Acting(("mlp",), 0.25)) == "mlp × 0.25"
+    assert str(Acting(("mlp",), 2.0)) == "mlp × 2"
