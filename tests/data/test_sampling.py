@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import LambdaCallback
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -132,7 +132,9 @@ def test_stratified_split_keeps_the_proportions() -> None:
 def test_batches_that_a_resumed_run_has_behind_it_are_left_out(world_size: int, done: int) -> None:
     options = {"shuffle": True, "seed": 3, "world_size": world_size, "drop_last": True}
     for rank in range(world_size):
-        whole, rest = (EpochBatchSampler(22, 4, rank=rank, done=lambda n=n: n, **options) for n in (0, done))
+        whole, rest = (
+            EpochBatchSampler(22, 4, rank=rank, position=lambda n=n: (None, n), **options) for n in (0, done)
+        )
         whole.set_epoch(2)
         rest.set_epoch(2)
         assert list(rest) == list(whole)[done:]
@@ -141,7 +143,7 @@ def test_batches_that_a_resumed_run_has_behind_it_are_left_out(world_size: int, 
 
 def test_what_is_done_is_asked_at_each_beginning() -> None:
     behind = iter([3, 0])
-    sampler = EpochBatchSampler(20, 4, shuffle=True, done=lambda: next(behind))
+    sampler = EpochBatchSampler(20, 4, shuffle=True, position=lambda: (None, next(behind)))
     first, second = list(sampler), list(sampler)
     assert (first, len(second)) == (second[3:], 5)
 
@@ -197,9 +199,9 @@ def trainer(request: pytest.FixtureRequest) -> Trainer:
     return make_trainer(**getattr(request, "param", {}))
 
 
-def fake_trainer(rank: int = 0, world_size: int = 1, epoch: int = 0, done: int = 0, is_last: bool = False) -> Any:
+def fake_trainer(rank: int = 0, world_size: int = 1, epoch: int = 0, done: int = 0) -> Any:
     """What the loader asks of a trainer."""
-    progress = SimpleNamespace(current=SimpleNamespace(ready=done), is_last_batch=is_last)
+    progress = SimpleNamespace(current=SimpleNamespace(ready=done), is_last_batch=False)
     return SimpleNamespace(
         global_rank=rank,
         world_size=world_size,
@@ -238,14 +240,17 @@ class TestLightning:
 
     # Of loaders without a state of their own, which ours does not need.
     @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
-    @pytest.mark.parametrize("num_workers", [0, 1])
-    @pytest.mark.parametrize("steps", [1, 3, 5, 7])  # of five in an epoch
+    @pytest.mark.parametrize(
+        ("steps", "num_workers"),  # of five steps in an epoch
+        [(steps, workers) for steps in (1, 3, 5, 7, 10) for workers in (0, 1)],
+    )
     def test_resumed_fit_sees_each_batch_once(self, steps: int, num_workers: int, tmp_path: Path) -> None:
-        save = ModelCheckpoint(tmp_path, "broken", every_n_train_steps=steps)
+        path = tmp_path / "broken.ckpt"
+        save = LambdaCallback(on_train_batch_end=lambda trainer, *_: trainer.save_checkpoint(path))
         seen = []
         for ckpt_path, options in (
-            (None, {"max_steps": steps, "max_epochs": -1, "callbacks": [save], "enable_checkpointing": True}),
-            (tmp_path / "broken.ckpt", {"max_epochs": 3}),
+            (None, {"max_steps": steps, "max_epochs": -1, "callbacks": [save]}),
+            (path, {"max_epochs": 3}),
         ):
             trainer, model = make_trainer(**options), Recorder()
             data = Late(trainer, num_workers=num_workers, batch_size=4)
@@ -261,11 +266,6 @@ def test_workers_that_fetch_ahead_do_so_for_the_epoch_at_hand(num_workers: int) 
         resumed = fake_trainer(epoch=6, done=done)
         got = [batch.tolist() for batch in loader(resumed, shuffle=True, num_workers=num_workers)]
         assert got == expected(6)[done:]
-
-
-def test_a_finished_epoch_is_not_left_out_of_the_next() -> None:
-    resumed = fake_trainer(epoch=6, done=2, is_last=True)
-    assert [batch.tolist() for batch in loader(resumed, shuffle=True)] == expected(6)
 
 
 def test_evaluation_begins_at_the_beginning_in_the_middle_of_an_epoch() -> None:

@@ -164,7 +164,7 @@ class TestTraining:
     def test_two_processes_see_the_global_batches_of_one(self, make: Make) -> None:
         def batches(rank: int, world_size: int) -> list[TokenBatch]:
             data = make(batch_size=8)
-            progress = SimpleNamespace(current=SimpleNamespace(ready=0))
+            progress = SimpleNamespace(current=SimpleNamespace(ready=0), is_last_batch=False)
             fit_loop = SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=progress))
             data.trainer = SimpleNamespace(
                 global_rank=rank, world_size=world_size, overfit_batches=0.0, current_epoch=3, fit_loop=fit_loop

@@ -75,14 +75,14 @@ def test_missing_file(path: str, script: str, tmp_path: Path, request: pytest.Fi
 
 def test_folder_without_text(train: Script, tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
-    (tmp_path / "folder/picture.png").write_bytes(b"\x89PNG")
+    (tmp_path / "folder/program.bin").write_bytes(b"\x7fELF")
     assert_said(train("--data.path", tmp_path / "folder"), "data.path", str(tmp_path / "folder"))
 
 
 def test_characters_outside_the_vocabulary_of_the_checkpoint(predict: Script, cache: Path, tmp_path: Path) -> None:
     path = tmp_path / "text.txt"
     path.write_text("the quick brown fox, she said; " * 50)
-    assert_said(predict("--data.path", path), "data.path", "28 tokens", "','", "';'")
+    assert_said(predict("--data.path", path), "data.path", "29 tokens", "','", "';'")
     assert not list(cache.iterdir())
 
 
@@ -103,7 +103,7 @@ NETS = {
     "heads that do not divide the width": ({"num_heads": 3}, ["net.num_heads", "16", "3"]),
     "no heads": ({"num_heads": 0}, ["net.num_heads", "at least 1", "0"]),
     "fewer positions than a window": ({"context_length": 8}, ["model.net.context_length", "32", "8"]),
-    "fewer tokens than the vocabulary": ({"vocab_size": 27}, ["model.net.vocab_size", "28", "27"]),
+    "fewer tokens than the vocabulary": ({"vocab_size": 28}, ["model.net.vocab_size", "29", "28"]),
     "dropout of a site that is not there": ({"dropout.atention": 0.1}, ["atention", "did you mean attention?"]),
 }
 

@@ -198,4 +198,4 @@ def test_masks_are_equal_in_every_process() -> None:
     )
     environment = {**os.environ, "PYTHONHASHSEED": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     printed = subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True)
-    assert printed.stdout.strip() == "2818651468479842428 2 0 2 2 2 0 0 0 0 0 0 0"
+    assert printed.stdout.strip() == "2818651468479842428 0 2 2 2 2 0 2 2 2 2 2 0"

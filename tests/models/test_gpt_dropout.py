@@ -167,20 +167,22 @@ def test_backward_uses_the_masks_of_forward_and_each_forward_its_own() -> None:
     """False failure: below 1e-20 (equal masks at a site, of 384 elements or more)."""
     net, tokens = make(), some_tokens()
     calls: dict[str, list[tuple[Tensor, Tensor]]] = defaultdict(list)
-
-    def record(name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
-            args[0].retain_grad()
-            output.retain_grad()
-            calls[name].append((args[0], output))
-
-        return hook
-
     for name, module in dropouts(net).items():
-        module.register_forward_hook(record(name))
+
+        def before(module: nn.Module, args: tuple[Tensor], seen: Any = calls[name]) -> Tensor:
+            args[0].retain_grad()
+            seen.append((args[0], args[0]))
+            return args[0].clone()  # which may be overwritten
+
+        def after(module: nn.Module, args: tuple[Tensor], output: Tensor, seen: Any = calls[name]) -> None:
+            output.retain_grad()
+            seen[-1] = (seen[-1][0], output)
+
+        module.register_forward_pre_hook(before)
+        module.register_forward_hook(after)
     for _ in range(2):
         net(tokens).square().sum().backward()
-    assert calls.keys() == dropouts(net).keys()
+    assert {len(pairs) for pairs in calls.values()} == {2}
     for name, module in dropouts(net).items():
         masks = []
         for x, y in calls[name]:
@@ -218,7 +220,7 @@ def test_activation_checkpointing_saves_memory_and_nothing_else_changes() -> Non
 
 @pytest.mark.parametrize("site", SITES)
 def test_mean_of_training_logits_of_a_linear_site_is_near_evaluation(site: str) -> None:
-    """Of one block without what comes after it. False failure: below 2e-5 (384 means, each within 5.5 SE)."""
+    """Of one block without what comes after it. False failure: below 5e-6 (128 means, each within 5.5 SE)."""
     net, count = make(DropoutRates(**{site: 0.3}), num_layers=1), 2000
     block, x = net.blocks[0], some_tokens(1)
     x = net.token_embedding(x) + net.position_embedding.weight
@@ -229,7 +231,7 @@ def test_mean_of_training_logits_of_a_linear_site_is_near_evaluation(site: str) 
         "mlp": block.mlp,
     }[site]
     with torch.no_grad():
-        draws = part(x.expand(count, -1, -1))
+        draws = part(x.repeat(count, 1, 1))
         expected = part.eval()(x) if isinstance(part, nn.Module) else (block.eval(), part(x))[1]
     error = (draws.mean(0) - expected[0]).abs() / (draws.std(0) / math.sqrt(count))
     assert error.max() < 5.5

@@ -95,17 +95,19 @@ def test_thinned_network_is_the_network_under_its_masks(bias: bool, sites: list[
 def test_training_is_the_reference_under_the_masks_that_it_drew() -> None:
     """Of each sequence and position its own."""
     net, tokens = make(None, bias=True).train(), some_tokens()
-    masks: dict[str, Tensor] = {}
-
-    def record(name: str) -> Any:
-        def hook(module: Any, args: tuple[Tensor], output: Tensor) -> None:
-            masks[name] = torch.where(args[0] != 0, output / args[0], 1)  # future tokens have no probability
-
-        return hook
-
+    inputs, masks = {}, {}
     for name, module in net.named_modules():
         if isinstance(module, Dropout):
-            module.register_forward_hook(record(name))
+
+            def before(module: Any, args: tuple[Tensor], name: str = name) -> None:
+                inputs[name] = args[0].clone()  # which may be overwritten
+
+            def after(module: Any, args: tuple[Tensor], output: Tensor, name: str = name) -> None:
+                x = inputs[name]
+                masks[name] = torch.where(x != 0, output / x, 1)  # future tokens have no probability
+
+            module.register_forward_pre_hook(before)
+            module.register_forward_hook(after)
     logits = net(tokens)
     assert len(masks) == 1 + 2 * 4
     torch.testing.assert_close(logits, reference(net, tokens, masks), rtol=0, atol=1e-10)

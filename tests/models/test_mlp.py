@@ -99,12 +99,12 @@ def test_thinning_draws_nothing_and_leaves_the_net_as_it_was(training: bool) -> 
 
 def test_dropped_hidden_units_are_cut_out_in_multiples_of_16() -> None:
     net = MLP((64,), 10, (256, 256), dropout=DropoutRates(mlp=0.5))
-    kept = [int((net.masks(0, 4)[f"stages.mlp_dropout{i}"] > 0).sum()) for i in (0, 1)]
+    kept = [int((net.masks(0, 11)[f"stages.mlp_dropout{i}"] > 0).sum()) for i in (0, 1)]
     widths = [-(-n // 16) * 16 for n in kept]
     assert all(0 < n % 16 <= 8 for n in kept)  # so that no other multiple would do
-    shapes = [tuple(m.weight.shape) for m in net.thin(0, 4) if isinstance(m, nn.Linear)]
+    shapes = [tuple(m.weight.shape) for m in net.thin(0, 11) if isinstance(m, nn.Linear)]
     assert shapes == [(widths[0], 64), (widths[1], widths[0]), (10, widths[1])]
-    assert [tuple(m.weight.shape) for m in net.thin(0, 4, []) if isinstance(m, nn.Linear)][1] == (256, 256)
+    assert [tuple(m.weight.shape) for m in net.thin(0, 11, []) if isinstance(m, nn.Linear)][1] == (256, 256)
 
 
 @pytest.mark.parametrize("stem", STEMS)

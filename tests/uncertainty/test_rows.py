@@ -242,7 +242,10 @@ def test_little_at_once_changes_nothing(probabilities: int, logits: int, monkeyp
 
 
 def test_memory_does_not_grow_with_the_number_of_samples() -> None:
-    """Of the features that samples made, those of one sample are alive when the next has just been made."""
+    """Of the features that samples made, those of one sample are alive when the next has just been made.
+
+    Nor is there a graph, which would hold what went into them.
+    """
     (batch, index), net = text(), gpt()
     made: list[weakref.ref[Tensor]] = []
     alive: list[int] = []
@@ -252,9 +255,10 @@ def test_memory_does_not_grow_with_the_number_of_samples() -> None:
         alive.append(sum(ref() is not None for ref in made))
 
     net.norm.register_forward_hook(count)
-    token_rows(net, batch, index, settings(samples=20))
+    got, sequences = token_rows(net, batch, index, settings(samples=20))
     assert len(alive) == 21
     assert max(alive) <= 2
+    assert not any(column.requires_grad for column in (*got.values(), *sequences.values()))
 
 
 def test_statistics_hold_the_same_after_any_number_of_samples() -> None:

@@ -51,7 +51,7 @@ def test_five_scores_of_columns_by_hand() -> None:
         torch.tensor([0.1, 0.5, 2.0, 0.2]),
         torch.tensor([0.9, 0.6, 0.7, 0.95]),
         torch.tensor([True, True, False, True]),
-        torch.tensor([0.1, 1.0 + 1e-6, 0.6, 0.2]),  # above 1 by rounding
+        torch.tensor([0.1, 1.0, 0.6, 0.2]),
     )
     assert scores(*columns) == pytest.approx(
         {
@@ -63,6 +63,12 @@ def test_five_scores_of_columns_by_hand() -> None:
         },
         abs=1e-6,
     )
+
+
+def test_uncertainty_above_one_by_rounding_leaves_the_rest_as_it_is() -> None:
+    """The error is more uncertain than one of two hits, by what the sigmoid that logits are put through would lose."""
+    correct, uncertainty = torch.tensor([True, False, True]), torch.tensor([1e-9, 2e-9, 1 + 1e-6])
+    assert scores(torch.ones(3), torch.full((3,), 0.5), correct, uncertainty)["auroc_error"] == 0.5
 
 
 def test_all_six_by_hand() -> None:

@@ -1,5 +1,6 @@
 """Continuations of a prompt at the end of training, coloured by uncertainty: in the terminal, as HTML, in W&B."""
 
+import warnings
 from pathlib import Path
 
 import torch
@@ -55,16 +56,13 @@ class TextSamples(Callback):
         if not trainer.is_global_zero or trainer.fast_dev_run or not isinstance(net, GPT):  # type: ignore[attr-defined]
             return
         ensemble = self.ensemble if sites_in(net) else None
-        samples = sample_texts(
-            net,
-            tokenizer,
-            self.prompt,
-            num_samples=self.num_samples,
-            ensemble=ensemble,
-            max_new_tokens=self.max_new_tokens,
-            sampling=self.sampling,
-            seed=self.seed,
-        )
+        with warnings.catch_warnings(
+            action="ignore", category=UserWarning
+        ):  # that the context is shorter than a sample
+            samples = sample_texts(
+                net, tokenizer, self.prompt, num_samples=self.num_samples, ensemble=ensemble,
+                max_new_tokens=self.max_new_tokens, sampling=self.sampling, seed=self.seed,
+            )  # fmt: skip
         print_samples(samples)
         page = Path(trainer.default_root_dir, "samples.html")
         page.parent.mkdir(parents=True, exist_ok=True)

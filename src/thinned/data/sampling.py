@@ -63,7 +63,8 @@ class EpochBatchSampler(DistributedSampler[tuple[int, list[int]]]):
         rank: This process, in [0, world_size).
         world_size: Number R of processes.
         drop_last: Whether a last training batch of less than B examples is left out.
-        done: Says, when iteration begins, how many batches of the epoch an interrupted run has behind it.
+        position: Says, when iteration begins, the epoch (None for that of ``set_epoch``) and how many of its batches
+            an interrupted run has behind it.
 
     Raises:
         ValueError: If training batches or examples cannot be shared out among the ranks.
@@ -79,7 +80,7 @@ class EpochBatchSampler(DistributedSampler[tuple[int, list[int]]]):
         rank: int = 0,
         world_size: int = 1,
         drop_last: bool = False,
-        done: Callable[[], int] = lambda: 0,
+        position: Callable[[], tuple[int | None, int]] = lambda: (None, 0),
     ) -> None:
         examples = range(num_examples)
         super().__init__(examples, world_size, rank, shuffle, seed, drop_last)  # type: ignore[arg-type]
@@ -104,17 +105,18 @@ class EpochBatchSampler(DistributedSampler[tuple[int, list[int]]]):
             end = num_examples
             batch_size = max(batch_size, world_size)
         self.num_examples = num_examples
-        self.done = done
+        self.position = position
         self.edges = [*range(0, end, batch_size), end]  # global batch i is order[edges[i] : edges[i + 1]]
         if len(self.edges) > 2 and self.edges[-1] - self.edges[-2] < world_size:
             del self.edges[-2]
 
     def __iter__(self) -> Iterator[tuple[int, list[int]]]:
-        epoch = self.epoch
+        epoch, done = self.position()
+        epoch = self.epoch if epoch is None else epoch
         order = np.arange(self.num_examples)
         if self.shuffle:
             np.random.default_rng((self.seed, epoch)).shuffle(order)
-        for start, end in islice(pairwise(self.edges), self.done(), None):
+        for start, end in islice(pairwise(self.edges), done, None):
             if start + self.rank < end:
                 yield epoch, order[start + self.rank : end : self.num_replicas].tolist()
 
@@ -142,10 +144,14 @@ def batch_loader(
         trainer: Says which rank, of how many, at which batch of which epoch; None is rank 0 of 1 at the start.
     """
 
-    def done() -> int:
-        """Batches of this epoch that a resumed run has seen: Lightning goes on counting, but reads from the start."""
-        progress = trainer.fit_loop.epoch_loop.batch_progress if trainer and shuffle else None
-        return 0 if progress is None or progress.is_last_batch else progress.current.ready  # workers ask before a reset
+    def position() -> tuple[int | None, int]:
+        """Where a resumed run goes on: Lightning restores its counters, but reads the loader from the start."""
+        if trainer is None or not shuffle:
+            return None, 0
+        loop = trainer.fit_loop
+        if loop.epoch_loop.batch_progress.is_last_batch:  # workers ask before Lightning turns to the next epoch
+            return loop.epoch_progress.current.ready, 0
+        return None, loop.epoch_loop.batch_progress.current.ready
 
     sampler = EpochBatchSampler(
         len(dataset),  # type: ignore[arg-type]
@@ -155,7 +161,7 @@ def batch_loader(
         rank=trainer.global_rank if trainer else 0,
         world_size=trainer.world_size if trainer else 1,
         drop_last=shuffle,
-        done=done,
+        position=position,
     )
     order: Sampler[Any] | None = sampler
     if trainer and trainer.overfit_batches:  # type: ignore[attr-defined]

@@ -246,6 +246,11 @@ class TextDataModule(LightningDataModule):
         """Number of tokens in the vocabulary, after setup."""
         return self.tokenizer.vocab_size
 
+    @property
+    def context_length(self) -> int:
+        """Number T of tokens in a window."""
+        return self.hparams["context_length"]
+
     def net_arguments(self) -> dict[str, int]:
         """Returns what only the data knows of a network: its vocabulary, and the length of its context."""
         return {"vocab_size": self._prepare()[0].vocab_size, "context_length": self.hparams["context_length"]}

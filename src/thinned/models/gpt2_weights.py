@@ -15,6 +15,7 @@ NAMES = {  # ours to theirs, within a block
     "mlp.up": "mlp.c_fc",
     "mlp.down": "mlp.c_proj",
 }
+GELUS = {"gelu": "exact", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}
 
 
 def load_gpt2(net: nn.Module, path: str) -> None:
@@ -44,7 +45,7 @@ def copy_gpt2(source: nn.Module, net: nn.Module) -> None:
     theirs: Any = source.config  # GPT-2's names for sizes
     for key, wanted in (
         ("num_layers", theirs.n_layer), ("num_heads", theirs.n_head), ("width", theirs.n_embd), ("bias", True),
-        ("vocab_size", theirs.vocab_size), ("gelu", "tanh" if theirs.activation_function != "gelu" else "exact"),
+        ("vocab_size", theirs.vocab_size), ("gelu", GELUS.get(theirs.activation_function, theirs.activation_function)),
     ):  # fmt: skip
         if net.config[key] != wanted:
             raise ValueError(f"Expected net.{key} to be {wanted}, as in model.init_from, but got {net.config[key]}")

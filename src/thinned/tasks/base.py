@@ -12,6 +12,7 @@ from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 
 def warmup_cosine(step: int, warmup_steps: int, total_steps: int, final_fraction: float) -> float:
@@ -91,6 +92,19 @@ class Task(LightningModule):
     def setup(self, stage: str) -> None:
         if self.compile_net and stage == "fit":
             self.net.compile()
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        # Lightning 2.6.6 refuses a fused optimiser in any mixed precision, though in bf16 nothing was scaled.
+        fused = optimizer.defaults.get("fused") and self.trainer.precision == "bf16-mixed"
+        if fused and gradient_clip_val and gradient_clip_algorithm in (None, "norm"):
+            torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
+        else:
+            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         decay, no_decay = decay_groups(self.net)

@@ -121,7 +121,8 @@ class ClassificationTask(Task):
         metrics = self._measure(stage)
         if any(metric.update_called for metric in metrics.values()):  # not where a subclass has a step of its own
             self.log_dict(metrics.compute(), prog_bar=stage == "val")
-            metrics.reset()
+            with torch.inference_mode(False):  # a state made in it could not be updated by a later fit
+                metrics.reset()
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         return self._step(batch, "train")

@@ -37,6 +37,7 @@ class LanguageModelingTask(Task):
         super().__init__(net, optimizer, warmup_steps, final_lr_fraction, compile)
         self.save_settings()
         self.init_from = init_from
+        self.register_load_state_dict_post_hook(lambda *_: setattr(self, "init_from", None))  # a run that goes on
         self.totals = nn.ModuleDict({f"{stage}_totals": Totals() for stage in ("val", "test")})
         self.token_bytes: Tensor | None = None
 
@@ -49,7 +50,7 @@ class LanguageModelingTask(Task):
                 raise ValueError(f"Expected at least {wants} {needed} (model.net.{key}) for this data, but got {has}")
         tokenizer = getattr(data, "tokenizer", None)
         self.token_bytes = None if tokenizer is None else tokenizer.token_bytes
-        if self.init_from is not None and stage == "fit" and self.trainer.ckpt_path is None:
+        if self.init_from is not None and stage == "fit":
             load_gpt2(self.net, self.init_from)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -78,8 +79,9 @@ class LanguageModelingTask(Task):
         if totals.bytes.update_called:
             logged[f"{stage}/bits_per_byte"] = nll / (math.log(2) * totals.bytes.compute())
         self.log_dict(logged, prog_bar=stage == "val")
-        totals.nll.reset()
-        totals.bytes.reset()
+        with torch.inference_mode(False):  # a state made in it could not be updated by a later fit
+            totals.nll.reset()
+            totals.bytes.reset()
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         self._measure(batch, "val")
