@@ -20,25 +20,8 @@ from thinned.data.hugging_face import Stored, is_saved, read_stored
 
 PROSE = ("txt", "text", "md", "rst", "tex", "org", "html", "htm", "xml")
 CODE = (
-    "py",
-    "pyi",
-    "c",
-    "h",
-    "cc",
-    "cpp",
-    "hpp",
-    "cu",
-    "rs",
-    "go",
-    "java",
-    "kt",
-    "js",
-    "ts",
-    "css",
-    "sh",
-    "sql",
-    "lua",
-)
+    "py", "pyi", "c", "h", "cc", "cpp", "hpp", "cu", "rs", "go", "java", "kt", "js", "ts", "css", "sh", "sql", "lua",
+)  # fmt: skip
 SETTINGS = ("toml", "yaml", "yml", "ini", "cfg")
 TEXT_SUFFIXES = frozenset(f".{name}" for name in (*PROSE, *CODE, *SETTINGS))
 DATASET_SUFFIXES = (".parquet", ".arrow", ".jsonl")

@@ -77,7 +77,12 @@ class Attention(nn.Module):
             future.expand(B * H, T, S), query.reshape(B * H, T, D), key.reshape(B * H, S, D).mT, alpha=D**-0.5
         )
         probs = torch.softmax(scores, dim=-1).view(B, H, T, S)
-        probs = probs * drop.mask[:, S - T : S, :S] if isinstance(drop, Mask) else drop(probs)
+        if not isinstance(drop, Mask):
+            probs = drop(probs)
+        elif torch.is_grad_enabled():
+            probs = probs * drop.mask[:, S - T : S, :S]
+        else:  # fresh memory costs more than the product
+            probs.mul_(drop.mask[:, S - T : S, :S])
         return probs.to(value.dtype) @ value
 
     def thin(self, attention: Tensor | None, residual: Tensor | None) -> "Attention":

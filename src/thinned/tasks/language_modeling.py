@@ -37,7 +37,10 @@ class LanguageModelingTask(Task):
         super().__init__(net, optimizer, warmup_steps, final_lr_fraction, compile)
         self.save_settings()
         self.init_from = init_from
-        self.register_load_state_dict_post_hook(lambda *_: setattr(self, "init_from", None))  # a run that goes on
+        # Weights of a run that goes on are not replaced.
+        self.register_load_state_dict_post_hook(  # type: ignore[no-untyped-call]
+            lambda *_: setattr(self, "init_from", None)
+        )
         self.totals = nn.ModuleDict({f"{stage}_totals": Totals() for stage in ("val", "test")})
         self.token_bytes: Tensor | None = None
 
