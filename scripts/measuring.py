@@ -15,11 +15,13 @@ Results = dict[str, tuple[float, float]]  # seconds, and ratio to the first side
 def compare(sides: Mapping[str, Callable[[], object]], repeats: int) -> Results:
     """Median seconds of each side, and its median ratio to the first one, run in turn after one warm-up.
 
+    Every other turn is in reverse, as a side's time depends on the one before it.
+
     A side that times itself returns its seconds as a float.
     """
     times: dict[str, list[float]] = {name: [] for name in sides}
     for run in range(repeats + 1):
-        for name, side in sides.items():
+        for name, side in list(sides.items())[:: -1 if run % 2 else 1]:
             start = time.perf_counter()
             measured = side()
             if run:

@@ -69,7 +69,7 @@ class Continuation:
     mutual_information: list[float] = field(default_factory=list)  # nats; 0 for a single network
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def generate(
     nets: Sequence[GPT],
     prompt: Tensor,
