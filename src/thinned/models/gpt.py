@@ -26,18 +26,15 @@ class KVCache:
 
     def __init__(self) -> None:
         self.length = 0
-        self._layers: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+        self._layers: dict[nn.Module, Tensor] = {}
 
-    def extend(self, layer: nn.Module, key: Tensor, value: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
-        """Adds (B, H, T, D) of a layer and returns all that it has, (B, H, length + T, D)."""
+    def extend(self, layer: nn.Module, new: Tensor, capacity: int) -> Tensor:
+        """Adds a layer's keys and values (2, B, H, T, D) and returns all that it has, (2, B, H, length + T, D)."""
         if layer not in self._layers:
-            shape = (*key.shape[:2], capacity, key.shape[3])
-            self._layers[layer] = key.new_empty(shape), value.new_empty(shape)
-        end = self.length + key.shape[2]
-        for whole, new in zip(self._layers[layer], (key, value), strict=True):
-            whole[:, :, self.length : end] = new
-        keys, values = self._layers[layer]
-        return keys[:, :, :end], values[:, :, :end]
+            self._layers[layer] = new.new_empty((*new.shape[:3], capacity, new.shape[4]))
+        end = self.length + new.shape[3]
+        self._layers[layer][:, :, :, self.length : end] = new
+        return self._layers[layer][:, :, :, :end]
 
 
 class Attention(nn.Module):
@@ -53,10 +50,10 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
         B, T, C = x.shape
-        qkv = self.qkv(x).view(B, T, 3, self.num_heads, C // self.num_heads)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
+        qkv = self.qkv(x).view(B, T, 3, self.num_heads, C // self.num_heads).permute(2, 0, 3, 1, 4)
+        query, key, value = qkv  # (B, H, T, D) each
         if cache is not None:
-            key, value = cache.extend(self, key, value, self.context_length)
+            key, value = cache.extend(self, qkv[1:], self.context_length)
         mixed = self.attend(query, key, value)  # (B, H, T, D)
         return self.residual_dropout(self.projection(mixed.transpose(1, 2).reshape(B, T, C)))
 
