@@ -36,6 +36,16 @@ def test_training_ends_with_samples(trained_text: Any) -> None:
     assert "samples.html" in trained_text.out  # among the files of the run
 
 
+def test_prompt_outside_the_vocabulary_is_known_before_training(
+    run_script: Script, text_file: Path, small_gpt: Any
+) -> None:
+    config = Path(__file__).parents[2] / "configs/gpt_pydocs.yaml"  # its prompt has a T, which the text has not
+    done = run_script("train", "--config", config, *small_gpt, "--data.path", text_file)
+    assert done.status == 1
+    assert "but got 'T' in the prompt 'The yield statement' (trainer.callbacks.prompt)" in done.err
+    assert not list(done.cwd.glob("runs/*/*"))
+
+
 @pytest.mark.parametrize(
     ("options", "measure"),
     [((), "entropy"), (("--ensemble", 3), "mutual information"), (("--deterministic",), "entropy")],

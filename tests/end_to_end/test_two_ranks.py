@@ -40,8 +40,9 @@ def test_text_on_two_ranks(
     """The text is tokenised once; every token of the test is a row, scored as one process scores it."""
     configs = ("--config", CONFIGS / "gpt_pydocs.yaml", *small_gpt, "--config", CONFIGS / "trainer/ddp_cpu.yaml")
     options = ("--data.path", text_file, "--trainer.max_steps", STEPS, "--trainer.val_check_interval", STEPS)
-    witness = ("--trainer.callbacks.max_new_tokens", 5, "--trainer.callbacks+=rank_witness.RankWitness")
-    run = start_script("scripts/train.py", *configs, *options, "--trainer.devices", 2, *witness).run
+    samples = ("--trainer.callbacks.prompt", "the ", "--trainer.callbacks.max_new_tokens", 5)
+    witness = ("--trainer.callbacks+=rank_witness.RankWitness",)
+    run = start_script("scripts/train.py", *configs, *options, "--trainer.devices", 2, *samples, *witness).run
 
     first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2))
     assert len(first["masks"]) == len(second["masks"]) > 0

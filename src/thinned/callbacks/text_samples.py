@@ -48,7 +48,10 @@ class TextSamples(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         tokenizer = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
         if tokenizer is not None:
-            tokenizer.encode(self.prompt)  # says at once what it does not know
+            try:
+                tokenizer.encode(self.prompt)
+            except ValueError as error:  # known at once, not after the training
+                raise ValueError(f"{error} in the prompt {self.prompt!r} (trainer.callbacks.prompt)") from None
 
     @torch.no_grad()
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
