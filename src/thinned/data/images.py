@@ -11,19 +11,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from thinned.data.image_sources import StoredImages, channel_statistics, find_column, read_labels, read_splits
-from thinned.data.sampling import batch_loader, stratified_split
-
-Split = Literal["train", "val", "test"]
+from thinned.data.sampling import Split, SplitDataModule, stratified_split
 
 
 class Batch(NamedTuple):
@@ -93,7 +90,7 @@ class ImageBatches(Dataset[Batch]):
         return self._epoch_draws[1]
 
 
-class ImageDataModule(LightningDataModule):
+class ImageDataModule(SplitDataModule):
     """Images and classes in standardised batches, shared out among the processes.
 
     The dataset has a split "train". Its "test", or for want of one its "validation" or "valid", is the test
@@ -251,29 +248,14 @@ class ImageDataModule(LightningDataModule):
         """Takes mean and standard deviation from a checkpoint, so that they are not computed."""
         self._statistics = state_dict["mean"], state_dict["std"]
 
-    def train_dataloader(self) -> DataLoader[Batch]:
-        """Returns shuffled, augmented batches."""
-        return self._dataloader("train", training=True)
-
-    def val_dataloader(self) -> DataLoader[Batch]:
-        """Returns the validation split in order."""
-        return self._dataloader("val")
-
-    def test_dataloader(self) -> DataLoader[Batch]:
-        """Returns the test split in order."""
-        return self._dataloader("test")
-
-    def predict_dataloader(self) -> DataLoader[Batch]:
-        """Returns the split ``data.predict_split`` in order."""
-        return self._dataloader(self.hparams["predict_split"])
-
-    def _dataloader(self, split: Split, *, training: bool = False) -> DataLoader[Batch]:
+    def batches(self, split: Split, *, training: bool) -> ImageBatches:
+        """Returns a split as batches, augmented for training."""
         if len(self.mean) != self.image_shape[0]:
             raise ValueError(
                 f"Expected data.path to have images with {len(self.mean)} channels, as the checkpoint has, "
                 f"but got {self.image_shape[0]}"
             )
-        dataset = ImageBatches(
+        return ImageBatches(
             self._pixels(split),
             self.rows[split],
             self.target[split],
@@ -282,12 +264,4 @@ class ImageDataModule(LightningDataModule):
             rotation=self.hparams["rotation"] if training else 0.0,
             shift=self.hparams["shift"] if training else 0.0,
             seed=self.hparams["seed"],
-        )
-        return batch_loader(
-            dataset,
-            self.hparams["batch_size" if training else "eval_batch_size"],
-            shuffle=training,
-            seed=self.hparams["seed"],
-            num_workers=self.hparams["num_workers"],
-            trainer=self.trainer,
         )

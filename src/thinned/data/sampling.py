@@ -8,15 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from itertools import islice, pairwise
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningDataModule, Trainer
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 from torch.utils.data.distributed import DistributedSampler
+
+Split = Literal["train", "val", "test"]
 
 
 def stratified_split(labels: Tensor, rows: Tensor, size: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -178,3 +180,37 @@ def batch_loader(
         persistent_workers=num_workers > 0,
         pin_memory=torch.cuda.is_available(),
     )
+
+
+class SplitDataModule(LightningDataModule):
+    """Batches of three splits; a subclass has ``hparams`` and says what the dataset of a split is."""
+
+    def batches(self, split: Split, *, training: bool) -> Dataset[Any]:
+        """Returns a split as ``dataset[epoch, indices]``, for training or as it is."""
+        raise NotImplementedError
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Returns shuffled batches for training."""
+        return self._dataloader("train", training=True)
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        """Returns the validation split in order."""
+        return self._dataloader("val")
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        """Returns the test split in order."""
+        return self._dataloader("test")
+
+    def predict_dataloader(self) -> DataLoader[Any]:
+        """Returns the split ``data.predict_split`` in order."""
+        return self._dataloader(self.hparams["predict_split"])
+
+    def _dataloader(self, split: Split, *, training: bool = False) -> DataLoader[Any]:
+        return batch_loader(
+            self.batches(split, training=training),
+            self.hparams["batch_size" if training else "eval_batch_size"],
+            shuffle=training,
+            seed=self.hparams["seed"],
+            num_workers=self.hparams["num_workers"],
+            trainer=self.trainer,
+        )

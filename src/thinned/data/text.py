@@ -16,21 +16,19 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from lightning.pytorch import LightningDataModule
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
-from thinned.data.sampling import batch_loader
+from thinned.data.sampling import Split, SplitDataModule
 from thinned.data.text_sources import EXPECTED, TextSource, read_text
 from thinned.data.token_shards import TokenShards, build_shards, open_shards
 from thinned.data.tokenisation import make_tokenizer
 from thinned.data.tokenizer import Tokenizer, bpe_size
 
-Split = Literal["train", "val", "test"]
 NO_TARGET = -100  # what cross_entropy ignores
 
 
@@ -81,7 +79,7 @@ class TokenBatches(Dataset[TokenBatch]):
         return TokenBatch(torch.from_numpy(inputs), torch.from_numpy(targets), torch.tensor(indices))
 
 
-class TextDataModule(LightningDataModule):
+class TextDataModule(SplitDataModule):
     """Windows of tokens in batches, shared out among the processes.
 
     Stored splits "train", "validation" (or "valid") and "test" are used as they are. Validation and test tokens that
@@ -274,28 +272,6 @@ class TextDataModule(LightningDataModule):
                 self.tokens = {}
                 self.setup()
 
-    def train_dataloader(self) -> DataLoader[TokenBatch]:
-        """Returns shuffled windows of the training split, somewhere else each epoch."""
-        return self._dataloader("train", training=True)
-
-    def val_dataloader(self) -> DataLoader[TokenBatch]:
-        """Returns the validation split in order."""
-        return self._dataloader("val")
-
-    def test_dataloader(self) -> DataLoader[TokenBatch]:
-        """Returns the test split in order."""
-        return self._dataloader("test")
-
-    def predict_dataloader(self) -> DataLoader[TokenBatch]:
-        """Returns the split ``data.predict_split`` in order."""
-        return self._dataloader(self.hparams["predict_split"])
-
-    def _dataloader(self, split: Split, *, training: bool = False) -> DataLoader[TokenBatch]:
-        return batch_loader(
-            TokenBatches(self.tokens[split], self.hparams["context_length"], self.hparams["seed"], training),
-            self.hparams["batch_size" if training else "eval_batch_size"],
-            shuffle=training,
-            seed=self.hparams["seed"],
-            num_workers=self.hparams["num_workers"],
-            trainer=self.trainer,
-        )
+    def batches(self, split: Split, *, training: bool) -> TokenBatches:
+        """Returns a split as windows; for training, somewhere else each epoch."""
+        return TokenBatches(self.tokens[split], self.hparams["context_length"], self.hparams["seed"], training)
