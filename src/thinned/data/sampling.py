@@ -1,4 +1,4 @@
-"""Which examples come when: splits, and batches of indices computed from (seed, epoch, rank).
+"""Which examples come when: splits, batches of indices computed from (seed, epoch, rank), and their loaders.
 
 Nothing is drawn from a global generator or carried over from an earlier epoch, so a resumed epoch has the
 batches it would have had, and a training step sees the same examples however many processes share them.
@@ -6,6 +6,7 @@ batches it would have had, and a training step sees the same examples however ma
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from itertools import islice, pairwise
 from typing import Any, Literal
@@ -182,12 +183,12 @@ def batch_loader(
     )
 
 
-class SplitDataModule(LightningDataModule):
+class SplitDataModule(LightningDataModule, ABC):
     """Batches of three splits; a subclass has ``hparams`` and says what the dataset of a split is."""
 
+    @abstractmethod
     def batches(self, split: Split, *, training: bool) -> Dataset[Any]:
         """Returns a split as ``dataset[epoch, indices]``, for training or as it is."""
-        raise NotImplementedError
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Returns shuffled batches for training."""
