@@ -94,7 +94,7 @@ def test_scores_are_those_of_the_rows(run: Callable[..., Any], splits: Any) -> N
     metrics = run("test", net, splits(loader(*text), loader(*text), TOKENIZER))
     rows = rows_of(net, text)[0]
     rows["bytes"] = BYTES[rows["target"]]
-    dropout, single = token_scores(rows, V), token_scores(rows, V, "deterministic_")
+    dropout, single = token_scores(rows), token_scores(rows, "deterministic_")
     assert dropout["bits_per_byte"] == pytest.approx(
         dropout["nll"] / math.log(2) / rows["bytes"].double().mean().item()
     )
@@ -145,7 +145,7 @@ def test_no_samples_leave_the_deterministic_network(run: Callable[..., Any], rea
     tokens, sequences = token_rows(net, text[:2], text[2], None)
     assert_rows(read_rows(), tokens)
     assert_rows(read_rows("sequences"), sequences)
-    assert metrics["deterministic"] == pytest.approx(token_scores(tokens, V), rel=1e-5)
+    assert metrics["deterministic"] == pytest.approx(token_scores(tokens), rel=1e-5)
 
 
 def test_net_of_another_make(run: Callable[..., Any], read_rows: Callable[..., Any]) -> None:
@@ -156,7 +156,7 @@ def test_net_of_another_make(run: Callable[..., Any], read_rows: Callable[..., A
     parts = [rows_of(net, tuple(column[rows] for column in text))[0] for rows in (slice(0, 3), slice(3, 6))]
     expected = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     assert_rows(read_rows(), expected)
-    assert metrics["deterministic"] == pytest.approx(token_scores(expected, V, "deterministic_"), rel=1e-5)
+    assert metrics["deterministic"] == pytest.approx(token_scores(expected, "deterministic_"), rel=1e-5)
 
 
 def validation_nll(net: nn.Module, val: Text) -> Callable[[Acting], float]:

@@ -73,11 +73,10 @@ def test_each_token_of_the_test_is_a_row(trained_text: Any, text_file: Path) -> 
     assert sequences["tokens"].sum() == len(test) - 1
 
 
-def test_metrics_are_those_of_the_rows(trained_text: Any, text_file: Path) -> None:
+def test_metrics_are_those_of_the_rows(trained_text: Any) -> None:
     metrics, rows = json.loads((trained_text.run / "metrics.json").read_text()), read(trained_text.run)
-    size = len(set(text_file.read_text()))
     for name, way in (("deterministic", "deterministic_"), ("mc_dropout", "")):
-        scores = token_scores(rows, size, way)
+        scores = token_scores(rows, way)
         assert {key: metrics[name][key] for key in scores} == pytest.approx(scores, rel=1e-5)
     assert metrics["mc_dropout"].keys() - scores.keys() == {"num_samples", "masks"}
     assert (metrics["mc_dropout"]["num_samples"], metrics["mc_dropout"]["masks"]) == (4, "shared")

@@ -111,11 +111,11 @@ def test_scores_of_tokens_by_hand() -> None:
         "aurc": (0 + 0 + 1 / 3 + 1 / 4) / 4,
         "bits_per_byte": 2.8 / math.log(2) / 6,
     }
-    assert token_scores(tokens(), 16) == pytest.approx(expected, abs=1e-6)
+    assert token_scores(tokens()) == pytest.approx(expected, abs=1e-6)
 
 
 def test_scores_of_the_chosen_columns() -> None:
-    found = token_scores(tokens(), 16, "deterministic_")
+    found = token_scores(tokens(), "deterministic_")
     assert math.isnan(found.pop("auroc_error"))  # all are errors
     expected = {"accuracy": 0, "nll": 6.8 / 4, "ece": 3.05 / 4, "aurc": 1, "bits_per_byte": 6.8 / math.log(2) / 6}
     assert found == pytest.approx(expected, abs=1e-6)
@@ -124,4 +124,4 @@ def test_scores_of_the_chosen_columns() -> None:
 def test_bits_per_byte_need_bytes() -> None:
     rows = tokens()
     del rows["bytes"]
-    assert token_scores(rows, 16).keys() == {"accuracy", "nll", "ece", "auroc_error", "aurc"}
+    assert token_scores(rows).keys() == {"accuracy", "nll", "ece", "auroc_error", "aurc"}

@@ -20,7 +20,7 @@ from thinned.callbacks.prediction_file import PredictionFile
 from thinned.models.dropout import check_sites, sites_in
 from thinned.uncertainty import report, select_sites
 from thinned.uncertainty.monte_carlo import Acting, Masks, resolve_masks
-from thinned.uncertainty.rows import MCSettings, example_rows, example_scores, token_rows, token_scores, vocabulary_of
+from thinned.uncertainty.rows import MCSettings, example_rows, example_scores, token_rows, token_scores
 
 EXAMPLE_SCORES = {"accuracy", "nll", "ece", "brier"}  # which the task logs for the deterministic network
 TOKEN_SCORES = {"nll", "bits_per_byte"}
@@ -117,7 +117,8 @@ class MCDropout(Callback):
         if "target" not in rows:
             raise ValueError("Expected test batches (inputs, targets, ...), but got inputs alone")
         ways = {"deterministic": "deterministic_"} | ({} if self.num_samples is None else {"mc_dropout": ""})
-        self.metrics = {name: self._scores(rows, way) for name, way in ways.items()}
+        scores = example_scores if "probs" in rows else token_scores
+        self.metrics = {name: scores(rows, way) for name, way in ways.items()}
         by_task = EXAMPLE_SCORES if "probs" in rows else TOKEN_SCORES
         logged = {f"test/{k}": v for k, v in self.metrics["deterministic"].items() if k not in by_task}
         if self.num_samples is not None:
@@ -211,14 +212,8 @@ class MCDropout(Callback):
             mc = MCSettings(self.num_samples, self.masks, self.seed, sites, scale)
         with trainer.precision_plugin.forward_context():
             if not isinstance(batch, Tensor) and len(batch) > 1 and batch[1].dim() == 2:
-                self._vocab_size = vocabulary_of(net, batch[0])
                 return token_rows(net, batch, index, mc)
             return example_rows(net, batch, index, mc), {}
-
-    def _scores(self, rows: dict[str, Tensor], way: str) -> dict[str, Any]:
-        if "probs" in rows:
-            return example_scores(rows, way)
-        return token_scores(rows, self._vocab_size, way)
 
     def _report(self, trainer: Trainer, rows: dict[str, Tensor]) -> None:
         raw_images = getattr(getattr(trainer, "datamodule", None), "raw_images", None)

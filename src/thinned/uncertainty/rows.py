@@ -77,27 +77,27 @@ def _columns(probs: Tensor, targets: Tensor | None) -> Rows:
 
 def example_scores(rows: Mapping[str, Tensor], way: str = "") -> dict[str, float]:
     """Accuracy, NLL, ECE, AUROC of errors, AURC and Brier score of the columns whose names begin with `way`."""
-    probs = rows[f"{way}probs"]
-    return _scores(rows, way, probs.shape[-1]) | {"brier": brier(probs, rows["target"]).double().mean().item()}
+    return _scores(rows, way) | {"brier": brier(rows[f"{way}probs"], rows["target"]).double().mean().item()}
 
 
-def token_scores(rows: Mapping[str, Tensor], vocab_size: int, way: str = "") -> dict[str, float]:
+def token_scores(rows: Mapping[str, Tensor], way: str = "") -> dict[str, float]:
     """Accuracy, NLL per token, bits per byte, ECE, AUROC of errors and AURC of the columns that begin with `way`.
 
     Bits per byte stand where there is a column `bytes`.
     """
-    result = _scores(rows, way, vocab_size)
+    result = _scores(rows, way)
     if "bytes" in rows:
         bits = rows[f"{way}nll"].double().sum() / math.log(2)
         result["bits_per_byte"] = (bits / rows["bytes"].sum()).item()
     return result
 
 
-def _scores(rows: Mapping[str, Tensor], way: str, num_classes: int) -> dict[str, float]:
+def _scores(rows: Mapping[str, Tensor], way: str) -> dict[str, float]:
     nll, confidence, correct, uncertainty = (
         rows[f"{way}{name}"] for name in ("nll", "confidence", "correct", "predictive_entropy")
     )
-    return scores(nll, confidence, correct, uncertainty / math.log(num_classes))
+    highest = uncertainty.max().clamp_min(torch.finfo(uncertainty.dtype).tiny)
+    return scores(nll, confidence, correct, uncertainty / highest)  # whose order alone counts
 
 
 @torch.no_grad()
@@ -121,7 +121,7 @@ def token_rows(net: nn.Module, batch: Any, index: Tensor, mc: MCSettings | None)
         deterministic_log_likelihood; mutual_information, summed over tokens, and mutual_information_per_token.
     """
     tokens, targets = batch[0], batch[1]
-    vocab_size = vocabulary_of(net, tokens)
+    vocab_size: int = getattr(net, "vocab_size", None) or net(tokens[:1, :1]).shape[-1]
     at_once = max(1, PROBABILITIES_AT_ONCE // (vocab_size * tokens.shape[1]))
     parts = [
         _token_rows(net, some, their_targets, their_index, vocab_size, mc)
@@ -131,12 +131,6 @@ def token_rows(net: nn.Module, batch: Any, index: Tensor, mc: MCSettings | None)
     ]
     rows, sequences = ({name: torch.cat([p[i][name] for p in parts]) for name in parts[0][i]} for i in (0, 1))
     return rows, sequences
-
-
-def vocabulary_of(net: nn.Module, tokens: Tensor) -> int:
-    """V of a net: its `vocab_size`, else the number of its logits of the first of some tokens (B, T)."""
-    size: int = getattr(net, "vocab_size", None) or net(tokens[:1, :1]).shape[-1]
-    return size
 
 
 def _token_rows(

@@ -52,7 +52,7 @@ def scores(nll: Tensor, confidence: Tensor, correct: Tensor, uncertainty: Tensor
         nll: (N,), of the targets, in nats.
         confidence: (N,), the highest probability.
         correct: (N,), whether the class that has it is the target.
-        uncertainty: (N,), entropy of the prediction over that of a uniform one, in [0, 1].
+        uncertainty: (N,), entropy of the prediction, scaled to [0, 1].
 
     Returns:
         accuracy; nll in nats; ece; auroc_error, the probability that an error is more uncertain than a hit (NaN where
