@@ -12,7 +12,7 @@ from thinned.cli import ThinnedCLI, one_message
 def main(args: Sequence[str] | None = None) -> None:
     with one_message():
         cli = ThinnedCLI(args)
-        cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.config.ckpt_path, weights_only=True)
+        cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.ckpt_path, weights_only=True)
         cli.trainer.test(cli.model, cli.datamodule, ckpt_path=cli.best, verbose=False)
         cli.print_results()
 

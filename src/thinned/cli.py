@@ -8,7 +8,6 @@ import difflib
 import inspect
 import os
 import re
-import secrets
 import shlex
 import shutil
 import sys
@@ -16,7 +15,6 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from pydoc import locate
@@ -26,16 +24,18 @@ import wandb
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.callbacks import LearningRateMonitor, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from rich.console import Console
 
 import thinned.data
 import thinned.tasks  # noqa: F401  (imported so that configs may name the classes without their package)
-from thinned.callbacks import MCDropout, StepSeed, Throughput
-from thinned.checkpoint import read_checkpoint
+from thinned.callbacks import Checkpoints, MCDropout, StepSeed, Throughput
+from thinned.checkpoint import AtomicCheckpointIO, read_checkpoint
+from thinned.interruption import ended_by_sigterm
 from thinned.models import SITES
+from thinned.runs import find_run
 from thinned.tasks.base import Task
 from thinned.uncertainty.report import scores_table
 
@@ -127,10 +127,11 @@ class ThinnedCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--experiment", type=str, default="default", help="Name of the folder below `runs_dir`.")
         parser.add_argument("--runs_dir", type=str, default="runs", help="Where the run directories go.")
+        parser.add_argument("--run_id", type=str | None, help="Name of the run's folder; the time of day if null.")
         parser.add_argument(
-            "--ckpt_path", type=str | None, help="Checkpoint to resume from; the run goes on in its directory."
+            "--resume", type=str | None, help="The run that goes on: its folder, a checkpoint in it, or latest."
         )
-        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(Checkpoints, "checkpoint")
         parser.set_defaults(
             {
                 "checkpoint.filename": "best",
@@ -145,26 +146,26 @@ class ThinnedCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         config = self.config
-        if config.ckpt_path:
-            self.checkpoint = read_checkpoint(config.ckpt_path)
-            directory = Path(config.ckpt_path).absolute().parent
-            if directory.name != "checkpoints":
-                raise ValueError(f"Expected ckpt_path in the checkpoints/ of a run, but got {config.ckpt_path}")
-            self.run_dir = directory.parent
+        runs = Path(config.runs_dir, config.experiment)
+        self.run_dir, self.ckpt_path = find_run(runs, config.run_id, config.resume, self.purpose)
+        if config.resume:
             # Lightning 2.6.6 warns of every directory with checkpoints: Lightning-AI/pytorch-lightning#5209
             warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
-        else:
-            stamp = f"{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
-            run_id = "-".join(filter(None, [stamp, self.purpose]))
-            self.run_dir = Path(config.runs_dir, config.experiment, run_id).absolute()
         _fill_in_from_data(config)
         config.trainer.default_root_dir = str(self.run_dir)
         config.checkpoint.dirpath = str(self.run_dir / "checkpoints")
         self._configure_logger(config.trainer.logger)
 
     def after_instantiate_classes(self) -> None:
-        if self.config.ckpt_path:
-            self.restore(self.checkpoint)  # says at once whether they fit
+        step = 0
+        if self.ckpt_path:
+            checkpoint = read_checkpoint(str(self.ckpt_path))
+            self.restore(checkpoint)  # says at once whether they fit
+            step = checkpoint["global_step"]
+        if self.config.resume:
+            for logger in self.trainer.loggers:
+                if hasattr(logger, "go_on_from"):
+                    logger.go_on_from(step)
         if self.offline:  # of this machine, not of the experiment
             del self.config.trainer.logger.dict_kwargs["mode"]
         self._make_run_dir()
@@ -176,7 +177,9 @@ class ThinnedCLI(LightningCLI):
             tempfile.TemporaryFile(dir=self.run_dir).close()
         except OSError as error:
             raise ValueError(f"Expected runs_dir to be writable, but got {error.strerror}: {self.run_dir}") from error
-        if not self.config.ckpt_path:
+        for left in self.run_dir.glob("checkpoints/*.tmp"):  # by a process that was killed
+            left.unlink()
+        if not self.config.resume:
             atexit.register(_discard_unless_started, self.run_dir)
 
     def _configure_logger(self, logger: Any) -> None:
@@ -208,6 +211,7 @@ class ThinnedCLI(LightningCLI):
         if self.config_init.trainer.logger is not False:
             callbacks.append(LearningRateMonitor("step"))
         self.trainer_defaults["callbacks"] = callbacks
+        kwargs["plugins"] = [*(self._get(self.config_init, "trainer.plugins") or []), AtomicCheckpointIO()]
         try:
             return super().instantiate_trainer(**kwargs)
         except (MisconfigurationException, RuntimeError) as error:
@@ -219,7 +223,7 @@ class ThinnedCLI(LightningCLI):
         try:
             self.model.load_state_dict(checkpoint["state_dict"])
         except RuntimeError as error:
-            raise ValueError(f"Expected a model that fits ckpt_path, but got {error}") from error
+            raise ValueError(f"Expected a model that fits the checkpoint, but got {error}") from error
         if state := checkpoint.get(type(self.datamodule).__qualname__):
             self.datamodule.load_state_dict(state)
 
@@ -258,7 +262,8 @@ def _fill_in_from_data(config: Any) -> None:
 def one_message() -> Iterator[None]:
     """Ends the program with one line and exit status 1 on bad input; THINNED_TRACEBACK=1 shows where it arose."""
     try:
-        yield
+        with ended_by_sigterm():
+            yield
     except (ValueError, OSError, MisconfigurationException, wandb.errors.UsageError) as error:
         if os.environ.get("THINNED_TRACEBACK"):
             raise

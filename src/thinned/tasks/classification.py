@@ -142,6 +142,45 @@ class ClassificationTask(Task):
     def on_test_epoch_end(self) -> None:
         self._log_epoch("test")
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keeps what each rank has of the epoch's training metrics, so that a run goes on with them."""
+        metrics = self.metrics["train_metrics"]
+        assert isinstance(metrics, MetricCollection)
+        own: dict[str, Any] = {"logits": [], "targets": []}
+        for logits, targets in self._unmeasured["train"]:
+            own["logits"].append(logits.cpu())
+            own["targets"].append(targets.cpu())
+        for name, metric in metrics.items(keep_base=True):
+            for key, value in metric.metric_state.items():
+                cpu = [part.cpu() for part in value] if isinstance(value, list) else value.cpu()
+                own[f"{name}.{key}"] = (cpu, metric.update_count)
+        checkpoint["train_metrics"] = [own]
+        if self._trainer is not None and self.trainer.world_size > 1:
+            checkpoint["train_metrics"] = [None] * self.trainer.world_size
+            torch.distributed.all_gather_object(checkpoint["train_metrics"], own)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        of_ranks: list[dict[str, Any]] = checkpoint.get("train_metrics", [])
+        if self._trainer is None or self.trainer.state.fn != "fit":
+            return
+        if len(of_ranks) == self.trainer.world_size:
+            of_ranks = [of_ranks[self.trainer.global_rank]]
+        elif self.trainer.global_rank > 0:  # of another number of ranks: the first one takes them all
+            return
+        metrics = self.metrics["train_metrics"]
+        assert isinstance(metrics, MetricCollection)
+        for own in of_ranks:
+            batches = zip(own["logits"], own["targets"], strict=True)
+            self._unmeasured["train"] += [(x.to(self.device), y.to(self.device)) for x, y in batches]
+            for name, metric in metrics.items(keep_base=True):
+                for key, value in metric.metric_state.items():
+                    saved, updates = own[f"{name}.{key}"]
+                    if isinstance(value, list):
+                        value += [part.to(metric.device) for part in saved]
+                    else:
+                        setattr(metric, key, value + saved.to(metric.device))
+                metric._update_count += updates
+
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         """The logits (B, K) of the deterministic network."""
         return self(batch[0])
