@@ -1,6 +1,6 @@
 """The command line: one LightningCLI that gives each run its own directory and turns errors into one message.
 
-runs/<experiment>/<run id>/  config.yaml  checkpoints/{best,last}.ckpt  metrics.json  predictions.parquet  wandb/
+runs/<experiment>/<run id>/  config.yaml  checkpoints/{best,last}.ckpt  metrics.{csv,json}  predictions.parquet  wandb/
 """
 
 import atexit

@@ -38,38 +38,56 @@ class CSVLogger(loggers.CSVLogger):
             self._experiment = _ContinuedWriter(self.log_dir, self._first_step)
         return self._experiment
 
-    @rank_zero_only
-    def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
-        if new := self.experiment.seen.new(metrics, step):
-            super().log_metrics(new, step)
-
 
 class WandbLogger(loggers.WandbLogger):
-    """Weights & Biases. A run that goes on logs what the run's files below `save_dir`/wandb do not hold yet.
+    """Weights & Biases, and `metrics.csv` beside it, since of a process that is killed W&B loses what it still held.
 
     W&B cannot take back what it has recorded, and a run goes on from its last checkpoint, which is older: those steps
-    are computed again, bit by bit the same, and left out here.
+    are computed again, bit by bit the same, and left out here. What is in `metrics.csv` alone is logged first.
 
     Args:
         As Lightning's `WandbLogger`.
     """
 
+    _first_step: int | None = None
     _seen: "_Seen | None" = None
+    _file: "_ContinuedWriter | None" = None
 
     def go_on_from(self, step: int) -> None:
-        """Reads what has been logged; the step does not matter."""
-        self._seen = _Seen()
-        for file in sorted(Path(self.save_dir or ".").glob("wandb/*run-*/*.wandb")):
-            for row in wandb_history(file):
-                if (at := row.pop(GLOBAL_STEP, None)) is not None:
-                    self._seen.add(row, int(at))
+        """Says that the run has been logged before, and of which step the next will be."""
+        self._first_step = step
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
-        if self._seen is not None:
-            metrics = self._seen.new(metrics, step)
-        if metrics:
-            super().log_metrics(metrics, step)
+        if self._file is None:
+            self._begin()
+        assert self._file is not None
+        self._file.log_metrics({k: v for k, v in metrics.items() if isinstance(v, int | float)}, step)
+        self._file.save()
+        self._log_new(metrics, step)
+
+    def _log_new(self, metrics: Mapping[str, Any], step: int | None) -> None:
+        if new := dict(metrics) if self._seen is None else self._seen.new(metrics, step):
+            super().log_metrics(new, step)
+
+    def _begin(self) -> None:
+        directory = self.save_dir or "."
+        before = _read_rows(Path(directory, ExperimentWriter.NAME_METRICS_FILE))
+        self._file = _ContinuedWriter(directory, self._first_step or 0)
+        if self._first_step is None:
+            return
+        self._seen = _Seen()
+        if self.experiment.offline:
+            for file in sorted(Path(directory).glob("wandb/*run-*/*.wandb")):
+                for row in wandb_history(file):
+                    self._seen.add(row, int(row.get(GLOBAL_STEP, -1)))
+        else:  # where each row has a number
+            for row in before[: self.experiment.step]:
+                self._seen.add(row, int(row["step"]))
+        for row in before:
+            if int(row["step"]) < self._first_step:
+                values = {key: float(value) for key, value in row.items() if key != "step"}
+                self._log_new(values, int(row["step"]))
 
 
 class _Seen:
@@ -94,18 +112,17 @@ class _ContinuedWriter(ExperimentWriter):
     def __init__(self, log_dir: str, first_step: int) -> None:
         super().__init__(log_dir)
         self.seen = _Seen()
-        path = Path(self.metrics_file_path)
-        if not path.exists():
-            return
-        whole = path.read_text().splitlines(keepends=True)
-        if whole and not whole[-1].endswith("\n"):  # broken off while it was being written
-            del whole[-1]
-        reader = csv.DictReader(whole)
-        rows = [row for row in reader if row.get("step") and int(row["step"]) < first_step]
-        self.metrics_keys = list(reader.fieldnames or [])
-        for row in rows:
-            self.seen.add({key: value for key, value in row.items() if value}, int(row["step"]))
-        self._replace(rows)
+        if rows := _read_rows(Path(self.metrics_file_path)):
+            rows = [row for row in rows if int(row["step"]) < first_step]
+            self.metrics_keys = sorted({key for row in rows for key in row} | {"step"})
+            for row in rows:
+                self.seen.add(row, int(row["step"]))
+            self._replace(rows)
+
+    def log_metrics(self, metrics_dict: dict[str, float], step: int | None = None) -> None:
+        """Records what of a row is new."""
+        if new := self.seen.new(metrics_dict, step):
+            super().log_metrics(new, step)
 
     def _check_log_dir_exists(self) -> None:
         """Lightning's deletes the file of a run that goes on."""
@@ -123,6 +140,15 @@ class _ContinuedWriter(ExperimentWriter):
             writer.writeheader()
             writer.writerows(rows)
         os.replace(temporary, self.metrics_file_path)
+
+
+def _read_rows(path: Path) -> list[dict[str, str]]:
+    """The whole rows of a metrics file, without empty values."""
+    whole = path.read_text().splitlines(keepends=True) if path.exists() else []
+    if whole and not whole[-1].endswith("\n"):  # broken off while it was being written
+        del whole[-1]
+    rows = [{key: value for key, value in row.items() if value} for row in csv.DictReader(whole)]
+    return [row for row in rows if "step" in row]
 
 
 def wandb_history(file: Path) -> Iterator[dict[str, Any]]:

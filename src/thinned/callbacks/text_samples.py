@@ -77,7 +77,8 @@ class TextSamples(Callback):
                     [s.prompt, s.text, *(sum(v) / len(v) for v in (s.entropy, s.mutual_information))] for s in samples
                 ]
                 logger.log_table("samples", columns, rows, step=trainer.global_step)
-                logger.experiment.log({"samples_page": wandb.Html(page.read_text(encoding="utf-8"), inject=False)})
+                html = wandb.Html(page.read_text(encoding="utf-8"), inject=False)
+                logger.log_metrics({"samples_page": html}, step=trainer.global_step)  # type: ignore[dict-item]
 
 
 def print_samples(samples: list[Sample]) -> None:
