@@ -54,7 +54,7 @@ class Interruption:
     def _give_up(self) -> None:
         assert self.signal is not None
         sys.stderr.write(
-            f"error: {self.signal.name}, and no step ended within {PATIENCE} s: checkpoints stay as they are\n"
+            f"error: {self.signal.name}, but no step ended within {PATIENCE} s: checkpoints stay as they are\n"
         )
         sys.stderr.flush()
         os._exit(exit_status(self.signal))

@@ -4,7 +4,7 @@ import secrets
 from datetime import datetime
 from pathlib import Path
 
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from thinned.checkpoint import newest_checkpoint
 
@@ -27,7 +27,7 @@ def find_run(directory: Path, run_id: str | None, resume: str | None, purpose: s
         raise ValueError(f"Expected run_id to be the name of a directory, but got {run_id!r}")
     run = directory.absolute() / name
     if resume is None:
-        if run_id is not None and run.exists():
+        if run_id is not None and run.exists() and rank_zero_only.rank == 0:  # who makes it for the others
             raise ValueError(f"Expected a new run_id, but got that of {run}: go on with it by --resume latest")
         return run, None
     if resume == "latest":
