@@ -27,7 +27,7 @@ def find_run(directory: Path, run_id: str | None, resume: str | None, purpose: s
         raise ValueError(f"Expected run_id to be the name of a directory, but got {run_id!r}")
     run = directory.absolute() / name
     if resume is None:
-        if run_id is not None and run.exists() and rank_zero_only.rank == 0:  # who makes it for the others
+        if run_id is not None and run.exists() and rank_zero_only.rank == 0:  # type: ignore[attr-defined]
             raise ValueError(f"Expected a new run_id, but got that of {run}: go on with it by --resume latest")
         return run, None
     if resume == "latest":
