@@ -43,5 +43,7 @@ def test_two_processes(trained: Any, start_script: Callable[..., Any]) -> None:
     assert predicted["index"].to_pylist() == list(range(359))  # odd: one process has an example more
     assert_equal(predicted, expected)
     assert not list(run.glob("*.part*"))
+    ours, theirs = (pq.read_schema(r / "predictions.parquet").metadata[b"thinned"] for r in (run, trained.run))
+    assert ours == theirs
     scores, alone = (json.loads((r / "metrics.json").read_text())["mc_dropout"] for r in (run, trained.run))
     assert scores == pytest.approx(alone, abs=1e-6)

@@ -141,7 +141,3 @@ class ClassificationTask(Task):
 
     def on_test_epoch_end(self) -> None:
         self._log_epoch("test")
-
-    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """The logits (B, K) of the deterministic network."""
-        return self(batch[0])
