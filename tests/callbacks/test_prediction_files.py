@@ -66,7 +66,7 @@ def test_text_is_counted_in_windows(files: PredictionFiles) -> None:
     assert [table["index"].to_pylist() for table in merged] == [list(range(6)), list(range(3))]
 
 
-def test_tokens_without_their_windows_count_for_nothing(files: PredictionFiles, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tokens_without_their_windows_do_not_count(files: PredictionFiles, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed between the files, the tokens are on the disk, and not the other way round."""
     files.write(*windows(0, 1))
     files.flush()
