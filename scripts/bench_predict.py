@@ -22,6 +22,7 @@ SAMPLES = 5
 
 def save_images(folder: Path, count: int) -> None:
     """28 x 28 pixels of ten classes: a test split of `count` examples, and a training split of 1,000."""
+    datasets.disable_progress_bars()
     classes = datasets.ClassLabel(names=[str(label) for label in range(10)])
     features = datasets.Features(image=datasets.Image(), label=classes)
     draws = np.random.default_rng(0)
