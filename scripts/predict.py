@@ -16,10 +16,8 @@ def main(args: Sequence[str] | None = None) -> None:
         checkpoint, arguments = checkpoint_arguments(args)
         cli = ThinnedCLI(arguments, purpose="predict")
         cli.restore(checkpoint)
-        if cli.datamodule.hparams.get("predict_split", "test") == "test":
-            cli.trainer.test(cli.model, cli.datamodule, verbose=False)
-        else:
-            cli.trainer.predict(cli.model, cli.datamodule, return_predictions=False)
+        cli.config_init.mc_dropout.checkpoint = checkpoint["ckpt_path"]
+        cli.trainer.predict(cli.model, cli.datamodule, return_predictions=False)
         cli.print_results()
 
 

@@ -25,7 +25,8 @@ KEPT = ("seed_everything", "experiment", "runs_dir", "model", "data", "mc_dropou
 def checkpoint_arguments(args: Sequence[str] | None = None) -> tuple[dict[str, Any], list[str]]:
     """Turns `--ckpt_path X [options]` into the checkpoint and arguments: its config, then the options, which win.
 
-    Model, data and Monte-Carlo dropout come from the checkpoint; where to run (trainer) does not.
+    Model, data and Monte-Carlo dropout come from the checkpoint; where to run (trainer) does not. Its path is added to
+    it as `ckpt_path`.
     """
     epilog = "Every option of scripts/train.py may follow, and wins over what the checkpoint holds."
     options = argparse.ArgumentParser(epilog=epilog, allow_abbrev=False)
@@ -37,7 +38,7 @@ def checkpoint_arguments(args: Sequence[str] | None = None) -> tuple[dict[str, A
     config = checkpoint["config"]
     kept = {key: config[key] for key in KEPT}
     kept["trainer"] = {"logger": False}
-    return checkpoint, ["--config", yaml.safe_dump(kept), *rest]
+    return checkpoint | {"ckpt_path": found.ckpt_path}, ["--config", yaml.safe_dump(kept), *rest]
 
 
 def read_checkpoint(path: str, check: bool = False) -> dict[str, Any]:

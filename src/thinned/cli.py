@@ -238,9 +238,9 @@ class ThinnedCLI(LightningCLI):
         """The table of scores, deterministic against MC dropout, and where everything lies."""
         wandb.finish()  # before the table, which should stand last
         console = Console()
-        metrics = next(c.metrics for c in self.trainer.callbacks if isinstance(c, MCDropout))  # type: ignore[attr-defined]
-        if metrics:
-            console.print(scores_table(metrics))
+        scored = next(c for c in self.trainer.callbacks if isinstance(c, MCDropout))  # type: ignore[attr-defined]
+        if scored.metrics:
+            console.print(scores_table(scored.metrics, scored.split))
         paths = [path.relative_to(self.run_dir) for path in sorted(self.run_dir.rglob("*")) if path.is_file()]
         lines = [f"Run: {self.run_dir}", *(f"  {path}" for path in paths if path.parts[0] != "wandb")]
         if any(path.parts[0] == "wandb" for path in paths):

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from lightning.pytorch import Trainer
@@ -19,7 +20,7 @@ from thinned.uncertainty.monte_carlo import Acting
 from thinned.uncertainty.scores import nll
 
 SCORES = ["accuracy", "nll", "ece", "auroc_error", "aurc", "brier"]
-SINGLE = ["prediction", "confidence", "predictive_entropy", "nll", "correct"]  # of either network
+SINGLE = ["prediction", "confidence", "predictive_entropy", "nll", "correct", "brier"]  # of either network
 COLUMNS = {"index", "target", "probs", *SINGLE, *(f"deterministic_{name}" for name in SINGLE)}
 OF_SAMPLES = {"expected_entropy", "mutual_information", "variation_ratio", "std"}
 
@@ -128,7 +129,8 @@ def test_index_in_the_batch_decides_the_row(run: Callable[..., Any]) -> None:
 def test_inputs_without_targets_can_be_predicted(wrap: Callable[..., Any], run: Callable[..., Any]) -> None:
     x, net = torch.randn(10, 4), thinnable()
     rows = run("predict", net, wrap(x, batch_size=4))
-    of_targets = {"target", *(f"{prefix}{name}" for prefix in ("", "deterministic_") for name in ("nll", "correct"))}
+    named = ("nll", "correct", "brier")
+    of_targets = {"target", *(f"{prefix}{name}" for prefix in ("", "deterministic_") for name in named)}
     assert rows.keys() == (COLUMNS | OF_SAMPLES) - of_targets
     torch.testing.assert_close(rows["probs"], mc_predict(net, x, num_samples=8, seed=3).mean)
 
@@ -242,11 +244,18 @@ class FailsLate(nn.Module):
         return self.body(x)
 
 
-@pytest.mark.parametrize("stage", ["test", "predict"])
-def test_failure_leaves_no_part_of_a_file(stage: str, run: Callable[..., Any], tmp_path: Path) -> None:
+def test_failed_test_leaves_nothing(run: Callable[..., Any], tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="last batch"):
-        run(stage, FailsLate(), loader(*examples()))
+        run("test", FailsLate(), loader(*examples()))
     assert not list(tmp_path.iterdir())
+
+
+def test_failed_prediction_keeps_the_rows_that_it_has(run: Callable[..., Any], tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="last batch"):
+        run("predict", FailsLate(), loader(*examples()))
+    assert [path.name for path in tmp_path.iterdir()] == ["predictions.parts"]
+    (chunk,) = tmp_path.glob("*/*.parquet")
+    assert pq.read_table(chunk)["index"].to_pylist() == list(range(28))
 
 
 def test_test_needs_targets(run: Callable[..., Any], tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Monte-Carlo dropout of text: a row per token, a row per sequence, their scores, and the choice of sites."""
 
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -121,14 +122,16 @@ def test_predict_writes_the_rows_that_test_does(
 ) -> None:
     net, text = gpt(), windows()
     tested = run("test", net, loader(*text)), read_rows(), read_rows("sequences")
+    scored = json.loads((tmp_path / "metrics.json").read_text())
     for path in tmp_path.iterdir():
         path.unlink()
     run("predict", net, loader(*text))
+    assert json.loads((tmp_path / "metrics.json").read_text()) == scored
     for name, expected in zip(("predictions", "sequences"), tested[1:], strict=True):
         got = read_rows(name)
         assert got.keys() == expected.keys()
         assert all(torch.equal(got[key], column) for key, column in expected.items())
-    assert {path.name for path in tmp_path.iterdir()} == {"predictions.parquet", "sequences.parquet"}
+    assert {path.name for path in tmp_path.iterdir()} == {"predictions.parquet", "sequences.parquet", "metrics.json"}
 
 
 def test_index_is_counted_where_batches_have_none(run: Callable[..., Any], read_rows: Callable[..., Any]) -> None:

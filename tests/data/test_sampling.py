@@ -280,3 +280,14 @@ def test_rank_and_world_size_are_the_trainers() -> None:
         [0, 9, 11, 13, 15],
         [0, 17, 19],
     ]
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+@pytest.mark.parametrize(("num_examples", "batch_size"), SIZES)
+def test_evaluation_begins_with_the_batch_of_an_example(num_examples: int, batch_size: int, world_size: int) -> None:
+    """The batches that are left are those of the whole evaluation; of one that is done, the last."""
+    whole = global_batches(batches(num_examples, batch_size, world_size, shuffle=False))
+    for start in range(num_examples + 1):
+        rest = global_batches(batches(num_examples, batch_size, world_size, shuffle=False, start=start))
+        assert rest == whole[-len(rest) :]
+        assert start in rest[0] or (start == num_examples and len(rest) == 1)

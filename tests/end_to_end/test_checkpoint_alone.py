@@ -90,12 +90,16 @@ def test_other_data_wins_and_is_standardised_as_the_training_data(
 
 def test_other_settings_win(checkpoint: Path, run_script: Script, digits: ImageDataModule) -> None:
     options = ("--mc_dropout.num_samples", 7, "--data.predict_split", "val")
-    run = run_script("predict", "--ckpt_path", checkpoint, *options).run
+    predicted = run_script("predict", "--ckpt_path", checkpoint, *options)
+    run = predicted.run
     assert column(run, "target").equal(digits.target["val"])
     shares = 7 * column(run, "variation_ratio")  # votes are counted in sevenths
     torch.testing.assert_close(shares, shares.round(), atol=1e-5, rtol=0)
     assert shares.max() >= 1
-    assert not (run / "metrics.json").exists()  # a validation split is no test
+    assert json.loads((run / "metrics.json").read_text())["mc_dropout"]["accuracy"] == pytest.approx(
+        column(run, "correct").double().mean().item()
+    )
+    assert "Validation split" in predicted.out
 
 
 def test_number_of_samples_wins_at_the_test(checkpoint: Path, run_script: Script) -> None:

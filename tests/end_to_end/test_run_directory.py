@@ -75,8 +75,12 @@ def test_printed_files_are_those_of_the_run(trained: Any) -> None:
 def test_config_of_a_run_gives_an_equal_run(trained: Any, run_script: Callable[..., Any]) -> None:
     again = run_script("train", "--config", trained.run / "config.yaml").run
     assert again != trained.run
-    for name in ("metrics.json", "predictions.parquet"):
-        assert (again / name).read_bytes() == (trained.run / name).read_bytes()
+    assert (again / "metrics.json").read_bytes() == (trained.run / "metrics.json").read_bytes()
+    tables = [pq.read_table(run / "predictions.parquet") for run in (trained.run, again)]
+    assert tables[0].equals(tables[1])
+    one, other = (json.loads(table.schema.metadata[b"thinned"]) for table in tables)
+    assert one.pop("checkpoint") != other.pop("checkpoint")  # which holds the path of its run
+    assert one == other
     first, second = (yaml.safe_load((run / "config.yaml").read_text()) for run in (trained.run, again))
     for key in ("seed_everything", "model", "data", "mc_dropout"):
         assert first[key] == second[key]

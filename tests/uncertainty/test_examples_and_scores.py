@@ -12,7 +12,7 @@ from thinned.uncertainty import classification_scores, mc_predict
 from thinned.uncertainty.rows import MCSettings, example_rows, example_scores, token_scores
 
 K, S = 3, 6
-OF_EACH = {"prediction", "confidence", "predictive_entropy", "nll", "correct", "probs"}
+OF_EACH = {"prediction", "confidence", "predictive_entropy", "nll", "correct", "brier", "probs"}
 OF_SAMPLES = {"expected_entropy", "mutual_information", "variation_ratio", "std"}
 SETTINGS = MCSettings(num_samples=S, masks="auto", seed=3, sites=None, scale=1.0)
 
@@ -35,6 +35,8 @@ def assert_describe(rows: dict[str, Tensor], prefix: str, probs: Tensor, targets
     torch.testing.assert_close(rows[f"{prefix}confidence"], probs.amax(-1))
     torch.testing.assert_close(rows[f"{prefix}predictive_entropy"], -(probs * probs.log()).sum(-1))
     torch.testing.assert_close(rows[f"{prefix}nll"], -probs[torch.arange(len(probs)), targets].log())
+    target_probs = nn.functional.one_hot(targets, K)
+    torch.testing.assert_close(rows[f"{prefix}brier"], ((probs - target_probs) ** 2).sum(-1))
     assert rows[f"{prefix}prediction"].equal(probs.argmax(-1))
     assert rows[f"{prefix}correct"].equal(probs.argmax(-1) == targets)
 
@@ -66,7 +68,7 @@ def test_no_samples_leave_the_deterministic_network() -> None:
 def test_without_targets_nothing_is_said_of_them(wrap: Any) -> None:
     net, x = mlp(), torch.randn(20, 4)
     rows = example_rows(net, wrap(x), torch.arange(20), SETTINGS)
-    known = OF_EACH - {"nll", "correct"}
+    known = OF_EACH - {"nll", "correct", "brier"}
     assert rows.keys() == {"index", *known, *OF_SAMPLES, *(f"deterministic_{name}" for name in known)}
     torch.testing.assert_close(rows["probs"], mc_predict(net, x, num_samples=S, seed=3).mean)
 

@@ -3,24 +3,23 @@
 Shapes: B examples of a batch, N of the split, T tokens of a sequence, K classes, S samples.
 """
 
-import json
-import os
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import wandb
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
-from torchmetrics.utilities.distributed import gather_all_tensors
 
-from thinned.callbacks.prediction_file import PredictionFile
+from thinned.callbacks.prediction_files import PredictionFiles
+from thinned.callbacks.prediction_report import score, write_metrics, write_pictures
+from thinned.callbacks.provenance import differences, provenance
+from thinned.callbacks.row_chunks import Columns
 from thinned.models.dropout import check_sites, sites_in
 from thinned.uncertainty import report, select_sites
 from thinned.uncertainty.monte_carlo import Acting, Masks, resolve_masks
-from thinned.uncertainty.rows import MCSettings, example_rows, example_scores, token_rows, token_scores
+from thinned.uncertainty.rows import MCSettings, example_rows, token_rows
 
 EXAMPLE_SCORES = {"accuracy", "nll", "ece", "brier"}  # which the task logs for the deterministic network
 TOKEN_SCORES = {"nll", "bits_per_byte"}
@@ -34,11 +33,14 @@ class MCDropout(Callback):
     targets (B, T), a token each. Where its `net` has `thin(seed, sample, sites, scale)`, a sample is a thinned network,
     the same for every input; otherwise masks are drawn per element. Nothing but dropout is switched on.
 
-    At test: logs `mc/accuracy`, `nll`, `ece`, `auroc_error`, `aurc` (and `brier` of examples, `bits_per_byte` of text),
-    under `test/` those of the deterministic network that its task does not log; writes `metrics.json` and pictures;
-    with a `WandbLogger`, logs the pictures and the most uncertain examples.
-    At test and predict: writes `predictions.parquet`, one row per example or token in dataset order, and for text
-    `sequences.parquet`.
+    Writes `predictions.parquet`, one row per example or token in dataset order, and for text `sequences.parquet`. Where
+    there are targets, which a test needs: logs `mc/accuracy`, `nll`, `ece`, `auroc_error`, `aurc` (and `brier` of
+    examples, `bits_per_byte` of text), under `test/` those of the deterministic network that its task does not log;
+    writes `metrics.json` and pictures; with a `WandbLogger`, logs the pictures and the most uncertain examples.
+
+    Rows go to the disk from time to time, to `predictions.parts/`. A `predict` that finds what an interrupted one has
+    left there goes on with the first example that is missing, if the data module can begin with it (`predict_start`),
+    and anew otherwise. The number of processes and the size of batches may have changed, the settings not.
 
     Args:
         num_samples: S, at least 2. None leaves Monte-Carlo dropout out: the deterministic network alone is reported.
@@ -49,7 +51,8 @@ class MCDropout(Callback):
         dirpath: where the files go; the trainer's `default_root_dir` when None.
 
     Raises:
-        ValueError: a setting outside its range; no dropout in the network that acts.
+        ValueError: a setting outside its range; no dropout in the network that acts; an interrupted prediction with
+            other settings.
     """
 
     def __init__(
@@ -71,10 +74,11 @@ class MCDropout(Callback):
         self.sites = sites if isinstance(sites, str) else check_sites(sites)
         self.seed = seed
         self.dirpath = dirpath
+        self.checkpoint: str | None = None  # file that the weights come from, where the trainer has loaded none
+        self.split = "test"  # of the latest metrics
         self.metrics: dict[str, dict[str, Any]] = {}  # what `metrics.json` holds
         self.selection: dict[Acting, float] = {}  # with sites=auto: validation NLL of each choice
-        self._rows: list[dict[str, Tensor]] = []
-        self._files: dict[str, PredictionFile] = {}
+        self._files: PredictionFiles | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         net = self._net(pl_module)
@@ -87,10 +91,16 @@ class MCDropout(Callback):
                 )
         directory = Path(self.dirpath or trainer.default_root_dir)
         self._directory: Path = trainer.strategy.broadcast(directory)
+        self._files, self._attempt = None, 0
+        data: Any = getattr(trainer, "datamodule", None)
+        if stage == "predict" and hasattr(data, "predict_start"):
+            data.predict_start = partial(self._go_on, trainer, pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        for file in self._files.values():
-            file.discard()
+        if self._files is not None and trainer.predicting:
+            self._files.keep()
+        elif self._files is not None:
+            self._files.discard()
 
     # Stages
 
@@ -99,12 +109,17 @@ class MCDropout(Callback):
         self._prepare(trainer, pl_module)
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        data: Any = getattr(trainer, "datamodule", None)
+        if hasattr(data, "predict_start"):
+            data.predict_start = None
         self._prepare(trainer, pl_module)
 
     def on_test_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
     ) -> None:
-        self._rows.append(self._predict(trainer, pl_module, batch))
+        if isinstance(batch, Tensor) or len(batch) < 2:
+            raise ValueError("Expected test batches (inputs, targets, ...), but got inputs alone")
+        self._predict(trainer, pl_module, batch)
 
     def on_predict_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
@@ -112,34 +127,15 @@ class MCDropout(Callback):
         self._predict(trainer, pl_module, batch)
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        rows = _gather(self._rows)
-        self._rows = []
-        if "target" not in rows:
-            raise ValueError("Expected test batches (inputs, targets, ...), but got inputs alone")
-        ways = {"deterministic": "deterministic_"} | ({} if self.num_samples is None else {"mc_dropout": ""})
-        scores = example_scores if "probs" in rows else token_scores
-        self.metrics = {name: scores(rows, way) for name, way in ways.items()}
-        by_task = EXAMPLE_SCORES if "probs" in rows else TOKEN_SCORES
-        logged = {f"test/{k}": v for k, v in self.metrics["deterministic"].items() if k not in by_task}
-        if self.num_samples is not None:
-            logged |= {f"mc/{key}": value for key, value in self.metrics["mc_dropout"].items()}
-            masks = resolve_masks(self._net(pl_module), self.masks)
-            self.metrics["mc_dropout"] |= {"num_samples": self.num_samples, "masks": masks}
-            if self._acting is not None:
-                self.metrics["mc_dropout"] |= {"sites": list(self._acting.sites), "scale": self._acting.scale}
-            if self.selection:
-                self.metrics["sites_nll"] = {str(acting): value for acting, value in self.selection.items()}
-        pl_module.log_dict(logged, sync_dist=True)  # equal on all ranks
-        if trainer.is_global_zero:
-            self._directory.mkdir(parents=True, exist_ok=True)
-            _write_json(self._directory / "metrics.json", self.metrics)
-            self._report(trainer, {name: column.cpu() for name, column in rows.items()})
+        logged = self._finish(trainer, pl_module)
+        by_task = EXAMPLE_SCORES if "brier" in self.metrics["deterministic"] else TOKEN_SCORES
+        theirs = {f"test/{name}" for name in by_task}
+        pl_module.log_dict({k: v for k, v in logged.items() if k not in theirs}, sync_dist=True)  # equal on all ranks
 
-    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._finish_files(trainer)
-
-    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._finish_files(trainer)
+    def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        logged = self._finish(trainer, pl_module)
+        for logger in trainer.loggers if logged else ():  # a prediction has no `log_dict`
+            logger.log_metrics(logged, step=trainer.global_step)
 
     # Parts
 
@@ -149,28 +145,101 @@ class MCDropout(Callback):
         return net if isinstance(net, nn.Module) and hasattr(net, "thin") else pl_module
 
     def _prepare(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._rows, self._seen = [], 0
+        self._seen = 0
         net = self._net(pl_module)
-        resolve_masks(net, self.masks)
         if self.sites == "auto" and self.num_samples is not None and not self.selection:
             self.selection = select_sites(net, lambda acting: self._validation_nll(trainer, pl_module, acting))
             best = next(iter(self.selection))
             rank_zero_info(f"MC dropout at {best}: lowest validation NLL, {self.selection[best]:.4f} nats")
-        self._acting: Acting | None = None
-        if self.selection:
-            self._acting = next(iter(self.selection))
-        elif not isinstance(self.sites, str):
-            self._acting = Acting(self.sites)
-        paths = {"examples": "predictions.parquet", "sequences": "sequences.parquet"}
-        self._files = {n: PredictionFile(self._directory / path, trainer.global_rank) for n, path in paths.items()}
-
-    def _finish_files(self, trainer: Trainer) -> None:
-        for file in self._files.values():
-            file.close()
-        trainer.strategy.barrier("predictions")
+        self._mc = self._settings(net, self._acting)
+        self.split = self._split(trainer)
+        files = PredictionFiles(self._directory, trainer.global_rank, self._attempt)
         if trainer.is_global_zero:
-            for file in self._files.values():
-                file.merge(trainer.world_size)
+            self._provenance = self._provenance_of(trainer, pl_module)
+            selection = [[*acting, nll] for acting, nll in self.selection.items()]
+            settings = {"provenance": self._provenance, "selection": selection, "attempt": self._attempt}
+            files.begin(settings, anew=not self._attempt)
+        trainer.strategy.barrier("predictions begin")
+        self._files = files
+
+    def _go_on(self, trainer: Trainer, pl_module: LightningModule) -> int:
+        """The first example to predict: 0, or the first that an interrupted prediction lacks."""
+        found: dict[str, Any] = {}
+        limit = trainer.limit_predict_batches
+        if trainer.is_global_zero and (isinstance(limit, int) or limit == 1):  # a part would be one of what is left
+            found = self._interrupted(trainer, pl_module)
+        found = trainer.strategy.broadcast(found)
+        if "error" in found:
+            raise ValueError(found["error"])
+        self._attempt = found.get("attempt", 0)
+        self.selection = found.get("selection", self.selection)
+        return found.get("start", 0)
+
+    def _interrupted(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+        """What all processes have to know of a prediction that was interrupted; empty where there is none."""
+        files = PredictionFiles(self._directory)
+        settings = files.interrupted()
+        if settings is None:
+            return {}
+        selection = {}
+        if self.sites == "auto":
+            selection = {Acting(tuple(sites), scale): nll for sites, scale, nll in settings["selection"]}
+        self.selection = selection
+        changed = differences(self._provenance_of(trainer, pl_module), settings["provenance"])
+        if changed:
+            said = f"Expected the settings of the interrupted prediction, but got {', '.join(changed)}"
+            return {"error": f"{said}: to predict anew, remove {files.parts}"}
+        start = files.first_missing()
+        rank_zero_info(f"The prediction in {files.parts} goes on with example {start}")
+        return {"start": start, "attempt": settings["attempt"] + 1, "selection": selection}
+
+    @property
+    def _acting(self) -> Acting | None:
+        """Where dropout acts; None for everywhere."""
+        if self.selection:
+            return next(iter(self.selection))
+        return None if isinstance(self.sites, str) else Acting(self.sites)
+
+    def _settings(self, net: nn.Module, acting: Acting | None) -> MCSettings | None:
+        sites, scale = acting or (None, 1.0)
+        if self.num_samples is None:
+            return None
+        return MCSettings(self.num_samples, resolve_masks(net, self.masks), self.seed, sites, scale)
+
+    def _provenance_of(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+        net = self._net(pl_module)
+        acting = self._acting or Acting(sites_in(net))
+        checkpoint = trainer.ckpt_path or self.checkpoint
+        mc = self._settings(net, acting)
+        return provenance(trainer, pl_module, checkpoint and str(checkpoint), self._split(trainer), mc)
+
+    def _split(self, trainer: Trainer) -> str:
+        hparams = getattr(getattr(trainer, "datamodule", None), "hparams", {})
+        return "test" if trainer.testing else hparams.get("predict_split", "test")
+
+    def _finish(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
+        """Merges the rows of all processes and reports them; returns what is to be logged, the same to all."""
+        assert self._files is not None
+        self._files.flush()
+        trainer.strategy.barrier("predictions end")
+        self.metrics = {}
+        if trainer.is_global_zero:
+            self._files.merge(self._provenance)
+            rows = Columns(self._directory / "predictions.parquet")
+            if "target" in rows:
+                self.metrics = score(rows, self._mc, self._acting, self.selection)
+                write_metrics(self._directory / "metrics.json", self.metrics)
+                write_pictures(trainer, rows, self.split, self._directory)
+            self._files.discard()
+        self._files = None
+        self.metrics = trainer.strategy.broadcast(self.metrics)
+        prefixes = {"deterministic": self.split, "mc_dropout": "mc"}
+        return {
+            f"{prefix}/{key}": value
+            for way, prefix in prefixes.items()
+            for key, value in self.metrics.get(way, {}).items()
+            if key in report.SCORES
+        }
 
     @torch.no_grad()
     def _validation_nll(self, trainer: Trainer, pl_module: LightningModule, acting: Acting) -> float:
@@ -182,7 +251,8 @@ class MCDropout(Callback):
             batch = trainer.strategy.batch_to_device(batch, pl_module.device)
             index = torch.arange(seen, seen + len(batch[1]), device=batch[1].device)
             seen += len(index)
-            nll = self._sample(trainer, pl_module, batch, index, acting)[0]["nll"]
+            mc = self._settings(self._net(pl_module), acting)
+            nll = self._sample(trainer, pl_module, batch, index, mc)[0]["nll"]
             sums += torch.stack([nll.sum(), torch.tensor(float(len(nll)), device=nll.device)])
             if sums[1] * trainer.world_size >= SELECTION_TARGETS:
                 break
@@ -190,47 +260,25 @@ class MCDropout(Callback):
         return (total / count).item()
 
     @torch.no_grad()
-    def _predict(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> dict[str, Tensor]:
-        """The rows of a batch, which are written to the files."""
+    def _predict(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
+        """Writes the rows of a batch to the files."""
+        assert self._files is not None
         index = self._index(trainer, batch)
-        rows, sequences = self._sample(trainer, pl_module, batch, index, self._acting)
+        rows, sequences = self._sample(trainer, pl_module, batch, index, self._mc)
         tokenizer = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
         if sequences and tokenizer is not None:
             rows["bytes"] = tokenizer.token_bytes.to(rows["target"].device)[rows["target"]]
-        self._files["examples"].write({n: c for n, c in rows.items() if not n.startswith("deterministic_probs")})
-        if sequences:
-            self._files["sequences"].write(sequences)
-        return rows
+        self._files.write({n: c for n, c in rows.items() if n != "deterministic_probs"}, sequences)
 
     def _sample(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, index: Tensor, acting: Acting | None
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, index: Tensor, mc: MCSettings | None
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The rows of a batch, and those of its sequences where it is text."""
-        net, mc = self._net(pl_module), None
-        if self.num_samples is not None:
-            sites, scale = acting or (None, 1.0)
-            mc = MCSettings(self.num_samples, self.masks, self.seed, sites, scale)
+        net = self._net(pl_module)
         with trainer.precision_plugin.forward_context():
             if not isinstance(batch, Tensor) and len(batch) > 1 and batch[1].dim() == 2:
                 return token_rows(net, batch, index, mc)
             return example_rows(net, batch, index, mc), {}
-
-    def _report(self, trainer: Trainer, rows: dict[str, Tensor]) -> None:
-        raw_images = getattr(getattr(trainer, "datamodule", None), "raw_images", None)
-        images = None if raw_images is None else lambda index: raw_images("test", index)
-        names = getattr(getattr(trainer, "datamodule", None), "class_names", None)
-        figures = report.figures(rows, images, names)
-        for name, figure in figures.items():
-            figure.savefig(self._directory / f"{name}.png", dpi=150)
-        for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger):
-                for name, figure in figures.items():
-                    logger.log_image(f"mc/{name}", [figure], step=trainer.global_step)
-                if images is not None:
-                    columns, data = report.most_uncertain(rows, images, names)
-                    for row in data:
-                        row[0] = wandb.Image(row[0])
-                    logger.log_table("mc/most_uncertain", columns, data, step=trainer.global_step)
 
     def _index(self, trainer: Trainer, batch: Any) -> Tensor:
         """Dataset rows of the batch: its third element, else counted on as Lightning's samplers stride over ranks."""
@@ -241,22 +289,3 @@ class MCDropout(Callback):
         position = torch.arange(self._seen, self._seen + len(inputs), device=inputs.device)
         self._seen += len(inputs)
         return position * trainer.world_size + trainer.global_rank
-
-
-def _gather(batches: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """All ranks' rows in dataset order, each example once (test samplers repeat some to fill up the last batch)."""
-    rows = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        rows = {name: torch.cat(gather_all_tensors(column.contiguous())) for name, column in rows.items()}
-    index, order = rows["index"].sort(stable=True)
-    first = torch.ones_like(index, dtype=torch.bool)
-    first[1:] = index[1:] != index[:-1]
-    return {name: column[order[first]] for name, column in rows.items()}
-
-
-def _write_json(path: Path, content: Any) -> None:
-    """Writes to a temporary name and renames; a NaN becomes null."""
-    clean = {row: {k: None if v != v else v for k, v in scores.items()} for row, scores in content.items()}
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(clean, indent=2) + "\n")
-    os.replace(temporary, path)

@@ -118,6 +118,7 @@ class ImageDataModule(SplitDataModule):
         ValueError: If an argument is out of range.
     """
 
+    INDIFFERENT = SplitDataModule.INDIFFERENT | {"cache_gib", "rotation", "shift"}
     # Available after setup:
     image_shape: tuple[int, int, int]  # (C, H, W)
     num_classes: int
@@ -247,6 +248,10 @@ class ImageDataModule(SplitDataModule):
     def load_state_dict(self, state_dict: dict[str, list[float]]) -> None:
         """Takes mean and standard deviation from a checkpoint, so that they are not computed."""
         self._statistics = state_dict["mean"], state_dict["std"]
+
+    def num_examples(self, split: Split) -> int:
+        """Returns the number of images in a split, after setup."""
+        return len(self.rows[split])
 
     def batches(self, split: Split, *, training: bool) -> ImageBatches:
         """Returns a split as batches, augmented for training."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from itertools import islice, pairwise
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -66,6 +66,8 @@ class EpochBatchSampler(DistributedSampler[tuple[int, list[int]]]):
         rank: This process, in [0, world_size).
         world_size: Number R of processes.
         drop_last: Whether a last training batch of less than B examples is left out.
+        start: First example of an evaluation that is wanted: whole global batches before it are left out, though never
+            the last one.
         position: Says, when iteration begins, the epoch (None for that of ``set_epoch``) and how many of its batches
             an interrupted run has behind it.
 
@@ -83,6 +85,7 @@ class EpochBatchSampler(DistributedSampler[tuple[int, list[int]]]):
         rank: int = 0,
         world_size: int = 1,
         drop_last: bool = False,
+        start: int = 0,
         position: Callable[[], tuple[int | None, int]] = lambda: (None, 0),
     ) -> None:
         examples = range(num_examples)
@@ -112,6 +115,7 @@ class EpochBatchSampler(DistributedSampler[tuple[int, list[int]]]):
         self.edges = [*range(0, end, batch_size), end]  # global batch i is order[edges[i] : edges[i + 1]]
         if len(self.edges) > 2 and self.edges[-1] - self.edges[-2] < world_size:
             del self.edges[-2]
+        del self.edges[: min(start // batch_size, len(self.edges) - 2)]
 
     def __iter__(self) -> Iterator[tuple[int, list[int]]]:
         epoch, done = self.position()
@@ -135,6 +139,8 @@ def batch_loader(
     seed: int,
     num_workers: int,
     trainer: Trainer | None,
+    start: int = 0,
+    stop: int | None = None,
 ) -> DataLoader[Any]:
     """Returns a loader for a dataset that makes a whole batch at once, as ``dataset[epoch, indices]``.
 
@@ -145,6 +151,8 @@ def batch_loader(
         seed: Seed of the order.
         num_workers: Number of worker processes; 0 makes the batches in this one.
         trainer: Says which rank, of how many, at which batch of which epoch; None is rank 0 of 1 at the start.
+        start: First example of an evaluation.
+        stop: Where the examples of an evaluation end; None for all.
     """
 
     def position() -> tuple[int | None, int]:
@@ -157,9 +165,10 @@ def batch_loader(
         return None, loop.epoch_loop.batch_progress.current.ready
 
     sampler = EpochBatchSampler(
-        len(dataset),  # type: ignore[arg-type]
+        len(dataset) if stop is None else stop,  # type: ignore[arg-type]
         batch_size,
         shuffle=shuffle,
+        start=start,
         seed=seed,
         rank=trainer.global_rank if trainer else 0,
         world_size=trainer.world_size if trainer else 1,
@@ -186,9 +195,36 @@ def batch_loader(
 class SplitDataModule(LightningDataModule, ABC):
     """Batches of three splits; a subclass has ``hparams`` and says what the dataset of a split is."""
 
+    # Hyperparameters on which the rows of a prediction do not depend.
+    INDIFFERENT: ClassVar[frozenset[str]] = frozenset({"batch_size", "eval_batch_size", "num_workers"})
+    # Says, when prediction is about to begin, with which example: an interrupted one goes on.
+    predict_start: Callable[[], int] | None = None
+
     @abstractmethod
     def batches(self, split: Split, *, training: bool) -> Dataset[Any]:
         """Returns a split as ``dataset[epoch, indices]``, for training or as it is."""
+
+    @abstractmethod
+    def num_examples(self, split: Split) -> int:
+        """Returns the number of examples in a split, after setup."""
+
+    def provenance(self, split: Split, limit_batches: float) -> dict[str, Any]:
+        """Returns what decides which examples are evaluated, and how many they are.
+
+        Args:
+            split: That is evaluated.
+            limit_batches: As in the Trainer: a number of batches, or a float for a part of them.
+        """
+        settings = {key: value for key, value in self.hparams.items() if key not in self.INDIFFERENT}
+        return settings | {"predict_split": split, "examples": self._evaluated(split, limit_batches)}
+
+    def _evaluated(self, split: Split, limit_batches: float) -> int:
+        world_size = self.trainer.world_size if self.trainer else 1
+        edges = EpochBatchSampler(
+            self.num_examples(split), self.hparams["eval_batch_size"], shuffle=False, world_size=world_size
+        ).edges
+        last = len(edges) - 1
+        return edges[min(limit_batches, last) if isinstance(limit_batches, int) else int(last * limit_batches)]
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Returns shuffled batches for training."""
@@ -203,10 +239,16 @@ class SplitDataModule(LightningDataModule, ABC):
         return self._dataloader("test")
 
     def predict_dataloader(self) -> DataLoader[Any]:
-        """Returns the split ``data.predict_split`` in order."""
-        return self._dataloader(self.hparams["predict_split"])
+        """Returns the split ``data.predict_split`` in order, what an interrupted prediction has of it left out."""
+        split = self.hparams["predict_split"]
+        start = self.predict_start() if self.predict_start else 0
+        if not start:
+            return self._dataloader(split)
+        # Lightning would count its limit from the first batch that is left.
+        assert self.trainer is not None
+        return self._dataloader(split, start=start, stop=self._evaluated(split, self.trainer.limit_predict_batches))
 
-    def _dataloader(self, split: Split, *, training: bool = False) -> DataLoader[Any]:
+    def _dataloader(self, split: Split, *, training: bool = False, **part: int) -> DataLoader[Any]:
         return batch_loader(
             self.batches(split, training=training),
             self.hparams["batch_size" if training else "eval_batch_size"],
@@ -214,4 +256,5 @@ class SplitDataModule(LightningDataModule, ABC):
             seed=self.hparams["seed"],
             num_workers=self.hparams["num_workers"],
             trainer=self.trainer,
+            **part,
         )

@@ -111,6 +111,7 @@ class TextDataModule(SplitDataModule):
         ValueError: If an argument is out of range.
     """
 
+    INDIFFERENT = SplitDataModule.INDIFFERENT | {"cache_dir", "seed"}
     # Available after setup:
     tokenizer: Tokenizer
     tokens: dict[Split, TokenShards]
@@ -271,6 +272,10 @@ class TextDataModule(SplitDataModule):
             if self.tokens:  # Lightning loads a checkpoint after setup
                 self.tokens = {}
                 self.setup()
+
+    def num_examples(self, split: Split) -> int:
+        """Returns the number of windows for the evaluation of a split, after setup."""
+        return len(self.batches(split, training=False))
 
     def batches(self, split: Split, *, training: bool) -> TokenBatches:
         """Returns a split as windows; for training, somewhere else each epoch."""

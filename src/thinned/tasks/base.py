@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
@@ -88,6 +89,12 @@ class Task(LightningModule):
         """The logits."""
         logits: Tensor = self.net(inputs)
         return logits
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """The logits of the deterministic network; none where nobody is there to take them (`return_predictions`)."""
+        writers = any(isinstance(callback, BasePredictionWriter) for callback in self.trainer.callbacks)  # type: ignore[attr-defined]
+        inputs: Tensor = batch[0]
+        return self(inputs) if writers or self.trainer.predict_loop.return_predictions else inputs.new_empty(0)
 
     def setup(self, stage: str) -> None:
         if self.compile_net and stage == "fit":

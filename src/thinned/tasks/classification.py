@@ -180,7 +180,3 @@ class ClassificationTask(Task):
                     else:
                         setattr(metric, key, value + saved.to(metric.device))
                 metric._update_count += updates
-
-    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """The logits (B, K) of the deterministic network."""
-        return self(batch[0])

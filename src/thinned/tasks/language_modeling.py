@@ -98,10 +98,6 @@ class LanguageModelingTask(Task):
     def on_test_epoch_end(self) -> None:
         self._log_epoch("test")
 
-    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """The logits (B, T, V) of the deterministic network."""
-        return self(batch[0])
-
 
 class Totals(nn.Module):
     """Means over all tokens of a split, on all devices: nats per token, and bytes per token."""

@@ -1,6 +1,7 @@
 """What a person looks at: the table of scores, and pictures of calibration and uncertainty.
 
-`rows` are the columns of N predictions that `thinned.uncertainty.rows` describes.
+`rows` are the columns of N predictions that `thinned.uncertainty.rows` describes. Those of numbers alone are asked for,
+one or two at a time, so that they may come from a file.
 """
 
 from collections.abc import Callable, Mapping
@@ -25,14 +26,15 @@ SCORES = {
     "auroc_error": "AUROC of errors ↑",
     "aurc": "AURC ↓",
 }
+TITLES = {"train": "Training split", "val": "Validation split", "test": "Test"}
 COLOURS = {"deterministic": "#9aa0a6", "MC dropout": "#c2410c"}
 Images = Callable[[list[int]], Tensor]  # rows of the split -> (n, C, H, W) uint8
 
 
-def scores_table(metrics: Mapping[str, Mapping[str, Any]]) -> Table:
+def scores_table(metrics: Mapping[str, Mapping[str, Any]], split: str = "test") -> Table:
     """One column per way to predict, one line per score."""
     mc = metrics.get("mc_dropout")
-    table = Table(title="Test", title_justify="left")
+    table = Table(title=TITLES.get(split, split), title_justify="left")
     table.add_column("")
     table.add_column("deterministic", justify="right")
     if mc:
@@ -94,13 +96,13 @@ def entropy_histogram(rows: Mapping[str, Tensor]) -> Figure:
 
 def uncertain_images(rows: Mapping[str, Tensor], images: Images, names: list[str] | None, count: int = 24) -> Figure:
     """The examples of highest predictive entropy with prediction, target and entropy; red where wrong."""
-    order = rows["predictive_entropy"].argsort(descending=True, stable=True)[:count]
-    figure = Figure(figsize=(8, 1.35 * -(-len(order) // 8)), layout="constrained")
-    grid = figure.subplots(-(-len(order) // 8), 8, squeeze=False).ravel()
-    pixels = images(rows["index"][order].tolist())
+    rows = _most_uncertain(rows, ["index", "prediction", "target", "predictive_entropy"], count)
+    lines = -(-len(rows["index"]) // 8)
+    figure = Figure(figsize=(8, 1.35 * lines), layout="constrained")
+    grid = figure.subplots(lines, 8, squeeze=False).ravel()
     for axes in grid:
         axes.axis("off")
-    for axes, row, image in zip(grid, order.tolist(), pixels, strict=False):
+    for row, (axes, image) in enumerate(zip(grid, images(rows["index"].tolist()), strict=False)):
         prediction, target = int(rows["prediction"][row]), int(rows["target"][row])
         axes.imshow(_picture(image), cmap="gray", vmin=0, vmax=255)
         said = f"{_name(prediction, names)}" + (f", is {_name(target, names)}" if prediction != target else "")
@@ -113,9 +115,8 @@ def most_uncertain(
     rows: Mapping[str, Tensor], images: Images, names: list[str] | None, count: int = 64
 ) -> tuple[list[str], list[list[Any]]]:
     """Columns and rows of the table of most uncertain examples, pictures as arrays in its first column."""
-    order = rows["predictive_entropy"].argsort(descending=True, stable=True)[:count]
     numbers = [n for n in ("confidence", "predictive_entropy", "mutual_information", "std") if n in rows]
-    pixels = images(rows["index"][order].tolist())
+    rows = _most_uncertain(rows, ["index", "target", "prediction", *numbers], count)
     data = [
         [
             _picture(image),
@@ -124,9 +125,15 @@ def most_uncertain(
             _name(int(rows["prediction"][row]), names),
             *(float(rows[name][row]) for name in numbers),
         ]
-        for row, image in zip(order.tolist(), pixels, strict=True)
+        for row, image in enumerate(images(rows["index"].tolist()))
     ]
     return ["image", "index", "target", "prediction", *numbers], data
+
+
+def _most_uncertain(rows: Mapping[str, Tensor], columns: list[str], count: int) -> dict[str, Tensor]:
+    """The rows of highest predictive entropy, (count,) each."""
+    order = rows["predictive_entropy"].argsort(descending=True, stable=True)[:count]
+    return {name: rows[name][order] for name in columns}
 
 
 def _picture(image: Tensor) -> npt.NDArray[np.uint8]:

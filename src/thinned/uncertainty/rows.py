@@ -47,7 +47,8 @@ class MCSettings:
 def example_rows(net: nn.Module, batch: Any, index: Tensor, mc: MCSettings | None) -> Rows:
     """The rows of a batch (inputs[, targets]), with the probabilities: probs and deterministic_probs (B, K).
 
-    With Monte-Carlo dropout also variation_ratio and std, of the predicted class's probability.
+    With targets also brier, the Brier score, and deterministic_brier; with Monte-Carlo dropout variation_ratio and std,
+    of the predicted class's probability.
     """
     inputs, *rest = [batch] if isinstance(batch, Tensor) else batch
     targets = rest[0] if rest else None
@@ -71,13 +72,13 @@ def _columns(probs: Tensor, targets: Tensor | None) -> Rows:
     confidence, prediction = probs.max(-1)
     columns = {"prediction": prediction, "confidence": confidence, "predictive_entropy": entropy(probs)}
     if targets is not None:
-        columns |= {"nll": nll(probs, targets), "correct": prediction == targets}
+        columns |= {"nll": nll(probs, targets), "correct": prediction == targets, "brier": brier(probs, targets)}
     return columns | {"probs": probs}
 
 
 def example_scores(rows: Mapping[str, Tensor], way: str = "") -> dict[str, float]:
     """Accuracy, NLL, ECE, AUROC of errors, AURC and Brier score of the columns whose names begin with `way`."""
-    return _scores(rows, way) | {"brier": brier(rows[f"{way}probs"], rows["target"]).double().mean().item()}
+    return _scores(rows, way) | {"brier": rows[f"{way}brier"].double().mean().item()}
 
 
 def token_scores(rows: Mapping[str, Tensor], way: str = "") -> dict[str, float]:
