@@ -4,7 +4,6 @@ Shapes: B examples of a batch, N of the split, T tokens of a sequence, K classes
 """
 
 import json
-import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from torchmetrics.utilities.distributed import gather_all_tensors
 
 from thinned.callbacks.prediction_file import PredictionFile
+from thinned.files import whole_file
 from thinned.models.dropout import check_sites, sites_in
 from thinned.uncertainty import report, select_sites
 from thinned.uncertainty.monte_carlo import Acting, Masks, resolve_masks
@@ -131,7 +131,6 @@ class MCDropout(Callback):
                 self.metrics["sites_nll"] = {str(acting): value for acting, value in self.selection.items()}
         pl_module.log_dict(logged, sync_dist=True)  # equal on all ranks
         if trainer.is_global_zero:
-            self._directory.mkdir(parents=True, exist_ok=True)
             _write_json(self._directory / "metrics.json", self.metrics)
             self._report(trainer, {name: column.cpu() for name, column in rows.items()})
 
@@ -221,7 +220,8 @@ class MCDropout(Callback):
         names = getattr(getattr(trainer, "datamodule", None), "class_names", None)
         figures = report.figures(rows, images, names)
         for name, figure in figures.items():
-            figure.savefig(self._directory / f"{name}.png", dpi=150)
+            with whole_file(self._directory / f"{name}.png") as temporary:
+                figure.savefig(temporary, dpi=150)
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 for name, figure in figures.items():
@@ -255,8 +255,7 @@ def _gather(batches: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def _write_json(path: Path, content: Any) -> None:
-    """Writes to a temporary name and renames; a NaN becomes null."""
+    """A NaN becomes null."""
     clean = {row: {k: None if v != v else v for k, v in scores.items()} for row, scores in content.items()}
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(clean, indent=2) + "\n")
-    os.replace(temporary, path)
+    with whole_file(path) as temporary:
+        temporary.write_text(json.dumps(clean, indent=2) + "\n")
