@@ -1,6 +1,7 @@
 """Callbacks with which a test breaks a run in all its processes: a rank that dies, a loss that is not finite."""
 
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -62,3 +63,21 @@ class NonFiniteLoss(Callback):
         if trainer.global_rank == self.rank and batch_idx in self.batches:
             note_time()
             batch[0].view(-1)[0] = torch.nan
+
+
+class Vanishing(Callback):
+    """At the second training batch, a file or folder is deleted, or a file cut off.
+
+    Args:
+        path: of it.
+        cut: whether the file stays, without its content.
+    """
+
+    def __init__(self, path: str, cut: bool = False) -> None:
+        self.path, self.cut = Path(path), cut
+
+    def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 1 and self.cut:
+            os.truncate(self.path, 0)
+        elif batch_idx == 1 and self.path.exists():
+            shutil.rmtree(self.path) if self.path.is_dir() else self.path.unlink()
