@@ -56,7 +56,14 @@ def test_weights_to_start_from(
     (folder / "config.json").write_text(json.dumps(config | {"architectures": ["GPT2LMHeadModel"]}))
     weights = {"transformer.wte.weight": torch.zeros(29, 16), "extra": Attack(attacked)}
     torch.save(weights, folder / "pytorch_model.bin", _use_new_zipfile_serialization=not legacy)
-    options = ("--data.path", text_file, "--model.init_from", folder, "--trainer.logger=false")
+    options = (
+        "--data.path",
+        text_file,
+        "--model.init_from",
+        folder,
+        "--trainer.logger=false",
+        "--trainer.callbacks=null",
+    )
     finished = run_script("train", "--config", CONFIGS / "gpt_pydocs.yaml", *small_gpt, *options)
     assert "Expected model.init_from to be a GPT-2 of the hub or a folder, but got " in error_of(finished)
 
