@@ -4,12 +4,10 @@ A file appears whole or not at all, under its name, and is checked for damage wh
 """
 
 import argparse
-import os
 import pickle
 import warnings
 import zipfile
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,8 @@ import torch
 import yaml
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_warn
+
+from thinned.files import whole_file
 
 # What prediction takes from a checkpoint.
 KEPT = ("seed_everything", "experiment", "runs_dir", "model", "data", "mc_dropout")
@@ -73,7 +73,7 @@ def read_checkpoint(path: str, check: bool = False) -> dict[str, Any]:
 def newest_checkpoint(directory: Path) -> Path | None:
     """The undamaged checkpoint with the most steps, `last.ckpt` of equal ones; a line says which are passed over."""
     steps = {}
-    for path in sorted(directory.glob("*.ckpt"), key=lambda path: path.name == "last.ckpt"):
+    for path in sorted(directory.glob("[!.]*.ckpt"), key=lambda path: path.name == "last.ckpt"):
         try:
             steps[path] = read_checkpoint(str(path), check=True)["global_step"]
         except ValueError as error:
@@ -89,28 +89,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         path = Path(path)
-        temporary = path.with_name(f"{path.name}.tmp")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with temporary.open("wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-            _sync_directory(path.parent)
-        except (OSError, RuntimeError) as error:
-            with suppress(OSError):
-                temporary.unlink(missing_ok=True)
-            reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
-            kept = "the one before is kept" if path.exists() else "there is none yet"
-            raise OSError(f"Expected to write a checkpoint, but got {reason}: {path} ({kept})") from error
-
-
-def _sync_directory(directory: Path) -> None:
-    """Makes a renaming last, where the system can."""
-    with suppress(OSError):
-        descriptor = os.open(directory, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+            with whole_file(path) as temporary:
+                torch.save(checkpoint, temporary)
+        except (OSError, RuntimeError) as error:  # torch's writer raises the latter where the disk is full
+            kept = "the one before is kept" if path.exists() else "there was none yet"
+            said = error if isinstance(error, OSError) else f"Expected to write {path}, but got {error}"
+            raise OSError(f"{str(said).splitlines()[0]} ({kept})") from error

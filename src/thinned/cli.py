@@ -31,13 +31,16 @@ from rich.console import Console
 
 import thinned.data
 import thinned.tasks  # noqa: F401  (imported so that configs may name the classes without their package)
-from thinned.callbacks import Checkpoints, MCDropout, StepSeed, Throughput
+from thinned.callbacks import Checkpoints, FiniteSteps, LostRanks, MCDropout, StepSeed, Throughput
+from thinned.callbacks.lost_ranks import is_lost_rank, lost_rank_message
 from thinned.checkpoint import AtomicCheckpointIO, read_checkpoint
+from thinned.files import whole_file
 from thinned.interruption import ended_by_sigterm
 from thinned.models import SITES
 from thinned.runs import find_run
 from thinned.tasks.base import Task
 from thinned.uncertainty.report import scores_table
+from thinned.wandb_server import wandb_offline_reason
 
 # Batches already seen are left out by the sampler; Lightning knows of loaders with a state alone.
 warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch ended")
@@ -84,10 +87,8 @@ class RunRecord(SaveConfigCallback):
         if self.already_saved or not trainer.is_global_zero:
             return
         self.already_saved = True
-        config = Path(trainer.default_root_dir, "config.yaml")
-        temporary = config.with_suffix(".tmp")
-        temporary.write_text(self.text)
-        os.replace(temporary, config)
+        with whole_file(Path(trainer.default_root_dir, "config.yaml")) as temporary:
+            temporary.write_text(self.text)
         for logger in trainer.loggers:
             logger.log_hyperparams(self.content)
 
@@ -95,6 +96,10 @@ class RunRecord(SaveConfigCallback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint["config"] = self.content
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if isinstance(exception, OSError) and exception.errno and not exception.filename:  # such as a full disk
+            exception.add_note(f"in {trainer.default_root_dir}")
 
 
 class ThinnedCLI(LightningCLI):
@@ -142,6 +147,7 @@ class ThinnedCLI(LightningCLI):
         )
         parser.add_lightning_class_args(StepSeed, "step_seed")
         parser.link_arguments("seed_everything", "step_seed.seed")
+        parser.add_lightning_class_args(FiniteSteps, "finite_steps")
         parser.add_lightning_class_args(MCDropout, "mc_dropout")
 
     def before_instantiate_classes(self) -> None:
@@ -177,7 +183,7 @@ class ThinnedCLI(LightningCLI):
             tempfile.TemporaryFile(dir=self.run_dir).close()
         except OSError as error:
             raise ValueError(f"Expected runs_dir to be writable, but got {error.strerror}: {self.run_dir}") from error
-        for left in self.run_dir.glob("checkpoints/*.tmp"):  # by a process that was killed
+        for left in self.run_dir.glob("checkpoints/.*.tmp.ckpt"):  # by a process that was killed
             left.unlink()
         if not self.config.resume:
             atexit.register(_discard_unless_started, self.run_dir)
@@ -195,17 +201,17 @@ class ThinnedCLI(LightningCLI):
             options.id = self.run_dir.name  # resuming continues this run
             options.name = f"{self.config.experiment} {self.run_dir.name}"
             chosen = options.offline or "WANDB_MODE" in os.environ or "mode" in logger.get("dict_kwargs", {})
-            if not chosen and not wandb.login(prompt=False):
+            if not chosen and getattr(rank_zero_only, "rank", 0) == 0 and (reason := wandb_offline_reason()):
                 self.offline = True
                 logger.dict_kwargs = {**logger.get("dict_kwargs", {}), "mode": "offline"}
                 directory = shlex.quote(str(self.run_dir / "wandb"))
                 rank_zero_info(
-                    f"W&B: no API key is configured, so this run is logged offline. Look at it with "
+                    f"W&B: {reason}, so this run is logged offline. Look at it with "
                     f"`wandb leet {directory}`, send it with `wandb sync {directory}/offline-run-*`."
                 )
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        callbacks: list[Callback] = [Throughput()]
+        callbacks: list[Callback] = [Throughput(), LostRanks()]
         if self._get(self.config, "trainer.enable_progress_bar") is not False:
             callbacks.append(RichProgressBar())
         if self.config_init.trainer.logger is not False:
@@ -264,15 +270,19 @@ def one_message() -> Iterator[None]:
     try:
         with ended_by_sigterm():
             yield
-    except (ValueError, OSError, MisconfigurationException, wandb.errors.UsageError) as error:
-        if os.environ.get("THINNED_TRACEBACK"):
+    except (ValueError, OSError, RuntimeError, MisconfigurationException, wandb.errors.Error) as error:
+        lost = is_lost_rank(error)
+        if os.environ.get("THINNED_TRACEBACK") or (isinstance(error, RuntimeError) and not lost):
             raise
-        sys.stderr.write(f"error: {plain(str(error))}\n")
+        message = lost_rank_message(error) if lost else " ".join([str(error), *getattr(error, "__notes__", [])])
+        sys.stderr.write(f"error: {plain(message)}\n")
         sys.exit(1)
 
 
 def plain(message: str) -> str:
-    """One line of a message of jsonargparse, without its report on the members of a union."""
+    """One line: of jsonargparse without its report on the members of a union, of a data loader worker the cause."""
+    if re.match(r"Caught \w+ in DataLoader worker", message):
+        message = message.strip().splitlines()[-1].partition(": ")[2]
     noise = "Does not validate|Subtypes:|Errors:|- Expected a <class 'NoneType'>"
     said, _, given = message.partition("Given value type:")
     lines = [line.strip().removeprefix("- ") for line in said.splitlines() if not re.match(rf"\s*({noise})", line)]

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,6 +13,8 @@ from lightning.pytorch import loggers
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.utilities import rank_zero_only
 from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]
+
+from thinned.files import whole_file
 
 GLOBAL_STEP = "trainer/global_step"  # under which Lightning's WandbLogger logs the step
 
@@ -134,12 +135,10 @@ class _ContinuedWriter(ExperimentWriter):
         self._replace(rows)
 
     def _replace(self, rows: list[dict[str, str]]) -> None:
-        temporary = f"{self.metrics_file_path}.tmp"
-        with open(temporary, "w", newline="") as file:
+        with whole_file(Path(self.metrics_file_path)) as temporary, temporary.open("w", newline="") as file:
             writer = csv.DictWriter(file, fieldnames=self.metrics_keys)
             writer.writeheader()
             writer.writerows(rows)
-        os.replace(temporary, self.metrics_file_path)
 
 
 def _read_rows(path: Path) -> list[dict[str, str]]:

@@ -63,7 +63,7 @@ def assert_equal(run: Path, whole: Path) -> None:
     assert rows(run) == rows(whole)
     for name in ("metrics.json", "predictions.parquet"):
         assert (run / name).read_bytes() == (whole / name).read_bytes()
-    assert not list((run / "checkpoints").glob("*.tmp"))
+    assert not list((run / "checkpoints").glob("*.tmp*"))
 
 
 def assert_same(one: Any, other: Any, where: str) -> None:

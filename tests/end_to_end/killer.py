@@ -8,8 +8,6 @@ from unittest import mock
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-import thinned.checkpoint
-
 HOOKS = (
     "on_train_batch_start", "on_after_backward", "on_train_batch_end", "on_train_epoch_end",
     "on_validation_start", "on_validation_batch_start", "on_validation_end", "on_test_batch_end",
@@ -28,7 +26,7 @@ class Killer(Callback):
         self.signum, self.left = signal.Signals[signum], int(left)
         self.is_it = trainer.global_rank == int(os.environ.get("RANK_TOLD", "0"))
         if stage == "fit" and self.hook in ("writing", "renamed"):
-            mock.patch.object(thinned.checkpoint.os, "fsync", self.fsync).start()
+            mock.patch.object(os, "fsync", self.fsync).start()
 
     def at(self, hook: str, trainer: Trainer) -> None:
         if hook == self.hook and self.is_it and not trainer.sanity_checking:
@@ -37,12 +35,13 @@ class Killer(Callback):
                 self.send()
 
     def fsync(self, descriptor: int) -> None:
-        size = os.fstat(descriptor).st_size
-        is_file = os.path.isfile(f"/dev/fd/{descriptor}")  # else the directory, after the renaming
+        synced = os.path.realpath(f"/dev/fd/{descriptor}")
+        is_file = synced.endswith(".tmp.ckpt")
         self.left -= is_file
-        if self.left == 0 and is_file == (self.hook == "writing"):
-            if is_file:
-                os.ftruncate(descriptor, size // 2)
+        if self.left == 0 and is_file and self.hook == "writing":
+            os.ftruncate(descriptor, os.fstat(descriptor).st_size // 2)
+            self.send()
+        if self.left == 0 and synced.endswith("checkpoints") and self.hook == "renamed":
             self.send()
 
     def send(self) -> None:

@@ -10,6 +10,7 @@ from lightning.pytorch.loggers import WandbLogger
 from rich.console import Console
 from rich.rule import Rule
 
+from thinned.files import whole_file
 from thinned.models.dropout import sites_in
 from thinned.models.gpt import GPT
 from thinned.uncertainty.generation import Sample, Sampling, sample_texts
@@ -68,8 +69,9 @@ class TextSamples(Callback):
             )  # fmt: skip
         print_samples(samples)
         page = Path(trainer.default_root_dir, "samples.html")
-        page.parent.mkdir(parents=True, exist_ok=True)
-        page.write_text(highlighted_page(samples, f"Samples of {page.parent.name}"), encoding="utf-8")
+        content = highlighted_page(samples, f"Samples of {page.parent.name}")
+        with whole_file(page) as temporary:
+            temporary.write_text(content, encoding="utf-8")
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 columns = ["prompt", "text", "mean entropy", "mean mutual information"]
@@ -77,7 +79,7 @@ class TextSamples(Callback):
                     [s.prompt, s.text, *(sum(v) / len(v) for v in (s.entropy, s.mutual_information))] for s in samples
                 ]
                 logger.log_table("samples", columns, rows, step=trainer.global_step)
-                html = wandb.Html(page.read_text(encoding="utf-8"), inject=False)
+                html = wandb.Html(content, inject=False)
                 logger.log_metrics({"samples_page": html}, step=trainer.global_step)  # type: ignore[dict-item]
 
 

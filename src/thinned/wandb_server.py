@@ -1,0 +1,18 @@
+"""Whether Weights & Biases can be reached, and how long a run waits for it."""
+
+import os
+
+import wandb
+
+FINISH_SECONDS = 120  # for uploads at the end of a run; what is left then, `wandb sync` sends
+
+
+def wandb_offline_reason() -> str | None:
+    """Says why runs are to be logged offline, after 10 seconds at most; None where the server takes the API key."""
+    # wandb's own default is to wait for ever. Read when its service starts.
+    os.environ.setdefault("WANDB_FINISH_TIMEOUT", str(FINISH_SECONDS))
+    try:
+        return None if wandb.login(prompt=False) else "no API key is configured"
+    except wandb.errors.AuthenticationError as error:
+        cause = str(error).rpartition(": ")[2].rstrip(".")
+        return f"{wandb.setup().settings.base_url} does not confirm the API key ({cause})"
