@@ -35,6 +35,7 @@ import thinned.data
 import thinned.tasks  # noqa: F401  (imported so that configs may name the classes without their package)
 from thinned.callbacks import MCDropout, StepSeed, Throughput
 from thinned.checkpoint import read_checkpoint
+from thinned.launch import fill_in_from_launcher
 from thinned.models import SITES
 from thinned.tasks.base import Task
 from thinned.uncertainty.report import scores_table
@@ -43,6 +44,8 @@ from thinned.uncertainty.report import scores_table
 warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch ended")
 # The model summary gives sizes in fp32, whatever the precision.
 warnings.filterwarnings("ignore", message="Precision .* is not supported by the model summary")
+# Nothing is done in place to what a sharded net returns.
+warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
 # Lightning 2.6.6 asks isinstance(treespec, LeafSpec) in each stage: Lightning-AI/pytorch-lightning#21326
 warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated", category=FutureWarning)
 
@@ -158,6 +161,7 @@ class ThinnedCLI(LightningCLI):
             run_id = "-".join(filter(None, [stamp, self.purpose]))
             self.run_dir = Path(config.runs_dir, config.experiment, run_id).absolute()
         _fill_in_from_data(config)
+        fill_in_from_launcher(config.trainer)
         config.trainer.default_root_dir = str(self.run_dir)
         config.checkpoint.dirpath = str(self.run_dir / "checkpoints")
         self._configure_logger(config.trainer.logger)
