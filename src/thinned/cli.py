@@ -36,6 +36,7 @@ from thinned.callbacks.lost_ranks import is_lost_rank, lost_rank_message
 from thinned.checkpoint import AtomicCheckpointIO, read_checkpoint
 from thinned.files import whole_file
 from thinned.interruption import ended_by_sigterm
+from thinned.launch import fill_in_from_launcher
 from thinned.models import SITES
 from thinned.runs import find_run
 from thinned.tasks.base import Task
@@ -46,6 +47,8 @@ from thinned.wandb_server import wandb_offline_reason
 warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch ended")
 # The model summary gives sizes in fp32, whatever the precision.
 warnings.filterwarnings("ignore", message="Precision .* is not supported by the model summary")
+# Nothing is done in place to what a sharded net returns.
+warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
 # Lightning 2.6.6 asks isinstance(treespec, LeafSpec) in each stage: Lightning-AI/pytorch-lightning#21326
 warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated", category=FutureWarning)
 
@@ -158,6 +161,7 @@ class ThinnedCLI(LightningCLI):
             # Lightning 2.6.6 warns of every directory with checkpoints: Lightning-AI/pytorch-lightning#5209
             warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
         _fill_in_from_data(config)
+        fill_in_from_launcher(config.trainer)
         config.trainer.default_root_dir = str(self.run_dir)
         config.checkpoint.dirpath = str(self.run_dir / "checkpoints")
         self._configure_logger(config.trainer.logger)

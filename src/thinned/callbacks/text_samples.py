@@ -7,6 +7,7 @@ import torch
 import wandb
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.utilities import rank_zero_info
 from rich.console import Console
 from rich.rule import Rule
 
@@ -58,6 +59,9 @@ class TextSamples(Callback):
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         net, tokenizer = pl_module.net, trainer.datamodule.tokenizer  # type: ignore[attr-defined]
         if not trainer.is_global_zero or trainer.fast_dev_run or not isinstance(net, GPT):  # type: ignore[attr-defined]
+            return
+        if pl_module.device_mesh is not None:  # which this process has a part of
+            rank_zero_info("No samples of a net that is sharded: scripts/sample.py takes them from its checkpoint.")
             return
         ensemble = self.ensemble if sites_in(net) else None
         with warnings.catch_warnings(
