@@ -173,7 +173,7 @@ class TestVanishedData:
         run = shutil.copytree(trained_text.run, tmp_path / "runs/gpt_pydocs/before")
         before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
         gone = tmp_path / "gone.txt"
-        options = ("--ckpt_path", run / "checkpoints/last.ckpt")
+        options = ("--resume" if script == "train" else "--ckpt_path", run / "checkpoints/last.ckpt")
         finished = run_script(script, *(text if script == "train" else ()), *options, "--data.path", gone)
         assert "Expected data.path to be 'pydocs', a text file" in error_of(finished)
         assert str(gone) in error_of(finished)

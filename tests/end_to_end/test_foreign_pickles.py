@@ -82,4 +82,4 @@ def test_sampling(attacked: Path, run_script: Script, trained_text: Any, tmp_pat
     stored = torch.load(trained_text.run / "checkpoints/best.ckpt", weights_only=True)
     torch.save({**stored, "extra": Attack(attacked)}, tmp_path / "best.ckpt")
     finished = run_script("sample", "--ckpt_path", tmp_path / "best.ckpt")
-    assert "Expected ckpt_path to be a checkpoint of scripts/train.py, but got a file with other" in error_of(finished)
+    assert "Expected a checkpoint of scripts/train.py, but got a file with other" in error_of(finished)

@@ -47,7 +47,7 @@ def killed_at(moment: str, args: tuple[object, ...], cwd: Path, rng: random.Rand
     return end(process)
 
 
-@pytest.mark.faults
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("task", "processes", "seed", "logger"),
     [("digits", ONE, 0, ()), ("digits", TWO, 1, CSV), ("text", ONE, 2, CSV), ("text", TWO, 3, ())],

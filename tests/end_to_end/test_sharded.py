@@ -71,7 +71,7 @@ def test_gpt(start_script: Any, run_script: Any, text_file: Path, small_gpt: Any
     first = start_script(*gpt, *two, *FSDP).run
     broken = first / "checkpoints/last.ckpt"
     assert torch.load(broken, weights_only=True)["global_step"] == 2
-    resumed = start_script(*gpt, *four, *FSDP, "--ckpt_path", broken)
+    resumed = start_script(*gpt, *four, *FSDP, "--resume", broken)
     assert resumed.status == 0, resumed.err
     ended, unbroken = (torch.load(path, weights_only=True) for path in (broken, checkpoint))
     assert ended["global_step"] == unbroken["global_step"] == 4
