@@ -21,6 +21,7 @@ from thinned.models.dropout import check_sites, sites_in
 from thinned.uncertainty import report, select_sites
 from thinned.uncertainty.monte_carlo import Acting, Masks, resolve_masks
 from thinned.uncertainty.rows import MCSettings, example_rows, example_scores, token_rows, token_scores
+from thinned.wandb_server import dispensable
 
 EXAMPLE_SCORES = {"accuracy", "nll", "ece", "brier"}  # which the task logs for the deterministic network
 TOKEN_SCORES = {"nll", "bits_per_byte"}
@@ -230,7 +231,8 @@ class MCDropout(Callback):
                     columns, data = report.most_uncertain(rows, images, names)
                     for row in data:
                         row[0] = wandb.Image(row[0])
-                    logger.log_table("mc/most_uncertain", columns, data, step=trainer.global_step)
+                    with dispensable("the table mc/most_uncertain"):
+                        logger.log_table("mc/most_uncertain", columns, data, step=trainer.global_step)
 
     def _index(self, trainer: Trainer, batch: Any) -> Tensor:
         """Dataset rows of the batch: its third element, else counted on as Lightning's samplers stride over ranks."""
