@@ -27,6 +27,9 @@ train: .venv/installed ## Train, test and predict with configs/mlp_digits.yaml; 
 train-gpt: .venv/installed ## Train a GPT on the Python reference with configs/gpt_pydocs.yaml, print coloured samples
 	.venv/bin/python scripts/train.py --config configs/gpt_pydocs.yaml $(ARGS)
 
+doctor: .venv/installed ## Say what this machine has, which known traps apply here, and how to mend them
+	.venv/bin/python scripts/doctor.py
+
 test: .venv/installed-dev ## Run the tests, one process per core with one thread each; ARGS goes to pytest
 	$(PYTEST) -m "not slow" $(ARGS)
 
@@ -58,4 +61,4 @@ clean: ## Remove .venv and caches; runs/ stays
 	$(INSTALL) --editable '.[dev]' && touch $@
 
 FORCE:
-.PHONY: help train train-gpt test test-all lint clean FORCE
+.PHONY: help train train-gpt doctor test test-all lint clean FORCE

@@ -8,6 +8,7 @@ python scripts/doctor.py
 
 import importlib.metadata
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -37,6 +38,12 @@ COMPILED = """
 import torch
 print(torch.compile(lambda x: (x.sin() + 1).sum())(torch.ones(8)).isfinite().item())
 """
+STOLEN = ("was published by attackers", "take this machine's secrets for stolen; pip install 'lightning>=2.6.5'")
+BAD_RELEASES = [  # package, releases, why, mend
+    ("lightning", ">=2.6.2,<=2.6.3", *STOLEN),
+    ("pytorch-lightning", ">=2.6.2,<=2.6.3", *STOLEN),
+    ("wandb", ">=0.25.1,<0.28.1", "can deadlock forked data loader workers", "pip install 'wandb>=0.28.1'"),
+]
 
 
 class Verdict(NamedTuple):
@@ -78,24 +85,12 @@ def packages() -> Verdict:
     return Verdict("ok", ", ".join(f"{r.name} {v}" for r, v in found.items()))
 
 
-def compromised_releases() -> Verdict:
-    for name in ("lightning", "pytorch-lightning"):
-        if version(name) in ("2.6.2", "2.6.3"):
-            mend = "treat this machine's secrets as stolen; pip install 'lightning>=2.6.5'"
-            return Verdict("fail", f"{name} {version(name)} was published by attackers", mend)
+def bad_releases() -> Verdict:
+    for name, releases, why, mend in BAD_RELEASES:
+        found = version(name)
+        if found and found in SpecifierSet(releases):
+            return Verdict("fail", f"{name} {found} {why}", mend)
     return Verdict("ok", "none")
-
-
-def wandb_and_workers() -> Verdict:
-    found = version("wandb")
-    if found and found in SpecifierSet(">=0.25.1,<0.28.1"):
-        return Verdict("fail", f"wandb {found} can deadlock data loader workers", "pip install 'wandb>=0.28.1'")
-    return Verdict("ok", f"wandb {found} forks safely")
-
-
-def transformers() -> Verdict:
-    found = version("transformers")
-    return Verdict("ok", f"transformers {found}" if found else "not installed; model.init_from needs it: '.[hf]'")
 
 
 def compilation() -> Verdict:
@@ -218,10 +213,6 @@ def shared_memory() -> Verdict:
 
 
 def open_files() -> Verdict:
-    try:
-        import resource
-    except ImportError:  # Windows
-        return Verdict("ok", "no limit known")
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     if 0 <= limit < 1024:
         return Verdict("warn", f"{limit}, which workers and shards may use up", "ulimit -n 4096")
@@ -270,9 +261,7 @@ def launcher_variables() -> Verdict:
 CHECKS: dict[str, Callable[[], Verdict]] = {
     "Python": python,
     "packages": packages,
-    "compromised releases": compromised_releases,
-    "W&B and workers": wandb_and_workers,
-    "transformers": transformers,
+    "bad releases": bad_releases,
     "torch.compile": compilation,
     "devices": devices,
     "precision": precision,

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -93,11 +94,10 @@ VERDICTS = [
     ("packages", lambda *_: None, "ok", "torch 2."),
     ("packages", fake_version("datasets", "4.0.0"), "fail", "datasets 4.0.0, not <6,>=5.2"),
     ("packages", fake_version("rich", None), "fail", "rich missing"),
-    ("compromised releases", fake_version("lightning", "2.6.6"), "ok", "none"),
-    ("compromised releases", fake_version("pytorch-lightning", "2.6.3"), "fail", "pytorch-lightning 2.6.3 was"),
-    ("W&B and workers", fake_version("wandb", "0.28.0"), "fail", "can deadlock"),
-    ("W&B and workers", fake_version("wandb", "0.28.1"), "ok", "0.28.1"),
-    ("transformers", fake_version("transformers", None), "ok", "not installed"),
+    ("bad releases", lambda *_: None, "ok", "none"),
+    ("bad releases", fake_version("lightning", "2.6.2"), "fail", "lightning 2.6.2 was published by attackers"),
+    ("bad releases", fake_version("pytorch-lightning", "2.6.3"), "fail", "pytorch-lightning 2.6.3 was"),
+    ("bad releases", fake_version("wandb", "0.28.0"), "fail", "wandb 0.28.0 can deadlock"),
     ("torch.compile", fake("subprocess", "run", times_out), "warn", "not done after 300 s"),
     (
         "torch.compile",
@@ -153,11 +153,8 @@ def test_verdict(
     assert (verdict.mend != "") == (state != "ok")
 
 
-@pytest.mark.skipif(os.name != "posix", reason="there are no such limits")
 @pytest.mark.parametrize(("limit", "state"), [(256, "warn"), (1024, "ok"), (-1, "ok")])
 def test_open_files(limit: int, state: str, doctor: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    import resource
-
     monkeypatch.setattr(resource, "getrlimit", lambda _: (limit, limit))
     assert doctor.open_files().state == state
 

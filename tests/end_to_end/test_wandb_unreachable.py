@@ -9,12 +9,15 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
+import wandb
+
+from thinned.wandb_server import wandb_offline_reason
 
 Script = Callable[..., Any]
 
@@ -117,17 +120,27 @@ def closed() -> Iterator[int]:
         yield bound.getsockname()[1]
 
 
-@pytest.fixture
-def train(start_script: Script) -> Callable[..., tuple[Any, float]]:
-    """Trains with a key and a server at a port; returns what it did, and how many seconds it took."""
+@contextmanager
+def server(kind: str) -> Iterator[int]:
+    """The port of one that takes no run: closed, silent, or the status that it answers."""
+    if kind in ("closed", "silent"):
+        with closed() if kind == "closed" else silent() as port:
+            yield port
+    else:
+        with served(int(kind)) as answering:
+            yield answering.server_port
 
-    def run(port: int, *options: object, **environment: str) -> tuple[Any, float]:
-        began = time.monotonic()
+
+@pytest.fixture
+def train(start_script: Script) -> Script:
+    """Trains with a key and a server at a port."""
+
+    def run(port: int, *options: object, **environment: str) -> Any:
         url = f"http://127.0.0.1:{port}"
         settings = {"WANDB_API_KEY": KEY, "WANDB_BASE_URL": url, **environment}
         finished = start_script("scripts/train.py", *TRAIN, *options, **settings)
         assert finished.status == 0, finished.err
-        return finished, time.monotonic() - began
+        return finished
 
     return run
 
@@ -142,17 +155,28 @@ def assert_no_secrets(finished: Any) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["closed", "silent", "500", "401"])
-def test_no_server(kind: str, train: Callable[..., tuple[Any, float]]) -> None:
-    with ExitStack() as stack:
-        if kind in ("closed", "silent"):
-            port = stack.enter_context(closed() if kind == "closed" else silent())
-        else:
-            port = stack.enter_context(served(int(kind))).server_port
-        _, seconds_without = train(port, WANDB_MODE="offline")
-        finished, seconds = train(port)
-    assert seconds - seconds_without < 15
-    (line,) = [line for line in finished.err.splitlines() if "W&B" in line]
+def test_decision_takes_no_longer_than_20_seconds(kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with server(kind) as port:
+        for name, value in {"API_KEY": KEY, "BASE_URL": f"http://127.0.0.1:{port}", "DIR": str(tmp_path)}.items():
+            monkeypatch.setenv(f"WANDB_{name}", value)
+        wandb.teardown()
+        try:
+            wandb.setup()
+            began = time.monotonic()
+            assert "does not confirm the API key" in str(wandb_offline_reason())
+            assert time.monotonic() - began < 20
+        finally:
+            wandb.teardown()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["closed", "silent", "500", "401"])
+def test_no_server(kind: str, train: Script) -> None:
+    with server(kind) as port:
+        finished = train(port)
+    (line,) = [line for line in finished.err.splitlines() if line.startswith("W&B: ")]
     assert line.startswith(f"W&B: http://127.0.0.1:{port} does not confirm the API key (")
+    assert "this run is logged offline" in line
     assert ("not today" in line) == (kind == "401")
     assert len(list(finished.run.glob("wandb/offline-run-*/*.wandb"))) == 1
     assert (finished.run / "metrics.json").exists()
@@ -160,38 +184,38 @@ def test_no_server(kind: str, train: Callable[..., tuple[Any, float]]) -> None:
 
 
 @pytest.mark.slow
-def test_server_that_dies(train: Callable[..., tuple[Any, float]]) -> None:
+def test_server_that_dies(train: Script) -> None:
     """The run goes on, and what it did not send can be sent to the next server."""
-    with served() as server:
+    with served() as taking:
 
         def die() -> None:
-            server.streaming.wait()
-            server.status = 503
+            taking.streaming.wait()
+            taking.status = 503
 
         threading.Thread(target=die, daemon=True).start()
         options = ("--trainer.max_epochs", 20, "--trainer.log_every_n_steps", 1)
-        finished, seconds = train(server.server_port, *options, WANDB_FINISH_TIMEOUT="5")
-        server.streaming.set()
-        assert server.status == 503
+        finished = train(taking.server_port, *options, WANDB_FINISH_TIMEOUT="5")
+        taking.streaming.set()
+        assert taking.status == 503
     assert (finished.run / "metrics.json").exists()
-    assert seconds < 90
+    assert "without the table mc/most_uncertain" in finished.err
     assert_no_secrets(finished)
     (log,) = finished.run.glob("wandb/run-*/*.wandb")
     with served() as other:
-        sync = [sys.executable, "-m", "wandb", "sync", log.parent]
+        sync = [sys.executable, "-m", "wandb", "sync", "--no-skip-online", log.parent]
         url = {"WANDB_BASE_URL": f"http://127.0.0.1:{other.server_port}", "WANDB_API_KEY": KEY}
         subprocess.run(sync, env={**os.environ, **url}, check=True, capture_output=True, timeout=60)
         assert any(b"mc/nll" in content for _, content in other.requests)
 
 
 @pytest.mark.slow
-def test_server_that_takes_the_run(train: Callable[..., tuple[Any, float]]) -> None:
+def test_server_that_takes_the_run(train: Script) -> None:
     """Nothing but its header holds the key, and nothing the environment."""
-    with served() as server:
-        finished, _ = train(server.server_port)
-    assert any(b"mc/nll" in content for _, content in server.requests)
+    with served() as taking:
+        finished = train(taking.server_port)
+    assert any(b"mc/nll" in content for _, content in taking.requests)
     for secret in (KEY, os.environ["TEST_SECRET"]):
-        assert not any(secret.encode() in content for _, content in server.requests)
-    assert "offline" not in finished.err
+        assert not any(secret.encode() in content for _, content in taking.requests)
+    assert "logged offline" not in finished.err
     assert len(list(finished.run.glob("wandb/run-*/*.wandb"))) == 1
     assert_no_secrets(finished)

@@ -16,6 +16,7 @@ from thinned.models.dropout import sites_in
 from thinned.models.gpt import GPT
 from thinned.uncertainty.generation import Sample, Sampling, sample_texts
 from thinned.uncertainty.highlight import full_scale, highlighted, highlighted_page, measure
+from thinned.wandb_server import dispensable
 
 
 class TextSamples(Callback):
@@ -82,7 +83,8 @@ class TextSamples(Callback):
                 rows = [
                     [s.prompt, s.text, *(sum(v) / len(v) for v in (s.entropy, s.mutual_information))] for s in samples
                 ]
-                logger.log_table("samples", columns, rows, step=trainer.global_step)
+                with dispensable("the table samples"):
+                    logger.log_table("samples", columns, rows, step=trainer.global_step)
                 html = wandb.Html(content, inject=False)
                 logger.log_metrics({"samples_page": html}, step=trainer.global_step)  # type: ignore[dict-item]
 
