@@ -18,9 +18,9 @@ import torch
 
 from thinned.callbacks.text_samples import print_samples
 from thinned.checkpoint import read_checkpoint
-from thinned.cli import one_message
 from thinned.data import Tokenizer
 from thinned.files import whole_file
+from thinned.messages import one_message
 from thinned.models import GPT
 from thinned.uncertainty.generation import Sampling, sample_texts
 from thinned.uncertainty.highlight import highlighted_page

@@ -10,11 +10,10 @@ import os
 import re
 import shlex
 import shutil
-import sys
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from pydoc import locate
@@ -32,11 +31,10 @@ from rich.console import Console
 import thinned.data
 import thinned.tasks  # noqa: F401  (imported so that configs may name the classes without their package)
 from thinned.callbacks import Checkpoints, FiniteSteps, LostRanks, MCDropout, StepSeed, Throughput
-from thinned.callbacks.lost_ranks import is_lost_rank, lost_rank_message
 from thinned.checkpoint import AtomicCheckpointIO, read_checkpoint
 from thinned.files import whole_file
-from thinned.interruption import ended_by_sigterm
 from thinned.launch import fill_in_from_launcher
+from thinned.messages import plain
 from thinned.models import SITES
 from thinned.runs import find_run
 from thinned.tasks.base import Task
@@ -266,34 +264,6 @@ def _fill_in_from_data(config: Any) -> None:
         for key, value in data_class(**config.data.init_args.as_dict()).net_arguments().items():
             if net.get(key, value) is None:
                 net[key] = value
-
-
-@contextmanager
-def one_message() -> Iterator[None]:
-    """Ends the program with one line and exit status 1 on bad input; THINNED_TRACEBACK=1 shows where it arose."""
-    try:
-        with ended_by_sigterm():
-            yield
-    except (ValueError, OSError, RuntimeError, MisconfigurationException, wandb.errors.Error) as error:
-        lost = is_lost_rank(error)
-        if os.environ.get("THINNED_TRACEBACK") or (isinstance(error, RuntimeError) and not lost):
-            raise
-        message = lost_rank_message(error) if lost else " ".join([str(error), *getattr(error, "__notes__", [])])
-        sys.stderr.write(f"error: {plain(message)}\n")
-        sys.exit(1)
-
-
-def plain(message: str) -> str:
-    """One line: of jsonargparse without its report on the members of a union, of a data loader worker the cause."""
-    if re.match(r"Caught \w+ in DataLoader worker", message):
-        message = message.strip().splitlines()[-1].partition(": ")[2]
-    noise = "Does not validate|Subtypes:|Errors:|- Expected a <class 'NoneType'>"
-    said, _, given = message.partition("Given value type:")
-    lines = [line.strip().removeprefix("- ") for line in said.splitlines() if not re.match(rf"\s*({noise})", line)]
-    value = given.partition("Given value: ")[2].strip()
-    if value and not value.startswith(("Namespace(", "NestedArg(")):
-        lines.append(f"(got {value})")
-    return " ".join(line for line in lines if line)
 
 
 def _discard_unless_started(directory: Path) -> None:
