@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 
 import thinned
-from thinned import files
 
 Script = Callable[..., Any]
 
@@ -49,7 +48,7 @@ def full_for(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.rename(temporary, path)
 
-        monkeypatch.setattr(files, "os", type("os", (), {"fsync": os.fsync, "replace": staticmethod(replace)}))
+        monkeypatch.setattr(os, "replace", replace)
 
     return set_name
 

@@ -3,6 +3,7 @@
 Shapes: B examples of a batch, N of the split, T tokens of a sequence, K classes, S samples.
 """
 
+import signal
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -10,6 +11,7 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor, nn
 
 from thinned.callbacks.prediction_files import PredictionFiles
@@ -97,6 +99,7 @@ class MCDropout(Callback):
         directory = Path(self.dirpath or trainer.default_root_dir)
         self._directory: Path = trainer.strategy.broadcast(directory)
         self._files, self._attempt = None, 0
+        self._refusal: str | None = None
         data: Any = getattr(trainer, "datamodule", None)
         if stage == "predict" and hasattr(data, "predict_start"):
             data.predict_start = partial(self._go_on, trainer, pl_module)
@@ -117,6 +120,10 @@ class MCDropout(Callback):
         data: Any = getattr(trainer, "datamodule", None)
         if hasattr(data, "predict_start"):
             data.predict_start = None
+        if (
+            self._refusal is not None
+        ):  # not raised where data loaders are made, which Lightning 2.6.6 would leave patched
+            raise ValueError(self._refusal)
         self._prepare(trainer, pl_module)
 
     def on_test_batch_end(
@@ -130,6 +137,8 @@ class MCDropout(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
     ) -> None:
         self._predict(trainer, pl_module, batch)
+        if trainer.received_sigterm:  # Lightning looks at it in its other loops alone
+            raise SIGTERMException(128 + signal.SIGTERM)
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         logged = self._finish(trainer, pl_module)
@@ -174,8 +183,7 @@ class MCDropout(Callback):
         if trainer.is_global_zero and (isinstance(limit, int) or limit == 1):  # a part would be one of what is left
             found = self._interrupted(trainer, pl_module)
         found = trainer.strategy.broadcast(found)
-        if "error" in found:
-            raise ValueError(found["error"])
+        self._refusal = found.get("error")
         self._attempt = found.get("attempt", 0)
         self.selection = found.get("selection", self.selection)
         return found.get("start", 0)
