@@ -18,7 +18,7 @@ from torch import Tensor
 import thinned.data.text as text_module
 from thinned.data import TextDataModule, TokenBatch
 from thinned.data.text import TokenBatches
-from thinned.data.token_shards import ShardWriter, TokenShards
+from thinned.data.token_shards import OpenFiles, ShardWriter, TokenShards
 
 Make = Callable[..., TextDataModule]
 LETTERS = "".join(chr(ord("a") + i * i % 26) for i in range(500))
@@ -48,7 +48,7 @@ def counted(tmp_path: Path) -> Callable[[int], TokenShards]:
     def write(count: int) -> TokenShards:
         with ShardWriter(tmp_path, "train", "<u2") as writer:
             writer.append(np.arange(count))
-        return TokenShards([tmp_path / "train-00000.bin"], [count], "<u2", 0, count)
+        return TokenShards(OpenFiles([tmp_path / "train-00000.bin"]), [count], "<u2", 0, count)
 
     return write
 
