@@ -66,9 +66,6 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-# Software
-
-
 def python() -> Verdict:
     found = f"{sys.version.split()[0]} at {sys.prefix}"
     if (3, 11) <= sys.version_info < (3, 14):

@@ -23,6 +23,7 @@ def errors(text: str) -> list[str]:
     return [line for line in text.splitlines() if line.startswith("error: ")]
 
 
+@pytest.mark.slow
 def test_stop_leaves_a_checkpoint_to_go_on_from(start_script: Script) -> None:
     options = ("--trainer.max_epochs", 2, "--trainer.logger=false", "--checkpoint.every_n_train_steps", 5)
     first = start_script("scripts/train.py", *BASE, *options, "--checkpoint.monitor=null", *broken_loss("[8]"))
