@@ -16,6 +16,8 @@ OWNER := import ensurepip, os, sys, venv; (3, 11) <= sys.version_info < (3, 14) 
 INSTALL := .venv/bin/python -I -m pip install --disable-pip-version-check --no-user -c constraints.txt
 unexport PIP_TARGET PIP_PREFIX
 
+PYTEST := OMP_NUM_THREADS=1 .venv/bin/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
+
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
 
@@ -25,8 +27,14 @@ train: .venv/installed ## Train, test and predict with configs/mlp_digits.yaml; 
 train-gpt: .venv/installed ## Train a GPT on the Python reference with configs/gpt_pydocs.yaml, print coloured samples
 	.venv/bin/python scripts/train.py --config configs/gpt_pydocs.yaml $(ARGS)
 
-test: .venv/installed-dev ## Run all tests, one process per core with one thread each; ARGS goes to pytest
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal $(ARGS)
+doctor: .venv/installed ## Say what this machine has, which known traps apply here, and how to mend them
+	.venv/bin/python scripts/doctor.py
+
+test: .venv/installed-dev ## Run the tests, one process per core with one thread each; ARGS goes to pytest
+	$(PYTEST) -m "not slow" $(ARGS)
+
+test-all: test ## Run the slow tests too: several processes, killed runs
+	$(PYTEST) -m slow $(ARGS)
 
 lint: .venv/installed-dev ## Check style, format and types
 	.venv/bin/python -m ruff check .
@@ -53,4 +61,4 @@ clean: ## Remove .venv and caches; runs/ stays
 	$(INSTALL) --editable '.[dev]' && touch $@
 
 FORCE:
-.PHONY: help train train-gpt test lint clean FORCE
+.PHONY: help train train-gpt doctor test test-all lint clean FORCE

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Measures what dropout, Monte-Carlo dropout, the Trainer and the GPT cost, each against a baseline in the same run.
 
-    python scripts/bench.py {dropout,mc,overhead,train,generate,predict} [--repeats 7] [--nanogpt nanoGPT/model.py]
+    python scripts/bench.py {dropout,mc,overhead,train,generate,predict,scaling} [--repeats 7] [--nanogpt model.py]
 
 All sides run in turn; times are medians over the repeats, ratios are medians of the pairwise ratios.
 """
@@ -17,6 +17,7 @@ import lightning.pytorch as pl
 import torch
 from bench_gpt import bench_generate, bench_gpt_mc, bench_train
 from bench_predict import bench_predict
+from bench_scaling import bench_scaling
 from lightning.pytorch.callbacks import Timer
 from measuring import compare, peak_memory, repeat, show
 from torch import Tensor, nn
@@ -146,6 +147,7 @@ def main() -> None:
         "train": lambda repeats: bench_train(repeats, arguments.nanogpt),
         "generate": bench_generate,
         "predict": lambda _: bench_predict(),  # once: it takes minutes
+        "scaling": bench_scaling,
     }
     parser.add_argument("bench", choices=benches)
     parser.add_argument("--repeats", type=int, default=7)

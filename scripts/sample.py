@@ -8,7 +8,6 @@ they disagree (mutual information); with --deterministic from the network withou
 """
 
 import argparse
-import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,8 +18,9 @@ import torch
 
 from thinned.callbacks.text_samples import print_samples
 from thinned.checkpoint import read_checkpoint
-from thinned.cli import one_message
 from thinned.data import Tokenizer
+from thinned.files import whole_file
+from thinned.messages import one_message
 from thinned.models import GPT
 from thinned.uncertainty.generation import Sampling, sample_texts
 from thinned.uncertainty.highlight import highlighted_page
@@ -82,9 +82,8 @@ def main(args: Sequence[str] | None = None) -> None:
         )  # fmt: skip
         print_samples(samples)
         if options.html is not None:
-            temporary = options.html.with_name(f".{options.html.name}.tmp")
-            temporary.write_text(highlighted_page(samples, f"Samples of {options.ckpt_path}"), encoding="utf-8")
-            os.replace(temporary, options.html)
+            with whole_file(options.html) as temporary:
+                temporary.write_text(highlighted_page(samples, f"Samples of {options.ckpt_path}"), encoding="utf-8")
             print(f"Written: {options.html}")
 
 

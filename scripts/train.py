@@ -6,13 +6,14 @@ python scripts/train.py --config configs/mlp_digits.yaml [--config overlay.yaml]
 
 from collections.abc import Sequence
 
-from thinned.cli import ThinnedCLI, one_message
+from thinned.cli import ThinnedCLI
+from thinned.messages import one_message
 
 
 def main(args: Sequence[str] | None = None) -> None:
     with one_message():
         cli = ThinnedCLI(args)
-        cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.config.ckpt_path, weights_only=True)
+        cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.ckpt_path, weights_only=True)
         cli.trainer.test(cli.model, cli.datamodule, ckpt_path=cli.best, verbose=False)
         cli.print_results()
 

@@ -6,10 +6,11 @@ import os
 import random
 import runpy
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, chdir, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from functools import partial
@@ -103,14 +104,16 @@ def run_script(name: str, *args: object, cwd: Path, pictures: bool = False, **en
     return Finished(status, out.getvalue(), err.getvalue(), cwd, sorted(_files(cwd) - before))
 
 
-def start_script(path: str | Path, *args: object, cwd: Path, **environment: str) -> Finished:
-    """Runs a script in a process of its own."""
+def start_script(
+    path: str | Path, *args: object, cwd: Path, launcher: Sequence[object] = (), **environment: str
+) -> Finished:
+    """Runs a script in a process of its own, or in those that `python <launcher>` starts."""
     import thinned
 
     before = _files(cwd)
     importable = os.pathsep.join([str(Path(thinned.__file__).parents[1]), str(ROOT / "tests/end_to_end")])
     done = subprocess.run(
-        [sys.executable, ROOT / path, *map(str, args)],
+        [sys.executable, *map(str, launcher), ROOT / path, *map(str, args)],
         env={**os.environ, "PYTHONPATH": importable, **environment},
         cwd=cwd,
         capture_output=True,
@@ -134,6 +137,20 @@ def bound_run_script(tmp_path: Path) -> Callable[..., Finished]:
 def bound_start_script(tmp_path: Path) -> Callable[..., Finished]:
     """`start_script` in the test's own directory."""
     return partial(start_script, cwd=tmp_path)
+
+
+@pytest.fixture(scope="session")
+def start_script_in() -> Callable[..., Finished]:
+    """`start_script` in a given directory, for what several tests share."""
+    return lambda cwd, *args, **options: start_script(*args, cwd=cwd, **options)
+
+
+@pytest.fixture
+def free_port() -> int:
+    """A port at which nobody listens: of the sockets that the system numbers, which it does not give again soon."""
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        return int(bound.getsockname()[1])
 
 
 @pytest.fixture(scope="session")

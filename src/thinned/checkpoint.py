@@ -1,14 +1,22 @@
-"""Checkpoints that stand alone: weights and the config of their run, opened without running any code in them."""
+"""Checkpoints that stand alone: weights and the config of their run, opened without running any code in them.
+
+A file appears whole or not at all, under its name, and is checked for damage where a run goes on from it.
+"""
 
 import argparse
 import pickle
 import warnings
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.utilities import rank_zero_warn
+
+from thinned.files import whole_file
 
 # What prediction takes from a checkpoint.
 KEPT = ("seed_everything", "experiment", "runs_dir", "model", "data", "mc_dropout")
@@ -33,16 +41,23 @@ def checkpoint_arguments(args: Sequence[str] | None = None) -> tuple[dict[str, A
     return checkpoint | {"ckpt_path": found.ckpt_path}, ["--config", yaml.safe_dump(kept), *rest]
 
 
-def read_checkpoint(path: str) -> dict[str, Any]:
+def read_checkpoint(path: str, check: bool = False) -> dict[str, Any]:
     """A checkpoint written by the scripts, opened with `weights_only`: no pickled code is run.
+
+    Args:
+        path: of the file.
+        check: whether to read every byte against its checksum, which torch does not.
 
     Raises:
         ValueError: missing, truncated, foreign, or holding anything but tensors and primitives.
     """
-    expected = "Expected ckpt_path to be a checkpoint of scripts/train.py, but got"
+    expected = "Expected a checkpoint of scripts/train.py, but got"
     if not Path(path).is_file():
         raise ValueError(f"{expected} no file: {path}")
     try:
+        if check:
+            with zipfile.ZipFile(path) as file:
+                assert file.testzip() is None
         with warnings.catch_warnings(action="ignore"):
             checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -53,3 +68,31 @@ def read_checkpoint(path: str) -> dict[str, Any]:
     if not isinstance(config, dict) or "state_dict" not in checkpoint or not set(KEPT) <= config.keys():
         raise ValueError(f"{expected} a file without its config: {path}")
     return checkpoint
+
+
+def newest_checkpoint(directory: Path) -> Path | None:
+    """The undamaged checkpoint with the most steps, `last.ckpt` of equal ones; a line says which are passed over."""
+    steps = {}
+    for path in sorted(directory.glob("[!.]*.ckpt"), key=lambda path: path.name == "last.ckpt"):
+        try:
+            steps[path] = read_checkpoint(str(path), check=True)["global_step"]
+        except ValueError as error:
+            rank_zero_warn(f"Passed over a damaged checkpoint: {error}")
+    return max(reversed(steps), key=lambda path: steps[path], default=None)
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes to a temporary name beside the checkpoint, to the disk, and then renames.
+
+    Lightning's goes through /tmp, from where a file is copied, not renamed, to another file system.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        path = Path(path)
+        try:
+            with whole_file(path) as temporary:
+                torch.save(checkpoint, temporary)
+        except (OSError, RuntimeError) as error:  # torch's writer raises the latter where the disk is full
+            kept = "the one before is kept" if path.exists() else "there was none yet"
+            said = error if isinstance(error, OSError) else f"Expected to write {path}, but got {error}"
+            raise OSError(f"{str(said).splitlines()[0]} ({kept})") from error

@@ -1,6 +1,6 @@
 """The command line: one LightningCLI that gives each run its own directory and turns errors into one message.
 
-runs/<experiment>/<run id>/  config.yaml  checkpoints/{best,last}.ckpt  metrics.json  predictions.parquet  wandb/
+runs/<experiment>/<run id>/  config.yaml  checkpoints/{best,last}.ckpt  metrics.{csv,json}  predictions.parquet  wandb/
 """
 
 import atexit
@@ -8,15 +8,12 @@ import difflib
 import inspect
 import os
 import re
-import secrets
 import shlex
 import shutil
-import sys
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from datetime import datetime
+from collections.abc import Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from pydoc import locate
@@ -26,23 +23,30 @@ import wandb
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.callbacks import LearningRateMonitor, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from rich.console import Console
 
 import thinned.data
 import thinned.tasks  # noqa: F401  (imported so that configs may name the classes without their package)
-from thinned.callbacks import MCDropout, StepSeed, Throughput
-from thinned.checkpoint import read_checkpoint
+from thinned.callbacks import Checkpoints, FiniteSteps, LostRanks, MCDropout, StepSeed, Throughput
+from thinned.checkpoint import AtomicCheckpointIO, read_checkpoint
+from thinned.files import whole_file
+from thinned.launch import fill_in_from_launcher
+from thinned.messages import plain
 from thinned.models import SITES
+from thinned.runs import find_run
 from thinned.tasks.base import Task
 from thinned.uncertainty.report import scores_table
+from thinned.wandb_server import wandb_offline_reason
 
 # Batches already seen are left out by the sampler; Lightning knows of loaders with a state alone.
 warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch ended")
 # The model summary gives sizes in fp32, whatever the precision.
 warnings.filterwarnings("ignore", message="Precision .* is not supported by the model summary")
+# Nothing is done in place to what a sharded net returns.
+warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
 # Lightning 2.6.6 asks isinstance(treespec, LeafSpec) in each stage: Lightning-AI/pytorch-lightning#21326
 warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated", category=FutureWarning)
 
@@ -84,10 +88,8 @@ class RunRecord(SaveConfigCallback):
         if self.already_saved or not trainer.is_global_zero:
             return
         self.already_saved = True
-        config = Path(trainer.default_root_dir, "config.yaml")
-        temporary = config.with_suffix(".tmp")
-        temporary.write_text(self.text)
-        os.replace(temporary, config)
+        with whole_file(Path(trainer.default_root_dir, "config.yaml")) as temporary:
+            temporary.write_text(self.text)
         for logger in trainer.loggers:
             logger.log_hyperparams(self.content)
 
@@ -95,6 +97,10 @@ class RunRecord(SaveConfigCallback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint["config"] = self.content
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if isinstance(exception, OSError) and exception.errno and not exception.filename:  # such as a full disk
+            exception.add_note(f"in {trainer.default_root_dir}")
 
 
 class ThinnedCLI(LightningCLI):
@@ -127,10 +133,11 @@ class ThinnedCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--experiment", type=str, default="default", help="Name of the folder below `runs_dir`.")
         parser.add_argument("--runs_dir", type=str, default="runs", help="Where the run directories go.")
+        parser.add_argument("--run_id", type=str | None, help="Name of the run's folder; the time of day if null.")
         parser.add_argument(
-            "--ckpt_path", type=str | None, help="Checkpoint to resume from; the run goes on in its directory."
+            "--resume", type=str | None, help="The run that goes on: its folder, a checkpoint in it, or latest."
         )
-        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(Checkpoints, "checkpoint")
         parser.set_defaults(
             {
                 "checkpoint.filename": "best",
@@ -141,30 +148,32 @@ class ThinnedCLI(LightningCLI):
         )
         parser.add_lightning_class_args(StepSeed, "step_seed")
         parser.link_arguments("seed_everything", "step_seed.seed")
+        parser.add_lightning_class_args(FiniteSteps, "finite_steps")
         parser.add_lightning_class_args(MCDropout, "mc_dropout")
 
     def before_instantiate_classes(self) -> None:
         config = self.config
-        if config.ckpt_path:
-            self.checkpoint = read_checkpoint(config.ckpt_path)
-            directory = Path(config.ckpt_path).absolute().parent
-            if directory.name != "checkpoints":
-                raise ValueError(f"Expected ckpt_path in the checkpoints/ of a run, but got {config.ckpt_path}")
-            self.run_dir = directory.parent
+        runs = Path(config.runs_dir, config.experiment)
+        self.run_dir, self.ckpt_path = find_run(runs, config.run_id, config.resume, self.purpose)
+        if config.resume:
             # Lightning 2.6.6 warns of every directory with checkpoints: Lightning-AI/pytorch-lightning#5209
             warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
-        else:
-            stamp = f"{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
-            run_id = "-".join(filter(None, [stamp, self.purpose]))
-            self.run_dir = Path(config.runs_dir, config.experiment, run_id).absolute()
         _fill_in_from_data(config)
+        fill_in_from_launcher(config.trainer)
         config.trainer.default_root_dir = str(self.run_dir)
         config.checkpoint.dirpath = str(self.run_dir / "checkpoints")
         self._configure_logger(config.trainer.logger)
 
     def after_instantiate_classes(self) -> None:
-        if self.config.ckpt_path:
-            self.restore(self.checkpoint)  # says at once whether they fit
+        step = 0
+        if self.ckpt_path:
+            checkpoint = read_checkpoint(str(self.ckpt_path))
+            self.restore(checkpoint)  # says at once whether they fit
+            step = checkpoint["global_step"]
+        if self.config.resume:
+            for logger in self.trainer.loggers:
+                if hasattr(logger, "go_on_from"):
+                    logger.go_on_from(step)
         if self.offline:  # of this machine, not of the experiment
             del self.config.trainer.logger.dict_kwargs["mode"]
         self._make_run_dir()
@@ -176,7 +185,9 @@ class ThinnedCLI(LightningCLI):
             tempfile.TemporaryFile(dir=self.run_dir).close()
         except OSError as error:
             raise ValueError(f"Expected runs_dir to be writable, but got {error.strerror}: {self.run_dir}") from error
-        if not self.config.ckpt_path:
+        for left in self.run_dir.glob("checkpoints/.*.tmp.ckpt"):  # by a process that was killed
+            left.unlink()
+        if not self.config.resume:
             atexit.register(_discard_unless_started, self.run_dir)
 
     def _configure_logger(self, logger: Any) -> None:
@@ -192,22 +203,23 @@ class ThinnedCLI(LightningCLI):
             options.id = self.run_dir.name  # resuming continues this run
             options.name = f"{self.config.experiment} {self.run_dir.name}"
             chosen = options.offline or "WANDB_MODE" in os.environ or "mode" in logger.get("dict_kwargs", {})
-            if not chosen and not wandb.login(prompt=False):
+            if not chosen and getattr(rank_zero_only, "rank", 0) == 0 and (reason := wandb_offline_reason()):
                 self.offline = True
                 logger.dict_kwargs = {**logger.get("dict_kwargs", {}), "mode": "offline"}
                 directory = shlex.quote(str(self.run_dir / "wandb"))
                 rank_zero_info(
-                    f"W&B: no API key is configured, so this run is logged offline. Look at it with "
+                    f"W&B: {reason}, so this run is logged offline. Look at it with "
                     f"`wandb leet {directory}`, send it with `wandb sync {directory}/offline-run-*`."
                 )
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        callbacks: list[Callback] = [Throughput()]
+        callbacks: list[Callback] = [Throughput(), LostRanks()]
         if self._get(self.config, "trainer.enable_progress_bar") is not False:
             callbacks.append(RichProgressBar())
         if self.config_init.trainer.logger is not False:
             callbacks.append(LearningRateMonitor("step"))
         self.trainer_defaults["callbacks"] = callbacks
+        kwargs["plugins"] = [*(self._get(self.config_init, "trainer.plugins") or []), AtomicCheckpointIO()]
         try:
             return super().instantiate_trainer(**kwargs)
         except (MisconfigurationException, RuntimeError) as error:
@@ -219,7 +231,7 @@ class ThinnedCLI(LightningCLI):
         try:
             self.model.load_state_dict(checkpoint["state_dict"])
         except RuntimeError as error:
-            raise ValueError(f"Expected a model that fits ckpt_path, but got {error}") from error
+            raise ValueError(f"Expected a model that fits the checkpoint, but got {error}") from error
         if state := checkpoint.get(type(self.datamodule).__qualname__):
             self.datamodule.load_state_dict(state)
 
@@ -252,29 +264,6 @@ def _fill_in_from_data(config: Any) -> None:
         for key, value in data_class(**config.data.init_args.as_dict()).net_arguments().items():
             if net.get(key, value) is None:
                 net[key] = value
-
-
-@contextmanager
-def one_message() -> Iterator[None]:
-    """Ends the program with one line and exit status 1 on bad input; THINNED_TRACEBACK=1 shows where it arose."""
-    try:
-        yield
-    except (ValueError, OSError, MisconfigurationException, wandb.errors.UsageError) as error:
-        if os.environ.get("THINNED_TRACEBACK"):
-            raise
-        sys.stderr.write(f"error: {plain(str(error))}\n")
-        sys.exit(1)
-
-
-def plain(message: str) -> str:
-    """One line of a message of jsonargparse, without its report on the members of a union."""
-    noise = "Does not validate|Subtypes:|Errors:|- Expected a <class 'NoneType'>"
-    said, _, given = message.partition("Given value type:")
-    lines = [line.strip().removeprefix("- ") for line in said.splitlines() if not re.match(rf"\s*({noise})", line)]
-    value = given.partition("Given value: ")[2].strip()
-    if value and not value.startswith(("Namespace(", "NestedArg(")):
-        lines.append(f"(got {value})")
-    return " ".join(line for line in lines if line)
 
 
 def _discard_unless_started(directory: Path) -> None:

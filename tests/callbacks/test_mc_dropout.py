@@ -270,3 +270,11 @@ def test_test_needs_targets(run: Callable[..., Any], tmp_path: Path) -> None:
 def test_setting_outside_its_range_is_refused(key: str, value: Any) -> None:
     with pytest.raises(ValueError, match=rf"Expected (mc_dropout\.)?{key} .*but got"):
         MCDropout(**{key: value})
+
+
+def test_shared_masks_of_a_sharded_net_are_refused_before_training(plain: Any, make_trainer: Any) -> None:
+    module = plain(MLP((1, 2, 2), 3, dropout=DropoutRates(mlp=0.5)))
+    module._device_mesh = object()  # as a ModelParallelStrategy sets it
+    with pytest.raises(ValueError, match=r"Expected mc_dropout\.masks to be auto or independent .*, but got 'shared'"):
+        MCDropout(masks="shared").setup(make_trainer(), module, "fit")
+    MCDropout(masks="auto").setup(make_trainer(), module, "fit")

@@ -287,7 +287,9 @@ class TestAugmentation:
         parts = []
         for rank in range(2):
             data = ready(path, batch_size=8, shift=2.0)
-            data.trainer = SimpleNamespace(global_rank=rank, world_size=2, overfit_batches=0.0, current_epoch=0)
+            data.trainer = SimpleNamespace(
+                global_rank=rank, world_size=2, overfit_batches=0.0, accumulate_grad_batches=1, current_epoch=0
+            )
             progress = SimpleNamespace(current=SimpleNamespace(ready=0), is_last_batch=False)
             data.trainer.fit_loop = SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=progress))
             parts.append(whole(data.train_dataloader()))

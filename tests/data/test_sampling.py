@@ -74,6 +74,17 @@ def test_training_gives_every_rank_as_many_examples_at_every_step(
     assert len(seen) == (shared // batch_size * batch_size if drop_last else shared)
 
 
+@pytest.mark.parametrize(("num_examples", "left"), [(100, 96), (96, 96), (95, 72), (24, 24), (23, 18), (7, 6)])
+def test_an_epoch_has_whole_optimiser_steps_unless_it_has_not_one(num_examples: int, left: int) -> None:
+    """Of 4 batches of 6: the examples of 24 at once."""
+    options: dict[str, Any] = {"shuffle": True, "drop_last": True}
+    accumulated = global_batches(batches(num_examples, 6, 2, epoch=1, batches_per_step=4, **options))
+    assert [len(batch) for batch in accumulated] == [6] * (left // 6)
+    if num_examples >= 24:
+        at_once = global_batches(batches(num_examples, 24, 1, epoch=1, **options))
+        assert [i for batch in accumulated for i in batch] == [i for batch in at_once for i in batch]
+
+
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_all_processes_together_see_the_global_batches_of_one(world_size: int) -> None:
     one = global_batches(batches(100, 12, 1, epoch=4, shuffle=True, drop_last=True))
@@ -206,6 +217,7 @@ def fake_trainer(rank: int = 0, world_size: int = 1, epoch: int = 0, done: int =
         global_rank=rank,
         world_size=world_size,
         overfit_batches=0.0,
+        accumulate_grad_batches=1,
         current_epoch=epoch,
         fit_loop=SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=progress)),
     )

@@ -167,7 +167,12 @@ class TestTraining:
             progress = SimpleNamespace(current=SimpleNamespace(ready=0), is_last_batch=False)
             fit_loop = SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=progress))
             data.trainer = SimpleNamespace(
-                global_rank=rank, world_size=world_size, overfit_batches=0.0, current_epoch=3, fit_loop=fit_loop
+                global_rank=rank,
+                world_size=world_size,
+                overfit_batches=0.0,
+                accumulate_grad_batches=1,
+                current_epoch=3,
+                fit_loop=fit_loop,
             )
             return list(data.train_dataloader())
 

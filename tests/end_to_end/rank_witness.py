@@ -5,14 +5,16 @@ from unittest import mock
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch.distributed.tensor import DTensor
 
 from thinned.models import dropout
 
 
 class RankWitness(Callback):
-    """Saves the masks that this process drew and the weights with which it ended as `rank<r>.pt`."""
+    """Saves what this process had as `rank<r>.pt`: indices of each batch, masks that it drew, weights at the end."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.indices: list[torch.Tensor] = []
         self.masks: list[torch.Tensor] = []
         self.spy = mock.patch.object(dropout, "dropout_mask", self.draw(dropout.dropout_mask))
         self.spy.start()
@@ -24,7 +26,12 @@ class RankWitness(Callback):
 
         return drawn
 
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self.indices.append(batch[2].clone())
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.spy.stop()
         weights = [parameter.detach() for parameter in pl_module.parameters()]
-        torch.save({"masks": self.masks, "weights": weights}, f"rank{trainer.global_rank}.pt")
+        weights = [weight.full_tensor() if isinstance(weight, DTensor) else weight for weight in weights]
+        seen = {"indices": self.indices, "masks": self.masks, "weights": weights}
+        torch.save(seen, f"rank{trainer.global_rank}.pt")

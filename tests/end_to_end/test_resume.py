@@ -30,7 +30,7 @@ def test_resumed_run_is_the_unbroken_run(
     first = run_script("train", *trained_args, "--trainer.max_epochs", 2)
     assert (checkpoint(first.run)["epoch"], checkpoint(first.run)["global_step"]) == (1, 38)
     last = first.run / "checkpoints/last.ckpt"
-    resumed = run_script("train", *trained_args, "--ckpt_path", last, "--trainer.max_epochs", 3)
+    resumed = run_script("train", *trained_args, "--resume", last, "--trainer.max_epochs", 3)
     assert resumed.status == 0, resumed.err
     assert list((tmp_path / "runs/mlp_digits").iterdir()) == [first.run]
 
@@ -56,13 +56,13 @@ def equal(first: dict[str, Any], second: dict[str, Any]) -> bool:
 def test_run_resumed_within_an_epoch_is_the_unbroken_run(
     trained: Any, trained_args: tuple[object, ...], run_script: Callable[..., Any]
 ) -> None:
-    """Of 19 steps an epoch: broken off after 25, resumed from the 24th, which is the fifth of its epoch."""
+    """Of 19 steps an epoch: broken off after 25, the sixth of its epoch."""
     args = (*trained_args, "--checkpoint.every_n_train_steps", 3, "--checkpoint.monitor", "null")
     first = run_script("train", *args, "--trainer.max_steps", 25)
     broken = checkpoint(first.run)
-    assert (broken["epoch"], broken["global_step"]) == (1, 24)
+    assert (broken["epoch"], broken["global_step"]) == (1, 25)
     last = first.run / "checkpoints/last.ckpt"
-    resumed = run_script("train", *args, "--ckpt_path", last, "--trainer.max_epochs", 3)
+    resumed = run_script("train", *args, "--resume", last, "--trainer.max_epochs", 3)
     assert resumed.status == 0, resumed.err
     ended, unbroken = checkpoint(first.run), checkpoint(trained.run)
     assert (ended["epoch"], ended["global_step"]) == (2, 57)
@@ -88,7 +88,7 @@ def test_gpt_resumed_within_an_epoch_is_the_unbroken_run(
     broken = checkpoint(first.run)
     assert (broken["epoch"], broken["global_step"]) == (0, broken_at)
     last = first.run / "checkpoints/last.ckpt"
-    resumed = run_script("train", *SMALL_GPT, *options, "--ckpt_path", last, "--trainer.max_steps", steps)
+    resumed = run_script("train", *SMALL_GPT, *options, "--resume", last, "--trainer.max_steps", steps)
     assert resumed.status == 0, resumed.err
     ended, unbroken = checkpoint(first.run), checkpoint(whole.run)
     assert (ended["epoch"], ended["global_step"]) == (unbroken["epoch"], unbroken["global_step"]) == (0, steps)

@@ -3,7 +3,6 @@
 Shapes: B examples of a batch, N of the split, T tokens of a sequence, K classes, S samples.
 """
 
-import signal
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -11,7 +10,6 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor, nn
 
 from thinned.callbacks.prediction_files import PredictionFiles
@@ -91,6 +89,11 @@ class MCDropout(Callback):
                     f"Expected mc_dropout.sites among those of the net with a rate above 0, {list(droppable)}, but got "
                     f"{self.sites!r}: raise a rate, or set mc_dropout.num_samples to null to leave MC dropout out"
                 )
+        if self.masks == "shared" and pl_module.device_mesh is not None:
+            raise ValueError(
+                "Expected mc_dropout.masks to be auto or independent for a net that is sharded, but got 'shared', "
+                "which scripts/predict.py has on one device"
+            )
         directory = Path(self.dirpath or trainer.default_root_dir)
         self._directory: Path = trainer.strategy.broadcast(directory)
         self._files, self._attempt = None, 0
@@ -127,8 +130,6 @@ class MCDropout(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
     ) -> None:
         self._predict(trainer, pl_module, batch)
-        if trainer.received_sigterm:  # Lightning looks at it in its other loops alone
-            raise SIGTERMException(128 + signal.SIGTERM)
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         logged = self._finish(trainer, pl_module)
@@ -145,8 +146,8 @@ class MCDropout(Callback):
 
     def _net(self, pl_module: LightningModule) -> nn.Module:
         """The net where it can be thinned, else the module itself: both map inputs to logits."""
-        net = getattr(pl_module, "net", None)
-        return net if isinstance(net, nn.Module) and hasattr(net, "thin") else pl_module
+        net, sharded = getattr(pl_module, "net", None), pl_module.device_mesh is not None
+        return net if isinstance(net, nn.Module) and hasattr(net, "thin") and not sharded else pl_module
 
     def _prepare(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._seen = 0
@@ -258,7 +259,7 @@ class MCDropout(Callback):
             mc = self._settings(self._net(pl_module), acting)
             nll = self._sample(trainer, pl_module, batch, index, mc)[0]["nll"]
             sums += torch.stack([nll.sum(), torch.tensor(float(len(nll)), device=nll.device)])
-            if sums[1] * trainer.world_size >= SELECTION_TARGETS:
+            if trainer.strategy.reduce(sums.clone(), reduce_op="sum")[1] >= SELECTION_TARGETS:  # for all ranks
                 break
         total, count = trainer.strategy.reduce(sums, reduce_op="sum")
         return (total / count).item()

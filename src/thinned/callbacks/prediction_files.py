@@ -9,7 +9,8 @@ from typing import Any
 import pyarrow.parquet as pq
 from torch import Tensor
 
-from thinned.callbacks.row_chunks import ChunkWriter, first_missing, merge, whole
+from thinned.callbacks.row_chunks import ChunkWriter, first_missing, merge
+from thinned.files import whole_file
 
 NAMES = ("predictions", "sequences")  # in this order: the tokens of a sequence are on the disk before it is
 
@@ -51,7 +52,7 @@ class PredictionFiles:
         if anew:
             self.discard()
         self.parts.mkdir(parents=True, exist_ok=True)
-        with whole(self._settings) as temporary:
+        with whole_file(self._settings) as temporary:
             temporary.write_text(json.dumps(settings, indent=2) + "\n")
 
     def write(self, rows: dict[str, Tensor], sequences: dict[str, Tensor]) -> None:

@@ -10,10 +10,11 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import WandbLogger
 from torch import Tensor
 
-from thinned.callbacks.row_chunks import whole
+from thinned.files import whole_file
 from thinned.uncertainty import report
 from thinned.uncertainty.monte_carlo import Acting
 from thinned.uncertainty.rows import MCSettings, example_scores, token_scores
+from thinned.wandb_server import dispensable
 
 
 def score(
@@ -41,7 +42,7 @@ def score(
 def write_metrics(path: Path, metrics: Mapping[str, Mapping[str, Any]]) -> None:
     """Writes scores as JSON, in which a NaN becomes null."""
     clean = {row: {k: None if v != v else v for k, v in scores.items()} for row, scores in metrics.items()}
-    with whole(path) as temporary:
+    with whole_file(path) as temporary:
         temporary.write_text(json.dumps(clean, indent=2) + "\n")
 
 
@@ -53,7 +54,8 @@ def write_pictures(trainer: Trainer, rows: Mapping[str, Tensor], split: str, dir
     names = getattr(data, "class_names", None)
     figures = report.figures(rows, images, names)
     for name, figure in figures.items():
-        figure.savefig(directory / f"{name}.png", dpi=150)
+        with whole_file(directory / f"{name}.png") as temporary:
+            figure.savefig(temporary, dpi=150)
     for logger in trainer.loggers:
         if isinstance(logger, WandbLogger):
             for name, figure in figures.items():
@@ -62,4 +64,5 @@ def write_pictures(trainer: Trainer, rows: Mapping[str, Tensor], split: str, dir
                 columns, table = report.most_uncertain(rows, images, names)
                 for row in table:
                     row[0] = wandb.Image(row[0])
-                logger.log_table("mc/most_uncertain", columns, table, step=trainer.global_step)
+                with dispensable("the table mc/most_uncertain"):
+                    logger.log_table("mc/most_uncertain", columns, table, step=trainer.global_step)

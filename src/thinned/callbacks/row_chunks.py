@@ -5,9 +5,7 @@ them writes ascending rows, and all of them where rows come in any order.
 """
 
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,23 +16,11 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from thinned.files import whole_file
+
 CHUNK_ROWS = 2**13
 CHUNK_BYTES = 2**23
 GROUP_VALUES = 2**18  # of a row group: the same groups, however the rows were dealt out
-
-
-@contextmanager
-def whole(path: Path) -> Iterator[Path]:
-    """Gives a temporary path, whose file is on the disk under its own name once the block has ended well."""
-    temporary = path.with_suffix(".tmp")
-    try:
-        yield temporary
-        with temporary.open("r+b") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 class ChunkWriter:
@@ -67,7 +53,7 @@ class ChunkWriter:
         if not self._held:
             return
         table = pa.concat_tables(self._held)
-        with whole(self.directory / f"{self.stem}-{self._number:06d}.parquet") as temporary:
+        with whole_file(self.directory / f"{self.stem}-{self._number:06d}.parquet") as temporary:
             pq.write_table(table, temporary, row_group_size=table.num_rows)
         self._held.clear()
         self._number += 1
@@ -103,7 +89,7 @@ def merge(chunks: Sequence[Path], path: Path, metadata: Mapping[str, Any]) -> No
         metadata: JSON values for the file's schema, by key.
     """
     schema = _schema(chunks[0]).with_metadata({key: json.dumps(value) for key, value in metadata.items()})
-    with whole(path) as temporary, pq.ParquetWriter(temporary, schema) as writer:
+    with whole_file(path) as temporary, pq.ParquetWriter(temporary, schema) as writer:
         held = schema.empty_table()
         size = 0
         for table in merged(chunks):

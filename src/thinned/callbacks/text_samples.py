@@ -7,13 +7,16 @@ import torch
 import wandb
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.utilities import rank_zero_info
 from rich.console import Console
 from rich.rule import Rule
 
+from thinned.files import whole_file
 from thinned.models.dropout import sites_in
 from thinned.models.gpt import GPT
 from thinned.uncertainty.generation import Sample, Sampling, sample_texts
 from thinned.uncertainty.highlight import full_scale, highlighted, highlighted_page, measure
+from thinned.wandb_server import dispensable
 
 
 class TextSamples(Callback):
@@ -58,6 +61,9 @@ class TextSamples(Callback):
         net, tokenizer = pl_module.net, trainer.datamodule.tokenizer  # type: ignore[attr-defined]
         if not trainer.is_global_zero or trainer.fast_dev_run or not isinstance(net, GPT):  # type: ignore[attr-defined]
             return
+        if pl_module.device_mesh is not None:  # which this process has a part of
+            rank_zero_info("No samples of a net that is sharded: scripts/sample.py takes them from its checkpoint.")
+            return
         ensemble = self.ensemble if sites_in(net) else None
         with warnings.catch_warnings(
             action="ignore", category=UserWarning
@@ -68,16 +74,19 @@ class TextSamples(Callback):
             )  # fmt: skip
         print_samples(samples)
         page = Path(trainer.default_root_dir, "samples.html")
-        page.parent.mkdir(parents=True, exist_ok=True)
-        page.write_text(highlighted_page(samples, f"Samples of {page.parent.name}"), encoding="utf-8")
+        content = highlighted_page(samples, f"Samples of {page.parent.name}")
+        with whole_file(page) as temporary:
+            temporary.write_text(content, encoding="utf-8")
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 columns = ["prompt", "text", "mean entropy", "mean mutual information"]
                 rows = [
                     [s.prompt, s.text, *(sum(v) / len(v) for v in (s.entropy, s.mutual_information))] for s in samples
                 ]
-                logger.log_table("samples", columns, rows, step=trainer.global_step)
-                logger.experiment.log({"samples_page": wandb.Html(page.read_text(encoding="utf-8"), inject=False)})
+                with dispensable("the table samples"):
+                    logger.log_table("samples", columns, rows, step=trainer.global_step)
+                html = wandb.Html(content, inject=False)
+                logger.log_metrics({"samples_page": html}, step=trainer.global_step)  # type: ignore[dict-item]
 
 
 def print_samples(samples: list[Sample]) -> None:

@@ -105,7 +105,11 @@ class StoredImages:
         channels, height, width = self.shape
         (column,) = self.stored.column_names
         images = []
-        for row, image in zip(rows.tolist(), self.stored[rows.tolist()][column], strict=True):
+        try:
+            stored = self.stored[rows.tolist()][column]
+        except OSError as error:  # a folder of images is read as they are needed
+            raise OSError(f"Expected data.path to hold all its images while they are read, but got {error}") from None
+        for row, image in zip(rows.tolist(), stored, strict=True):
             if image is None:
                 raise ValueError(f"Expected images in split {self.split!r} of data.path, but got None in row {row}")
             image = image.convert("L" if channels == 1 else "RGB")

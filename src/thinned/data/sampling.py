@@ -68,6 +68,8 @@ class EpochBatchSampler(DistributedSampler[tuple[int, list[int]]]):
         drop_last: Whether a last training batch of less than B examples is left out.
         start: First example of an evaluation that is wanted: whole global batches before it are left out, though never
             the last one.
+        batches_per_step: Number of batches whose gradients an optimiser step accumulates. With ``drop_last`` the
+            batches that do not fill a last step are left out too, unless there is no other.
         position: Says, when iteration begins, the epoch (None for that of ``set_epoch``) and how many of its batches
             an interrupted run has behind it.
 
@@ -86,6 +88,7 @@ class EpochBatchSampler(DistributedSampler[tuple[int, list[int]]]):
         world_size: int = 1,
         drop_last: bool = False,
         start: int = 0,
+        batches_per_step: int = 1,
         position: Callable[[], tuple[int | None, int]] = lambda: (None, 0),
     ) -> None:
         examples = range(num_examples)
@@ -106,7 +109,8 @@ class EpochBatchSampler(DistributedSampler[tuple[int, list[int]]]):
             end = num_examples // world_size * world_size
             batch_size = min(batch_size, end)
             if drop_last:
-                end = end // batch_size * batch_size
+                step = batch_size * batches_per_step
+                end = end // step * step or end // batch_size * batch_size
         else:
             end = num_examples
             batch_size = max(batch_size, world_size)
@@ -147,7 +151,7 @@ def batch_loader(
     Args:
         dataset: The dataset; it has a length, in examples.
         batch_size: Size of the global batch.
-        shuffle: Whether this is for training, where a smaller last batch is dropped.
+        shuffle: Whether this is for training, where what does not fill a last optimiser step is dropped.
         seed: Seed of the order.
         num_workers: Number of worker processes; 0 makes the batches in this one.
         trainer: Says which rank, of how many, at which batch of which epoch; None is rank 0 of 1 at the start.
@@ -173,6 +177,7 @@ def batch_loader(
         rank=trainer.global_rank if trainer else 0,
         world_size=trainer.world_size if trainer else 1,
         drop_last=shuffle,
+        batches_per_step=trainer.accumulate_grad_batches if trainer else 1,
         position=position,
     )
     order: Sampler[Any] | None = sampler

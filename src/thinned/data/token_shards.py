@@ -1,4 +1,4 @@
-"""Documents tokenised once, into files that are mapped into memory.
+"""Documents tokenised once, into files from which windows are read.
 
 A directory of shards appears all at once, by a rename, so one that exists is complete; its manifest has the size and
 checksum of every file, by which later damage is found.
@@ -14,7 +14,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -32,39 +32,68 @@ FORMAT = 1
 SHARD_TOKENS = 100_000_000
 
 
+class OpenFiles:
+    """Files that stay open, and so readable, when they are deleted; in another process they are opened anew."""
+
+    def __init__(self, paths: list[Path]) -> None:
+        self.paths = paths
+        self.descriptors: list[int] = []
+        self.open()
+
+    def open(self) -> list[int]:
+        """Returns the descriptors, by file."""
+        if len(self.descriptors) < len(self.paths):
+            self.descriptors = [os.open(path, os.O_RDONLY) for path in self.paths]
+        return self.descriptors
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"paths": self.paths, "descriptors": []}
+
+    def __del__(self) -> None:
+        for descriptor in self.descriptors:
+            os.close(descriptor)
+
+
 @dataclass
 class TokenShards:
-    """Some consecutive tokens of a split, across its files; a data loader's workers can map them too."""
+    """Some consecutive tokens of a split, across its files; a data loader's workers can read them too."""
 
-    paths: list[Path]
+    files: OpenFiles
     counts: list[int]  # tokens in each file
     dtype: str
     start: int  # where in all of the split these tokens begin
     stop: int  # and end
-    _maps: list[np.ndarray] = field(default_factory=list, repr=False, compare=False)
 
     def __len__(self) -> int:
         return self.stop - self.start
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_maps": []}  # a pickled map is all that it maps
+    @property
+    def paths(self) -> list[Path]:
+        """Of the files."""
+        return self.files.paths
 
     def part(self, start: int, stop: int) -> TokenShards:
         """Returns the tokens from start to stop, without reading them."""
         self._check(start, stop)
-        return dataclasses.replace(self, start=self.start + start, stop=self.start + stop, _maps=[])
+        return dataclasses.replace(self, start=self.start + start, stop=self.start + stop)
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Returns the tokens from start to stop, int64 (stop - start,)."""
+        """Returns the tokens from start to stop, int64 (stop - start,); ValueError if a file has become shorter."""
         self._check(start, stop)
-        if not self._maps:
-            self._maps = [np.memmap(path, self.dtype, "r") for path in self.paths]
         tokens = np.empty(stop - start, np.int64)
         first = -self.start - start  # where in `tokens` the file begins
-        for count, stored in zip(self.counts, self._maps, strict=True):
+        width = np.dtype(self.dtype).itemsize
+        for path, count, file in zip(self.paths, self.counts, self.files.open(), strict=True):
             begin, end = max(first, 0), min(first + count, len(tokens))
             if begin < end:
-                tokens[begin:end] = stored[begin - first : end - first]
+                # Not a memory map, of which a missing page ends the process with a bus error.
+                content = os.pread(file, (end - begin) * width, (begin - first) * width)
+                if len(content) < (end - begin) * width:
+                    raise ValueError(
+                        f"Expected the tokens that were written to data.cache_dir, but got a shorter file {path}; "
+                        f"delete {path.parent} to have them made anew"
+                    )
+                tokens[begin:end] = np.frombuffer(content, self.dtype)
             first += count
         return tokens
 
@@ -238,7 +267,7 @@ def open_shards(directory: Path, key: dict[str, Any]) -> tuple[Tokenizer, dict[s
         ) from None
     return tokenizer, {
         split: TokenShards(
-            [directory / shard["file"] for shard in shards],
+            OpenFiles([directory / shard["file"] for shard in shards]),
             [shard["tokens"] for shard in shards],
             manifest["dtype"],
             0,

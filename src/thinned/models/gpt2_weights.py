@@ -31,9 +31,11 @@ def load_gpt2(net: nn.Module, path: str) -> None:
     except ImportError as error:
         raise ValueError("Expected the package transformers for model.init_from: pip install 'thinned[hf]'") from error
     try:
-        source = GPT2LMHeadModel.from_pretrained(path)
-    except OSError as error:
-        raise ValueError(f"Expected model.init_from to be a GPT-2 of the hub or a folder, but got {path!r}") from error
+        source = GPT2LMHeadModel.from_pretrained(path, weights_only=True)
+    except Exception as error:  # what is missing, cut off or no weights at all fails in many ways
+        cause = "" if isinstance(error, OSError) else f" ({type(error).__name__})"
+        expected = "Expected model.init_from to be a GPT-2 of the hub or a folder, but got"
+        raise ValueError(f"{expected} {path!r}{cause}") from error
     copy_gpt2(source, net)
 
 

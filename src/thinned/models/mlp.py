@@ -109,7 +109,8 @@ class MLP(nn.Module):
         if self.max_norm is not None:
             for name, module in self.stages.named_modules():
                 if isinstance(module, nn.Linear) and name.rpartition(".")[2].startswith(("linear", "up")):
-                    module.weight.copy_(torch.renorm(module.weight, p=2, dim=0, maxnorm=self.max_norm))
+                    norms = torch.linalg.vector_norm(module.weight, dim=1, keepdim=True)  # sharded weights lack renorm
+                    module.weight.mul_((self.max_norm / (norms + 1e-7)).clamp_max(1))
 
     def masks(
         self, seed: int, sample: int, sites: Collection[str] | None = None, scale: float = 1.0

@@ -13,6 +13,8 @@ from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.optim import Optimizer
 
 
@@ -97,8 +99,21 @@ class Task(LightningModule):
         return self(inputs) if writers or self.trainer.predict_loop.return_predictions else inputs.new_empty(0)
 
     def setup(self, stage: str) -> None:
-        if self.compile_net and stage == "fit":
+        if self.compile_net and stage == "fit" and self.device_mesh is None:
             self.net.compile()
+
+    def configure_model(self) -> None:
+        """Shards the net over all processes (FSDP2) where the strategy is a `ModelParallelStrategy`.
+
+        The unit that is gathered at a time is one of `net.blocks`, where the net has them; else the whole net.
+        """
+        if self.device_mesh is None or isinstance(self.net, FSDPModule):
+            return
+        mesh = init_device_mesh(self.device_mesh.device_type, (torch.distributed.get_world_size(),))
+        for unit in (*getattr(self.net, "blocks", ()), self.net):
+            if self.compile_net and unit is not self.net:  # FSDP's own hooks break the graph of the whole
+                unit.compile()
+            fully_shard(unit, mesh=mesh)
 
     def configure_gradient_clipping(
         self,

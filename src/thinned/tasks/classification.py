@@ -69,9 +69,6 @@ class ClassificationTask(Task):
         self.num_classes = num_classes
         self._unmeasured: dict[str, list[tuple[Tensor, Tensor]]] = {"train": [], "val": [], "test": []}
         self.label_smoothing = label_smoothing
-        input_shape = getattr(net, "input_shape", None)
-        if input_shape is not None:
-            self.example_input_array = torch.zeros(1, *input_shape)  # sizes and FLOPs in the model summary
         self.metrics = nn.ModuleDict({f"{stage}_metrics": self._metrics(stage) for stage in ("train", "val", "test")})
 
     def _metrics(self, stage: str) -> MetricCollection:
@@ -82,6 +79,12 @@ class ClassificationTask(Task):
             "ece": CalibrationError(self.num_classes, ECE_BINS, validate_args=False),
         }
         return MetricCollection(metrics, prefix=f"{stage}/", compute_groups=False)  # type: ignore[arg-type]
+
+    @property  # type: ignore[misc]  # nobody sets it
+    def example_input_array(self) -> Any:
+        """An image in the precision of the weights, for sizes and FLOPs in the model summary."""
+        shape = getattr(self.net, "input_shape", None)
+        return None if shape is None else torch.zeros(1, *shape, dtype=next(self.net.parameters()).dtype)
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
@@ -95,17 +98,13 @@ class ClassificationTask(Task):
                     f"from data.path={data.hparams.get('path')!r}"
                 )
 
-    def _step(self, batch: Any, stage: str) -> Tensor:
-        inputs, targets = batch[0], batch[1]
-        logits = self(inputs).float()
-        train = stage == "train"
-        loss = F.cross_entropy(logits, targets, label_smoothing=self.label_smoothing if train else 0.0)
-        when: dict[str, Any] = {"on_step": train, "on_epoch": not train, "prog_bar": train, "sync_dist": not train}
-        self.log(f"{stage}/loss", loss, batch_size=len(targets), **when)
-        self._unmeasured[stage].append((logits.detach(), targets))
+    def _logits(self, batch: Any, stage: str) -> Tensor:
+        """The logits of a batch, which the metrics of the stage take in too."""
+        logits = self(batch[0]).float()
+        self._unmeasured[stage].append((logits.detach(), batch[1]))
         if len(self._unmeasured[stage]) == UNMEASURED_BATCHES:
             self._measure(stage)
-        return loss
+        return logits
 
     def _measure(self, stage: str) -> MetricCollection:
         """Brings the metrics up to date: many batches at once, since an update costs more than its arithmetic."""
@@ -120,18 +119,24 @@ class ClassificationTask(Task):
     def _log_epoch(self, stage: str) -> None:
         metrics = self._measure(stage)
         if any(metric.update_called for metric in metrics.values()):  # not where a subclass has a step of its own
-            self.log_dict(metrics.compute(), prog_bar=stage == "val")
+            logged = metrics.compute()
+            if stage != "train":
+                # Lightning 2.6.6 rounds the number of examples down when it takes a mean over ranks.
+                logged[f"{stage}/loss"] = logged[f"{stage}/nll"]
+            self.log_dict(logged, prog_bar=stage == "val", sync_dist=True, batch_size=1)  # equal on all ranks
             with torch.inference_mode(False):  # a state made in it could not be updated by a later fit
                 metrics.reset()
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        return self._step(batch, "train")
+        loss = F.cross_entropy(self._logits(batch, "train"), batch[1], label_smoothing=self.label_smoothing)
+        self.log("train/loss", loss, batch_size=len(batch[1]), prog_bar=True)
+        return loss
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        self._step(batch, "val")
+        self._logits(batch, "val")
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
-        self._step(batch, "test")
+        self._logits(batch, "test")
 
     def on_train_epoch_end(self) -> None:
         self._log_epoch("train")
@@ -141,3 +146,42 @@ class ClassificationTask(Task):
 
     def on_test_epoch_end(self) -> None:
         self._log_epoch("test")
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keeps what each rank has of the epoch's training metrics, so that a run goes on with them."""
+        metrics = self.metrics["train_metrics"]
+        assert isinstance(metrics, MetricCollection)
+        own: dict[str, Any] = {"logits": [], "targets": []}
+        for logits, targets in self._unmeasured["train"]:
+            own["logits"].append(logits.cpu())
+            own["targets"].append(targets.cpu())
+        for name, metric in metrics.items(keep_base=True):
+            for key, value in metric.metric_state.items():
+                cpu = [part.cpu() for part in value] if isinstance(value, list) else value.cpu()
+                own[f"{name}.{key}"] = (cpu, metric.update_count)
+        checkpoint["train_metrics"] = [own]
+        if self._trainer is not None and self.trainer.world_size > 1:
+            checkpoint["train_metrics"] = [None] * self.trainer.world_size
+            torch.distributed.all_gather_object(checkpoint["train_metrics"], own)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        of_ranks: list[dict[str, Any]] = checkpoint.get("train_metrics", [])
+        if self._trainer is None or self.trainer.state.fn != "fit":
+            return
+        if len(of_ranks) == self.trainer.world_size:
+            of_ranks = [of_ranks[self.trainer.global_rank]]
+        elif self.trainer.global_rank > 0:  # of another number of ranks: the first one takes them all
+            return
+        metrics = self.metrics["train_metrics"]
+        assert isinstance(metrics, MetricCollection)
+        for own in of_ranks:
+            batches = zip(own["logits"], own["targets"], strict=True)
+            self._unmeasured["train"] += [(x.to(self.device), y.to(self.device)) for x, y in batches]
+            for name, metric in metrics.items(keep_base=True):
+                for key, value in metric.metric_state.items():
+                    saved, updates = own[f"{name}.{key}"]
+                    if isinstance(value, list):
+                        value += [part.to(metric.device) for part in saved]
+                    else:
+                        setattr(metric, key, value + saved.to(metric.device))
+                metric._update_count += updates

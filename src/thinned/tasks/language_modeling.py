@@ -81,7 +81,7 @@ class LanguageModelingTask(Task):
         logged = {f"{stage}/loss": nll, f"{stage}/perplexity": nll.exp()}
         if totals.bytes.update_called:
             logged[f"{stage}/bits_per_byte"] = nll / (math.log(2) * totals.bytes.compute())
-        self.log_dict(logged, prog_bar=stage == "val")
+        self.log_dict(logged, prog_bar=stage == "val", sync_dist=True, batch_size=1)  # equal on all ranks
         with torch.inference_mode(False):  # a state made in it could not be updated by a later fit
             totals.nll.reset()
             totals.bytes.reset()

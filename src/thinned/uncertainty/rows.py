@@ -187,8 +187,8 @@ class TokenStatistics:
     def __init__(self, target: Tensor, sequence: Tensor, num_sequences: int, vocab_size: int) -> None:
         self.target, self.sequence, self.num_sequences = target, sequence, num_sequences
         self.num_samples = 0
-        self._mean = torch.zeros(len(target), vocab_size, device=target.device)
-        self._entropy = torch.zeros(len(target), device=target.device)
+        self._mean = torch.zeros(len(target), vocab_size, device=target.device, dtype=torch.float32)
+        self._entropy = torch.zeros(len(target), device=target.device, dtype=torch.float32)
         self._log_likelihoods: Tensor | None = None  # log sum and sum over samples, per sequence (2, B)
         self._rows = max(1, LOGITS_AT_ONCE // vocab_size)
 

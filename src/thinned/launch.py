@@ -1,0 +1,51 @@
+"""As many devices and nodes as a launcher, torchrun or srun, has started processes for.
+
+Lightning 2.6.6 has to be told the same numbers. Told others it trains several separate runs, each of them the whole
+one, or waits for processes that nobody has started.
+"""
+
+import os
+from typing import Any
+
+import torch
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+
+
+def fill_in_from_launcher(trainer: Any) -> None:
+    """Sets `devices` (where it is auto) and `num_nodes` (where it is 1) of a Trainer's config to what was started.
+
+    Raises:
+        ValueError: the config says otherwise, or names several nodes though nothing has started processes on them.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_torchelastic_launched():
+        launcher, processes = "torchrun", int(os.environ["WORLD_SIZE"])
+        nodes = processes // int(os.environ["LOCAL_WORLD_SIZE"])
+    elif SLURMEnvironment.detect():
+        launcher, processes = "srun", int(os.environ["SLURM_NTASKS"])
+        nodes = int(os.environ.get("SLURM_NNODES", 1))
+    elif trainer.num_nodes > 1 and "MASTER_ADDR" not in os.environ:
+        raise ValueError(
+            f"Expected torchrun or srun, or MASTER_ADDR and NODE_RANK in the environment of each node, for "
+            f"trainer.num_nodes={trainer.num_nodes}, but got none of them"
+        )
+    else:
+        return
+    per_node, rest = divmod(processes, nodes)
+    if rest:
+        raise ValueError(f"Expected {launcher} to start as many processes on each node, but got {processes} on {nodes}")
+    for key, started, unset in (("devices", per_node, ("auto", "-1", -1)), ("num_nodes", nodes, (1,))):
+        given = trainer[key]
+        if given in unset:
+            trainer[key] = started
+        elif _count(given) != started:
+            raise ValueError(
+                f"Expected trainer.{key} to be {started}{' or auto' * (key == 'devices')}, as {launcher} has started "
+                f"{processes} processes on {nodes} nodes, but got {given}"
+            )
+
+
+def _count(devices: Any) -> int:
+    """How many devices are meant: a number, or a list of them, which may be written as text."""
+    if isinstance(devices, str):
+        return len(devices.strip(",").split(",")) if "," in devices else int(devices)
+    return devices if isinstance(devices, int) else len(devices)

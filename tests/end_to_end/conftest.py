@@ -1,0 +1,91 @@
+"""Runs of two processes, whose last one is waited for."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+import thinned
+
+ROOT = Path(__file__).parents[2]
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """What a run of two processes did.
+
+    `seconds` is the time from the fault, whose callback writes it down, to the end of the last process.
+    """
+
+    status: int
+    out: str
+    err: str
+    seconds: float
+
+    @property
+    def errors(self) -> set[str]:
+        return {line for line in self.err.splitlines() if line.startswith("error: ")}
+
+
+def processes(mark: str) -> dict[int, str]:
+    """Pid and command of the processes with the mark in their environment."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            if mark.encode() in (path / "environ").read_bytes():
+                found[int(path.name)] = (path / "cmdline").read_text().replace("\0", " ")
+        except OSError:  # ended meanwhile
+            continue
+    return found
+
+
+@pytest.fixture
+def start_ranks(tmp_path: Path) -> Callable[..., Ranks]:
+    """Trains the MLP on two processes, started by Lightning or by torchrun, until none of their processes is left."""
+    if not Path("/proc/self/environ").exists():
+        pytest.skip("there is no /proc to find the processes in")
+
+    def start(launcher: str, *options: object, **environment: str) -> Ranks:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        python = [sys.executable]
+        if launcher == "torchrun":
+            python += ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port", port]
+        configs = ("--config", ROOT / "configs/mlp_digits.yaml", "--config", ROOT / "configs/trainer/ddp_cpu.yaml")
+        quiet = ("--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false")
+        mark = uuid.uuid4().hex
+        importable = os.pathsep.join([str(Path(thinned.__file__).parents[1]), str(Path(__file__).parent)])
+        with (tmp_path / "out").open("w+") as out, (tmp_path / "err").open("w+") as err:
+            process = subprocess.Popen(
+                [*python, ROOT / "scripts/train.py", *map(str, (*configs, *quiet, *options))],
+                env={**os.environ, "MASTER_PORT": port, "PYTHONPATH": importable, "MARK": mark, **environment},
+                cwd=tmp_path,
+                stdout=out,
+                stderr=err,
+            )
+            deadline = time.monotonic() + 400
+            try:
+                status = process.wait(400)
+                while processes(mark) and time.monotonic() < deadline:
+                    time.sleep(0.1)
+                ended = time.time()
+                assert processes(mark) == {}
+            finally:
+                for pid in processes(mark):
+                    os.kill(pid, 9)
+                process.wait()
+            for file in (out, err):
+                file.seek(0)
+            fault = tmp_path / "fault"
+            seconds = ended - (float(fault.read_text()) if fault.exists() else ended)
+            return Ranks(status, out.read(), err.read(), seconds)
+
+    return start

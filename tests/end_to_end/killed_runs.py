@@ -1,0 +1,81 @@
+"""Runs of scripts/train.py as processes that can be killed, and what must be equal of two runs, bit by bit."""
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from thinned.loggers import GLOBAL_STEP, wandb_history
+
+ROOT = Path(__file__).parents[2]
+
+
+def start(*args: object, cwd: Path, **environment: str) -> subprocess.Popen[str]:
+    """Starts scripts/train.py in a process group of its own."""
+    return subprocess.Popen(
+        [sys.executable, ROOT / "scripts/train.py", *map(str, args)],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{Path(__file__).parent}", **environment},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def end(process: subprocess.Popen[str]) -> tuple[int, str]:
+    """The exit status and what the process said."""
+    try:
+        err = process.communicate(timeout=200)[1]
+    finally:
+        if process.returncode is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    return process.returncode, err
+
+
+def rows(run: Path) -> dict[tuple[int, str], float]:
+    """The logged values by step and key; each step holds a key once."""
+    if (run / "metrics.csv").exists():
+        with (run / "metrics.csv").open() as file:
+            logged = [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
+    else:
+        logged = [row for file in sorted(run.glob("wandb/*run-*/*.wandb")) for row in wandb_history(file)]
+        logged = [{"step": row[GLOBAL_STEP], **row} for row in logged]
+    values: dict[tuple[int, str], float] = {}
+    for row in logged:
+        for key, value in row.items():
+            if isinstance(value, float) and not key.startswith(("throughput/", "step", "epoch", "_", "trainer/")):
+                assert (int(row["step"]), key) not in values, f"{key} twice at step {row['step']}"
+                values[int(row["step"]), key] = value
+    return values
+
+
+def assert_equal(run: Path, whole: Path) -> None:
+    """The same weights, optimiser state, log, metrics and predictions, bit by bit."""
+    ended, unbroken = (torch.load(r / "checkpoints/last.ckpt", weights_only=True) for r in (run, whole))
+    for key in ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "epoch"):
+        assert_same(ended[key], unbroken[key], key)
+    assert rows(run) == rows(whole)
+    for name in ("metrics.json", "predictions.parquet"):
+        assert (run / name).read_bytes() == (whole / name).read_bytes()
+    assert not list((run / "checkpoints").glob("*.tmp*"))
+
+
+def assert_same(one: Any, other: Any, where: str) -> None:
+    if isinstance(one, torch.Tensor):
+        assert one.equal(other), where
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys(), where
+        for key in one:
+            assert_same(one[key], other[key], f"{where}.{key}")
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(other), where
+        for i, pair in enumerate(zip(one, other, strict=True)):
+            assert_same(*pair, f"{where}.{i}")
+    else:
+        assert one == other, where
