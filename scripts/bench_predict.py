@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import datasets
@@ -43,9 +42,8 @@ def read_all(path: str) -> None:
         pass
 
 
-def run(folder: Path, *arguments: object) -> tuple[float, float]:
-    """Seconds that a script takes, and the peak resident size in MiB of the largest of its processes."""
-    start = time.perf_counter()
+def run(folder: Path, *arguments: object) -> float:
+    """Runs a script; returns the peak resident size in MiB of the largest of its processes."""
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(
             [sys.executable, *map(str, arguments)],
@@ -55,18 +53,24 @@ def run(folder: Path, *arguments: object) -> tuple[float, float]:
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         sys.exit((folder / "log").read_text())
-    return time.perf_counter() - start, usage.ru_maxrss / 1024
+    return usage.ru_maxrss / 1024
+
+
+def seconds(folder: Path) -> float:
+    """From the first batch of the latest run to its scores: what it writes before and after."""
+    config = max(folder.glob("runs/*/*-predict/config.yaml"), key=lambda path: path.stat().st_mtime)
+    return config.with_name("metrics.json").stat().st_mtime - config.stat().st_mtime
 
 
 def bench_predict() -> None:
-    """Examples per second beyond the first, smaller set, so that the start of the processes does not count."""
+    """Examples per second and memory for 10,000 and 100,000 examples, by one and two processes."""
     quiet = ("--trainer.enable_progress_bar=false", "--trainer.logger=false", "--trainer.accelerator=cpu")
-    table = Table("processes", "examples", "s", "examples/s", "peak MiB, of any process", "data alone, MiB")
+    table = Table("processes", "examples", "examples/s", "peak MiB, of any process", "data alone, MiB")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         data = {size: folder / f"images{size}" for size in SIZES}
-        peak_memory(save_images, data[SIZES[0]], SIZES[0])  # in processes of their own, lest this one grows
-        peak_memory(save_images, data[SIZES[1]], SIZES[1])
+        for size, path in data.items():
+            peak_memory(save_images, path, size)  # in a process of its own, lest this one grows
         alone = {size: peak_memory(read_all, str(path)) for size, path in data.items()}
         net = ("--model.net.input_shape", "[1,28,28]", "--model.net.hidden", "[128]", "--data.path", data[SIZES[0]])
         steps = ("--trainer.max_steps", 50, "--trainer.limit_test_batches", 1, *quiet, "--mc_dropout.num_samples=null")
@@ -78,15 +82,10 @@ def bench_predict() -> None:
         }
         overlay: dict[int, tuple[object, ...]] = {1: (), 2: ("--config", ROOT / "configs/trainer/ddp_cpu.yaml")}
         for processes, how in launched.items():
-            seconds: dict[int, float] = {}
             for size, path in data.items():
                 options = ("--ckpt_path", checkpoint, "--data.path", path, "--mc_dropout.num_samples", SAMPLES)
-                seconds[size], peak = run(folder, *how, *options, *quiet, *overlay[processes])
-                rate = ""
-                if size != SIZES[0]:
-                    rate = f"{(size - SIZES[0]) / (seconds[size] - seconds[SIZES[0]]):,.0f}"
-                table.add_row(
-                    str(processes), f"{size:,}", f"{seconds[size]:.1f}", rate, f"{peak:.0f}", f"{alone[size]:.0f}"
-                )
+                peak = run(folder, *how, *options, *quiet, *overlay[processes])
+                rate = size / seconds(folder)
+                table.add_row(str(processes), f"{size:,}", f"{rate:,.0f}", f"{peak:.0f}", f"{alone[size]:.0f}")
     table.title = f"predict.py, 784-128-10, S = {SAMPLES}, one thread each"
     Console().print(table)

@@ -109,7 +109,6 @@ def predict(
             next(module.parameters()).add_(weights)
         counter = Interrupts(after, how)
         callback = MCDropout(**{"num_samples": 4, "seed": 3, "dirpath": str(tmp_path / directory)} | settings)
-        # Before it, as this is what fails within a batch
         trainer = make_trainer(callbacks=[counter, callback], limit_predict_batches=limit)
         try:
             trainer.predict(module, data or Data(kind), return_predictions=False)
@@ -266,7 +265,7 @@ def test_data_that_cannot_begin_elsewhere_are_predicted_anew(predict: Callable[.
 def test_another_prediction_with_the_same_data_begins_at_the_beginning(predict: Callable[..., int]) -> None:
     data = Data()
     predict("broken", after=5, data=data)
+    assert sum(len(batch[0]) for batch in data.predict_dataloader()) == SIZE
     assert predict("broken", data=data) == SIZE - 5 * BATCH
     assert predict("broken", data=data) == SIZE
     assert predict("elsewhere", data=data) == SIZE
-    assert sum(len(batch[0]) for batch in data.predict_dataloader()) == SIZE

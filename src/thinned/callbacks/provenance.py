@@ -67,10 +67,13 @@ def _rates(module: nn.Module) -> dict[str, float | list[float]]:
 
 
 def _digest_of_file(path: str) -> str:
-    if not Path(path).is_file():  # sharded, or remote
-        return path
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """SHA-256 of a file, or of all files of a sharded checkpoint; the path where it is none of ours to read."""
+    files = [Path(path)] if Path(path).is_file() else sorted(file for file in Path(path).rglob("*") if file.is_file())
+    digest = hashlib.sha256()
+    for name in files:
+        with name.open("rb") as file:
+            hashlib.file_digest(file, lambda: digest)
+    return digest.hexdigest() if files else path
 
 
 def _digest_of_weights(module: nn.Module) -> str:
@@ -78,5 +81,6 @@ def _digest_of_weights(module: nn.Module) -> str:
     for name, value in module.state_dict().items():
         digest.update(name.encode())
         if isinstance(value, torch.Tensor):
+            value = getattr(value, "to_local", lambda value=value: value)()  # of a sharded one, what is here
             digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

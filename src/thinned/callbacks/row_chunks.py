@@ -20,7 +20,7 @@ from thinned.files import whole_file
 
 CHUNK_ROWS = 2**13
 CHUNK_BYTES = 2**23
-GROUP_VALUES = 2**20  # of a row group: the same groups, however the rows were dealt out
+GROUP_VALUES = 2**18  # of a row group: the same groups, however the rows were dealt out
 
 
 class ChunkWriter:

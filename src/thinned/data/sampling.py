@@ -220,7 +220,7 @@ class SplitDataModule(LightningDataModule, ABC):
             split: That is evaluated.
             limit_batches: As in the Trainer: a number of batches, or a float for a part of them.
         """
-        settings = {key: value for key, value in self.hparams.items() if key not in self.INDIFFERENT}
+        settings = {k: v for k, v in self.hparams.items() if k not in self.INDIFFERENT and not k.startswith("_")}
         return settings | {"predict_split": split, "examples": self._evaluated(split, limit_batches)}
 
     def _evaluated(self, split: Split, limit_batches: float) -> int:
