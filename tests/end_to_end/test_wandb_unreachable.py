@@ -204,7 +204,7 @@ def test_server_that_dies(train: Script) -> None:
     with served() as other:
         sync = [sys.executable, "-m", "wandb", "sync", "--no-skip-online", log.parent]
         url = {"WANDB_BASE_URL": f"http://127.0.0.1:{other.server_port}", "WANDB_API_KEY": KEY}
-        subprocess.run(sync, env={**os.environ, **url}, check=True, capture_output=True, timeout=60)
+        subprocess.run(sync, cwd=finished.cwd, env={**os.environ, **url}, check=True, capture_output=True, timeout=60)
         assert any(b"mc/nll" in content for _, content in other.requests)
 
 
