@@ -79,6 +79,7 @@ class MCDropout(Callback):
         self.metrics: dict[str, dict[str, Any]] = {}  # what `metrics.json` holds
         self.selection: dict[Acting, float] = {}  # with sites=auto: validation NLL of each choice
         self._files: PredictionFiles | None = None
+        self._refusal: str | None = None  # why an interrupted prediction cannot go on
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         net = self._net(pl_module)
@@ -96,7 +97,7 @@ class MCDropout(Callback):
             )
         directory = Path(self.dirpath or trainer.default_root_dir)
         self._directory: Path = trainer.strategy.broadcast(directory)
-        self._files, self._attempt = None, 0
+        self._files, self._attempt, self._refusal = None, 0, None
         data: Any = getattr(trainer, "datamodule", None)
         if stage == "predict" and hasattr(data, "predict_start"):
             data.predict_start = partial(self._go_on, trainer, pl_module)
@@ -117,6 +118,8 @@ class MCDropout(Callback):
         data: Any = getattr(trainer, "datamodule", None)
         if hasattr(data, "predict_start"):
             data.predict_start = None
+        if self._refusal:  # not while the loader is asked for: Lightning 2.6.6 would leave DataLoader patched
+            raise ValueError(self._refusal)
         self._prepare(trainer, pl_module)
 
     def on_test_batch_end(
@@ -174,8 +177,7 @@ class MCDropout(Callback):
         if trainer.is_global_zero and (isinstance(limit, int) or limit == 1):  # a part would be one of what is left
             found = self._interrupted(trainer, pl_module)
         found = trainer.strategy.broadcast(found)
-        if "error" in found:
-            raise ValueError(found["error"])
+        self._refusal = found.get("error")
         self._attempt = found.get("attempt", 0)
         self.selection = found.get("selection", self.selection)
         return found.get("start", 0)
