@@ -3,7 +3,6 @@
 Shapes: B examples of a batch, N of the split, T tokens of a sequence, K classes, S samples.
 """
 
-import signal
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -11,7 +10,6 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor, nn
 
 from thinned.callbacks.prediction_files import PredictionFiles
@@ -81,6 +79,7 @@ class MCDropout(Callback):
         self.metrics: dict[str, dict[str, Any]] = {}  # what `metrics.json` holds
         self.selection: dict[Acting, float] = {}  # with sites=auto: validation NLL of each choice
         self._files: PredictionFiles | None = None
+        self._refusal: str | None = None  # why an interrupted prediction cannot go on
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         net = self._net(pl_module)
@@ -98,8 +97,7 @@ class MCDropout(Callback):
             )
         directory = Path(self.dirpath or trainer.default_root_dir)
         self._directory: Path = trainer.strategy.broadcast(directory)
-        self._files, self._attempt = None, 0
-        self._refusal: str | None = None
+        self._files, self._attempt, self._refusal = None, 0, None
         data: Any = getattr(trainer, "datamodule", None)
         if stage == "predict" and hasattr(data, "predict_start"):
             data.predict_start = partial(self._go_on, trainer, pl_module)
@@ -120,9 +118,7 @@ class MCDropout(Callback):
         data: Any = getattr(trainer, "datamodule", None)
         if hasattr(data, "predict_start"):
             data.predict_start = None
-        if (
-            self._refusal is not None
-        ):  # not raised where data loaders are made, which Lightning 2.6.6 would leave patched
+        if self._refusal:  # not while the loader is asked for: Lightning 2.6.6 would leave DataLoader patched
             raise ValueError(self._refusal)
         self._prepare(trainer, pl_module)
 
@@ -137,8 +133,6 @@ class MCDropout(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
     ) -> None:
         self._predict(trainer, pl_module, batch)
-        if trainer.received_sigterm:  # Lightning looks at it in its other loops alone
-            raise SIGTERMException(128 + signal.SIGTERM)
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         logged = self._finish(trainer, pl_module)
