@@ -50,6 +50,14 @@ def csv_rows_after(logger: CSVLogger, folder: Path) -> list[dict[str, str]]:
     return csv_rows(folder)
 
 
+def test_same_number_of_the_same_step_is_logged_once(tmp_path: Path) -> None:
+    logger = csv_logger(tmp_path)
+    for step, rate in ((3, 0.1), (3, 0.1), (3, 0.2), (4, 0.2)):
+        logger.log_metrics({"rate": rate}, step)
+    logger.save()
+    assert [(row["step"], row["rate"]) for row in csv_rows(tmp_path)] == [("3", "0.1"), ("3", "0.2"), ("4", "0.2")]
+
+
 def test_csv_of_a_new_run_begins_empty(tmp_path: Path) -> None:
     log(csv_logger(tmp_path), 0, 1)
     log(csv_logger(tmp_path, 0), 0)

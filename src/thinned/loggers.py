@@ -51,7 +51,6 @@ class WandbLogger(loggers.WandbLogger):
     """
 
     _first_step: int | None = None
-    _seen: "_Seen | None" = None
     _file: "_ContinuedWriter | None" = None
 
     def go_on_from(self, step: int) -> None:
@@ -68,16 +67,15 @@ class WandbLogger(loggers.WandbLogger):
         self._log_new(metrics, step)
 
     def _log_new(self, metrics: Mapping[str, Any], step: int | None) -> None:
-        if new := dict(metrics) if self._seen is None else self._seen.new(metrics, step):
+        if new := self._seen.new(metrics, step):
             super().log_metrics(new, step)
 
     def _begin(self) -> None:
         directory = self.save_dir or "."
         before = _read_rows(Path(directory, ExperimentWriter.NAME_METRICS_FILE))
-        self._file = _ContinuedWriter(directory, self._first_step or 0)
+        self._file, self._seen = _ContinuedWriter(directory, self._first_step or 0), _Seen()
         if self._first_step is None:
             return
-        self._seen = _Seen()
         if self.experiment.offline:
             for file in sorted(Path(directory).glob("wandb/*run-*/*.wandb")):
                 for row in wandb_history(file):
@@ -92,18 +90,29 @@ class WandbLogger(loggers.WandbLogger):
 
 
 class _Seen:
-    """Which values have been logged at which step. Beside the epoch, which goes with every row."""
+    """Which values have been logged at which step, beside the epoch, which goes with every row.
+
+    Those of an earlier process by their key; in this one a number that is the same again, such as Lightning's learning
+    rate of each batch whose gradients are accumulated.
+    """
 
     def __init__(self) -> None:
         self._keys: dict[int, set[str]] = {}
+        self._step: int | None = None
+        self._numbers: dict[str, float] = {}  # of the latest step
 
     def add(self, row: Mapping[str, Any], step: int) -> None:
         self._keys.setdefault(step, set()).update(row)
 
     def new(self, row: Mapping[str, Any], step: int | None) -> dict[str, Any]:
         """What of a row has not been logged."""
+        if step != self._step:
+            self._step, self._numbers = step, {}
         seen = self._keys.get(step, set()) if step is not None else set()
-        new = {key: value for key, value in row.items() if key not in seen or key == "epoch"}
+        numbers = {key: value for key, value in row.items() if isinstance(value, int | float)}
+        again = {key for key, value in numbers.items() if self._numbers.get(key) == value}
+        self._numbers |= numbers
+        new = {key: value for key, value in row.items() if key == "epoch" or key not in seen | again}
         return new if new.keys() - {"epoch"} else {}
 
 
