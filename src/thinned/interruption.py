@@ -33,8 +33,11 @@ class Interruption:
         self.signal: signal.Signals | None = None
         self.graceful = graceful
         self._launcher = trainer.strategy.launcher
+
+    def listen(self) -> None:
+        """Takes the place of Lightning's handlers, which communicate; to be called when these have been set."""
         if threading.current_thread() is threading.main_thread():
-            for signum in (signal.SIGTERM, signal.SIGINT):  # in place of Lightning's, which communicates in a handler
+            for signum in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(signum, self._handle)
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:

@@ -93,6 +93,7 @@ import thinned.interruption as interruption
 interruption.PATIENCE = 0.2
 trainer = SimpleNamespace(strategy=SimpleNamespace(launcher=None), world_size=1)
 told = interruption.Interruption(trainer, graceful=True)
+told.listen()
 os.kill(os.getpid(), signal.SIGTERM)
 assert told.told(trainer) == signal.SIGTERM
 time.sleep(120)

@@ -4,6 +4,7 @@ import os
 import random
 import signal
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -42,8 +43,9 @@ def killed_at(moment: str, args: tuple[object, ...], cwd: Path, rng: random.Rand
     process = start(*args, cwd=cwd)
     while process.poll() is None and {path: path.stat().st_mtime_ns for path in cwd.rglob("*.ckpt")} == before:
         time.sleep(0.02)
-    time.sleep(rng.uniform(0, 1))
-    os.killpg(process.pid, signal.SIGKILL)
+    time.sleep(rng.uniform(0, 0.5))
+    with suppress(ProcessLookupError):  # it has ended by itself
+        os.killpg(process.pid, signal.SIGKILL)
     return end(process)
 
 
@@ -64,7 +66,7 @@ def test_killed_again_and_again(
     rng = random.Random(seed)
     for moment in rng.sample(list(MOMENTS), KILLS):
         status, err = killed_at(moment, (*args, "killed"), tmp_path, rng)
-        assert status == -signal.SIGKILL, (moment, err)
+        assert status == -signal.SIGKILL or (moment == "any" and status == 0), (moment, err)
     status, err = end(start(*args, "killed", cwd=tmp_path))
     assert status == 0, err
     runs = next((tmp_path / "runs").iterdir())

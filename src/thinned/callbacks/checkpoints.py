@@ -31,7 +31,17 @@ class Checkpoints(ModelCheckpoint):
         super().setup(trainer, pl_module, stage)
         self.interruption = Interruption(trainer, graceful=stage == "fit" and not trainer.fast_dev_run)  # type: ignore[attr-defined]
 
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.interruption.listen()
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.interruption.listen()
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.interruption.listen()
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.interruption.listen()
         super().on_train_start(trainer, pl_module)
         if self._pending is not None:
             row, self._pending = self._pending, None
