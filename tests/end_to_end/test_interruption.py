@@ -70,7 +70,7 @@ def test_any_of_two_ranks_is_told_and_one_goes_on(rank: int, run_script: Callabl
     """Without dropout, whose masks differ between ranks, one process ends where two would have, but for rounding."""
     args = (
         "--config", ROOT / "configs/mlp_digits.yaml", "--model.net.dropout.mlp", 0, "--mc_dropout.num_samples", "null",
-        "--trainer.accelerator", "cpu", "--trainer.logger", "false", "--trainer.precision", "64-true",
+        "--trainer.accelerator", "cpu", "--trainer.logger", "false",  # in fp64 Lightning restores weights as fp32
         *KILLER[:-1],
     )  # fmt: skip
     two = ("--config", ROOT / "configs/trainer/ddp_cpu.yaml")
@@ -83,7 +83,7 @@ def test_any_of_two_ranks_is_told_and_one_goes_on(rank: int, run_script: Callabl
     assert run_script("train", *args, "whole").status == 0
     ended, unbroken = (checkpoint(r)["state_dict"] for r in (run, run.with_name("whole")))
     for name in unbroken:
-        torch.testing.assert_close(ended[name], unbroken[name], rtol=0, atol=1e-9)
+        torch.testing.assert_close(ended[name], unbroken[name], rtol=0, atol=1e-6)
 
 
 STUCK = """
