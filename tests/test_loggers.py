@@ -1,7 +1,6 @@
 """Each step stands in the record of a run once, whatever had been written when it was killed."""
 
 import csv
-import time
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -71,6 +70,12 @@ def offline(folder: Path, first_step: int | None = None) -> WandbLogger:
     return logger
 
 
+def end_of_process() -> None:
+    """Waits for W&B's file, and leaves its service to no other test."""
+    wandb.finish()
+    wandb.teardown()
+
+
 def history(folder: Path) -> list[tuple[int, float]]:
     rows = [row for file in sorted(folder.glob("wandb/*run-*/*.wandb")) for row in wandb_history(file)]
     return [(row[GLOBAL_STEP], row["loss"]) for row in rows]
@@ -81,7 +86,7 @@ def test_wandb_gets_what_it_lost_and_nothing_twice(lost: int, tmp_path: Path) ->
     """Logged: steps 0 to 5. W&B keeps the first so many; the run goes on from step 4 and computes 4 and 5 again."""
     logger = offline(tmp_path)
     log(logger, *range(6))
-    wandb.finish()
+    end_of_process()
     (file,) = tmp_path.glob("wandb/*run-*/*.wandb")
     earlier = file.parent.with_name("offline-run-20000101_000000-run")  # W&B names folders by the second
     file = file.parent.rename(earlier) / file.name
@@ -92,18 +97,14 @@ def test_wandb_gets_what_it_lost_and_nothing_twice(lost: int, tmp_path: Path) ->
             break
     second = offline(tmp_path, 4)
     log(second, 4, 5, 6)
-    wandb.finish()
-    for _ in range(100):  # W&B's service closes its file a bit later
-        if len(history(tmp_path)) == 7:
-            break
-        time.sleep(0.1)
+    end_of_process()
     assert sorted(history(tmp_path)) == [(step, step / 8) for step in range(7)]
     assert [float(row["loss"]) for row in csv_rows(tmp_path)] == [step / 8 for step in range(7)]
 
 
 def test_online_the_number_of_rows_says_what_is_there(tmp_path: Path) -> None:
     log(offline(tmp_path), *range(6))
-    wandb.finish()
+    end_of_process()
 
     logged: list[dict[str, float]] = []
     run = mock.Mock(offline=False, step=3, log=logged.append)  # W&B has the first three rows

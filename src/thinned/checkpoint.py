@@ -59,7 +59,7 @@ def read_checkpoint(path: str, check: bool = False) -> dict[str, Any]:
             with zipfile.ZipFile(path) as file:
                 assert file.testzip() is None
         with warnings.catch_warnings(action="ignore"):
-            checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+            checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         raise ValueError(f"{expected} a file with other objects than tensors and primitives: {path}") from error
     except Exception as error:  # torch.load fails in many ways on bytes that are none of its own

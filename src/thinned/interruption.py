@@ -73,6 +73,8 @@ class Interruption:
     @staticmethod
     def equal_on_all_ranks(trainer: Trainer, number: int) -> bool:
         """Whether all ranks give the same number."""
+        if trainer.world_size == 1:
+            return True
         both = torch.tensor([number, -number], device=trainer.strategy.root_device)
         highest, lowest = trainer.strategy.reduce(both, reduce_op="max").tolist()
         return bool(highest == -lowest)

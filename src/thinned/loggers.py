@@ -161,7 +161,7 @@ def _read_rows(path: Path) -> list[dict[str, str]]:
 
 def wandb_history(file: Path) -> Iterator[dict[str, Any]]:
     """The rows that a .wandb file holds; a picture or table is a dict under its key. The end may be broken off."""
-    for record in _records(file.read_bytes()):
+    for record in wandb_records(file):
         if record.WhichOneof("record_type") == "history":
             row: dict[str, Any] = {}
             for item in record.history.item:
@@ -173,9 +173,9 @@ def wandb_history(file: Path) -> Iterator[dict[str, Any]]:
             yield row
 
 
-def _records(content: bytes) -> Iterator[Record]:
-    """W&B's log of a run has LevelDB's format: chunks (CRC, length, kind, bytes) in blocks of 32 KiB."""
-    position, record = 7, b""
+def wandb_records(file: Path) -> Iterator[Record]:
+    """All that a .wandb file holds, a LevelDB log: chunks (CRC, length, kind, bytes) in blocks of 32 KiB."""
+    content, position, record = file.read_bytes(), 7, b""
     while position + 7 < len(content):
         left = 2**15 - position % 2**15
         if left < 7:

@@ -5,16 +5,16 @@ import json
 import math
 import os
 import re
-import struct
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from wandb.proto.wandb_internal_pb2 import Record
+
+from thinned.loggers import wandb_history, wandb_records
 
 Script = Callable[..., Any]
 
@@ -41,37 +41,10 @@ STEPS = {  # of 57, three times 19, counted from 0; the test comes after them
 }
 
 
-def records(run: Path) -> Iterator[Record]:
-    """The records of a run's only .wandb file, a LevelDB log: chunks (CRC, length, kind, bytes) in blocks of 32 KiB."""
+def wandb_file(run: Path) -> Path:
+    """The record of a run's only process."""
     (file,) = run.glob("wandb/offline-run-*/*.wandb")
-    content, position, record = file.read_bytes(), 7, b""
-    while position + 7 < len(content):
-        left = 2**15 - position % 2**15
-        if left < 7:
-            position += left
-            continue
-        _, length, kind = struct.unpack_from("<IHB", content, position)
-        record += content[position + 7 : position + 7 + length]
-        position += 7 + length
-        if kind in (1, 4):  # whole, or the last part
-            yield Record.FromString(record)
-            record = b""
-
-
-def history(run: Path) -> list[dict[str, Any]]:
-    """The logged rows; a picture or table is a dict under its key."""
-    rows = []
-    for record in records(run):
-        if record.WhichOneof("record_type") == "history":
-            row: dict[str, Any] = {}
-            for item in record.history.item:
-                *keys, last = item.nested_key or [item.key]
-                place = row
-                for key in keys:
-                    place = place.setdefault(key, {})
-                place[last] = json.loads(item.value_json)
-            rows.append(row)
-    return rows
+    return file
 
 
 def metrics_csv(run: Path) -> list[dict[str, str]]:
@@ -81,7 +54,7 @@ def metrics_csv(run: Path) -> list[dict[str, str]]:
 
 @pytest.fixture(scope="session")
 def rows(trained: Any) -> list[dict[str, Any]]:
-    return history(trained.run)
+    return list(wandb_history(wandb_file(trained.run)))
 
 
 def test_history_has_exactly_these_keys(rows: list[dict[str, Any]]) -> None:
@@ -106,7 +79,7 @@ def test_history_holds_the_scores_of_the_run(trained: Any, rows: list[dict[str, 
 
 
 def test_history_of_a_text_run(trained_text: Any) -> None:
-    rows = history(trained_text.run)
+    rows = list(wandb_history(wandb_file(trained_text.run)))
     logged = {key for row in rows for key in row if not key.startswith("_")}
     scores = {"accuracy", "nll", "bits_per_byte", "ece", "auroc_error", "aurc"}
     assert {f"mc/{score}" for score in scores} <= logged
@@ -141,7 +114,8 @@ def test_pictures_and_table_are_there(trained: Any, rows: list[dict[str, Any]]) 
 
 
 def test_config_is_logged_once(trained: Any) -> None:
-    updates = [record.config.update for record in records(trained.run) if record.WhichOneof("record_type") == "config"]
+    records = wandb_records(wandb_file(trained.run))
+    updates = [record.config.update for record in records if record.WhichOneof("record_type") == "config"]
     logged = [(item.key or item.nested_key, json.loads(item.value_json)) for update in updates for item in update]
     config = yaml.safe_load((trained.run / "config.yaml").read_text())
     for key in ("model", "data", "mc_dropout", "seed_everything"):
@@ -163,7 +137,7 @@ def test_no_key_in_any_file(run_script: Script) -> None:
     finished = run_script(
         "train", "--config", CONFIGS / "mlp_digits.yaml", *few, *options, WANDB_MODE="offline", WANDB_API_KEY=key
     )
-    assert len(history(finished.run)) > 3
+    assert len(list(wandb_history(wandb_file(finished.run)))) > 3
     files = [path for path in finished.cwd.rglob("*") if path.is_file()]
     assert [path for path in files if key.encode() in path.read_bytes()] == []
     assert "no API key" not in finished.err

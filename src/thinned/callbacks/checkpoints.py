@@ -66,8 +66,8 @@ class Checkpoints(ModelCheckpoint):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if _in_training(trainer):
-            counts = [int(sum(trainer.num_val_batches))] if trainer.world_size > 1 else []
-            self._equal_validation = all(self.interruption.equal_on_all_ranks(trainer, count) for count in counts)
+            batches = int(sum(trainer.num_val_batches))
+            self._equal_validation = self.interruption.equal_on_all_ranks(trainer, batches)
             self._end_if_told(trainer)
 
     def on_validation_batch_end(self, trainer: Trainer, *_: Any) -> None:
