@@ -40,16 +40,21 @@ def end(process: subprocess.Popen[str]) -> tuple[int, str]:
     return process.returncode, err
 
 
-def rows(run: Path) -> dict[tuple[int, str], float]:
-    """The logged values by step and key; each step holds a key once."""
-    if (run / "metrics.csv").exists():
-        with (run / "metrics.csv").open() as file:
-            logged = [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
-    else:
-        logged = [row for file in sorted(run.glob("wandb/*run-*/*.wandb")) for row in wandb_history(file)]
-        logged = [{"step": row[GLOBAL_STEP], **row} for row in logged]
+def in_csv(run: Path) -> list[dict[str, Any]]:
+    with (run / "metrics.csv").open() as file:
+        return [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
+
+
+def in_wandb(run: Path) -> list[dict[str, Any]]:
+    """What W&B has of all the run's processes; nothing where it is logged to a file alone."""
+    logged = [row for file in run.glob("wandb/*run-*/*.wandb") for row in wandb_history(file)]
+    return [{"step": row[GLOBAL_STEP], **row} for row in logged]
+
+
+def by_step(rows: list[dict[str, Any]]) -> dict[tuple[int, str], float]:
+    """The logged numbers that no clock has measured, by step and key; each step holds a key once."""
     values: dict[tuple[int, str], float] = {}
-    for row in logged:
+    for row in rows:
         for key, value in row.items():
             if isinstance(value, float) and not key.startswith(("throughput/", "step", "epoch", "_", "trainer/")):
                 assert (int(row["step"]), key) not in values, f"{key} twice at step {row['step']}"
@@ -62,7 +67,9 @@ def assert_equal(run: Path, whole: Path) -> None:
     ended, unbroken = (torch.load(r / "checkpoints/last.ckpt", weights_only=True) for r in (run, whole))
     for key in ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "epoch"):
         assert_same(ended[key], unbroken[key], key)
-    assert rows(run) == rows(whole)
+    assert by_step(in_csv(run)) == by_step(in_csv(whole)) != {}
+    assert by_step(in_wandb(run)) == by_step(in_wandb(whole))
+    assert (run / "wandb").exists() == bool(in_wandb(run))
     assert (run / "metrics.json").read_bytes() == (whole / "metrics.json").read_bytes()
     predictions = [pq.read_table(r / "predictions.parquet").replace_schema_metadata() for r in (run, whole)]
     assert predictions[0].equals(predictions[1])  # but for the checksum of the checkpoint, which names its run
