@@ -4,6 +4,7 @@ import multiprocessing
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from rich.console import Console
@@ -50,9 +51,8 @@ def show(title: str, results: Results, per: int = 1, **extra: Callable[[str, flo
 
 def peak_memory(function: Callable[..., object], *args: object) -> float:
     """MiB by which calling the function raises the peak resident size of a fresh process (Linux only)."""
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(1) as pool:
-        return pool.apply(_rise, (function, args))
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_rise, function, args).result()
 
 
 def _rise(function: Callable[..., object], args: tuple[object, ...]) -> float:
