@@ -8,6 +8,7 @@ python scripts/doctor.py
 
 import importlib.metadata
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -92,7 +93,8 @@ def bad_releases() -> Verdict:
 
 def compilation() -> Verdict:
     """A two-line function, in a process of its own."""
-    mend = "leave out model.compile, or install a C++ compiler (for CUDA: triton)"
+    mend = "leave out model.compile, or "
+    mend += "move to a path without spaces" if " " in sys.prefix else "install a C++ compiler (for CUDA: triton)"
     command = [sys.executable, "-c", COMPILED]
     with tempfile.TemporaryDirectory() as cache:
         environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache}
@@ -101,11 +103,10 @@ def compilation() -> Verdict:
         except subprocess.TimeoutExpired:
             return Verdict("warn", "torch.compile is not done after 300 s", mend)
     if done.returncode or done.stdout.strip() != "True":
-        cause = (done.stderr.strip().splitlines() or ["no output"])[-1]
-        return Verdict("warn", f"torch.compile fails: {cause[:200]}", mend)
-    return Verdict(
-        "ok", "torch.compile works (the net is compiled alone: torch 2.12 and later cannot compile self.log)"
-    )
+        said = done.stderr.strip().splitlines() or ["no output"]
+        cause = [line for line in said if re.match(r"[\w.]+Error: ", line)] or said  # which advice follows
+        return Verdict("warn", f"torch.compile fails: {cause[-1][:200]}", mend)
+    return Verdict("ok", "torch.compile works (on the net alone: torch 2.12 and later cannot compile self.log)")
 
 
 # Devices

@@ -88,6 +88,11 @@ def refuses(*_: Any, **__: Any) -> None:
 
 
 GONE = "W&B does not confirm the API key (no answer)"
+FAILED_COMPILE = """Traceback (most recent call last):
+torch.CppError: no compiler
+
+Set TORCHDYNAMO_VERBOSE=1 for more
+"""
 VERDICTS = [
     ("Python", lambda *_: None, "ok", "3."),
     ("Python", fake(sys, "version_info", (3, 14, 0)), "fail", "PYTHON=python3.12"),
@@ -101,9 +106,9 @@ VERDICTS = [
     ("torch.compile", fake("subprocess", "run", times_out), "warn", "not done after 300 s"),
     (
         "torch.compile",
-        fake("subprocess", "run", lambda *_, **__: SimpleNamespace(returncode=1, stdout="", stderr="x\nno compiler")),
+        fake("subprocess", "run", lambda *_, **__: SimpleNamespace(returncode=1, stdout="", stderr=FAILED_COMPILE)),
         "warn",
-        "fails: no compiler",
+        "fails: torch.CppError: no compiler",
     ),
     (
         "torch.compile",
