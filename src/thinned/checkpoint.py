@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import yaml
+from lightning.pytorch import Trainer
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_warn
 
@@ -79,6 +80,16 @@ def newest_checkpoint(directory: Path) -> Path | None:
         except ValueError as error:
             rank_zero_warn(f"Passed over a damaged checkpoint: {error}")
     return max(reversed(steps), key=lambda path: steps[path], default=None)
+
+
+def last_checkpoint(trainer: Trainer) -> str | None:
+    """Path of the newest checkpoint of this run, or else of the one that it goes on from."""
+    # Not what ModelCheckpoint remembers: the test reads its memory anew from the checkpoint that is tested.
+    folder = Path(getattr(trainer.checkpoint_callback, "dirpath", None) or trainer.default_root_dir)
+    newest = max(
+        folder.glob("[!.]*.ckpt"), key=lambda path: (path.stat().st_mtime_ns, path.name), default=trainer.ckpt_path
+    )
+    return None if newest is None else str(newest)
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):

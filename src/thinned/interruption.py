@@ -13,6 +13,8 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 
+from thinned.checkpoint import last_checkpoint
+
 PATIENCE = 25  # seconds from a signal to the end of the process, whatever it is doing
 
 
@@ -32,7 +34,7 @@ class Interruption:
     def __init__(self, trainer: Trainer, graceful: bool) -> None:
         self.signal: signal.Signals | None = None
         self.graceful = graceful
-        self._launcher = trainer.strategy.launcher
+        self._trainer = trainer
 
     def listen(self) -> None:
         """Takes the place of Lightning's handlers, which communicate; to be called when these have been set."""
@@ -50,8 +52,11 @@ class Interruption:
         timer.daemon = True
         timer.start()
         if not self.graceful:
-            if signum == signal.SIGTERM and isinstance(self._launcher, _SubprocessScriptLauncher):
-                self._launcher.kill(signum)
+            launcher = self._trainer.strategy.launcher
+            if signum == signal.SIGTERM and isinstance(launcher, _SubprocessScriptLauncher):
+                launcher.kill(signum)
+            if path := last_checkpoint(self._trainer):  # torchrun sends SIGTERM when another rank has died
+                os.write(2, f"error: {self.signal.name}: resume from {path}\n".encode())
             sys.exit(exit_status(signum))
 
     def _give_up(self) -> None:

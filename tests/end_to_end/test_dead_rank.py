@@ -23,7 +23,10 @@ def test_killed(launcher: str, rank: int, stage: str, start_ranks: Callable[...,
     finished = start_ranks(launcher, *dying(rank, stage, "kill"))
     assert finished.status == (-9 if launcher == "lightning" and rank == 0 else 1)  # of the one that was killed itself
     (error,) = finished.errors
-    assert error.startswith("error: Expected all ranks to answer, but got ")
+    noticed = "Expected all ranks to answer, but got .+"
+    if launcher == "torchrun" and stage == "test":  # torchrun may notice first, and tell the other rank to end
+        noticed += "|SIGTERM"
+    assert re.match(f"error: ({noticed})", error)
     assert re.search(": resume from .*/checkpoints/last.ckpt$", error) or stage == "train"
     assert not re.search(r'File ".*/scripts/train\.py"', finished.err)  # no traceback but torchrun's own
     assert finished.seconds < 60

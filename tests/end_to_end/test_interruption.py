@@ -60,6 +60,7 @@ def test_told_in_the_test(trained: Any, trained_args: tuple[object, ...], tmp_pa
     status, err = end(start(*trained_args, *KILLER, cwd=tmp_path, SIGNAL_AT="SIGTERM on_test_batch_end 1"))
     assert status == 143, err
     run = tmp_path / "runs/mlp_digits/told"
+    assert f"error: SIGTERM: resume from {run / 'checkpoints/last.ckpt'}\n" in err
     assert checkpoint(run)["global_step"] == 57
     assert not (run / "metrics.json").exists()
 

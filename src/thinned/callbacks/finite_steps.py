@@ -1,6 +1,5 @@
 """No optimiser step is taken on a loss or a gradient that is not finite."""
 
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -10,6 +9,8 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
+
+from thinned.checkpoint import last_checkpoint
 
 SHOWN = 8  # examples that a message names
 
@@ -75,16 +76,6 @@ class FiniteSteps(Callback):
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         self.skipped_steps = state_dict["skipped_steps"]
-
-
-def last_checkpoint(trainer: Trainer) -> str | None:
-    """Path of the newest checkpoint of this run, or else of the one that it goes on from."""
-    # Not what ModelCheckpoint remembers: the test reads its memory anew from the checkpoint that is tested.
-    folder = Path(getattr(trainer.checkpoint_callback, "dirpath", None) or trainer.default_root_dir)
-    newest = max(
-        folder.glob("[!.]*.ckpt"), key=lambda path: (path.stat().st_mtime_ns, path.name), default=trainer.ckpt_path
-    )
-    return None if newest is None else str(newest)
 
 
 def _all_finite(gradients: list[Any]) -> bool:

@@ -8,7 +8,7 @@ from threading import Thread
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from thinned.callbacks.finite_steps import last_checkpoint
+from thinned.checkpoint import last_checkpoint
 
 INTERVAL = 2.0  # seconds
 # Of gloo, NCCL and the store through which ranks find each other; torch has an own class of error for some of them.
