@@ -7,7 +7,7 @@ import pytest
 
 from thinned.launch import fill_in_from_launcher
 
-TORCHRUN = {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"}
+TORCHRUN = {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "8", "GROUP_WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "4"}
 SRUN = {"SLURM_NTASKS": "8", "SLURM_NTASKS_PER_NODE": "4", "SLURM_NNODES": "2", "SLURM_JOB_NAME": "thinned"}
 
 
@@ -59,9 +59,12 @@ class TestStarted:
             fill_in_from_launcher(Config(devices=devices, num_nodes=num_nodes))
 
 
-def test_nodes_with_different_numbers_of_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    started(monkeypatch, SRUN | {"SLURM_NTASKS": "7"})
-    with pytest.raises(ValueError, match="Expected srun to start as many processes on each node, but got 7 on 2"):
+@pytest.mark.parametrize("launcher", ["torchrun", "srun"])
+def test_nodes_with_different_numbers_of_processes(launcher: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    started(monkeypatch, TORCHRUN | {"WORLD_SIZE": "7"} if launcher == "torchrun" else SRUN | {"SLURM_NTASKS": "7"})
+    with pytest.raises(
+        ValueError, match=f"Expected {launcher} to start as many processes on each node, but got 7 on 2"
+    ):
         fill_in_from_launcher(Config(devices="auto", num_nodes=1))
 
 

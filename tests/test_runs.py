@@ -14,7 +14,8 @@ def make_run(path: Path, age: int, *checkpoints: Path) -> Path:
     (path / "checkpoints").mkdir(parents=True)
     for checkpoint in checkpoints:
         shutil.copy(checkpoint, path / "checkpoints")
-    os.utime(path, (1e9 - age, 1e9 - age))
+    for folder in (path, path / "checkpoints"):
+        os.utime(folder, (1e9 - age, 1e9 - age))
     return path
 
 
@@ -34,6 +35,8 @@ def test_latest_is_the_run_that_changed_last(tmp_path: Path, trained: Any) -> No
     assert find_run(tmp_path, None, "latest", "") == (new, new / "checkpoints/last.ckpt")
     assert find_run(tmp_path, None, "latest", "predict") == (prediction, None)
     assert find_run(tmp_path, "b", "latest", "")[0] == tmp_path / "b"
+    shutil.copy(last, tmp_path / "b/checkpoints/new.ckpt")
+    assert find_run(tmp_path, None, "latest", "")[0] == tmp_path / "b"
 
 
 def test_run_or_checkpoint_by_its_path(tmp_path: Path, trained: Any) -> None:
@@ -41,6 +44,15 @@ def test_run_or_checkpoint_by_its_path(tmp_path: Path, trained: Any) -> None:
     assert find_run(tmp_path / "elsewhere", None, str(run), "") == (run, run / "checkpoints/last.ckpt")
     best = run / "checkpoints/best.ckpt"
     assert find_run(tmp_path / "elsewhere", None, str(best), "") == (run, best)
+
+
+def test_damaged_checkpoint_by_its_path(tmp_path: Path, trained: Any) -> None:
+    run = make_run(tmp_path / "a", 0, trained.run / "checkpoints/last.ckpt")
+    damaged = bytearray((run / "checkpoints/last.ckpt").read_bytes())
+    damaged[len(damaged) // 2] ^= 1  # among the weights
+    (run / "checkpoints/last.ckpt").write_bytes(damaged)
+    with pytest.raises(ValueError, match=r"Expected a checkpoint of .*, but got a truncated or foreign file"):
+        find_run(tmp_path, None, str(run / "checkpoints/last.ckpt"), "")
 
 
 def test_run_without_a_checkpoint_begins_anew(tmp_path: Path) -> None:

@@ -58,7 +58,8 @@ def read_checkpoint(path: str, check: bool = False) -> dict[str, Any]:
     try:
         if check:
             with zipfile.ZipFile(path) as file:
-                assert file.testzip() is None
+                if file.testzip():
+                    raise zipfile.BadZipFile
         with warnings.catch_warnings(action="ignore"):
             checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:

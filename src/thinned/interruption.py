@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -15,7 +16,8 @@ from lightning.pytorch.strategies.launchers.subprocess_script import _Subprocess
 
 from thinned.checkpoint import last_checkpoint
 
-PATIENCE = 25  # seconds from a signal to the end of the process, whatever it is doing
+PATIENCE = 25  # seconds, of Python: a handler waits for a call into C or CUDA to return
+FINISH = 5  # seconds at least from the checkpoint to the end of the process; `wandb sync` sends what W&B could not
 
 
 def exit_status(signum: int) -> int:
@@ -35,6 +37,8 @@ class Interruption:
         self.signal: signal.Signals | None = None
         self.graceful = graceful
         self._trainer = trainer
+        self._timer: threading.Timer | None = None
+        self._told_at: float | None = None
 
     def listen(self) -> None:
         """Takes the place of Lightning's handlers, which communicate; to be called when these have been set."""
@@ -47,10 +51,9 @@ class Interruption:
             if signum == signal.SIGINT:
                 os._exit(exit_status(signum))
             return  # a launcher repeats SIGTERM while its workers end
-        self.signal = signal.Signals(signum)
-        timer = threading.Timer(PATIENCE, self._give_up)
-        timer.daemon = True
-        timer.start()
+        self.signal, self._told_at = signal.Signals(signum), time.monotonic()
+        waited = f"no step ended within {PATIENCE} s: checkpoints stay as they are"
+        self._give_up_after(PATIENCE, waited if self.graceful else "")
         if not self.graceful:
             launcher = self._trainer.strategy.launcher
             if signum == signal.SIGTERM and isinstance(launcher, _SubprocessScriptLauncher):
@@ -59,13 +62,23 @@ class Interruption:
                 os.write(2, f"error: {self.signal.name}: resume from {path}\n".encode())
             sys.exit(exit_status(signum))
 
-    def _give_up(self) -> None:
+    def _give_up_after(self, seconds: float, why: str) -> None:
+        self.hold()
+        self._timer = threading.Timer(seconds, self._give_up, [why])
+        self._timer.daemon = True
+        self._timer.start()
+
+    def _give_up(self, why: str) -> None:
         assert self.signal is not None
-        sys.stderr.write(
-            f"error: {self.signal.name}, but no step ended within {PATIENCE} s: checkpoints stay as they are\n"
-        )
-        sys.stderr.flush()
+        if why:
+            sys.stderr.write(f"error: {self.signal.name}, but {why}\n")
+            sys.stderr.flush()
         os._exit(exit_status(self.signal))
+
+    def hold(self) -> None:
+        """Takes back that the process ends at a certain time: a checkpoint is being written, however large."""
+        if self._timer is not None:
+            self._timer.cancel()
 
     def told(self, trainer: Trainer) -> signal.Signals | None:
         """The signal that any rank has received; all ranks must ask at the same step."""
@@ -87,6 +100,8 @@ class Interruption:
     def end(self, trainer: Trainer, signum: signal.Signals) -> NoReturn:
         """Ends all ranks with the signal's exit status."""
         self.signal = signum
+        passed = time.monotonic() - self._told_at if self._told_at else PATIENCE
+        self._give_up_after(max(FINISH, PATIENCE - passed), "")
         trainer.strategy.barrier("interruption")
         environment = getattr(trainer.strategy, "cluster_environment", None)
         if trainer.global_rank > 0 and environment is not None and not environment.creates_processes_externally:

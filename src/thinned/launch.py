@@ -19,10 +19,11 @@ def fill_in_from_launcher(trainer: Any) -> None:
     """
     if torch.distributed.is_available() and torch.distributed.is_torchelastic_launched():
         launcher, processes = "torchrun", int(os.environ["WORLD_SIZE"])
-        nodes = processes // int(os.environ["LOCAL_WORLD_SIZE"])
+        nodes, per_node = int(os.environ["GROUP_WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])
     elif SLURMEnvironment.detect():
         launcher, processes = "srun", int(os.environ["SLURM_NTASKS"])
         nodes = int(os.environ.get("SLURM_NNODES", 1))
+        per_node = processes // nodes
     elif trainer.num_nodes > 1 and "MASTER_ADDR" not in os.environ:
         raise ValueError(
             f"Expected torchrun or srun, or MASTER_ADDR and NODE_RANK in the environment of each node, for "
@@ -30,8 +31,7 @@ def fill_in_from_launcher(trainer: Any) -> None:
         )
     else:
         return
-    per_node, rest = divmod(processes, nodes)
-    if rest:
+    if nodes * per_node != processes:
         raise ValueError(f"Expected {launcher} to start as many processes on each node, but got {processes} on {nodes}")
     for key, started, unset in (("devices", per_node, ("auto", "-1", -1)), ("num_nodes", nodes, (1,))):
         given = trainer[key]

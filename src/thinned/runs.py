@@ -6,7 +6,7 @@ from pathlib import Path
 
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
-from thinned.checkpoint import newest_checkpoint
+from thinned.checkpoint import newest_checkpoint, read_checkpoint
 
 
 def find_run(directory: Path, run_id: str | None, resume: str | None, purpose: str) -> tuple[Path, Path | None]:
@@ -40,6 +40,7 @@ def find_run(directory: Path, run_id: str | None, resume: str | None, purpose: s
                 raise ValueError(
                     f"Expected resume to be latest, a run, or a checkpoint in its checkpoints/, but got {resume}"
                 )
+            read_checkpoint(str(run), check=True)
             return run.parents[1], run
         if not run.is_dir():
             raise ValueError(f"Expected resume to be latest, a run, or a checkpoint of one, but got no file: {resume}")
@@ -55,4 +56,9 @@ def _latest(directory: Path, purpose: str) -> Path:
     runs = [path for path in directory.glob("*/") if path.name.endswith("-predict") == bool(purpose)]
     if not runs:
         raise ValueError(f"Expected a run to resume, but got none in {directory}")
-    return max(runs, key=lambda path: (path.stat().st_mtime_ns, path.name))
+    return max(runs, key=lambda path: (_last_change(path), path.name))
+
+
+def _last_change(run: Path) -> int:
+    """When a file was last added to the run or its checkpoints, which are all written under a new name."""
+    return max(path.stat().st_mtime_ns for path in (run, *run.glob("checkpoints/")))

@@ -44,13 +44,12 @@ def global_batches(ranks: list[list[list[int]]]) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
-@pytest.mark.parametrize(("num_examples", "batch_size"), [*SIZES, (13, 2), (1, 4), (2, 1)])
+@pytest.mark.parametrize(("num_examples", "batch_size"), [*SIZES, (13, 2), (3, 1), (3, 4)])
 def test_evaluation_is_in_order_and_has_each_example_once(num_examples: int, batch_size: int, world_size: int) -> None:
     ranks = batches(num_examples, batch_size, world_size, shuffle=False)
     assert [i for batch in global_batches(ranks) for i in batch] == list(range(num_examples))
     assert all(batch for rank in ranks for batch in rank)
-    if num_examples >= world_size:
-        assert len({len(rank) for rank in ranks}) == 1
+    assert len({len(rank) for rank in ranks}) == 1
 
 
 def test_a_tail_too_small_for_all_ranks_joins_the_batch_before() -> None:
@@ -120,6 +119,8 @@ def test_what_cannot_be_shared_is_an_error() -> None:
         EpochBatchSampler(100, 8, shuffle=True, world_size=3)
     with pytest.raises(ValueError, match="Expected at least one training example for each of 4 processes, but got 3"):
         EpochBatchSampler(3, 8, shuffle=True, world_size=4)
+    with pytest.raises(ValueError, match="Expected at least one example to evaluate or predict for each of 4 .* got 3"):
+        EpochBatchSampler(3, 8, shuffle=False, world_size=4)
     with pytest.raises(ValueError, match=r"Expected data\.batch_size to be at least 1, but got 0"):
         EpochBatchSampler(3, 0, shuffle=True)
 

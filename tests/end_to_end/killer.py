@@ -15,7 +15,7 @@ HOOKS = (
 
 
 class Killer(Callback):
-    """Sends a signal at the n-th call of a hook: SIGNAL_AT="SIGKILL on_train_batch_end 7", in the process RANK (0).
+    """Sends a signal at the n-th call of a hook: SIGNAL_AT="SIGKILL on_train_batch_end 7", to the rank RANK_TOLD (0).
 
     "writing" stands for a checkpoint of which half is on the disk, "renamed" for one that has just got its name.
     SIGKILL is for the whole process group, as if the machine had failed.

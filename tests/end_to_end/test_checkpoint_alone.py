@@ -100,8 +100,3 @@ def test_other_settings_win(checkpoint: Path, run_script: Script, digits: ImageD
         column(run, "correct").double().mean().item()
     )
     assert "Validation split" in predicted.out
-
-
-def test_number_of_samples_wins_at_the_test(checkpoint: Path, run_script: Script) -> None:
-    run = run_script("predict", "--ckpt_path", checkpoint, "--mc_dropout.num_samples=7").run
-    assert json.loads((run / "metrics.json").read_text())["mc_dropout"]["num_samples"] == 7

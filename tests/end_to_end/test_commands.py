@@ -41,7 +41,7 @@ def test_readme_tells_of_both_commands() -> None:
 
 
 def test_files_that_the_readme_names_exist() -> None:
-    named = set(re.findall(r"\b(?:configs|scripts)/[\w/]+\.(?:yaml|py)\b", (ROOT / "README.md").read_text()))
+    named = set(re.findall(r"\b(?:configs|scripts)/[\w/]+\.(?:yaml|py|sbatch)\b", (ROOT / "README.md").read_text()))
     assert {"scripts/train.py", "scripts/predict.py", "configs/mlp_digits.yaml"} <= named
     assert [name for name in sorted(named) if not (ROOT / name).is_file()] == []
 

@@ -87,28 +87,44 @@ def test_any_of_two_ranks_is_told_and_one_goes_on(rank: int, run_script: Callabl
         torch.testing.assert_close(ended[name], unbroken[name], rtol=0, atol=1e-6)
 
 
-STUCK = """
+TOLD = """
 import os, signal, time
 from types import SimpleNamespace
 import thinned.interruption as interruption
-interruption.PATIENCE = 0.2
-trainer = SimpleNamespace(strategy=SimpleNamespace(launcher=None), world_size=1)
+interruption.PATIENCE = interruption.FINISH = 0.2
+strategy = SimpleNamespace(launcher=None, barrier=lambda name: time.sleep(120))
+trainer = SimpleNamespace(strategy=strategy, world_size=1)
 told = interruption.Interruption(trainer, graceful=True)
 told.listen()
 os.kill(os.getpid(), signal.SIGTERM)
 assert told.told(trainer) == signal.SIGTERM
-time.sleep(120)
+"""
+STUCK = "time.sleep(120)"
+WRITES_LONG = """
+told.hold()
+time.sleep(1)
+print("written", flush=True)
+told.end(trainer, signal.SIGTERM)
 """
 
 
-def test_step_that_does_not_end(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("then", "out", "err"),
+    [
+        (STUCK, "", "error: SIGTERM, but no step ended within 0.2 s: checkpoints stay as they are\n"),
+        (WRITES_LONG, "written\n", ""),
+    ],
+    ids=["no step ends", "the checkpoint takes long, and so does W&B"],
+)
+def test_told_process_ends_in_time(then: str, out: str, err: str, tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", STUCK],
+        [sys.executable, "-c", TOLD + then],
         env={**os.environ, "PYTHONPATH": str(ROOT / "src")},
         cwd=tmp_path,
         capture_output=True,
         text=True,
         timeout=60,  # before which the sleep would not end
     )
-    assert done.returncode == 143, done.stderr
-    assert "error: SIGTERM, but no step ended within 0.2 s: checkpoints stay as they are" in done.stderr
+    assert (done.returncode, done.stdout) == (143, out), done.stderr
+    assert done.stderr.endswith(err)
+    assert err or "error" not in done.stderr

@@ -22,7 +22,7 @@ DIGITS = (
 # Validation in the middle of an epoch, accumulated gradients, checkpoints between and together with validations.
 TEXT = (
     "--config", ROOT / "configs/gpt_pydocs.yaml", "--trainer.max_steps", 60, "--trainer.accumulate_grad_batches", 2,
-    "--trainer.val_check_interval", 12, "--checkpoint.every_n_train_steps", 4, "--checkpoint.monitor", "null",
+    "--trainer.val_check_interval", 12, "--checkpoint.every_n_train_steps", 4,
     "--data.eval_batch_size", 8, "--trainer.log_every_n_steps", 3, "--mc_dropout.num_samples", 2,
     "--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false",
     "--trainer.callbacks", "[killer.Killer]",

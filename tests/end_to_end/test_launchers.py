@@ -125,7 +125,8 @@ def test_tasks_of_an_array_are_runs_of_their_own(cluster: Cluster) -> None:
         cluster.submit(status=143, SLURM_JOB_ID=job, SLURM_ARRAY_JOB_ID="9", SLURM_ARRAY_TASK_ID=task)[1]
         for job, task in (("8", "0"), ("9", "1"))
     ]
-    assert [calls[0].partition("--run_id ")[2] for calls in tasks] == ["9-0 --resume latest", "9-1 --resume latest"]
+    own = [f"srun python scripts/train.py --seed_everything {i} --run_id 9-{i} --resume latest" for i in range(2)]
+    assert [calls[0] for calls in tasks] == own
     assert [calls[1] for calls in tasks] == ["scontrol requeue 9_0", "scontrol requeue 9_1"]
 
 

@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
+from lightning.pytorch import Trainer
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SMALL_GPT = (
@@ -57,7 +58,7 @@ def test_run_resumed_within_an_epoch_is_the_unbroken_run(
     trained: Any, trained_args: tuple[object, ...], run_script: Callable[..., Any]
 ) -> None:
     """Of 19 steps an epoch: broken off after 25, the sixth of its epoch."""
-    args = (*trained_args, "--checkpoint.every_n_train_steps", 3, "--checkpoint.monitor", "null")
+    args = (*trained_args, "--checkpoint.every_n_train_steps", 3)
     first = run_script("train", *args, "--trainer.max_steps", 25)
     broken = checkpoint(first.run)
     assert (broken["epoch"], broken["global_step"]) == (1, 25)
@@ -75,7 +76,7 @@ def test_run_resumed_within_an_epoch_is_the_unbroken_run(
     [
         (("--trainer.val_check_interval", 3), 3),
         (("--trainer.val_check_interval", 4, "--trainer.accumulate_grad_batches", 2), 2),
-        (("--trainer.val_check_interval", 6, "--checkpoint.every_n_train_steps", 2, "--checkpoint.monitor", "null"), 4),
+        (("--trainer.val_check_interval", 6, "--checkpoint.every_n_train_steps", 2), 4),
     ],
     ids=["at a validation", "with accumulated gradients", "between validations"],
 )
@@ -95,3 +96,30 @@ def test_gpt_resumed_within_an_epoch_is_the_unbroken_run(
     assert not equal(ended["state_dict"], broken["state_dict"])
     assert equal(ended["state_dict"], unbroken["state_dict"])
     assert (first.run / "metrics.json").read_bytes() == (whole.run / "metrics.json").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("how_often", "last"),
+    [
+        (("--checkpoint.every_n_train_steps", 6), [6, 12, 18, 19, 24, 25]),
+        (("--checkpoint.train_time_interval", "0:00:00"), [*range(1, 26)]),
+        ((), [19, 25]),
+    ],
+    ids=["steps", "time", "validations"],
+)
+def test_best_is_chosen_at_validations_however_often_last_is_written(
+    how_often: tuple[object, ...], last: list[int], trained_args: tuple[object, ...], run_script: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Of 19 steps an epoch, which a validation follows: broken off after 25."""
+    written: dict[str, list[int]] = {"best": [], "last": []}
+    save = Trainer.save_checkpoint
+
+    def spy(trainer: Trainer, filepath: str, *args: Any) -> None:
+        written[Path(filepath).stem].append(trainer.global_step)
+        save(trainer, filepath, *args)
+
+    monkeypatch.setattr(Trainer, "save_checkpoint", spy)
+    few = ("--trainer.max_steps", 25, "--trainer.logger", "false", "--mc_dropout.num_samples", "null")
+    assert run_script("train", *trained_args, *how_often, *few).status == 0
+    assert written == {"best": [19], "last": last}

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 
 ROOT = Path(__file__).parents[2]
 FSDP = (
@@ -91,8 +90,3 @@ def test_mlp_with_bounded_weights(start_script: Any, tmp_path: Path) -> None:
     norms = sharded[0]["weights"][0].norm(dim=1)
     assert norms.max() <= 0.3 * (1 + 1e-6)
     assert (norms > 0.3 * (1 - 1e-5)).any()  # which the bound had to hold
-
-
-def test_overlay_shards_over_all_devices_and_saves_one_file() -> None:
-    strategy = yaml.safe_load((ROOT / "configs/trainer/fsdp.yaml").read_text())["trainer"]["strategy"]
-    assert strategy["init_args"] == {"save_distributed_checkpoint": False}

@@ -5,6 +5,7 @@ but for three things: a validation that should follow the step is left out, a ro
 missing from the log, and of an accumulated gradient nothing is kept.
 """
 
+import time
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -19,16 +20,21 @@ NOT_BEGUN = {"ready": 1, "started": 1, "processed": 0, "completed": 0}  # a vali
 class Checkpoints(ModelCheckpoint):
     """Lightning's `ModelCheckpoint`, from whose files a run goes on exactly, with logs without gap or repetition.
 
-    `last.ckpt` is written at each validation (or epoch, if that is when checkpoints are due), better or not, and on
-    SIGTERM or Ctrl-C, which then end the run: in the middle of an epoch or of a validation too. A second Ctrl-C ends it
-    at once. Nothing is written while gradients are being accumulated.
+    `best.ckpt` is chosen at validations. `last.ckpt` is written there too, better or not; in between as often as
+    `every_n_train_steps` or `train_time_interval` says; and on SIGTERM or Ctrl-C, which then end the run: in the middle
+    of an epoch or of a validation too. A second Ctrl-C ends it at once. Nothing is written while gradients are being
+    accumulated.
     """
 
-    _due = False  # a checkpoint by `every_n_train_steps`, put off until the validation or epoch ends
+    _due = False  # put off until the validation or epoch ends
     _pending: dict[str, Any] | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
+        if stage == "fit":
+            self._every_n_epochs = self._every_n_epochs or 1  # Lightning's 0 beside steps or a time
+            if (ckpt_path := trainer.strategy.broadcast(trainer.ckpt_path)) != trainer.ckpt_path:
+                raise ValueError(f"Expected all ranks to go on from {ckpt_path}, but got {trainer.ckpt_path}")
         self.interruption = Interruption(trainer, graceful=stage == "fit" and not trainer.fast_dev_run)  # type: ignore[attr-defined]
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -55,13 +61,12 @@ class Checkpoints(ModelCheckpoint):
         loop = trainer.fit_loop.epoch_loop
         if loop._should_accumulate():
             return
+        self._due |= self._is_due(trainer)
         if loop._num_ready_batches_reached() or loop._should_check_val_fx(trainer.fit_loop._data_fetcher):  # type: ignore[arg-type]
-            self._due |= self._every_n_train_steps > 0 and trainer.global_step % self._every_n_train_steps == 0
             return
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        if loop._is_training_done:  # within an epoch, which a run with more steps can go on with
-            self._save_what_is_due(trainer)
-        else:
+        if self._due or loop._is_training_done:  # within an epoch, which a run with more steps can go on with
+            self._write_last(trainer)
+        if not loop._is_training_done:
             self._end_if_told(trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -77,13 +82,14 @@ class Checkpoints(ModelCheckpoint):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_validation_end(trainer, pl_module)
         if _in_training(trainer) and not self._should_save_on_train_epoch_end(trainer):
-            self._save_what_is_due(trainer)
+            self._write_last(trainer)
             self._end_if_told(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_epoch_end(trainer, pl_module)
-        if self._should_save_on_train_epoch_end(trainer) and trainer.fit_loop.epoch_loop._num_ready_batches_reached():
-            self._save_what_is_due(trainer)
+        is_planned = self._due or self._should_save_on_train_epoch_end(trainer)
+        if is_planned and trainer.fit_loop.epoch_loop._num_ready_batches_reached():
+            self._write_last(trainer)
         self._end_if_told(trainer)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -96,15 +102,19 @@ class Checkpoints(ModelCheckpoint):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self._pending = checkpoint.get("pending_log")
 
-    def _save_what_is_due(self, trainer: Trainer) -> None:
-        if trainer.fast_dev_run:  # type: ignore[attr-defined]
-            return
-        candidates = self._monitor_candidates(trainer)
-        if self._due and self._last_global_step_saved != trainer.global_step:
-            self._save_topk_checkpoint(trainer, candidates)
-        self._due = False
-        if not self._last_is_saved(trainer):
-            self._save_last_checkpoint(trainer, candidates)
+    def _is_due(self, trainer: Trainer) -> bool:
+        """Whether `every_n_train_steps` or `train_time_interval` asks for a checkpoint; on all ranks alike."""
+        if self._every_n_train_steps and trainer.global_step % self._every_n_train_steps == 0:
+            return True
+        if self._train_time_interval is None:
+            return False
+        passed = time.monotonic() - (self._last_time_checked or 0.0)
+        return trainer.strategy.broadcast(passed >= self._train_time_interval.total_seconds())
+
+    def _write_last(self, trainer: Trainer) -> None:
+        self._due, self._last_time_checked = False, time.monotonic()
+        if not (trainer.fast_dev_run or self._last_is_saved(trainer)):  # type: ignore[attr-defined]
+            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
 
     def _last_is_saved(self, trainer: Trainer) -> bool:
         at_this_step = self._last_global_step_saved == trainer.global_step
@@ -116,6 +126,7 @@ class Checkpoints(ModelCheckpoint):
             return
         if not self._last_is_saved(trainer):
             self.last_model_path = f"{self.dirpath}/{self.CHECKPOINT_NAME_LAST}{self.FILE_EXTENSION}"
+            self.interruption.hold()
             trainer.save_checkpoint(self.last_model_path, weights_only=False)
         rank_zero_info(f"{signal.name} at step {trainer.global_step}: wrote {self.last_model_path}; --resume goes on.")
         self.interruption.end(trainer, signal)

@@ -4,7 +4,6 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.nn.utils import get_total_norm
@@ -43,10 +42,7 @@ class FiniteSteps(Callback):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         losses, self._losses = self._losses, []
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        finite = _all_finite([p.grad for p in parameters])
-        if isinstance(trainer.strategy, FSDPStrategy):  # each rank has a part of the gradients, unlike with FSDP2
-            finite = trainer.strategy.reduce_boolean_decision(finite)
-        if finite:
+        if _all_finite([p.grad for p in parameters]):
             return
         wrong = _gather([_described(trainer, *item) for item in losses if not item[2].isfinite()])
         scaled = getattr(trainer.precision_plugin, "scaler", None) is not None

@@ -27,7 +27,7 @@ class LostRanks(Callback):
         by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
         if not self._watched and trainer.world_size > 1 and (by_torchrun or trainer.local_rank > 0):
             self._watched = True
-            Thread(target=_end_with, args=(os.getppid(), trainer.global_rank), daemon=True).start()
+            Thread(target=_end_with, args=(os.getppid(), trainer), daemon=True).start()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if is_lost_rank(exception) and (path := last_checkpoint(trainer)):
@@ -45,9 +45,11 @@ def lost_rank_message(error: BaseException) -> str:
     return ": ".join([f"Expected all ranks to answer, but got {said}", *getattr(error, "__notes__", [])])
 
 
-def _end_with(launcher: int, rank: int) -> None:
+def _end_with(launcher: int, trainer: Trainer) -> None:
     while os.getppid() == launcher:
         time.sleep(INTERVAL)
-    sys.stderr.write(f"error: Expected all ranks to answer, but got rank {rank} without the process that launched it\n")
+    lost = f"Expected all ranks to answer, but got rank {trainer.global_rank} without the process that launched it"
+    path = last_checkpoint(trainer)
+    sys.stderr.write(f"error: {lost}" + (f": resume from {path}\n" if path else "\n"))
     sys.stderr.flush()
     os._exit(1)  # the main thread may wait in a collective for ever

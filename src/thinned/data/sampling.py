@@ -95,16 +95,16 @@ class EpochBatchSampler(DistributedSampler[tuple[int, list[int]]]):
         super().__init__(examples, world_size, rank, shuffle, seed, drop_last)  # type: ignore[arg-type]
         if batch_size < 1:
             raise ValueError(f"Expected data.batch_size to be at least 1, but got {batch_size}")
+        if num_examples < world_size:
+            which = "training example" if shuffle else "example to evaluate or predict"
+            raise ValueError(
+                f"Expected at least one {which} for each of {world_size} processes, but got {num_examples} (data.path)"
+            )
         if shuffle:
             if batch_size % world_size:
                 raise ValueError(
                     f"Expected data.batch_size to be a multiple of the number of processes, {world_size}, "
                     f"but got {batch_size}"
-                )
-            if num_examples < world_size:
-                raise ValueError(
-                    f"Expected at least one training example for each of {world_size} processes, "
-                    f"but got {num_examples} (data.path)"
                 )
             end = num_examples // world_size * world_size
             batch_size = min(batch_size, end)
