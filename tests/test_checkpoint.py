@@ -38,7 +38,7 @@ def test_damaged_newest_is_passed_over(damage: str, tmp_path: Path, trained: Any
     with pytest.warns(UserWarning, match=r"Passed over a damaged checkpoint: .*last\.ckpt"):
         assert newest_checkpoint(tmp_path) == tmp_path / "best.ckpt"
     if damage == "one bit":  # which torch does not notice
-        read_checkpoint(str(last))
+        read_checkpoint(str(last), check=False)
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("write failed\nat")])

@@ -53,6 +53,11 @@ def test_damaged_checkpoint_by_its_path(tmp_path: Path, trained: Any) -> None:
     (run / "checkpoints/last.ckpt").write_bytes(damaged)
     with pytest.raises(ValueError, match=r"Expected a checkpoint of .*, but got a truncated or foreign file"):
         find_run(tmp_path, None, str(run / "checkpoints/last.ckpt"), "")
+    with (
+        pytest.warns(UserWarning, match="Passed over a damaged checkpoint"),
+        pytest.raises(ValueError, match="Expected a checkpoint to resume from, but got damaged ones alone"),
+    ):
+        find_run(tmp_path, None, str(run), "")
 
 
 def test_run_without_a_checkpoint_begins_anew(tmp_path: Path) -> None:
@@ -65,7 +70,8 @@ def test_run_without_a_checkpoint_begins_anew(tmp_path: Path) -> None:
     ("run_id", "resume", "message"),
     [
         (None, "latest", "Expected a run to resume, but got none in"),
-        (None, "nowhere", "but got no file: nowhere"),
+        (None, "nowhere", "Expected resume to be latest, a run, or a checkpoint of one, but got nowhere"),
+        (None, ".", "Expected resume to be latest, a run, or a checkpoint of one, but got ."),
         (None, "file.ckpt", "Expected resume to be latest, a run, or a checkpoint in it"),
         ("../up", None, "Expected run_id to be the name of a directory"),
         ("there", None, "Expected a new run_id, but got that of"),

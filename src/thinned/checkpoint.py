@@ -42,7 +42,7 @@ def checkpoint_arguments(args: Sequence[str] | None = None) -> tuple[dict[str, A
     return checkpoint | {"ckpt_path": found.ckpt_path}, ["--config", yaml.safe_dump(kept), *rest]
 
 
-def read_checkpoint(path: str, check: bool = False) -> dict[str, Any]:
+def read_checkpoint(path: str, check: bool = True) -> dict[str, Any]:
     """A checkpoint written by the scripts, opened with `weights_only`: no pickled code is run.
 
     Args:
@@ -77,7 +77,7 @@ def newest_checkpoint(directory: Path) -> Path | None:
     steps = {}
     for path in sorted(directory.glob("[!.]*.ckpt"), key=lambda path: path.name == "last.ckpt"):
         try:
-            steps[path] = read_checkpoint(str(path), check=True)["global_step"]
+            steps[path] = read_checkpoint(str(path))["global_step"]
         except ValueError as error:
             rank_zero_warn(f"Passed over a damaged checkpoint: {error}")
     return max(reversed(steps), key=lambda path: steps[path], default=None)

@@ -167,7 +167,7 @@ class ThinnedCLI(LightningCLI):
     def after_instantiate_classes(self) -> None:
         step = 0
         if self.ckpt_path:
-            checkpoint = read_checkpoint(str(self.ckpt_path))
+            checkpoint = read_checkpoint(str(self.ckpt_path), check=False)  # it has been
             self.restore(checkpoint)  # says at once whether they fit
             step = checkpoint["global_step"]
         if self.config.resume:

@@ -40,13 +40,15 @@ def find_run(directory: Path, run_id: str | None, resume: str | None, purpose: s
                 raise ValueError(
                     f"Expected resume to be latest, a run, or a checkpoint in its checkpoints/, but got {resume}"
                 )
-            read_checkpoint(str(run), check=True)
+            read_checkpoint(str(run))
             return run.parents[1], run
-        if not run.is_dir():
-            raise ValueError(f"Expected resume to be latest, a run, or a checkpoint of one, but got no file: {resume}")
+        if not any((run / part).exists() for part in ("config.yaml", "checkpoints")):
+            raise ValueError(f"Expected resume to be latest, a run, or a checkpoint of one, but got {resume}")
     if purpose:
         return run, None
     checkpoint = newest_checkpoint(run / "checkpoints")
+    if checkpoint is None and any(run.glob("checkpoints/[!.]*.ckpt")):
+        raise ValueError(f"Expected a checkpoint to resume from, but got damaged ones alone: {run / 'checkpoints'}")
     if checkpoint is None:
         rank_zero_info(f"No checkpoint yet, so the run begins anew: {run}")
     return run, checkpoint

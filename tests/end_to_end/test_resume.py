@@ -54,14 +54,17 @@ def equal(first: dict[str, Any], second: dict[str, Any]) -> bool:
     return first.keys() == second.keys() and all(value.equal(second[name]) for name, value in first.items())
 
 
-def test_run_resumed_within_an_epoch_is_the_unbroken_run(
-    trained: Any, trained_args: tuple[object, ...], run_script: Callable[..., Any]
-) -> None:
-    """Of 19 steps an epoch: broken off after 25, the sixth of its epoch."""
-    args = (*trained_args, "--checkpoint.every_n_train_steps", 3)
-    first = run_script("train", *args, "--trainer.max_steps", 25)
+@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize(("broken_at", "epoch"), [(25, 1), (19, 0)], ids=["within an epoch", "at its end"])
+def test_run_broken_off_by_the_number_of_steps_goes_on(
+    num_workers: int, broken_at: int, epoch: int, trained: Any, trained_args: tuple[object, ...],
+    run_script: Callable[..., Any],
+) -> None:  # fmt: skip
+    """Of 19 steps an epoch. Workers fetch batches before Lightning has turned to the one with which a run goes on."""
+    args = (*trained_args, "--checkpoint.every_n_train_steps", 3, "--data.num_workers", num_workers)
+    first = run_script("train", *args, "--trainer.max_steps", broken_at)
     broken = checkpoint(first.run)
-    assert (broken["epoch"], broken["global_step"]) == (1, 25)
+    assert (broken["epoch"], broken["global_step"]) == (epoch, broken_at)
     last = first.run / "checkpoints/last.ckpt"
     resumed = run_script("train", *args, "--resume", last, "--trainer.max_epochs", 3)
     assert resumed.status == 0, resumed.err
@@ -123,3 +126,31 @@ def test_best_is_chosen_at_validations_however_often_last_is_written(
     few = ("--trainer.max_steps", 25, "--trainer.logger", "false", "--mc_dropout.num_samples", "null")
     assert run_script("train", *trained_args, *how_often, *few).status == 0
     assert written == {"best": [19], "last": last}
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (("--checkpoint.save_top_k", 3), "checkpoint.filename to hold a number, as in best-{step}"),
+        (("--trainer.accumulate_grad_batches", 4, "--trainer.val_check_interval", 6), "val_check_interval to come to"),
+        (("--trainer.accumulate_grad_batches", 4, "--trainer.val_check_interval", 0.4), "but got 6 batches"),
+    ],
+)
+def test_what_cannot_go_on_exactly_is_refused(
+    options: tuple[object, ...], expected: str, trained_args: tuple[object, ...], run_script: Callable[..., Any]
+) -> None:
+    done = run_script("train", *trained_args, *options, "--trainer.logger", "false")
+    assert done.status == 1
+    (error,) = [line for line in done.err.splitlines() if line.startswith("error: ")]
+    assert error.startswith("error: Expected ")
+    assert expected in error
+
+
+def test_best_of_several_kept_is_the_best(
+    trained: Any, trained_args: tuple[object, ...], run_script: Callable[..., Any]
+) -> None:
+    several = ("--trainer.max_epochs", 3, "--checkpoint.save_top_k", -1, "--checkpoint.filename", "best-{step}")
+    run = run_script("train", *trained_args, *several).run
+    names = {path.name for path in (run / "checkpoints").iterdir()}
+    assert names == {"last.ckpt", *(f"best-step={step}.ckpt" for step in (19, 38, 57))}
+    assert (run / "metrics.json").read_bytes() == (trained.run / "metrics.json").read_bytes()

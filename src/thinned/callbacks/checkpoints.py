@@ -32,6 +32,11 @@ class Checkpoints(ModelCheckpoint):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
+            if self.save_top_k not in (0, 1) and "{" not in str(self.filename):
+                raise ValueError(
+                    f"Expected checkpoint.filename to hold a number, as in best-{{step}}, for checkpoint.save_top_k="
+                    f"{self.save_top_k}, but got {self.filename}"
+                )
             self._every_n_epochs = self._every_n_epochs or 1  # Lightning's 0 beside steps or a time
             if (ckpt_path := trainer.strategy.broadcast(trainer.ckpt_path)) != trainer.ckpt_path:
                 raise ValueError(f"Expected all ranks to go on from {ckpt_path}, but got {trainer.ckpt_path}")
@@ -49,6 +54,7 @@ class Checkpoints(ModelCheckpoint):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.interruption.listen()
         super().on_train_start(trainer, pl_module)
+        _refuse_validation_within_a_step(trainer)
         if self._pending is not None:
             row, self._pending = self._pending, None
             for logger in trainer.loggers:
@@ -135,6 +141,18 @@ class Checkpoints(ModelCheckpoint):
 def _in_training(trainer: Trainer) -> bool:
     """Whether a validation is one between steps."""
     return trainer.state.fn == "fit" and not trainer.sanity_checking
+
+
+def _refuse_validation_within_a_step(trainer: Trainer) -> None:
+    """No checkpoint can be written there, as it does not hold the gradients that have been accumulated."""
+    every, of, batches = trainer.val_check_batch, trainer.accumulate_grad_batches, trainer.num_training_batches
+    if not trainer.enable_validation or not isinstance(every, int) or every == batches:
+        return
+    if every % of or (trainer.check_val_every_n_epoch is None and batches % of):  # which counts on through epochs
+        raise ValueError(
+            f"Expected trainer.val_check_interval to come to a multiple of trainer.accumulate_grad_batches={of}, "
+            f"but got {every} batches (an epoch has {batches})"
+        )
 
 
 def _pending_row(trainer: Trainer) -> dict[str, Any] | None:

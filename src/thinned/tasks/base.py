@@ -137,6 +137,8 @@ class Task(LightningModule):
         if constrain is not None:
             optimizer.register_step_post_hook(lambda *_: constrain())
         total_steps = int(self.trainer.estimated_stepping_batches)
+        if self.trainer.ckpt_path:  # its loader's workers have already fetched, not knowing where the run goes on
+            self.trainer.fit_loop._combined_loader = None
 
         def fraction(step: int) -> float:
             return warmup_cosine(step, self.warmup_steps, total_steps, self.final_lr_fraction)
