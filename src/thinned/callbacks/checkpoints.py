@@ -146,7 +146,7 @@ def _in_training(trainer: Trainer) -> bool:
 def _refuse_validation_within_a_step(trainer: Trainer) -> None:
     """No checkpoint can be written there, as it does not hold the gradients that have been accumulated."""
     every, of, batches = trainer.val_check_batch, trainer.accumulate_grad_batches, trainer.num_training_batches
-    if not trainer.enable_validation or not isinstance(every, int) or every == batches:
+    if not trainer.enable_validation or not isinstance(every, int) or every % batches == 0:
         return
     if every % of or (trainer.check_val_every_n_epoch is None and batches % of):  # which counts on through epochs
         raise ValueError(
