@@ -1,7 +1,6 @@
 """Runs of two processes, whose last one is waited for."""
 
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -47,15 +46,13 @@ def processes(mark: str) -> dict[int, str]:
 
 
 @pytest.fixture
-def start_ranks(tmp_path: Path) -> Callable[..., Ranks]:
+def start_ranks(tmp_path: Path, free_port: int) -> Callable[..., Ranks]:
     """Trains the MLP on two processes, started by Lightning or by torchrun, until none of their processes is left."""
     if not Path("/proc/self/environ").exists():
         pytest.skip("there is no /proc to find the processes in")
 
     def start(launcher: str, *options: object, **environment: str) -> Ranks:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
+        port = str(free_port)
         python = [sys.executable]
         if launcher == "torchrun":
             python += ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port", port]
