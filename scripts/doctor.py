@@ -30,7 +30,7 @@ from packaging.specifiers import SpecifierSet
 from rich.console import Console
 from rich.table import Table
 
-from thinned.wandb_server import wandb_offline_reason
+from thinned.runs.wandb_server import wandb_offline_reason
 
 ROOT = Path(__file__).resolve().parents[1]
 GIB = 2**30

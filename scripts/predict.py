@@ -7,9 +7,9 @@ python scripts/predict.py --ckpt_path runs/<experiment>/<run id>/checkpoints/bes
 
 from collections.abc import Sequence
 
-from thinned.checkpoint import checkpoint_arguments
 from thinned.cli import ThinnedCLI
-from thinned.messages import one_message
+from thinned.runs.checkpoint_io import checkpoint_arguments
+from thinned.runs.messages import one_message
 
 
 def main(args: Sequence[str] | None = None) -> None:

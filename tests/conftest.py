@@ -91,7 +91,7 @@ def run_script(name: str, *args: object, cwd: Path, pictures: bool = False, **en
         stack.enter_context(mock.patch.dict(os.environ, environment))
         stack.enter_context(mock.patch("thinned.cli.atexit", fake_atexit))
         if not pictures:
-            stack.enter_context(mock.patch("thinned.uncertainty.report.figures", return_value={}))
+            stack.enter_context(mock.patch("thinned.evaluation.figures.figures", return_value={}))
         for context in (redirect_stdout(out), redirect_stderr(err), chdir(cwd)):
             stack.enter_context(context)
         try:

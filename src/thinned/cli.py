@@ -30,16 +30,19 @@ from rich.console import Console
 
 import thinned.data
 import thinned.tasks  # noqa: F401  (imported so that configs may name the classes without their package)
-from thinned.callbacks import Checkpoints, FiniteSteps, LostRanks, MCDropout, StepSeed, Throughput
-from thinned.checkpoint import AtomicCheckpointIO, read_checkpoint
+from thinned.evaluation import MCDropout
+from thinned.evaluation.figures import scores_table
 from thinned.files import whole_file
-from thinned.launch import fill_in_from_launcher
-from thinned.messages import plain
 from thinned.models import SITES
-from thinned.runs import find_run
-from thinned.tasks.base import Task
-from thinned.uncertainty.report import scores_table
-from thinned.wandb_server import wandb_offline_reason
+from thinned.runs.checkpoint_callback import Checkpoints
+from thinned.runs.checkpoint_io import AtomicCheckpointIO, read_checkpoint
+from thinned.runs.directory import find_run
+from thinned.runs.launch import fill_in_from_launcher
+from thinned.runs.lost_ranks import LostRanks
+from thinned.runs.messages import plain
+from thinned.runs.wandb_server import wandb_offline_reason
+from thinned.tasks import FiniteSteps, StepSeed, Throughput
+from thinned.tasks.task import Task
 
 # Batches already seen are left out by the sampler; Lightning knows of loaders with a state alone.
 warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch ended")

@@ -17,10 +17,10 @@ import tokenizers
 from tokenizers import models, normalizers
 
 import thinned.data.token_shards as shards_module
-import thinned.data.tokenisation as tokenisation_module
+import thinned.data.token_stream as tokenisation_module
 from thinned.data import Tokenizer
 from thinned.data.token_shards import ShardWriter, TokenShards, build_shards, open_shards
-from thinned.data.tokenisation import first_characters, make_tokenizer, pieces, token_arrays
+from thinned.data.token_stream import first_characters, make_tokenizer, pieces, token_arrays
 
 KEY = {"content": "of a test"}
 Build = Callable[..., dict[str, TokenShards]]

@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import torch
 
-from thinned.loggers import GLOBAL_STEP, wandb_history
+from thinned.runs.loggers import GLOBAL_STEP, wandb_history
 
 ROOT = Path(__file__).parents[2]
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from thinned.callbacks import row_chunks
+from thinned.evaluation import row_chunks
 
 
 class PredictionWitness(Callback):

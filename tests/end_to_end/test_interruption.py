@@ -90,7 +90,7 @@ def test_any_of_two_ranks_is_told_and_one_goes_on(rank: int, run_script: Callabl
 TOLD = """
 import os, signal, time
 from types import SimpleNamespace
-import thinned.interruption as interruption
+import thinned.runs.interruption as interruption
 interruption.PATIENCE = interruption.FINISH = 0.2
 strategy = SimpleNamespace(launcher=None, barrier=lambda name: time.sleep(120))
 trainer = SimpleNamespace(strategy=strategy, world_size=1)

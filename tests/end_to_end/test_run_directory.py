@@ -11,8 +11,8 @@ import torch
 import yaml
 from PIL import Image
 
+from thinned.evaluation.figures import SCORES
 from thinned.uncertainty import classification_scores
-from thinned.uncertainty.report import SCORES
 
 SCORE_NAMES = {"accuracy", "nll", "brier", "ece", "auroc_error", "aurc"}
 PICTURES = {"reliability.png", "entropy.png", "uncertain.png"}

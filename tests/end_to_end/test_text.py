@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 
-from thinned.uncertainty.rows import token_scores
+from thinned.evaluation.rows import token_scores
 
 Script = Callable[..., Any]
 

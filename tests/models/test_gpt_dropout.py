@@ -10,8 +10,8 @@ from scipy import stats
 from torch import Tensor, nn
 
 from thinned.models import GPT, SITES, Dropout, DropoutRates
-from thinned.models.blocks import Mask
 from thinned.models.gpt import Attention, KVCache
+from thinned.models.thinning import Mask
 
 V, P, H, C = 21, 8, 4, 16
 ALL = DropoutRates(embedding=0.1, attention=0.2, residual=0.3, mlp=0.4)

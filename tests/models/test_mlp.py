@@ -12,8 +12,8 @@ from scipy import stats
 from torch import Tensor, nn
 
 from thinned.models import MLP, Dropout, DropoutRates
-from thinned.models.blocks import AttentionPooling, PatchEmbedding, Residual
 from thinned.models.dropout import sites_in
+from thinned.models.thinning import AttentionPooling, PatchEmbedding, Residual
 
 ACTIVATIONS = ["relu", "gelu", "silu", "tanh"]
 STEMS: dict[str, dict[str, Any]] = {

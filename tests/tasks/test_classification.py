@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from thinned.callbacks import StepSeed
 from thinned.models import MLP, DropoutRates
-from thinned.tasks import ClassificationTask
+from thinned.tasks import ClassificationTask, StepSeed
 from thinned.uncertainty import classification_scores
 
 # The task stores the net by its config, which the adviser cannot know.

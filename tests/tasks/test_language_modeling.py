@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from thinned.models import GPT, DropoutRates
 from thinned.tasks import LanguageModelingTask, language_modeling
-from thinned.tasks.base import warmup_cosine
+from thinned.tasks.task import warmup_cosine
 
 # The task stores the net by its config, which the adviser cannot know.
 pytestmark = pytest.mark.filterwarnings("ignore:Attribute 'net' is an instance of `nn.Module`")

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from thinned.evaluation.rows import MCSettings, example_rows, example_scores, token_scores
 from thinned.models import MLP, DropoutRates
 from thinned.uncertainty import classification_scores, mc_predict
-from thinned.uncertainty.rows import MCSettings, example_rows, example_scores, token_scores
 
 K, S = 3, 6
 OF_EACH = {"prediction", "confidence", "predictive_entropy", "nll", "correct", "brier", "probs"}

@@ -20,7 +20,8 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from thinned.data.image_sources import StoredImages, channel_statistics, find_column, read_labels, read_splits
-from thinned.data.sampling import Split, SplitDataModule, stratified_split
+from thinned.data.module import SplitDataModule
+from thinned.data.order import Split, stratified_split
 
 
 class Batch(NamedTuple):

@@ -23,10 +23,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from thinned.data.sampling import Split, SplitDataModule
+from thinned.data.module import SplitDataModule
+from thinned.data.order import Split
 from thinned.data.text_sources import EXPECTED, TextSource, read_text
 from thinned.data.token_shards import TokenShards, build_shards, open_shards
-from thinned.data.tokenisation import make_tokenizer
+from thinned.data.token_stream import make_tokenizer
 from thinned.data.tokenizer import Tokenizer, bpe_size
 
 NO_TARGET = -100  # what cross_entropy ignores

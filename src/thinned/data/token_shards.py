@@ -25,7 +25,7 @@ from filelock import FileLock
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from thinned.data.tokenisation import first_characters, token_arrays
+from thinned.data.token_stream import first_characters, token_arrays
 from thinned.data.tokenizer import Tokenizer
 
 FORMAT = 1

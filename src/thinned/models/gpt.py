@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from thinned.models.blocks import Mask, kept_units, replace_modules, thin_linear
 from thinned.models.dropout import Dropout, DropoutRates, sample_masks
+from thinned.models.thinning import Mask, kept_units, replace_modules, thin_linear
 
 NO_TARGET = -100  # a position whose loss is 0
 LOGITS_AT_ONCE = 2**24  # of which the loss holds no more: 64 MiB in fp32

@@ -14,8 +14,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from thinned.models.blocks import AttentionPooling, Mask, PatchEmbedding, Residual, kept_units, thin_linear
 from thinned.models.dropout import Dropout, DropoutRates, sample_masks
+from thinned.models.thinning import AttentionPooling, Mask, PatchEmbedding, Residual, kept_units, thin_linear
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "relu": lambda: nn.ReLU(inplace=True),  # nothing else reads its input, and fresh memory is slow

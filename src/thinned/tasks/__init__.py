@@ -1,6 +1,9 @@
-"""LightningModules: what is optimised and what is measured, for any net."""
+"""LightningModules, and the callbacks that act while they train."""
 
 from thinned.tasks.classification import ClassificationTask
+from thinned.tasks.finite_steps import FiniteSteps
 from thinned.tasks.language_modeling import LanguageModelingTask
+from thinned.tasks.step_seed import StepSeed
+from thinned.tasks.throughput import Throughput
 
-__all__ = ["ClassificationTask", "LanguageModelingTask"]
+__all__ = ["ClassificationTask", "FiniteSteps", "LanguageModelingTask", "StepSeed", "Throughput"]

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from torchmetrics import MeanMetric, Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
 
-from thinned.tasks.base import Task
+from thinned.tasks.task import Task
 from thinned.uncertainty.scores import ECE_BINS, below_one, brier, nll
 
 UNMEASURED_BATCHES = 50  # whose logits are kept before the metrics take them in

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from thinned.models.gpt2_weights import load_gpt2
-from thinned.tasks.base import Task
+from thinned.tasks.task import Task
 
 
 class LanguageModelingTask(Task):

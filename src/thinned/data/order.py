@@ -1,0 +1,132 @@
+"""Which examples come when: splits, batches of indices computed from (seed, epoch, rank), and their loaders.
+
+Nothing is drawn from a global generator or carried over from an earlier epoch, so a resumed epoch has the
+batches it would have had, and a training step sees the same examples however many processes share them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import islice, pairwise
+from typing import Literal
+
+import numpy as np
+import torch
+from sklearn.model_selection import train_test_split
+from torch import Tensor
+from torch.utils.data.distributed import DistributedSampler
+
+Split = Literal["train", "val", "test"]
+
+
+def stratified_split(labels: Tensor, rows: Tensor, size: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Splits rows in two parts with the same proportions of classes.
+
+    Args:
+        labels: Class of every example, shape (N,).
+        rows: The examples to split, shape (M,).
+        size: Number of rows in the second part.
+        seed: Seed of the draw.
+
+    Returns:
+        Two ascending tensors of rows, shapes (M - size,) and (size,).
+
+    Raises:
+        ValueError: If a part is too small to hold every class, or a class has a single example.
+    """
+    parts = train_test_split(rows.numpy(), test_size=size, stratify=labels[rows].numpy(), random_state=seed)
+    first, second = (torch.from_numpy(np.sort(part)) for part in parts)
+    return first, second
+
+
+class EpochBatchSampler(DistributedSampler[tuple[int, list[int]]]):
+    """Yields (epoch, indices) for this rank; a pure function of (seed, epoch, rank).
+
+    Global batch i is examples i * B to (i + 1) * B in the order of the epoch; of these, rank r of R takes
+    every R-th, beginning with the r-th. The epoch goes with the indices, as ``set_epoch`` does not reach
+    persistent workers.
+
+    - Training (``shuffle``): at each step all ranks have the same number of examples, and they take the same
+      number of steps. What cannot be shared out evenly is left out of the epoch.
+    - Evaluation: dataset order, every example exactly once. If there is an example for each rank, all ranks
+      take the same number of steps, for which a last batch of less than R examples joins the one before.
+
+    It is a ``DistributedSampler`` because Lightning would wrap any other sampler in one and shard the data
+    twice.
+
+    Args:
+        num_examples: Size of the dataset.
+        batch_size: Size B of the global batch. Where there are fewer training examples than that, it is the
+            largest size that all ranks can share.
+        shuffle: Whether this is for training, in a new order every epoch.
+        seed: Seed of the orders, at least 0.
+        rank: This process, in [0, world_size).
+        world_size: Number R of processes.
+        drop_last: Whether a last training batch of less than B examples is left out.
+        start: First example of an evaluation that is wanted: whole global batches before it are left out, though never
+            the last one.
+        batches_per_step: Number of batches whose gradients an optimiser step accumulates. With ``drop_last`` the
+            batches that do not fill a last step are left out too, unless there is no other.
+        position: Says, when iteration begins, the epoch (None for that of ``set_epoch``) and how many of its batches
+            an interrupted run has behind it.
+
+    Raises:
+        ValueError: If training batches or examples cannot be shared out among the ranks.
+    """
+
+    def __init__(
+        self,
+        num_examples: int,
+        batch_size: int,
+        *,
+        shuffle: bool,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        drop_last: bool = False,
+        start: int = 0,
+        batches_per_step: int = 1,
+        position: Callable[[], tuple[int | None, int]] = lambda: (None, 0),
+    ) -> None:
+        examples = range(num_examples)
+        super().__init__(examples, world_size, rank, shuffle, seed, drop_last)  # type: ignore[arg-type]
+        if batch_size < 1:
+            raise ValueError(f"Expected data.batch_size to be at least 1, but got {batch_size}")
+        if num_examples < world_size:
+            which = "training example" if shuffle else "example to evaluate or predict"
+            raise ValueError(
+                f"Expected at least one {which} for each of {world_size} processes, but got {num_examples} (data.path)"
+            )
+        if shuffle:
+            if batch_size % world_size:
+                raise ValueError(
+                    f"Expected data.batch_size to be a multiple of the number of processes, {world_size}, "
+                    f"but got {batch_size}"
+                )
+            end = num_examples // world_size * world_size
+            batch_size = min(batch_size, end)
+            if drop_last:
+                step = batch_size * batches_per_step
+                end = end // step * step or end // batch_size * batch_size
+        else:
+            end = num_examples
+            batch_size = max(batch_size, world_size)
+        self.num_examples = num_examples
+        self.position = position
+        self.edges = [*range(0, end, batch_size), end]  # global batch i is order[edges[i] : edges[i + 1]]
+        if len(self.edges) > 2 and self.edges[-1] - self.edges[-2] < world_size:
+            del self.edges[-2]
+        del self.edges[: min(start // batch_size, len(self.edges) - 2)]
+
+    def __iter__(self) -> Iterator[tuple[int, list[int]]]:
+        epoch, done = self.position()
+        epoch = self.epoch if epoch is None else epoch
+        order = np.arange(self.num_examples)
+        if self.shuffle:
+            np.random.default_rng((self.seed, epoch)).shuffle(order)
+        for start, end in islice(pairwise(self.edges), done, None):
+            if start + self.rank < end:
+                yield epoch, order[start + self.rank : end : self.num_replicas].tolist()
+
+    def __len__(self) -> int:
+        return sum(start + self.rank < end for start, end in pairwise(self.edges))

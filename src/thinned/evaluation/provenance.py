@@ -1,0 +1,86 @@
+"""Where the rows of a prediction come from: all that decides them, and nothing of how they were computed."""
+
+import hashlib
+import platform
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import nn
+
+import thinned
+from thinned.evaluation.rows import MCSettings
+from thinned.models.dropout import Dropout
+
+
+def provenance(
+    trainer: Trainer, pl_module: LightningModule, checkpoint: str | None, split: str, mc: MCSettings | None
+) -> dict[str, Any]:
+    """The weights, the dropout, the data and the versions of a prediction, as JSON knows them.
+
+    Args:
+        trainer: that predicts or tests.
+        pl_module: whose weights are those of the checkpoint.
+        checkpoint: path from which the weights come; None where they come from none, and are digested themselves.
+        split: that is predicted.
+        mc: how networks are sampled, with the sites that act; None for the deterministic network alone.
+    """
+    data: Any = getattr(trainer, "datamodule", None)
+    limit = trainer.limit_test_batches if trainer.testing else trainer.limit_predict_batches
+    return {
+        "checkpoint": checkpoint and _digest_of_file(checkpoint),
+        "weights": None if checkpoint else _digest_of_weights(pl_module),
+        "dropout": _rates(pl_module),
+        "mc_dropout": None if mc is None else vars(mc) | {"sites": list(mc.sites or ())},
+        "data": data.provenance(split, limit) if hasattr(data, "provenance") else {"predict_split": split},
+        "precision": str(trainer.precision),
+        "versions": {
+            "thinned": thinned.__version__,
+            "torch": str(torch.__version__),
+            "lightning": lightning.__version__,
+            "python": platform.python_version(),
+        },
+    }
+
+
+def differences(now: dict[str, Any], then: dict[str, Any], prefix: str = "") -> list[str]:
+    """Each setting that differs, as `key = this instead of that`."""
+    found = []
+    for key in now | then:
+        ours, theirs = now.get(key), then.get(key)
+        if isinstance(ours, dict) and isinstance(theirs, dict):
+            found += differences(ours, theirs, f"{prefix}{key}.")
+        elif ours != theirs:
+            found.append(f"{prefix}{key} = {ours} instead of {theirs}")
+    return found
+
+
+def _rates(module: nn.Module) -> dict[str, float | list[float]]:
+    """The rate at each site, or all of them where its modules differ."""
+    rates: dict[str, set[float]] = {}
+    for dropout in module.modules():
+        if isinstance(dropout, Dropout):
+            rates.setdefault(dropout.site, set()).add(dropout.p)
+    return {site: p.pop() if len(p) == 1 else sorted(p) for site, p in sorted(rates.items())}
+
+
+def _digest_of_file(path: str) -> str:
+    """SHA-256 of a file, or of all files of a sharded checkpoint; the path where it is none of ours to read."""
+    files = [Path(path)] if Path(path).is_file() else sorted(file for file in Path(path).rglob("*") if file.is_file())
+    digest = hashlib.sha256()
+    for name in files:
+        with name.open("rb") as file:
+            hashlib.file_digest(file, lambda: digest)
+    return digest.hexdigest() if files else path
+
+
+def _digest_of_weights(module: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, value in module.state_dict().items():
+        digest.update(name.encode())
+        if isinstance(value, torch.Tensor):
+            value = getattr(value, "to_local", lambda value=value: value)()  # of a sharded one, what is here
+            digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,100 @@
+"""Continuations of a prompt at the end of training, coloured by uncertainty: in the terminal, as HTML, in W&B."""
+
+import warnings
+from pathlib import Path
+
+import torch
+import wandb
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.utilities import rank_zero_info
+from rich.console import Console
+from rich.rule import Rule
+
+from thinned.files import whole_file
+from thinned.generation.highlight import full_scale, highlighted, highlighted_page, measure
+from thinned.generation.sampling import Sample, Sampling, sample_texts
+from thinned.models.dropout import sites_in
+from thinned.models.gpt import GPT
+from thinned.runs.wandb_server import dispensable
+
+
+class TextSamples(Callback):
+    """After the test, continues a prompt with the tested network.
+
+    Prints the continuations, writes `samples.html` to the run's directory, and logs a table `samples` to W&B.
+
+    Args:
+        prompt: with which each begins.
+        num_samples: how many continuations.
+        ensemble: from the mean of so many thinned networks; null, or a net in which nothing drops: from the network
+            itself.
+        max_new_tokens: of each.
+        temperature: by which logits are divided.
+        top_k: the k most probable tokens alone can follow; null for all.
+        seed: of networks and tokens.
+    """
+
+    def __init__(
+        self,
+        prompt: str = "\n",
+        num_samples: int = 2,
+        ensemble: int | None = 10,
+        max_new_tokens: int = 256,
+        temperature: float = 0.8,
+        top_k: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.prompt, self.num_samples, self.ensemble = prompt, num_samples, ensemble
+        self.max_new_tokens, self.sampling, self.seed = max_new_tokens, Sampling(temperature, top_k), seed
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        tokenizer = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
+        if tokenizer is not None:
+            try:
+                tokenizer.encode(self.prompt)
+            except ValueError as error:  # known at once, not after the training
+                raise ValueError(f"{error} in the prompt {self.prompt!r} (trainer.callbacks.prompt)") from None
+
+    @torch.no_grad()
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        net, tokenizer = pl_module.net, trainer.datamodule.tokenizer  # type: ignore[attr-defined]
+        if not trainer.is_global_zero or trainer.fast_dev_run or not isinstance(net, GPT):  # type: ignore[attr-defined]
+            return
+        if pl_module.device_mesh is not None:  # which this process has a part of
+            rank_zero_info("No samples of a net that is sharded: scripts/sample.py takes them from its checkpoint.")
+            return
+        ensemble = self.ensemble if sites_in(net) else None
+        with warnings.catch_warnings(
+            action="ignore", category=UserWarning
+        ):  # that the context is shorter than a sample
+            samples = sample_texts(
+                net, tokenizer, self.prompt, num_samples=self.num_samples, ensemble=ensemble,
+                max_new_tokens=self.max_new_tokens, sampling=self.sampling, seed=self.seed,
+            )  # fmt: skip
+        print_samples(samples)
+        page = Path(trainer.default_root_dir, "samples.html")
+        content = highlighted_page(samples, f"Samples of {page.parent.name}")
+        with whole_file(page) as temporary:
+            temporary.write_text(content, encoding="utf-8")
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                columns = ["prompt", "text", "mean entropy", "mean mutual information"]
+                rows = [
+                    [s.prompt, s.text, *(sum(v) / len(v) for v in (s.entropy, s.mutual_information))] for s in samples
+                ]
+                with dispensable("the table samples"):
+                    logger.log_table("samples", columns, rows, step=trainer.global_step)
+                html = wandb.Html(content, inject=False)
+                logger.log_metrics({"samples_page": html}, step=trainer.global_step)  # type: ignore[dict-item]
+
+
+def print_samples(samples: list[Sample]) -> None:
+    """The samples with a colour per token, a rule above each."""
+    console = Console(highlight=False)
+    name, top = measure(samples), full_scale(samples)
+    console.print(f"Background: {name.replace('_', ' ')} of each token, 0 (white) to {top:.2f} nats (orange).")
+    for i, sample in enumerate(samples):
+        mean = sum(getattr(sample, name)) / len(sample.pieces)
+        console.print(Rule(f"sample {i + 1}: {mean:.3f} nats a token", align="left"))
+        console.print(highlighted(sample, name, top))

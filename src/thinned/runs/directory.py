@@ -1,0 +1,66 @@
+"""Run directories: runs/<experiment>/<run id>, begun anew or gone on with."""
+
+import secrets
+from datetime import datetime
+from pathlib import Path
+
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+
+from thinned.runs.checkpoint_io import newest_checkpoint, read_checkpoint
+
+
+def find_run(directory: Path, run_id: str | None, resume: str | None, purpose: str) -> tuple[Path, Path | None]:
+    """The directory of a run, and the checkpoint from which it goes on, if it does.
+
+    Args:
+        directory: runs/<experiment>.
+        run_id: name of the run below it; None for the time of day.
+        resume: None for a new run; latest for the newest run of the experiment (or the one that `run_id` names); else
+            the directory of a run, or one of its checkpoints.
+        purpose: last part of the names of runs of this kind; empty for training, whose runs alone have checkpoints.
+
+    Raises:
+        ValueError: there is no such run, or there is and it should not go on.
+    """
+    name = "-".join(filter(None, [run_id or f"{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}", purpose]))
+    if run_id is not None and Path(name).name != name:
+        raise ValueError(f"Expected run_id to be the name of a directory, but got {run_id!r}")
+    run = directory.absolute() / name
+    if resume is None:
+        if run_id is not None and run.exists() and rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+            raise ValueError(f"Expected a new run_id, but got that of {run}: go on with it by --resume latest")
+        return run, None
+    if resume == "latest":
+        if run_id is None:
+            run = _latest(directory.absolute(), purpose)
+    else:
+        run = Path(resume).absolute()
+        if run.is_file() or run.suffix == ".ckpt":
+            if purpose or run.parent.name != "checkpoints":
+                raise ValueError(
+                    f"Expected resume to be latest, a run, or a checkpoint in its checkpoints/, but got {resume}"
+                )
+            read_checkpoint(str(run))
+            return run.parents[1], run
+        if not any((run / part).exists() for part in ("config.yaml", "checkpoints")):
+            raise ValueError(f"Expected resume to be latest, a run, or a checkpoint of one, but got {resume}")
+    if purpose:
+        return run, None
+    checkpoint = newest_checkpoint(run / "checkpoints")
+    if checkpoint is None and any(run.glob("checkpoints/[!.]*.ckpt")):
+        raise ValueError(f"Expected a checkpoint to resume from, but got damaged ones alone: {run / 'checkpoints'}")
+    if checkpoint is None:
+        rank_zero_info(f"No checkpoint yet, so the run begins anew: {run}")
+    return run, checkpoint
+
+
+def _latest(directory: Path, purpose: str) -> Path:
+    runs = [path for path in directory.glob("*/") if path.name.endswith("-predict") == bool(purpose)]
+    if not runs:
+        raise ValueError(f"Expected a run to resume, but got none in {directory}")
+    return max(runs, key=lambda path: (_last_change(path), path.name))
+
+
+def _last_change(run: Path) -> int:
+    """When a file was last added to the run or its checkpoints, which are all written under a new name."""
+    return max(path.stat().st_mtime_ns for path in (run, *run.glob("checkpoints/")))

@@ -1,0 +1,55 @@
+"""A data-parallel run in which a process has died: the others say so, and end."""
+
+import os
+import re
+import sys
+import time
+from threading import Thread
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from thinned.runs.checkpoint_io import last_checkpoint
+
+INTERVAL = 2.0  # seconds
+# Of gloo, NCCL and the store through which ranks find each other; torch has an own class of error for some of them.
+LOST = re.compile(r"gloo|NCCL|TCPStore|ProcessGroup|Dist(Backend|Network|Store)Error")
+
+
+class LostRanks(Callback):
+    """Ends a rank that the process which launched it has left behind, and says what a run can go on from.
+
+    Gloo notices a lost connection; NCCL waits for half an hour.
+    """
+
+    _watched = False
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+        if not self._watched and trainer.world_size > 1 and (by_torchrun or trainer.local_rank > 0):
+            self._watched = True
+            Thread(target=_end_with, args=(os.getppid(), trainer), daemon=True).start()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if is_lost_rank(exception) and (path := last_checkpoint(trainer)):
+            exception.add_note(f"resume from {path}")
+
+
+def is_lost_rank(error: BaseException) -> bool:
+    """Whether this is what a rank gets that waits for one that does not answer."""
+    return isinstance(error, RuntimeError) and LOST.search(f"{type(error).__name__}: {error}") is not None
+
+
+def lost_rank_message(error: BaseException) -> str:
+    """One line, of which gloo and NCCL say the first sentence."""
+    said = re.sub(r"^\[\S+\] ", "", str(error)).split(". ")[0]
+    return ": ".join([f"Expected all ranks to answer, but got {said}", *getattr(error, "__notes__", [])])
+
+
+def _end_with(launcher: int, trainer: Trainer) -> None:
+    while os.getppid() == launcher:
+        time.sleep(INTERVAL)
+    lost = f"Expected all ranks to answer, but got rank {trainer.global_rank} without the process that launched it"
+    path = last_checkpoint(trainer)
+    sys.stderr.write(f"error: {lost}" + (f": resume from {path}\n" if path else "\n"))
+    sys.stderr.flush()
+    os._exit(1)  # the main thread may wait in a collective for ever

@@ -1,0 +1,103 @@
+"""No optimiser step is taken on a loss or a gradient that is not finite."""
+
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+from torch.nn.utils import get_total_norm
+from torch.optim import Optimizer
+
+from thinned.runs.checkpoint_io import last_checkpoint
+
+SHOWN = 8  # examples that a message names
+
+
+class FiniteSteps(Callback):
+    """Stops the run, or leaves out the step, where the gradients of a step are not finite.
+
+    It costs a norm over the gradients of each optimiser step, before they are clipped. They have been reduced over all
+    ranks by then, so one rank's NaN is everyone's and all decide alike. In fp16-mixed, infinite gradients are left to
+    the scaler that provokes them, unless a loss is not finite either.
+
+    Args:
+        on_nonfinite: stop raises ValueError on all ranks before the step is taken. skip leaves the step out, with
+            weights, momentum and decay as they were, and logs how many it has left out as `train/skipped_steps`.
+    """
+
+    def __init__(self, on_nonfinite: Literal["stop", "skip"] = "stop") -> None:
+        if on_nonfinite not in ("stop", "skip"):
+            raise ValueError(f"Expected finite_steps.on_nonfinite to be stop or skip, but got {on_nonfinite!r}")
+        self.on_nonfinite = on_nonfinite
+        self.skipped_steps = 0
+        self._losses: list[tuple[int, Any, Tensor]] = []  # of the batches of a step: number, batch, loss
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._batch = batch_idx, batch
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        self._losses.append((*self._batch, loss.detach()))
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        losses, self._losses = self._losses, []
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if _all_finite([p.grad for p in parameters]):
+            return
+        wrong = _gather([_described(trainer, *item) for item in losses if not item[2].isfinite()])
+        scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
+        if scaled and not wrong:
+            return
+        kind, got = ("losses", "; ".join(wrong)) if wrong else ("gradients", "others, though every loss is finite")
+        message = f"Expected finite {kind} at step {trainer.global_step} (epoch {trainer.current_epoch}), but got {got}"
+        if self.on_nonfinite == "stop":
+            raise ValueError(
+                f"{message}. This step is not taken; last checkpoint: {last_checkpoint(trainer) or 'none yet'}; "
+                "--finite_steps.on_nonfinite skip leaves such steps out"
+            )
+        self.skipped_steps += 1
+        rank_zero_info(f"{message}. This step is left out.")
+        if not scaled:  # a scaler sees to it
+            for parameter in parameters:
+                parameter.grad = None
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self.on_nonfinite == "skip" and trainer._logger_connector.should_update_logs:
+            pl_module.log("train/skipped_steps", float(self.skipped_steps), batch_size=1)
+
+    def state_dict(self) -> dict[str, int]:
+        return {"skipped_steps": self.skipped_steps}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        self.skipped_steps = state_dict["skipped_steps"]
+
+
+def _all_finite(gradients: list[Any]) -> bool:
+    for order in (2.0, torch.inf):  # squares can overflow; the largest element cannot, but takes longer to find
+        norm = get_total_norm(gradients, order)
+        if hasattr(norm, "full_tensor"):  # of sharded gradients
+            norm = norm.full_tensor()
+        if norm.isfinite():
+            return True
+    return False
+
+
+def _described(trainer: Trainer, batch_idx: int, batch: Any, loss: Tensor) -> str:
+    rank = f" of rank {trainer.global_rank}" if trainer.world_size > 1 else ""
+    text = f"{loss.item()} in batch {batch_idx}{rank}"
+    if not isinstance(batch, tuple | list) or len(batch) < 3:
+        return text
+    index = batch[2].tolist()
+    more = f", ... of {len(index)}" if len(index) > SHOWN else ""
+    return f"{text} (examples {', '.join(map(str, index[:SHOWN]))}{more})"
+
+
+def _gather(texts: list[str]) -> list[str]:
+    """Those of all ranks, by rank."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return texts
+    gathered: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(gathered, texts)
+    return [text for rank in gathered for text in rank]

@@ -1,0 +1,177 @@
+"""Chunks of rows and their merging: whole, in order, each index once, and few of them in memory."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from torch import Tensor
+
+from thinned.evaluation import row_chunks
+from thinned.evaluation.row_chunks import ChunkWriter, Columns, first_missing, merge, merged
+
+
+def rows(index: Sequence[int]) -> dict[str, Tensor]:
+    """Values that tell which index they belong to."""
+    column = torch.tensor(index)
+    return {
+        "index": column,
+        "std": column / 4,
+        "correct": column % 3 == 0,
+        "probs": torch.stack([column / 8, 1 - column / 8], -1),
+    }
+
+
+def write(directory: Path, stem: str, *chunks: Sequence[int]) -> None:
+    writer = ChunkWriter(directory, stem)
+    for index in chunks:
+        writer.write(rows(index))
+        writer.flush()
+
+
+def in_order(directory: Path) -> list[int]:
+    tables = merged(sorted(directory.glob("*.parquet")))
+    return [index for table in tables for index in table["index"].to_pylist()]
+
+
+def test_ranks_and_attempts_are_merged_in_order_and_each_index_once(tmp_path: Path) -> None:
+    """Two ranks were interrupted; one went on from 6, the first that is missing, and predicted 7 and 8 again."""
+    write(tmp_path, "first-rank0", [0, 2], [4], [8])
+    write(tmp_path, "first-rank1", [1, 3, 5], [7])
+    write(tmp_path, "second", [6, 7], [8, 9], [10])
+    path = tmp_path / "merged"
+    merge(sorted(tmp_path.glob("*.parquet")), path, {"thinned": {"seed": 3}})
+    table = pq.read_table(path)
+    assert table.column_names == ["index", "std", "correct", "probs"]
+    assert [field.type for field in table.schema] == [pa.int64(), pa.float32(), pa.bool_(), pa.list_(pa.float32())]
+    assert table["index"].to_pylist() == list(range(11))
+    assert table["std"].to_pylist() == [i / 4 for i in range(11)]
+    assert table["correct"].to_pylist() == [i % 3 == 0 for i in range(11)]
+    assert table["probs"].to_pylist() == [[i / 8, 1 - i / 8] for i in range(11)]
+    assert json.loads(table.schema.metadata[b"thinned"]) == {"seed": 3}
+
+
+@pytest.mark.parametrize(
+    "chunks",
+    [
+        [[9, 3, 0], [5, 8], [1, 4, 2], [7, 6, 9]],  # shuffled
+        [[0, 2, 4], [6, 8, 0], [1, 3, 5], [7, 9, 1]],  # filled up with the first again, as a DistributedSampler does
+        [[5], [5], [5, 6], [0, 1, 2, 3, 4], [9, 8, 7]],
+        [[*range(10)]] * 3,
+    ],
+)
+def test_rows_in_any_order_are_all_there_once(chunks: list[list[int]], tmp_path: Path) -> None:
+    write(tmp_path, "rank0", *chunks)
+    assert in_order(tmp_path) == list(range(10))
+
+
+def test_chunks_come_as_they_were_written_when_they_are_apart(tmp_path: Path) -> None:
+    write(tmp_path, "rank0", [0, 1], [2, 3], [4])
+    tables = merged(sorted(tmp_path.glob("*.parquet")), ["index"])
+    assert [table.to_pydict() for table in tables] == [{"index": [0, 1]}, {"index": [2, 3]}, {"index": [4]}]
+
+
+def test_merge_holds_few_rows_of_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 3 ranks with 40 chunks of 5 rows each, and of one that went on in the middle: what overlaps is 4 chunks."""
+    for rank in range(3):
+        write(tmp_path, f"rank{rank}", *([3 * i + rank for i in range(start, start + 5)] for start in range(0, 200, 5)))
+    write(tmp_path, "second", *(range(start, start + 5) for start in range(300, 600, 5)))
+    held: list[int] = []
+    concat = pa.concat_tables
+
+    def watched(tables: list[pa.Table]) -> pa.Table:
+        held.append(sum(table.num_rows for table in tables))
+        return concat(tables)
+
+    monkeypatch.setattr(row_chunks.pa, "concat_tables", watched)
+    assert in_order(tmp_path) == list(range(600))
+    assert max(held) <= 2 * 4 * 5 + 5
+
+
+def test_file_does_not_depend_on_how_its_rows_were_dealt_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(row_chunks, "GROUP_VALUES", 50)  # 10 rows of five values
+    write(tmp_path / "one", "rank0", *([i] for i in range(37)))
+    for rank in range(2):
+        write(tmp_path / "two", f"rank{rank}", range(rank, 20, 2), range(20 + rank, 37, 2))
+    for name in ("one", "two"):
+        merge(sorted((tmp_path / name).glob("*.parquet")), tmp_path / f"{name}.parquet", {})
+    assert (tmp_path / "one.parquet").read_bytes() == (tmp_path / "two.parquet").read_bytes()
+    groups = pq.read_metadata(tmp_path / "one.parquet")
+    assert [groups.row_group(i).num_rows for i in range(groups.num_row_groups)] == [10, 10, 10, 7]
+
+
+@pytest.fixture(autouse=True)
+def directories(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+
+
+@pytest.mark.parametrize(
+    ("chunks", "missing"),
+    [([], 0), ([[0, 1], [2]], 3), ([[1, 2]], 0), ([[0, 2, 4], [1, 7]], 3), ([[2, 1, 0], [0, 4]], 3)],
+)
+def test_first_missing_index(chunks: list[list[int]], missing: int, tmp_path: Path) -> None:
+    write(tmp_path, "rank0", *chunks)
+    assert first_missing(sorted(tmp_path.glob("*.parquet"))) == missing
+
+
+def test_chunk_is_full_by_rows_or_by_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = ChunkWriter(tmp_path, "rank0")
+    monkeypatch.setattr(row_chunks, "CHUNK_ROWS", 5)
+    writer.write(rows([0, 1, 2, 3]))
+    assert not writer.full
+    writer.write(rows([4]))
+    assert writer.full
+    writer.flush()
+    assert not writer.full
+    monkeypatch.setattr(row_chunks, "CHUNK_BYTES", 10_000)
+    writer.write({"index": torch.tensor([5]), "probs": torch.zeros(1, 2000)})
+    assert not writer.full
+    writer.write({"index": torch.tensor([6]), "probs": torch.zeros(1, 2000)})
+    assert writer.full
+
+
+def break_off(self: pq.ParquetWriter, *_: Any, **__: Any) -> None:
+    """Half a file is on the disk when writing fails."""
+    Path(self.where).write_bytes(b"PAR1half a fi")
+    raise OSError("disk full")
+
+
+def test_chunk_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = ChunkWriter(tmp_path / "one", "rank0")
+    writer.write(rows([0, 1]))
+    with monkeypatch.context() as patched:
+        patched.setattr(pq.ParquetWriter, "write_table", break_off)
+        with pytest.raises(OSError, match="disk full"):
+            writer.flush()
+    assert not list((tmp_path / "one").iterdir())
+    writer.flush()  # when there is room again, nothing is lost
+    assert in_order(tmp_path / "one") == [0, 1]
+
+
+def test_file_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "two" / "predictions.parquet"
+    path.write_text("of an earlier run")
+    write(tmp_path / "one", "rank0", [0, 1])
+    monkeypatch.setattr(pq.ParquetWriter, "write_table", break_off)
+    with pytest.raises(OSError, match="disk full"):
+        merge(list((tmp_path / "one").iterdir()), path, {})
+    assert path.read_text() == "of an earlier run"
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_columns_are_read_one_at_a_time(tmp_path: Path) -> None:
+    folder = tmp_path / "lr=0.1"  # no column of its own
+    folder.mkdir()
+    write(folder, "rank0", range(6))
+    columns = Columns(folder / "rank0-000000.parquet")
+    assert list(columns) == ["index", "std", "correct", "probs"]
+    assert columns["std"].equal(torch.arange(6) / 4)
+    assert columns["correct"].equal(torch.arange(6) % 3 == 0)
+    assert "lr" not in columns
+    with pytest.raises(KeyError):
+        columns["lr"]

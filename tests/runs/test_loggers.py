@@ -1,0 +1,114 @@
+"""Each step stands in the record of a run once, whatever had been written when it was killed."""
+
+import csv
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import wandb
+
+from thinned.runs.loggers import GLOBAL_STEP, CSVLogger, WandbLogger, wandb_history
+
+
+def csv_rows(folder: Path) -> list[dict[str, str]]:
+    with (folder / "metrics.csv").open() as file:
+        return [{key: value for key, value in row.items() if value} for row in csv.DictReader(file)]
+
+
+def csv_logger(folder: Path, first_step: int | None = None) -> CSVLogger:
+    logger = CSVLogger(folder, name="", version="")
+    if first_step is not None:
+        logger.go_on_from(first_step)
+    return logger
+
+
+def log(logger: Any, *steps: int) -> None:
+    for step in steps:
+        logger.log_metrics({"loss": step / 8, "epoch": 0}, step)
+        logger.save()
+
+
+def test_csv_goes_on_from_a_step(tmp_path: Path) -> None:
+    log(csv_logger(tmp_path), 0, 1, 2, 3)
+    with (tmp_path / "metrics.csv").open("a") as file:
+        file.write("0,0.625")  # a row that was being written
+    second = csv_logger(tmp_path, 2)
+    assert [row["step"] for row in csv_rows_after(second, tmp_path)] == ["0", "1"]
+    log(second, 1, 2, 3, 4)
+    assert [(row["step"], row["loss"]) for row in csv_rows(tmp_path)] == [(str(i), str(i / 8)) for i in range(5)]
+    second.log_metrics({"other": 1.0}, 4)  # a new column
+    second.save()
+    assert [row["step"] for row in csv_rows(tmp_path)] == ["0", "1", "2", "3", "4", "4"]
+    assert csv_rows(tmp_path)[-1]["other"] == "1.0"
+
+
+def csv_rows_after(logger: CSVLogger, folder: Path) -> list[dict[str, str]]:
+    """The rows once the logger has looked at the file."""
+    assert logger.experiment is not None
+    return csv_rows(folder)
+
+
+def test_same_number_of_the_same_step_is_logged_once(tmp_path: Path) -> None:
+    logger = csv_logger(tmp_path)
+    for step, rate in ((3, 0.1), (3, 0.1), (3, 0.2), (4, 0.2)):
+        logger.log_metrics({"rate": rate}, step)
+    logger.save()
+    assert [(row["step"], row["rate"]) for row in csv_rows(tmp_path)] == [("3", "0.1"), ("3", "0.2"), ("4", "0.2")]
+
+
+def test_csv_of_a_new_run_begins_empty(tmp_path: Path) -> None:
+    log(csv_logger(tmp_path), 0, 1)
+    log(csv_logger(tmp_path, 0), 0)
+    assert [row["step"] for row in csv_rows(tmp_path)] == ["0"]
+
+
+def offline(folder: Path, first_step: int | None = None) -> WandbLogger:
+    logger = WandbLogger(save_dir=folder, id="run", project="thinned", mode="offline")
+    if first_step is not None:
+        logger.go_on_from(first_step)
+    return logger
+
+
+def end_of_process() -> None:
+    """Waits for W&B's file, and leaves its service to no other test."""
+    wandb.finish()
+    wandb.teardown()
+
+
+def history(folder: Path) -> list[tuple[int, float]]:
+    rows = [row for file in sorted(folder.glob("wandb/*run-*/*.wandb")) for row in wandb_history(file)]
+    return [(row[GLOBAL_STEP], row["loss"]) for row in rows]
+
+
+@pytest.mark.parametrize("lost", [0, 1, 2])
+def test_wandb_gets_what_it_lost_and_nothing_twice(lost: int, tmp_path: Path) -> None:
+    """Logged: steps 0 to 5. W&B keeps the first so many; the run goes on from step 4 and computes 4 and 5 again."""
+    logger = offline(tmp_path)
+    log(logger, *range(6))
+    end_of_process()
+    (file,) = tmp_path.glob("wandb/*run-*/*.wandb")
+    earlier = file.parent.with_name("offline-run-20000101_000000-run")  # W&B names folders by the second
+    file = file.parent.rename(earlier) / file.name
+    content = file.read_bytes()
+    for keep in range(len(content), 0, -1):  # truncate until only the rows that shall be there are
+        file.write_bytes(content[:keep])
+        if len(list(wandb_history(file))) == (6, 5, 2)[lost]:
+            break
+    second = offline(tmp_path, 4)
+    log(second, 4, 5, 6)
+    end_of_process()
+    assert sorted(history(tmp_path)) == [(step, step / 8) for step in range(7)]
+    assert [float(row["loss"]) for row in csv_rows(tmp_path)] == [step / 8 for step in range(7)]
+
+
+def test_online_the_number_of_rows_says_what_is_there(tmp_path: Path) -> None:
+    log(offline(tmp_path), *range(6))
+    end_of_process()
+
+    logged: list[dict[str, float]] = []
+    run = mock.Mock(offline=False, step=3, log=logged.append)  # W&B has the first three rows
+    second = offline(tmp_path, 4)
+    second._experiment = run
+    log(second, 4, 5, 6)
+    assert [row[GLOBAL_STEP] for row in logged] == [3, 4, 5, 6]
