@@ -10,7 +10,9 @@ from measuring import compare, peak_memory, repeat, show
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from thinned.evaluation.rows import MCSettings, token_rows
+from thinned.evaluation.batch import Batch
+from thinned.evaluation.rows import predicted_rows
+from thinned.evaluation.ways import standard_ways
 from thinned.generation.sampling import generate
 from thinned.models import GPT, DropoutRates
 
@@ -156,8 +158,10 @@ def bench_gpt_mc(repeats: int) -> None:
 
 
 def run_token_rows(net: GPT, batch: tuple[Tensor, Tensor], num_samples: int) -> object:
-    with torch.no_grad():
-        return token_rows(net, batch, torch.arange(len(batch[0])), MCSettings(num_samples, "shared", 0, None, 1.0))
+    ways = standard_ways(num_samples, "shared", "all", 0)
+    for way in ways:
+        way.bind(net)
+    return predicted_rows(Batch(batch[0], torch.arange(len(batch[0])), batch[1]), net, ways)
 
 
 def large_vocabulary(num_samples: int) -> object:

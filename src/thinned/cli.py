@@ -31,7 +31,6 @@ from rich.console import Console
 import thinned.data
 import thinned.tasks  # noqa: F401  (imported so that configs may name the classes without their package)
 from thinned.evaluation import MCDropout
-from thinned.evaluation.figures import scores_table
 from thinned.files import whole_file
 from thinned.models import SITES
 from thinned.runs.checkpoint_callback import Checkpoints
@@ -250,8 +249,8 @@ class ThinnedCLI(LightningCLI):
         wandb.finish()  # before the table, which should stand last
         console = Console()
         scored = next(c for c in self.trainer.callbacks if isinstance(c, MCDropout))  # type: ignore[attr-defined]
-        if scored.metrics:
-            console.print(scores_table(scored.metrics, scored.split))
+        if table := scored.table():
+            console.print(table)
         paths = [path.relative_to(self.run_dir) for path in sorted(self.run_dir.rglob("*")) if path.is_file()]
         lines = [f"Run: {self.run_dir}", *(f"  {path}" for path in paths if path.parts[0] != "wandb")]
         if any(path.parts[0] == "wandb" for path in paths):

@@ -83,7 +83,7 @@ def test_other_data_wins_and_is_standardised_as_the_training_data(
     images = data.raw_images("test", range(50)) / 255
     with torch.no_grad():
         expected = task((images - stored["mean"][0]) / stored["std"][0]).softmax(-1)
-    torch.testing.assert_close(column(predicted.run, "probs"), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(column(predicted.run, "deterministic_probs"), expected, atol=1e-5, rtol=0)
     assert column(predicted.run, "target").equal(data.target["test"])
     assert json.loads((predicted.run / "metrics.json").read_text()).keys() == {"deterministic"}
 
@@ -93,10 +93,10 @@ def test_other_settings_win(checkpoint: Path, run_script: Script, digits: ImageD
     predicted = run_script("predict", "--ckpt_path", checkpoint, *options)
     run = predicted.run
     assert column(run, "target").equal(digits.target["val"])
-    shares = 7 * column(run, "variation_ratio")  # votes are counted in sevenths
+    shares = 7 * column(run, "mc_dropout_variation_ratio")  # votes are counted in sevenths
     torch.testing.assert_close(shares, shares.round(), atol=1e-5, rtol=0)
     assert shares.max() >= 1
     assert json.loads((run / "metrics.json").read_text())["mc_dropout"]["accuracy"] == pytest.approx(
-        column(run, "correct").double().mean().item()
+        column(run, "mc_dropout_correct").double().mean().item()
     )
     assert "Validation split" in predicted.out

@@ -37,11 +37,12 @@ def leaves(content: Any, *keys: str) -> Iterator[tuple[tuple[str, ...], Any]]:
 def assert_scores(run: Path) -> None:
     metrics = json.loads((run / "metrics.json").read_text())
     rows = pq.read_table(run / "predictions.parquet").to_pydict()
-    if "probs" in rows:
-        losses = [-math.log(p[t]) for p, t in zip(rows["probs"], rows["target"], strict=True)]
-        assert losses == pytest.approx(rows["nll"], rel=1e-4, abs=1e-6)
     way = "mc_dropout" if "mc_dropout" in metrics else "deterministic"
-    assert metrics[way]["nll"] == pytest.approx(sum(rows["nll"]) / len(rows["nll"]), rel=1e-5)
+    losses = rows[f"{way}_nll"]
+    if f"{way}_probs" in rows:
+        probs = [-math.log(p[t]) for p, t in zip(rows[f"{way}_probs"], rows["target"], strict=True)]
+        assert probs == pytest.approx(losses, rel=1e-4, abs=1e-6)
+    assert metrics[way]["nll"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
 
 
 @pytest.fixture(scope="module")

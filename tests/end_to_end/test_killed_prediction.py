@@ -95,11 +95,11 @@ def test_killed_prediction_goes_on(checkpoint: Any, start: Start, tmp_path: Path
     shutil.copytree(tmp_path / "killed", tmp_path / "shared")
 
     out = finish(start(SCRIPT, "killed", *checkpoint))
-    assert "goes on with example" in out
+    assert "resumes with example" in out
     for name in ("metrics.json", "predictions.parquet", *(["sequences.parquet"] if "text" in str(checkpoint) else [])):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     whole, alone = (sum(predicted(tmp_path, folder)) for folder in ("whole", "killed"))
-    (before,) = [int(line.split()[-1]) for line in out.splitlines() if "goes on with example" in line]
+    (before,) = [int(line.split()[-1]) for line in out.splitlines() if "resumes with example" in line]
     size = checkpoint[3]
     assert 0 < before <= HALT_AT * size
     assert alone <= HALT_AT * size + whole - before // size * size  # in both attempts
@@ -120,7 +120,8 @@ def test_killed_prediction_goes_on(checkpoint: Any, start: Start, tmp_path: Path
             torch.testing.assert_close(*pair, rtol=1e-5, atol=1e-5)
     scores = [json.loads((tmp_path / folder / "metrics.json").read_text()) for folder in ("shared", "whole")]
     for way in ("deterministic", "mc_dropout"):
-        assert scores[0][way] == pytest.approx(scores[1][way], abs=1e-5)
+        numbers = ({k: v for k, v in s[way].items() if isinstance(v, float)} for s in scores)
+        assert next(numbers) == pytest.approx(next(numbers), abs=1e-5)
 
 
 @pytest.mark.slow

@@ -26,7 +26,7 @@ KEYS = {
     *(f"{stage}/{score}" for stage in ("test", "mc") for score in ("auroc_error", "aurc")),
     *(f"throughput/{name}" for name in ("examples_per_second", "step_ms", "peak_memory_mib")),
 }  # fmt: skip
-MEDIA = {"mc/reliability", "mc/entropy", "mc/uncertain", "mc/most_uncertain"}
+MEDIA = {"test/reliability", "test/entropy", "test/uncertain", "test/most_uncertain"}
 STEPS = {  # of 57, three times 19, counted from 0; the test comes after them
     "train/loss": [9, 19, 29, 39, 49],
     "lr-AdamW/pg1": [9, 19, 29, 39, 49],
@@ -36,8 +36,8 @@ STEPS = {  # of 57, three times 19, counted from 0; the test comes after them
     "val/nll": [18, 37, 56],
     "test/nll": [57],
     "mc/nll": [57],
-    "mc/reliability": [57],
-    "mc/most_uncertain": [57],
+    "test/reliability": [57],
+    "test/most_uncertain": [57],
 }
 
 
@@ -103,11 +103,11 @@ def test_learning_rate_is_that_of_the_step(trained: Any, rows: list[dict[str, An
 def test_pictures_and_table_are_there(trained: Any, rows: list[dict[str, Any]]) -> None:
     (files,) = trained.run.glob("wandb/offline-run-*/files")
     logged = {key: row[key] for row in rows for key in MEDIA if key in row}
-    for key in MEDIA - {"mc/most_uncertain"}:
+    for key in MEDIA - {"test/most_uncertain"}:
         (picture,) = logged[key]["filenames"]
         assert (files / picture).read_bytes().startswith(b"\x89PNG"), key
-    table = json.loads((files / logged["mc/most_uncertain"]["path"]).read_text())
-    entropies = [row[table["columns"].index("predictive_entropy")] for row in table["data"]]
+    table = json.loads((files / logged["test/most_uncertain"]["path"]).read_text())
+    entropies = [row[table["columns"].index("mc_dropout_predictive_entropy")] for row in table["data"]]
     assert len(entropies) == 64
     assert entropies == sorted(entropies, reverse=True)
     assert 0 < entropies[-1] < entropies[0] < math.log(10)

@@ -198,7 +198,7 @@ def test_server_that_dies(train: Script) -> None:
         taking.streaming.set()
         assert taking.status == 503
     assert (finished.run / "metrics.json").exists()
-    assert "without the table mc/most_uncertain" in finished.err
+    assert "without the table test/most_uncertain" in finished.err
     assert_no_secrets(finished)
     (log,) = finished.run.glob("wandb/run-*/*.wandb")
     with served() as other:

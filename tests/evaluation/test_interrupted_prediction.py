@@ -205,7 +205,7 @@ def test_chosen_sites_are_not_chosen_again(
 ) -> None:
     predict("whole", sites="auto")
     predict("broken", sites="auto", after=5)
-    monkeypatch.setattr("thinned.evaluation.mc_dropout.select_sites", lambda *args: fail())
+    monkeypatch.setattr("thinned.evaluation.ways.select_sites", lambda *args: fail())
     predict("broken", sites="auto")
     assert rows(tmp_path / "broken") == rows(tmp_path / "whole")
     assert (tmp_path / "broken/metrics.json").read_bytes() == (tmp_path / "whole/metrics.json").read_bytes()

@@ -15,14 +15,16 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from thinned.evaluation import MCDropout
 from thinned.models import MLP, DropoutRates
+from thinned.models.net import Logits
 from thinned.uncertainty import classification_scores, mc_predict
-from thinned.uncertainty.monte_carlo import Acting
 from thinned.uncertainty.scores import nll
+from thinned.uncertainty.selection import Acting
 
 SCORES = ["accuracy", "nll", "ece", "auroc_error", "aurc", "brier"]
-SINGLE = ["prediction", "confidence", "predictive_entropy", "nll", "correct", "brier"]  # of either network
-COLUMNS = {"index", "target", "probs", *SINGLE, *(f"deterministic_{name}" for name in SINGLE)}
-OF_SAMPLES = {"expected_entropy", "mutual_information", "variation_ratio", "std"}
+OF_EACH_WAY = ["prediction", "confidence", "predictive_entropy", "nll", "correct", "brier", "probs"]
+DETERMINISTIC = {"index", "target", *(f"deterministic_{name}" for name in OF_EACH_WAY)}
+OF_SAMPLES = ["expected_entropy", "mutual_information", "variation_ratio", "std"]
+COLUMNS = DETERMINISTIC | {f"mc_dropout_{name}" for name in OF_EACH_WAY + OF_SAMPLES}
 
 
 @pytest.fixture(autouse=True)
@@ -60,15 +62,15 @@ def test_rows_are_the_prediction_of_every_example_in_order(run: Callable[..., An
     (x, y), net = examples(), thinnable()
     rows = run("predict", net, loader(x, y))
     mc = mc_predict(net, x, num_samples=8, seed=3)
-    assert rows.keys() == COLUMNS | OF_SAMPLES
+    assert rows.keys() == COLUMNS
     assert rows["index"].tolist() == list(range(30))
     assert rows["target"].tolist() == y.tolist()
-    torch.testing.assert_close(rows["probs"], mc.mean)
+    torch.testing.assert_close(rows["mc_dropout_probs"], mc.mean)
     for name in ("predictive_entropy", "expected_entropy", "mutual_information", "variation_ratio"):
-        torch.testing.assert_close(rows[name], getattr(mc, name), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(rows[f"mc_dropout_{name}"], getattr(mc, name), rtol=1e-5, atol=1e-6)
     predicted_class = mc.mean.argmax(-1)
-    assert torch.equal(rows["prediction"], predicted_class)
-    torch.testing.assert_close(rows["std"], mc.variance.sqrt()[torch.arange(30), predicted_class])
+    assert torch.equal(rows["mc_dropout_prediction"], predicted_class)
+    torch.testing.assert_close(rows["mc_dropout_std"], mc.variance.sqrt()[torch.arange(30), predicted_class])
     torch.testing.assert_close(rows["deterministic_confidence"], net(x).softmax(-1).amax(-1))
 
 
@@ -87,14 +89,14 @@ def test_test_writes_the_rows_that_predict_does(
 @pytest.mark.parametrize("net", [thinnable, Functional])
 def test_columns_agree_with_each_other(net: Callable[[], nn.Module], run: Callable[..., Any]) -> None:
     rows = run("predict", net(), loader(*examples()))
-    p = rows["probs"]
+    p = rows["mc_dropout_probs"]
     torch.testing.assert_close(p.sum(-1), torch.ones(30))
-    torch.testing.assert_close(rows["confidence"], p.amax(-1))
-    torch.testing.assert_close(rows["predictive_entropy"], -(p * p.log()).sum(-1))
-    difference = rows["predictive_entropy"] - rows["expected_entropy"]
-    torch.testing.assert_close(rows["mutual_information"], difference, rtol=0, atol=1e-6)
-    assert (rows["std"] > 0).all()
-    votes = rows["variation_ratio"] * 8
+    torch.testing.assert_close(rows["mc_dropout_confidence"], p.amax(-1))
+    torch.testing.assert_close(rows["mc_dropout_predictive_entropy"], -(p * p.log()).sum(-1))
+    difference = rows["mc_dropout_predictive_entropy"] - rows["mc_dropout_expected_entropy"]
+    torch.testing.assert_close(rows["mc_dropout_mutual_information"], difference, rtol=0, atol=1e-6)
+    assert (rows["mc_dropout_std"] > 0).all()
+    votes = rows["mc_dropout_variation_ratio"] * 8
     torch.testing.assert_close(votes, votes.round())
 
 
@@ -111,8 +113,8 @@ def test_independent_masks_are_reproducible_and_differ_between_batches(run: Call
     x, y = torch.randn(1, 4).expand(28, 4), torch.zeros(28, dtype=torch.int64)
     net = Functional()
     rows, again = (run("predict", net, loader(x, y)) for _ in range(2))
-    assert torch.equal(rows["probs"], again["probs"])
-    assert len(rows["probs"].unique(dim=0)) == 28
+    assert torch.equal(rows["mc_dropout_probs"], again["mc_dropout_probs"])
+    assert len(rows["mc_dropout_probs"].unique(dim=0)) == 28
 
 
 def test_index_in_the_batch_decides_the_row(run: Callable[..., Any]) -> None:
@@ -122,7 +124,7 @@ def test_index_in_the_batch_decides_the_row(run: Callable[..., Any]) -> None:
     rows = run("predict", net, loader(x[order], y[order], order, batch_size=4))
     assert rows["index"].tolist() == list(range(10))
     assert torch.equal(rows["target"], y)
-    torch.testing.assert_close(rows["probs"], mc_predict(net, x, num_samples=8, seed=3).mean)
+    torch.testing.assert_close(rows["mc_dropout_probs"], mc_predict(net, x, num_samples=8, seed=3).mean)
 
 
 @pytest.mark.parametrize("wrap", [loader, DataLoader])
@@ -130,9 +132,9 @@ def test_inputs_without_targets_can_be_predicted(wrap: Callable[..., Any], run: 
     x, net = torch.randn(10, 4), thinnable()
     rows = run("predict", net, wrap(x, batch_size=4))
     named = ("nll", "correct", "brier")
-    of_targets = {"target", *(f"{prefix}{name}" for prefix in ("", "deterministic_") for name in named)}
-    assert rows.keys() == (COLUMNS | OF_SAMPLES) - of_targets
-    torch.testing.assert_close(rows["probs"], mc_predict(net, x, num_samples=8, seed=3).mean)
+    of_targets = {"target", *(f"{way}_{name}" for way in ("mc_dropout", "deterministic") for name in named)}
+    assert rows.keys() == COLUMNS - of_targets
+    torch.testing.assert_close(rows["mc_dropout_probs"], mc_predict(net, x, num_samples=8, seed=3).mean)
 
 
 def test_scores_of_both_networks(run: Callable[..., Any], tmp_path: Path) -> None:
@@ -141,13 +143,35 @@ def test_scores_of_both_networks(run: Callable[..., Any], tmp_path: Path) -> Non
     deterministic = classification_scores(net(x).softmax(-1), y)
     dropout = classification_scores(mc_predict(net, x, num_samples=8, seed=3).mean, y)
     assert metrics["deterministic"] == pytest.approx(deterministic, rel=1e-5)
-    assert metrics["mc_dropout"].pop("masks") == "shared"
-    assert metrics["mc_dropout"] == pytest.approx(dropout | {"num_samples": 8}, rel=1e-5)
+    settings = {"num_samples": 8, "masks": "shared", "seed": 3, "sites": ["embedding", "mlp"], "scale": 1.0}
+    assert {key: metrics["mc_dropout"].pop(key) for key in settings} == settings
+    assert metrics["mc_dropout"] == pytest.approx(dropout, rel=1e-5)
     assert metrics.keys() == {"logged", "deterministic", "mc_dropout"}
     logged = {f"mc/{key}": dropout[key] for key in SCORES}
-    logged |= {f"test/{key}": deterministic[key] for key in ("auroc_error", "aurc")}
+    logged |= {f"test/{key}": deterministic[key] for key in SCORES}
     assert metrics["logged"] == pytest.approx(logged, rel=1e-5)
     assert {path.name for path in tmp_path.glob("*.png")} == {"reliability.png", "entropy.png"}
+
+
+def test_scores_that_the_task_logs_are_not_logged_again(
+    run: Callable[..., Any], plain: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plain, "test_scores", frozenset({"nll", "brier"}), raising=False)
+    logged = run("test", thinnable(), loader(*examples()))["logged"]
+    assert logged.keys() == {f"mc/{key}" for key in SCORES} | {f"test/{key}" for key in {*SCORES} - {"nll", "brier"}}
+
+
+def test_deterministic_network_is_not_asked_again_for_what_the_test_step_returns(
+    run: Callable[..., Any], plain: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it returns is of other inputs, so that the rows tell which of the two they are of."""
+    (x, y), net = examples(), thinnable()
+    returned = Logits(torch.randn(30, 3))
+    monkeypatch.setattr(plain, "test_step", lambda self, batch, batch_idx: returned)
+    metrics = run("test", net, loader(x, y, batch_size=30))
+    expected = classification_scores(returned[:].softmax(-1), y)
+    assert {key: metrics["deterministic"][key] for key in SCORES} == pytest.approx(expected, rel=1e-5, nan_ok=True)
+    assert metrics["deterministic"]["nll"] != pytest.approx(nll(net(x).softmax(-1), y).mean().item(), rel=1e-2)
 
 
 def test_scores_count_a_repeated_example_once(run: Callable[..., Any]) -> None:
@@ -192,20 +216,22 @@ def test_automatic_sites_and_rates_are_those_of_lowest_validation_nll(run: Calla
 
     data = splits(val=loader(x_val, y_val), test=loader(x, y))
     metrics = run("test", net, data, sites="auto")
-    assert metrics["sites_nll"] == pytest.approx({str(a): value for a, value in expected.items()}, rel=1e-5)
-    assert [*metrics["sites_nll"].values()] == sorted(metrics["sites_nll"].values())
+    assert metrics["mc_dropout"]["sites_nll"] == pytest.approx(
+        {str(a): value for a, value in expected.items()}, rel=1e-5
+    )
+    assert [*metrics["mc_dropout"]["sites_nll"].values()] == sorted(metrics["mc_dropout"]["sites_nll"].values())
     assert metrics["mc_dropout"]["sites"] == list(best.sites)
     assert metrics["mc_dropout"]["scale"] == best.scale
     assert best.scale < 1
     torch.testing.assert_close(
-        run("predict", net, data, sites="auto")["probs"],
+        run("predict", net, data, sites="auto")["mc_dropout_probs"],
         mc_predict(net, x, num_samples=8, seed=3, sites=best.sites, scale=best.scale).mean,
     )
 
 
 def test_given_sites_act_alone(run: Callable[..., Any]) -> None:
     (x, y), net = examples(), thinnable()
-    probs = run("predict", net, loader(x, y), sites=["embedding"])["probs"]
+    probs = run("predict", net, loader(x, y), sites=["embedding"])["mc_dropout_probs"]
     torch.testing.assert_close(probs, mc_predict(net, x, num_samples=8, seed=3, sites=["embedding"]).mean)
 
 
@@ -213,10 +239,10 @@ def test_no_samples_leave_the_deterministic_network(run: Callable[..., Any]) -> 
     (x, y), net = examples(), thinnable()
     metrics = run("test", net, loader(x, y), num_samples=None)
     assert metrics.keys() == {"logged", "deterministic"}
-    assert metrics["logged"].keys() == {"test/auroc_error", "test/aurc"}
+    assert metrics["logged"].keys() == {f"test/{key}" for key in SCORES}
     rows = run("predict", net, loader(x, y), num_samples=None)
-    assert rows.keys() == COLUMNS
-    torch.testing.assert_close(rows["probs"], net(x).softmax(-1))
+    assert rows.keys() == DETERMINISTIC
+    torch.testing.assert_close(rows["deterministic_probs"], net(x).softmax(-1))
 
 
 @pytest.mark.parametrize("stage", ["test", "predict"])

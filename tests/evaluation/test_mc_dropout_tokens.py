@@ -12,10 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from thinned.evaluation import mc_dropout
-from thinned.evaluation.rows import MCSettings, token_rows, token_scores
+from thinned.evaluation import ways as ways_module
+from thinned.evaluation.batch import Batch
+from thinned.evaluation.rows import WayRows, predicted_rows
+from thinned.evaluation.ways import standard_ways
 from thinned.models import GPT, DropoutRates
-from thinned.uncertainty.monte_carlo import Acting
+from thinned.uncertainty.scores import scores
+from thinned.uncertainty.selection import Acting
 
 V, T, S = 11, 6, 8
 BYTES = torch.arange(V) % 4  # of each token
@@ -60,11 +63,17 @@ def loader(*columns: Tensor, batch_size: int = 3) -> DataLoader[Any]:
     return DataLoader(TensorDataset(*columns), batch_size)
 
 
-def rows_of(net: nn.Module, text: Text, acting: Acting | None = None, **options: Any) -> tuple[Any, Any]:
+def rows_of(
+    net: nn.Module, text: Text, acting: Acting | None = None, masks: Any = "auto", samples: int | None = S
+) -> tuple[Any, Any]:
     """Both kinds of rows, of all windows as one batch."""
-    sites, scale = acting or (None, 1.0)
-    settings = {"num_samples": S, "masks": "auto", "seed": 3, "sites": sites, "scale": scale} | options
-    return token_rows(net, text[:2], text[2], MCSettings(**settings))
+    ways = standard_ways(samples, masks, "auto" if acting else "all", seed=3)
+    for way in ways:
+        way.bind(net)
+        if acting:
+            way.load_state_dict({"selection": [[*acting, 0.0]]})
+    tokens, targets, index = text
+    return predicted_rows(Batch(tokens, index, targets), net, ways)
 
 
 def assert_rows(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -95,15 +104,15 @@ def test_scores_are_those_of_the_rows(run: Callable[..., Any], splits: Any) -> N
     metrics = run("test", net, splits(loader(*text), loader(*text), TOKENIZER))
     rows = rows_of(net, text)[0]
     rows["bytes"] = BYTES[rows["target"]]
-    dropout, single = token_scores(rows), token_scores(rows, "deterministic_")
+    dropout, single = (scores(WayRows(rows, way)) for way in ("mc_dropout", "deterministic"))
     assert dropout["bits_per_byte"] == pytest.approx(
         dropout["nll"] / math.log(2) / rows["bytes"].double().mean().item()
     )
-    assert (metrics["mc_dropout"].pop("masks"), metrics["mc_dropout"].pop("num_samples")) == ("shared", S)
-    assert metrics["mc_dropout"] == pytest.approx(dropout, rel=1e-5)
+    assert (metrics["mc_dropout"]["masks"], metrics["mc_dropout"]["num_samples"]) == ("shared", S)
+    assert {key: metrics["mc_dropout"][key] for key in dropout} == pytest.approx(dropout, rel=1e-5)
     assert metrics["deterministic"] == pytest.approx(single, rel=1e-5)
     logged = {f"mc/{key}": dropout[key] for key in SCORES | {"bits_per_byte"}}
-    logged |= {f"test/{key}": single[key] for key in SCORES - {"nll"}}  # the loss and the bits are the task's
+    logged |= {f"test/{key}": single[key] for key in SCORES | {"bits_per_byte"}}
     assert metrics["logged"] == pytest.approx(logged, rel=1e-5)
     assert dropout["nll"] != pytest.approx(single["nll"], rel=1e-3)
 
@@ -144,11 +153,11 @@ def test_no_samples_leave_the_deterministic_network(run: Callable[..., Any], rea
     net, text = gpt(0, 0, 0, 0), windows()
     metrics = run("test", net, loader(*text), num_samples=None)
     assert metrics.keys() == {"logged", "deterministic"}
-    assert metrics["logged"].keys() == {f"test/{key}" for key in SCORES - {"nll"}}
-    tokens, sequences = token_rows(net, text[:2], text[2], None)
+    assert metrics["logged"].keys() == {f"test/{key}" for key in SCORES}
+    tokens, sequences = rows_of(net, text, samples=None)
     assert_rows(read_rows(), tokens)
     assert_rows(read_rows("sequences"), sequences)
-    assert metrics["deterministic"] == pytest.approx(token_scores(tokens), rel=1e-5)
+    assert metrics["deterministic"] == pytest.approx(scores(WayRows(tokens, "deterministic")), rel=1e-5)
 
 
 def test_net_of_another_make(run: Callable[..., Any], read_rows: Callable[..., Any]) -> None:
@@ -159,11 +168,11 @@ def test_net_of_another_make(run: Callable[..., Any], read_rows: Callable[..., A
     parts = [rows_of(net, tuple(column[rows] for column in text))[0] for rows in (slice(0, 3), slice(3, 6))]
     expected = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     assert_rows(read_rows(), expected)
-    assert metrics["deterministic"] == pytest.approx(token_scores(expected, "deterministic_"), rel=1e-5)
+    assert metrics["deterministic"] == pytest.approx(scores(WayRows(expected, "deterministic")), rel=1e-5)
 
 
 def validation_nll(net: nn.Module, val: Text) -> Callable[[Acting], float]:
-    return lambda acting: rows_of(net, val, acting)[0]["nll"].mean().item()
+    return lambda acting: rows_of(net, val, acting)[0]["mc_dropout_nll"].mean().item()
 
 
 def test_automatic_sites_and_rates_are_those_of_lowest_validation_nll(
@@ -181,8 +190,10 @@ def test_automatic_sites_and_rates_are_those_of_lowest_validation_nll(
     expected = {acting: nll(acting) for acting in [*combined, *(Acting(sites, s) for s in (0.25, 0.5, 2.0))]}
     best = min(expected, key=expected.__getitem__)
     metrics = run("test", net, splits(loader(*val), loader(*test)), sites="auto")
-    assert metrics["sites_nll"] == pytest.approx({str(acting): value for acting, value in expected.items()}, rel=1e-5)
-    assert next(iter(metrics["sites_nll"])) == str(best)
+    assert metrics["mc_dropout"]["sites_nll"] == pytest.approx(
+        {str(acting): value for acting, value in expected.items()}, rel=1e-5
+    )
+    assert next(iter(metrics["mc_dropout"]["sites_nll"])) == str(best)
     assert (metrics["mc_dropout"]["sites"], metrics["mc_dropout"]["scale"]) == (list(best.sites), best.scale)
     assert best.scale != 1
     assert_rows(read_rows(), rows_of(net, test, best)[0])
@@ -193,11 +204,11 @@ def test_choice_of_sites_sees_a_bounded_number_of_targets(
     bound: int, batches: int, run: Callable[..., Any], splits: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whole batches until the bound is reached, of 18, 18 and 2 targets."""
-    monkeypatch.setattr(mc_dropout, "SELECTION_TARGETS", bound)
+    monkeypatch.setattr(ways_module, "SELECTION_TARGETS", bound)
     net, test, val = gpt(0, 0, 0.2, 0), windows(2), windows()
     metrics = run("test", net, splits(loader(*val), loader(*test)), sites="auto")
     nll = validation_nll(net, tuple(column[: 3 * batches] for column in val))
-    assert metrics["sites_nll"]["residual"] == pytest.approx(nll(Acting(("residual",))), rel=1e-5)
+    assert metrics["mc_dropout"]["sites_nll"]["residual"] == pytest.approx(nll(Acting(("residual",))), rel=1e-5)
 
 
 def test_choice_of_sites_with_independent_masks(run: Callable[..., Any], splits: Any) -> None:
@@ -206,7 +217,7 @@ def test_choice_of_sites_with_independent_masks(run: Callable[..., Any], splits:
     val = windows(7, net)
     metrics = run("test", net, splits(loader(*val), loader(*test)), sites="auto", masks="independent")
     assert metrics["mc_dropout"]["sites"] == ["embedding"]
-    assert "embedding × 2" in metrics["sites_nll"]
+    assert "embedding × 2" in metrics["mc_dropout"]["sites_nll"]
     parts = [tuple(column[rows] for column in val) for rows in (slice(0, 3), slice(3, 6), slice(6, 7))]
-    nll = torch.cat([rows_of(net, part, Acting(("mlp",)), masks="independent")[0]["nll"] for part in parts])
-    assert metrics["sites_nll"]["mlp"] == pytest.approx(nll.mean().item(), rel=1e-5)
+    nll = torch.cat([rows_of(net, part, Acting(("mlp",)), masks="independent")[0]["mc_dropout_nll"] for part in parts])
+    assert metrics["mc_dropout"]["sites_nll"]["mlp"] == pytest.approx(nll.mean().item(), rel=1e-5)

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from thinned.evaluation import row_chunks
-from thinned.evaluation.prediction_store import PredictionFiles
+from thinned.evaluation.prediction_store import PredictionStore
 
-SETTINGS = {"provenance": {"seed": 3}, "attempt": 0}
+PROVENANCE = {"seed": 3}
+LEARNED = {"way": {"temperature": 2.0}}
 
 
 def examples(*index: int) -> dict[str, Tensor]:
@@ -26,26 +27,42 @@ def windows(*index: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 
 
 @pytest.fixture
-def files(tmp_path: Path) -> PredictionFiles:
-    files = PredictionFiles(tmp_path / "run")
-    files.begin(SETTINGS, anew=True)
+def files(tmp_path: Path) -> PredictionStore:
+    files = PredictionStore(tmp_path / "run")
+    begin(files)
     return files
 
 
-def test_nothing_is_found_where_nothing_was_interrupted(files: PredictionFiles) -> None:
-    assert PredictionFiles(files.directory / "another").interrupted() is None
-    assert files.interrupted() is None  # there is not a row
+def alone(value: Any) -> Any:
+    """What one process broadcasts to itself."""
+    return value
 
 
-def test_rows_of_examples_are_found(files: PredictionFiles) -> None:
+def begin(files: PredictionStore, provenance: dict[str, Any] = PROVENANCE) -> None:
+    files.begin(provenance, LEARNED, barrier=lambda name: None)
+
+
+def found(files: PredictionStore) -> tuple[int, dict[str, Any] | None]:
+    """Where a later prediction would resume, and what its ways had learned."""
+    later = PredictionStore(files.directory)
+    return later.find_interrupted(alone), later.learned
+
+
+def test_nothing_is_found_where_nothing_was_interrupted(files: PredictionStore) -> None:
+    another = PredictionStore(files.directory / "another")
+    assert (another.find_interrupted(alone), another.learned) == (0, None)
+    assert found(files) == (0, None)  # there is not a row
+
+
+def test_rows_of_examples_are_found(files: PredictionStore) -> None:
     files.write(examples(0, 1, 2, 4), {})
     files.flush()
     (files.parts / "predictions-000-00000-000001.tmp").write_bytes(b"PAR1 half written")
     (files.parts / "sequences-000-00000-000000.tmp").write_bytes(b"PAR1 half written")
-    after = PredictionFiles(files.directory, attempt=1)
-    assert after.interrupted() == SETTINGS
-    assert after.first_missing() == 3
-    after.begin(SETTINGS, anew=False)
+    after = PredictionStore(files.directory)
+    assert after.find_interrupted(alone) == 3
+    assert after.learned == LEARNED
+    begin(after)
     after.write(examples(3, 4, 5), {})
     after.flush()
     after.merge({"seed": 3})
@@ -56,17 +73,17 @@ def test_rows_of_examples_are_found(files: PredictionFiles) -> None:
     assert table.schema.metadata[b"thinned"] == b'{"seed": 3}'
 
 
-def test_text_is_counted_in_windows(files: PredictionFiles) -> None:
+def test_text_is_counted_in_windows(files: PredictionStore) -> None:
     files.write(*windows(0, 1))
     files.write(*windows(2))
     files.flush()
-    assert files.first_missing() == 3
+    assert found(files)[0] == 3
     files.merge({})
     merged = [pq.read_table(files.directory / f"{name}.parquet") for name in ("predictions", "sequences")]
     assert [table["index"].to_pylist() for table in merged] == [list(range(6)), list(range(3))]
 
 
-def test_tokens_without_their_windows_do_not_count(files: PredictionFiles, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tokens_without_their_windows_do_not_count(files: PredictionStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed between the files, the tokens are on the disk, and not the other way round."""
     files.write(*windows(0, 1))
     files.flush()
@@ -82,13 +99,13 @@ def test_tokens_without_their_windows_do_not_count(files: PredictionFiles, monke
     with pytest.raises(KeyboardInterrupt):
         files.flush()
     assert len(files.chunks("predictions")) == 2
-    assert files.first_missing() == 2
+    assert found(files)[0] == 2
     for chunk in files.chunks("sequences"):
         chunk.unlink()
-    assert files.first_missing() == 0
+    assert found(files) == (0, LEARNED)
 
 
-def test_rows_are_on_the_disk_when_a_chunk_is_full(files: PredictionFiles, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_are_on_the_disk_when_a_chunk_is_full(files: PredictionStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(row_chunks, "CHUNK_ROWS", 4)
     files.write(*windows(0))
     assert not files.chunks("predictions")
@@ -96,25 +113,25 @@ def test_rows_are_on_the_disk_when_a_chunk_is_full(files: PredictionFiles, monke
     assert [len(files.chunks(name)) for name in ("predictions", "sequences")] == [1, 1]
 
 
-def test_new_beginning_removes_what_is_there(files: PredictionFiles) -> None:
+def test_new_beginning_removes_what_is_there(files: PredictionStore) -> None:
     files.write(examples(0), {})
     files.flush()
-    files.begin(SETTINGS, anew=True)
-    assert files.interrupted() is None
+    begin(PredictionStore(files.directory))
+    assert found(files) == (0, None)
     assert not files.chunks("predictions")
 
 
 def test_chunks_that_could_not_all_be_removed_are_not_gone_on_with(
-    files: PredictionFiles, monkeypatch: pytest.MonkeyPatch
+    files: PredictionStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     files.write(examples(0), {})
     files.flush()
     monkeypatch.setattr("shutil.rmtree", lambda *args, **options: None)
     files.discard()
-    assert files.interrupted() is None
+    assert found(files) == (0, None)
 
 
-def test_kept_rows_and_a_full_disk(files: PredictionFiles, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kept_rows_and_a_full_disk(files: PredictionStore, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*args: Any, **options: Any) -> None:
         raise OSError("no space left on device")
 
@@ -123,7 +140,18 @@ def test_kept_rows_and_a_full_disk(files: PredictionFiles, monkeypatch: pytest.M
         files.write(examples(0), {})
         files.keep()
     assert not files.parts.exists()  # without rows, nothing stays
-    files.begin(SETTINGS, anew=True)
+    begin(files)
+    files.write(examples(0), {})
     files.keep()
-    assert files.interrupted() == SETTINGS
-    assert files.first_missing() == 1
+    assert found(files) == (1, LEARNED)
+
+
+def test_other_settings_are_refused_and_nothing_is_lost(files: PredictionStore) -> None:
+    files.write(examples(0, 1), {})
+    files.flush()
+    after = PredictionStore(files.directory)
+    after.find_interrupted(alone)
+    with pytest.raises(ValueError, match=r"Expected the settings of the interrupted prediction, but got seed = 4 ins"):
+        begin(after, {"seed": 4})
+    after.discard()  # it has not begun
+    assert found(files) == (2, LEARNED)

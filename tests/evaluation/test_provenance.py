@@ -29,10 +29,16 @@ def checkpoint(trained: Any) -> Path:
 
 def test_all_that_decides_the_rows_of_images(trained: Any, checkpoint: Path) -> None:
     assert provenance(trained.run) == {
+        "row_format": 1,
         "checkpoint": hashlib.sha256(checkpoint.read_bytes()).hexdigest(),
         "weights": None,
         "dropout": {"embedding": 0.1, "mlp": 0.3},
-        "mc_dropout": {"num_samples": 50, "masks": "shared", "seed": 0, "sites": ["embedding", "mlp"], "scale": 1.0},
+        "ways": {
+            "deterministic": {},
+            "mc_dropout": {
+                "num_samples": 50, "masks": "shared", "seed": 0, "sites": ["embedding", "mlp"], "scale": 1.0,
+            },
+        },
         "data": {
             "path": "digits", "image_column": None, "label_column": None, "image_size": None, "val_fraction": 0.1,
             "test_fraction": 0.2, "predict_split": "test", "seed": 0, "examples": 359,
@@ -60,11 +66,11 @@ def test_it_is_equal_where_the_rows_are(
 
 
 def test_settings_that_differ_are_named() -> None:
-    then = {"checkpoint": "a", "data": {"path": "here", "seed": 0}, "mc_dropout": {"seed": 1}}
-    now = {"checkpoint": "a", "data": {"path": "there", "name": "new", "seed": 0}, "mc_dropout": None}
+    then = {"checkpoint": "a", "data": {"path": "here", "seed": 0}, "ways": {"mc_dropout": {"seed": 1}}}
+    now = {"checkpoint": "a", "data": {"path": "there", "name": "new", "seed": 0}, "ways": {"deterministic": {}}}
     assert differences(now, then) == [
         "data.path = there instead of here", "data.name = new instead of None",
-        "mc_dropout = None instead of {'seed': 1}",
+        "deterministic = {} instead of None", "mc_dropout = None instead of {'seed': 1}",
     ]  # fmt: skip
     assert differences(then, then) == []
 

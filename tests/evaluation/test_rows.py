@@ -1,22 +1,31 @@
 """Rows of tokens and sequences against their definitions, computed from all samples at once."""
 
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from thinned.evaluation import rows as rows_module
-from thinned.evaluation.rows import MCSettings, Rows, TokenStatistics, token_rows
+from thinned.evaluation import batch as batch_module
+from thinned.evaluation.batch import Batch
+from thinned.evaluation.rows import Rows, predicted_rows
+from thinned.evaluation.ways import SampledNetworks, Way, standard_ways
 from thinned.models import GPT, DropoutRates
+from thinned.models import net as net_module
 from thinned.models.dropout import derive_seed
+from thinned.models.net import Logits
+from thinned.uncertainty.selection import Acting
 
 V, T, S = 11, 6, 8
 ALL = DropoutRates(0.2, 0.2, 0.2, 0.2)
-DETERMINISTIC = {"prediction", "confidence", "predictive_entropy", "nll", "correct", "rank"}
-COLUMNS = {"index", "position", "target", *DETERMINISTIC, *(f"deterministic_{name}" for name in DETERMINISTIC)}
-SEQUENCE_COLUMNS = {"index", "tokens", "deterministic_log_likelihood"}
+SHARED = {"index", "position", "target", "tokens"}
+OF_EACH = {"prediction", "confidence", "predictive_entropy", "nll", "correct", "rank"}
+OF_SAMPLES = {"expected_entropy", "mutual_information"}
+DETERMINISTIC = {f"deterministic_{name}" for name in OF_EACH}
+COLUMNS = {"index", "position", "target"} | DETERMINISTIC | {f"mc_dropout_{name}" for name in OF_EACH | OF_SAMPLES}
 
 
 @pytest.fixture(autouse=True)
@@ -33,7 +42,7 @@ def gpt(dropout: DropoutRates = ALL, layers: int = 2) -> GPT:
 
 
 class Foreign(nn.Module):
-    """Logits (B, T, V) with a dropout of torch's: nothing to thin, no features, no head, no size of its vocabulary."""
+    """Logits (B, T, V) with a dropout of torch's: nothing to thin, no features, no size of its vocabulary."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -43,33 +52,44 @@ class Foreign(nn.Module):
         return self.layers(tokens)
 
 
-def text() -> tuple[tuple[Tensor, Tensor], Tensor]:
+def text() -> tuple[Tensor, Tensor, Tensor]:
     """Three sequences, with targets that do not count: one in the middle, the end of the second, all of none."""
     tokens, targets = torch.randint(V, (2, 3, T))
     targets[0, 2] = targets[1, 4:] = -100
-    return (tokens, targets), torch.tensor([4, 0, 9])
+    return tokens, targets, torch.tensor([4, 0, 9])
 
 
-def settings(masks: Any = "auto", samples: int = S, **options: Any) -> MCSettings:
-    return MCSettings(**{"num_samples": samples, "masks": masks, "seed": 3, "sites": None, "scale": 1.0} | options)
+def bound_ways(net: nn.Module, masks: Any = "auto", samples: int | None = S, acting: Acting | None = None) -> list[Way]:
+    """The standard ways to predict with a net, at the given sites and rates; everywhere if None."""
+    ways = standard_ways(samples, masks, "auto" if acting else "all", seed=3)
+    for way in ways:
+        way.bind(net)
+        way.load_state_dict({"selection": [[*acting, 0.0]] if acting else []})
+    return ways
+
+
+def rows_of(net: nn.Module, text: tuple[Tensor, Tensor, Tensor], *settings: Any) -> tuple[Rows, Rows]:
+    """Both kinds of rows of tokens, targets and index. Settings: see `bound_ways`."""
+    tokens, targets, index = text
+    return predicted_rows(Batch(tokens, index, targets), net, bound_ways(net, *settings))
 
 
 @torch.no_grad()
-def samples_of(net: nn.Module, tokens: Tensor, mc: MCSettings, first: int) -> Tensor:
+def samples_of(net: nn.Module, tokens: Tensor, masks: str, first: int, acting: Acting | None = None) -> Tensor:
     """All sampled distributions (S, B, T, V): of thinned networks, or of the net in training mode."""
     logits = []
-    for sample in range(mc.num_samples):
-        if isinstance(net, GPT) and mc.masks != "independent":
-            logits.append(net.thin(mc.seed, sample, mc.sites, mc.scale)(tokens))
+    for sample in range(S):
+        if isinstance(net, GPT) and masks != "independent":
+            logits.append(net.thin(3, sample, *(acting or (None,)))(tokens))
         else:
-            torch.manual_seed(derive_seed(derive_seed(mc.seed, first), sample))
+            torch.manual_seed(derive_seed(derive_seed(3, first), sample))
             logits.append(net.train()(tokens))
             net.eval()
     return torch.stack(logits).double().softmax(-1)
 
 
-def by_definition(probs: Tensor, targets: Tensor, index: Tensor) -> tuple[Rows, Rows]:
-    """Both kinds of rows of sampled distributions (S, B, T, V), each token and sequence by itself."""
+def by_definition(way: str, probs: Tensor, targets: Tensor, index: Tensor) -> tuple[Rows, Rows]:
+    """A way's columns of both kinds, of its distributions (S, B, T, V), each token and sequence by itself."""
     tokens: list[dict[str, float]] = []
     sequences: list[dict[str, float]] = []
     for b, window in enumerate(index.tolist()):
@@ -108,7 +128,16 @@ def by_definition(probs: Tensor, targets: Tensor, index: Tensor) -> tuple[Rows, 
                 "mutual_information_per_token": information / len(counted),
             }
         )
-    columns = ({name: torch.tensor([row[name] for row in kind]) for name in kind[0]} for kind in (tokens, sequences))
+    if len(probs) == 1:  # which has no spread
+        tokens = [{name: row[name] for name in row if name not in OF_SAMPLES} for row in tokens]
+        sequences = [{name: row[name] for name in ("index", "tokens", "log_likelihood")} for row in sequences]
+    columns = (
+        {
+            name if name in SHARED else f"{way}_{name}": torch.tensor([float(row[name]) for row in kind])
+            for name in kind[0]
+        }
+        for kind in (tokens, sequences)
+    )
     return tuple(columns)
 
 
@@ -119,62 +148,70 @@ def assert_agree(got: Rows, expected: Rows) -> None:
         )
 
 
+def assert_same(got: tuple[Rows, Rows], expected: tuple[Rows, Rows]) -> None:
+    """Both kinds of rows agree, and neither has a column that the other lacks."""
+    for mine, theirs in zip(got, expected, strict=True):
+        assert mine.keys() == theirs.keys()
+        assert_agree(mine, theirs)
+
+
 @pytest.mark.parametrize("masks", ["shared", "independent"])
-@pytest.mark.parametrize("options", [{}, {"sites": ["attention", "mlp"], "scale": 0.5}], ids=["all", "scaled sites"])
-def test_rows_are_as_defined(masks: Any, options: dict[str, Any]) -> None:
+@pytest.mark.parametrize("acting", [None, Acting(("attention", "mlp"), 0.5)], ids=["all", "scaled sites"])
+def test_rows_are_as_defined(masks: Any, acting: Acting | None) -> None:
     """For independent masks the reference switches the sites itself, at the scaled rates."""
-    mc, ((tokens, targets), index) = settings(masks, **options), text()
+    tokens, targets, index = text()
     net = gpt()
-    got, sequences = token_rows(net, (tokens, targets), index, mc)
-    if options and masks == "independent":
+    got, sequences = rows_of(net, (tokens, targets, index), masks, S, acting)
+    if acting and masks == "independent":
         reference = gpt(DropoutRates(attention=0.1, mlp=0.1))
         reference.load_state_dict(net.state_dict())
     else:
         reference = net
-    expected, of_sequences = by_definition(samples_of(reference, tokens, mc, first=4), targets, index)
+    sampled = samples_of(reference, tokens, masks, first=4, acting=acting)
+    expected, of_sequences = by_definition("mc_dropout", sampled, targets, index)
     assert_agree(got, expected)
     assert_agree(sequences, of_sequences)
     with torch.no_grad():
-        single, of_single = by_definition(net(tokens).double().softmax(-1)[None], targets, index)
-    assert_agree(got, {f"deterministic_{name}": single[name] for name in DETERMINISTIC})
-    assert_agree(sequences, {"deterministic_log_likelihood": of_single["log_likelihood"]})
-    assert got.keys() == COLUMNS | {"expected_entropy", "mutual_information"}
-    assert sequences.keys() == SEQUENCE_COLUMNS | of_sequences.keys()
-    assert not torch.allclose(got["nll"], got["deterministic_nll"], atol=1e-2)
+        single = net(tokens).double().softmax(-1)[None]
+    expected_single, of_single = by_definition("deterministic", single, targets, index)
+    assert_agree(got, expected_single)
+    assert_agree(sequences, of_single)
+    assert got.keys() == expected.keys() | expected_single.keys() == COLUMNS
+    assert sequences.keys() == of_sequences.keys() | of_single.keys()
+    assert not torch.allclose(got["mc_dropout_nll"], got["deterministic_nll"], atol=1e-2)
 
 
 def test_tokens_without_a_target_have_no_row() -> None:
-    batch, index = text()
-    got, sequences = token_rows(gpt(), batch, index, settings())
+    tokens, targets, index = text()
+    got, sequences = rows_of(gpt(), (tokens, targets, index))
     assert got["index"].tolist() == [24, 25, 27, 28, 29, 0, 1, 2, 3, 54, 55, 56, 57, 58, 59]
     assert got["position"].tolist() == [1, 2, 4, 5, 6, 1, 2, 3, 4, 1, 2, 3, 4, 5, 6]
-    assert got["target"].tolist() == batch[1][batch[1] >= 0].tolist()
+    assert got["target"].tolist() == targets[targets >= 0].tolist()
     assert sequences["tokens"].tolist() == [5, 4, 6]
+    assert sequences["index"].tolist() == [4, 0, 9]
 
 
 @pytest.mark.parametrize("net", [gpt, Foreign])
 def test_no_samples_leave_the_deterministic_network(net: Any) -> None:
-    net, ((tokens, targets), index) = net().eval(), text()
-    got, sequences = token_rows(net, (tokens, targets), index, None)
-    assert got.keys() == COLUMNS
-    assert sequences.keys() == SEQUENCE_COLUMNS
+    net, (tokens, targets, index) = net().eval(), text()
+    got = rows_of(net, (tokens, targets, index), "auto", None)
     with torch.no_grad():
-        expected, of_sequences = by_definition(net(tokens).double().softmax(-1)[None], targets, index)
-    for prefix in ("", "deterministic_"):
-        assert_agree(got, {f"{prefix}{name}": expected[name] for name in DETERMINISTIC})
-    assert_agree(sequences, {"deterministic_log_likelihood": of_sequences["log_likelihood"]})
+        expected = by_definition("deterministic", net(tokens).double().softmax(-1)[None], targets, index)
+    assert_same(got, expected)
+    assert got[0].keys() == {"index", "position", "target"} | DETERMINISTIC
+    assert got[1].keys() == {"index", "tokens", "deterministic_log_likelihood"}
 
 
 @pytest.mark.parametrize("masks", ["auto", "independent"])
 def test_net_of_another_make(masks: Any) -> None:
-    net, mc, ((tokens, targets), index) = Foreign().eval(), settings(masks), text()
-    got, sequences = token_rows(net, (tokens, targets), index, mc)
-    expected, of_sequences = by_definition(samples_of(net, tokens, mc, first=4), targets, index)
+    net, (tokens, targets, index) = Foreign().eval(), text()
+    got, sequences = rows_of(net, (tokens, targets, index), masks)
+    expected, of_sequences = by_definition("mc_dropout", samples_of(net, tokens, masks, first=4), targets, index)
     assert_agree(got, expected)
     assert_agree(sequences, of_sequences)
-    assert (got["mutual_information"] > 1e-3).all()
-    with pytest.raises(ValueError, match="net with `thin"):
-        token_rows(net, (tokens, targets), index, settings("shared"))
+    assert (got["mc_dropout_mutual_information"] > 1e-3).all()
+    with pytest.raises(ValueError, match=r"has no `thin`.* but got 'shared'"):
+        rows_of(net, (tokens, targets, index), "shared")
 
 
 @pytest.mark.parametrize("masks", ["shared", "independent"])
@@ -183,62 +220,131 @@ def test_dropout_of_attention_alone_is_seen(masks: Any) -> None:
 
     Dropout that is an argument of the attention's function is no module that a wrapper could switch on.
     """
-    batch, index = text()
-    got, sequences = token_rows(gpt(DropoutRates(attention=0.5)), batch, index, settings(masks, 20))
-    assert (got["mutual_information"] > 1e-4).all()
-    assert (sequences["mean_log_likelihood"] < sequences["joint_log_likelihood"] - 1e-3).all()
+    got, sequences = rows_of(gpt(DropoutRates(attention=0.5)), text(), masks, 20)
+    assert (got["mc_dropout_mutual_information"] > 1e-4).all()
+    mean, joint = (sequences[f"mc_dropout_{name}_log_likelihood"] for name in ("mean", "joint"))
+    assert (mean < joint - 1e-3).all()
 
 
 @pytest.mark.parametrize("masks", ["shared", "independent"])
 def test_equal_samples_have_no_mutual_information(masks: Any) -> None:
     """Attention drops, but of values that are 0."""
-    net, (batch, index) = gpt(DropoutRates(attention=0.5)), text()
+    net = gpt(DropoutRates(attention=0.5))
     for block in net.blocks:
         nn.init.zeros_(block.attention.qkv.weight)
-    got, sequences = token_rows(net, batch, index, settings(masks))
-    assert got["mutual_information"].min() >= 0
-    assert got["mutual_information"].max() <= 1e-6
+    got, sequences = rows_of(net, text(), masks)
+    assert got["mc_dropout_mutual_information"].min() >= 0
+    assert got["mc_dropout_mutual_information"].max() <= 1e-6
     single = sequences["deterministic_log_likelihood"]
     for name in ("log_likelihood", "mean_log_likelihood", "joint_log_likelihood"):
-        torch.testing.assert_close(sequences[name], single, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(sequences[f"mc_dropout_{name}"], single, rtol=1e-5, atol=1e-5)
 
 
 def test_likelihoods_of_a_sequence_stand_in_jensens_order() -> None:
-    batch, index = text()
-    got, sequences = token_rows(gpt(), batch, index, settings())
-    assert (sequences["mean_log_likelihood"] < sequences["joint_log_likelihood"]).all()
-    assert (sequences["mean_log_likelihood"] < sequences["log_likelihood"]).all()
-    sums = [part.sum().item() for part in got["mutual_information"].split([5, 4, 6])]
-    assert sequences["mutual_information"].tolist() == pytest.approx(sums, rel=1e-5)
+    got, sequences = rows_of(gpt(), text())
+    single, mean, joint = (sequences[f"mc_dropout_{name}log_likelihood"] for name in ("", "mean_", "joint_"))
+    assert (mean < joint).all()
+    assert (mean < single).all()
+    sums = [part.sum().item() for part in got["mc_dropout_mutual_information"].split([5, 4, 6])]
+    assert sequences["mc_dropout_mutual_information"].tolist() == pytest.approx(sums, rel=1e-5)
 
 
 @pytest.mark.parametrize("samples", [None, S])
 def test_parts_of_a_batch_have_the_rows_of_the_whole(samples: int | None) -> None:
-    (batch, index), net = text(), gpt()
-    mc = None if samples is None else settings(samples=samples)
-    whole = token_rows(net, batch, index, mc)
-    parts = [token_rows(net, [x[rows] for x in batch], index[rows], mc) for rows in (slice(0, 1), slice(1, 3))]
-    for kind in (0, 1):
-        joined = {name: torch.cat([part[kind][name] for part in parts]) for name in whole[kind]}
-        assert_agree(joined, whole[kind])
+    batch, net = text(), gpt()
+    whole = rows_of(net, batch, "auto", samples)
+    parts = [rows_of(net, tuple(x[rows] for x in batch), "auto", samples) for rows in (slice(0, 1), slice(1, 3))]
+    joined = tuple({name: torch.cat([part[i][name] for part in parts]) for name in whole[i]} for i in (0, 1))
+    assert_same(joined, whole)
 
 
-@pytest.mark.parametrize(("probabilities", "logits"), [(1, 10**6), (2 * T * V, 10**6), (10**6, 1), (3 * T * V, 4 * V)])
-def test_little_at_once_changes_nothing(probabilities: int, logits: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    (batch, index), net = text(), gpt()
-    expected = token_rows(net, batch, index, settings())
+@pytest.mark.parametrize(
+    ("at_once", "logits"), [(0, 10**6), (1, 10**6), (2, 10**6), (10**4, 1), (3, 4 * V)], ids=lambda value: str(value)
+)
+@pytest.mark.parametrize("samples", [None, S])
+def test_little_at_once_changes_nothing(
+    at_once: int, logits: int, samples: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Room for the means of all ways over `at_once` sequences, and less than one more; a sequence is never split.
+
+    Each token is asked for once a sample, and once without dropout. The number of classes is asked for once for the
+    batch, and once for all that is said of a part.
+    """
+    batch, net = text(), gpt()
+    expected = rows_of(net, batch, "auto", samples)
     seen: list[int] = []
     sequences: list[int] = []
-    net.head.register_forward_hook(lambda module, args, output: seen.append(len(args[0])))
+    num_ways = 1 if samples is None else 2
+    monkeypatch.setattr(batch_module, "PROBABILITIES_AT_ONCE", (at_once + 1) * T * V * num_ways - 1)
+    monkeypatch.setattr(net_module, "LOGITS_AT_ONCE", logits)
+    net.head.register_forward_hook(lambda module, args, output: seen.append(args[0].flatten(0, -2).shape[0]))
     net.norm.register_forward_hook(lambda module, args, output: sequences.append(len(args[0])))
-    monkeypatch.setattr(rows_module, "PROBABILITIES_AT_ONCE", probabilities)
-    monkeypatch.setattr(rows_module, "LOGITS_AT_ONCE", logits)
-    got = token_rows(net, batch, index, settings())
-    for kind in (0, 1):
-        assert_agree(got[kind], expected[kind])
+    got = rows_of(net, batch, "auto", samples)
+    assert_same(got, expected)
+    at_once = min(3, max(1, at_once))
+    asked = 1 + (samples or 0)
+    of_parts = [at_once] * (3 // at_once) + [3 % at_once] * (3 % at_once > 0)
+    assert sorted(sequences) == sorted([1, *(size for size in of_parts for _ in range(asked))])
     assert max(seen) <= max(1, logits // V)
-    assert max(sequences) <= max(1, probabilities // (T * V))
-    assert sum(seen) == 15 * (1 + S)  # each token once a sample, and once without dropout
+    assert sum(seen) == 15 * asked + len(of_parts) * asked + 1
+
+
+@contextmanager
+def counted_calls(module: nn.Module) -> Iterator[list[int]]:
+    """A list that gets the size of each batch that the module is called with."""
+    calls: list[int] = []
+    hook = module.register_forward_hook(lambda module, args, output: calls.append(len(args[0])))
+    yield calls
+    hook.remove()
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 3])
+@pytest.mark.parametrize("head", [False, True])
+def test_output_that_is_known_is_not_asked_for_again(at_once: int, head: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is handed over differs from what the net would say, so that the rows tell which of both they are of."""
+    net, (tokens, targets, index) = gpt(), text()
+    x = torch.randn(3, T, 16 if head else V)
+    known = Logits(x, net.logits if head else None)
+    with torch.no_grad():
+        probs = (net.logits(x) if head else x).double().softmax(-1)[None]
+    monkeypatch.setattr(batch_module, "PROBABILITIES_AT_ONCE", at_once * 2 * T * V)
+    batch = Batch(tokens, index, targets, known)
+    assert [len(part.index) for part in batch.parts(net, 2)] == {1: [1, 1, 1], 2: [2, 1], 3: [3]}[at_once]
+    with counted_calls(net.norm) as calls:
+        got, sequences = predicted_rows(batch, net, bound_ways(net))
+    assert sum(calls) == 3 * S  # sequences, of samples alone
+    expected, of_sequences = by_definition("deterministic", probs, targets, index)
+    assert_agree(got, expected)
+    assert_agree(sequences, of_sequences)
+    sampled, _ = by_definition("mc_dropout", samples_of(net, tokens, "shared", first=4), targets, index)
+    assert_agree(got, sampled)
+
+
+def test_known_output_of_examples_is_not_asked_for_again() -> None:
+    net, x, known = nn.Sequential(nn.Dropout(0.5), nn.Linear(4, 3)).eval(), torch.randn(5, 4), torch.randn(5, 3)
+    batch = Batch(x, torch.arange(5), torch.arange(5) % 3, Logits(known))
+    with counted_calls(net) as calls:
+        rows, _ = predicted_rows(batch, net, bound_ways(net))
+    assert len(calls) == S
+    torch.testing.assert_close(rows["deterministic_probs"], known.softmax(-1))
+
+
+@pytest.mark.parametrize("at_once", [1, 3])
+def test_sequence_whose_targets_do_not_count(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has no tokens, alone in its part too, and is as likely as nothing said: log 1."""
+    monkeypatch.setattr(batch_module, "PROBABILITIES_AT_ONCE", at_once * 2 * T * V)
+    (tokens, targets, index), net = text(), gpt()
+    targets[1] = -100
+    got, sequences = rows_of(net, (tokens, targets, index))
+    rest = torch.tensor([0, 2])
+    expected, of_sequences = rows_of(net, (tokens[rest], targets[rest], index[rest]))
+    assert_agree(got, expected)
+    assert got["index"].tolist() == expected["index"].tolist()
+    assert_agree({name: column[rest] for name, column in sequences.items()}, of_sequences)
+    assert sequences["tokens"].tolist() == [5, 0, 6]
+    empty = {name: column[1].item() for name, column in sequences.items() if name.endswith("log_likelihood")}
+    assert empty == pytest.approx(dict.fromkeys(empty, 0), abs=1e-6)
+    assert len(empty) == 4
 
 
 def test_memory_does_not_grow_with_the_number_of_samples() -> None:
@@ -246,27 +352,29 @@ def test_memory_does_not_grow_with_the_number_of_samples() -> None:
 
     Nor is there a graph, which would hold what went into them.
     """
-    (batch, index), net = text(), gpt()
+    batch, net = text(), gpt()
     made: list[weakref.ref[Tensor]] = []
     alive: list[int] = []
 
     def count(module: nn.Module, args: Any, output: Tensor) -> None:
-        made.append(weakref.ref(output))
-        alive.append(sum(ref() is not None for ref in made))
+        if len(output) == 3:  # a single token is asked for the number of classes
+            made.append(weakref.ref(output))
+            alive.append(sum(ref() is not None for ref in made))
 
     net.norm.register_forward_hook(count)
-    got, sequences = token_rows(net, batch, index, settings(samples=20))
+    got, sequences = rows_of(net, batch, "auto", 20)
     assert len(alive) == 21
     assert max(alive) <= 2
     assert not any(column.requires_grad for column in (*got.values(), *sequences.values()))
 
 
-def test_statistics_hold_the_same_after_any_number_of_samples() -> None:
-    statistics, sizes = TokenStatistics(torch.randint(V, (5,)), torch.tensor([0, 0, 1, 1, 1]), 2, V), {}
-    for count in range(1, 21):
-        statistics.update(torch.randn(5, V), lambda x: x)
-        state = [value for value in vars(statistics).values() if not isinstance(value, int)]
-        assert all(isinstance(value, Tensor) for value in state)
-        sizes[count] = sorted(value.untyped_storage().nbytes() for value in state)
-    assert sizes[2] == sizes[20]
-    assert statistics.num_samples == 20
+def test_modes_are_restored_as_soon_as_a_distribution_is_refused() -> None:
+    """The error is still held, and with it all that was going on."""
+    net, (tokens, targets, index) = Foreign().eval(), text()
+    targets[0, 0] = V  # no such token
+    way = SampledNetworks(S)
+    way.bind(net)
+    with pytest.raises(RuntimeError, match="out of bounds") as held:
+        Batch(tokens, index, targets).statistics(way)
+    assert not any(module.training for module in net.modules())
+    assert held.value

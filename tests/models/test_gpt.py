@@ -217,8 +217,8 @@ def test_bf16_gives_finite_gradients_and_about_the_loss_of_fp32() -> None:
 
 def test_config_rebuilds_the_net() -> None:
     net = make(0.1, bias=True, gelu="tanh", activation_checkpointing=True)
-    twin = GPT(**net.config | {"dropout": DropoutRates(**net.config["dropout"])}).double().eval()
-    assert (str(twin), twin.config) == (str(net), net.config)
+    twin = GPT(**net.init_args | {"dropout": DropoutRates(**net.init_args["dropout"])}).double().eval()
+    assert (str(twin), twin.init_args) == (str(net), net.init_args)
     twin.load_state_dict(net.state_dict())
     assert torch.equal(twin(some_tokens()), net(some_tokens()))
 

@@ -45,7 +45,7 @@ def reference(net: GPT, tokens: Tensor, masks: dict[str, Tensor]) -> Tensor:
         return centred / scale * weights[f"{name}.weight"] + weights.get(f"{name}.bias", 0)
 
     def gelu(x: Tensor) -> Tensor:
-        if net.config["gelu"] == "tanh":
+        if net.init_args["gelu"] == "tanh":
             return x / 2 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
         return x / 2 * (1 + torch.erf(x / math.sqrt(2)))
 
@@ -67,7 +67,7 @@ def reference(net: GPT, tokens: Tensor, masks: dict[str, Tensor]) -> Tensor:
 
     x = weights["token_embedding.weight"][tokens] + weights["position_embedding.weight"][:T]
     x = x * mask("embedding_dropout")
-    for i in range(net.config["num_layers"]):
+    for i in range(net.init_args["num_layers"]):
         x = x + attention(f"blocks.{i}.attention", norm(f"blocks.{i}.attention_norm", x))
         x = x + mlp(f"blocks.{i}.mlp", norm(f"blocks.{i}.mlp_norm", x))
     return torch.einsum("btc,vc->btv", norm("norm", x), weights["token_embedding.weight"][:V])

@@ -264,7 +264,7 @@ def test_input_of_another_shape_is_refused() -> None:
 
 def test_config_rebuilds_the_net() -> None:
     net = make("residual-patches", layer_norm=True)
-    twin = MLP(**net.config | {"dropout": DropoutRates(**net.config["dropout"])})
+    twin = MLP(**net.init_args | {"dropout": DropoutRates(**net.init_args["dropout"])})
     assert str(twin) == str(net)
-    assert twin.config == net.config
+    assert twin.init_args == net.init_args
     twin.load_state_dict(net.state_dict())

@@ -8,7 +8,7 @@ from sklearn import metrics
 from torch import Tensor
 
 from thinned.uncertainty import classification_scores
-from thinned.uncertainty.scores import aurc, brier, ece, nll, scores
+from thinned.uncertainty.scores import SCORES, Score, aurc, auroc_error, brier, ece, nll, scores
 
 
 def binary(confidence: list[float]) -> Tensor:
@@ -45,36 +45,102 @@ def test_aurc_by_hand() -> None:
     assert aurc(errors, torch.zeros(4)).item() == pytest.approx((0 + 1 / 2 + 1 / 3 + 2 / 4) / 4)  # ties, as given
 
 
-def test_five_scores_of_columns_by_hand() -> None:
-    """Confidence says nothing of the uncertainty here: the error at 0.7 is less uncertain than one of three hits."""
-    columns = (
-        torch.tensor([0.1, 0.5, 2.0, 0.2]),
-        torch.tensor([0.9, 0.6, 0.7, 0.95]),
-        torch.tensor([True, True, False, True]),
-        torch.tensor([0.1, 1.0, 0.6, 0.2]),
-    )
-    assert scores(*columns) == pytest.approx(
-        {
-            "accuracy": 3 / 4,
-            "nll": 2.8 / 4,
-            "ece": (0.1 + 0.4 + 0.7 + 0.05) / 4,
-            "auroc_error": 2 / 3,
-            "aurc": (0 + 0 + 1 / 3 + 1 / 4) / 4,
-        },
-        abs=1e-6,
-    )
+def columns() -> dict[str, Tensor]:
+    """Confidence says nothing of the uncertainty here: the error at 0.7 is less uncertain than one of three hits.
+
+    The tokens are of 1 + 3 + 0 + 2 bytes.
+    """
+    return {
+        "nll": torch.tensor([0.1, 0.5, 2.0, 0.2]),
+        "confidence": torch.tensor([0.9, 0.6, 0.7, 0.95]),
+        "correct": torch.tensor([True, True, False, True]),
+        "predictive_entropy": torch.tensor([0.1, 1.0, 0.6, 0.2]),
+        "bytes": torch.tensor([1, 3, 0, 2]),
+        "target": torch.tensor([4, 5, 6, 7]),
+    }
+
+
+SCORES_BY_HAND = {
+    "accuracy": 3 / 4,
+    "nll": 2.8 / 4,
+    "bits_per_byte": 2.8 / math.log(2) / 6,
+    "ece": (0.1 + 0.4 + 0.7 + 0.05) / 4,
+    "auroc_error": 2 / 3,
+    "aurc": (0 + 0 + 1 / 3 + 1 / 4) / 4,
+}
+
+
+@pytest.mark.parametrize("unit", [1.0, math.log(16)])
+def test_scores_of_columns_by_hand(unit: float) -> None:
+    """In their order in tables. Entropies may be above 1."""
+    rows = columns()
+    rows["predictive_entropy"] *= unit
+    result = scores(rows)
+    assert list(result) == list(SCORES_BY_HAND)
+    assert result == pytest.approx(SCORES_BY_HAND, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("column", "without"),
+    [
+        ("bytes", ["bits_per_byte"]),
+        ("nll", ["nll", "bits_per_byte"]),
+        ("confidence", ["ece"]),
+        ("predictive_entropy", ["auroc_error", "aurc"]),
+        ("correct", ["accuracy", "ece", "auroc_error", "aurc"]),
+    ],
+)
+def test_score_without_its_columns_is_left_out(column: str, without: list[str]) -> None:
+    rows = columns()
+    del rows[column]
+    assert [name for name in SCORES_BY_HAND if SCORES[name](rows) is None] == without
+    assert scores(rows) == pytest.approx({k: v for k, v in SCORES_BY_HAND.items() if k not in without}, abs=1e-6)
+
+
+def test_new_score_is_a_function_of_the_columns_that_it_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    worst = Score("worst NLL, nats ↓", lambda nll, target: nll[target > 4].max() + target.sum())
+    assert worst(columns()) == 24.0
+    assert worst({"nll": torch.ones(1)}) is None
+    monkeypatch.setitem(SCORES, "worst", worst)
+    assert scores(columns())["worst"] == 24.0
 
 
 def test_uncertainty_above_one_by_rounding_leaves_the_rest_as_it_is() -> None:
     """The error is more uncertain than one of two hits, by what the sigmoid that logits are put through would lose."""
     correct, uncertainty = torch.tensor([True, False, True]), torch.tensor([1e-9, 2e-9, 1 + 1e-6])
-    assert scores(torch.ones(3), torch.full((3,), 0.5), correct, uncertainty)["auroc_error"] == 0.5
+    assert auroc_error(correct, uncertainty).item() == 0.5
+    rows = {"correct": correct, "predictive_entropy": uncertainty}
+    assert scores(rows)["auroc_error"] == 0.5
+
+
+@pytest.mark.parametrize("scale", [1e-20, 1e-3, 1.0, 50.0, 1e20])
+def test_scale_of_the_uncertainty_does_not_change_the_auroc_of_errors(scale: float) -> None:
+    """Errors at 2 and 4, hits at 1, 2 and 3: of six pairs, four and a tie are in order."""
+    uncertainty = torch.tensor([4.0, 1.0, 2.0, 3.0, 2.0]) * scale
+    correct = torch.tensor([False, True, False, True, True])
+    assert auroc_error(correct, uncertainty).item() == pytest.approx(4.5 / 6)
+
+
+def test_uncertainty_of_zero_throughout_tells_no_errors() -> None:
+    assert auroc_error(torch.tensor([False, True, True]), torch.zeros(3)).item() == 0.5
+
+
+@pytest.mark.parametrize("correct", [True, False])
+def test_auroc_of_errors_alone_or_of_hits_alone_is_undefined(correct: bool) -> None:
+    assert math.isnan(auroc_error(torch.tensor([correct] * 3), torch.tensor([0.1, 0.2, 0.3])))
+    rows = columns() | {"correct": torch.tensor([correct] * 4)}
+    result = scores(rows)
+    assert math.isnan(result.pop("auroc_error"))
+    right = SCORES_BY_HAND | {"accuracy": 1, "ece": (0.1 + 0.4 + 0.3 + 0.05) / 4, "aurc": 0}
+    wrong = SCORES_BY_HAND | {"accuracy": 0, "ece": 3.15 / 4, "aurc": 1}
+    expected = right if correct else wrong
+    assert result == pytest.approx({k: v for k, v in expected.items() if k != "auroc_error"}, abs=1e-6)
 
 
 def test_all_six_by_hand() -> None:
     """Hits at 0.9, 0.6 and 0.95, an error at 0.7: it is more uncertain than two of three hits."""
     result = classification_scores(binary([0.9, 0.6, 0.7, 0.95]), torch.tensor([0, 0, 1, 0]))
-    assert list(result) == ["accuracy", "nll", "ece", "auroc_error", "aurc", "brier"]
+    assert list(result) == ["accuracy", "nll", "brier", "ece", "auroc_error", "aurc"]
     assert result == pytest.approx(
         {
             "accuracy": 3 / 4,

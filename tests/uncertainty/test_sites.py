@@ -1,4 +1,4 @@
-"""Where dropout acts at prediction, by what its rates are multiplied, and how the best way is found."""
+"""Where dropout acts at prediction, and by what its rates are multiplied."""
 
 from typing import Any
 
@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from thinned.models import MLP, Dropout, DropoutRates
-from thinned.uncertainty import mc_predict, mc_samples, select_sites
-from thinned.uncertainty.monte_carlo import Acting, only_dropout_active
+from thinned.uncertainty import mc_predict, mc_samples
+from thinned.uncertainty.monte_carlo import only_dropout_active
 
 
 @pytest.fixture(autouse=True)
@@ -88,40 +88,3 @@ def test_scale_is_for_the_chosen_sites_alone(masks: Any) -> None:
         all_sites(0.1, 0.5, 0.5, 0.5), inputs(2), num_samples=2, masks=masks, sites=["embedding"], scale=4.0
     )
     assert (predicted.variance > 0).all()
-
-
-def test_every_combination_of_sites_is_scored_then_the_best_at_other_rates() -> None:
-    """The rates of the best are 0.1 and 0.3, of which a quarter, half and double are tried."""
-    best, asked = ("embedding", "mlp"), []
-
-    def nll(acting: Acting) -> float:
-        asked.append(acting)
-        return (0.5 if acting.sites == best else 1 + len(acting.sites)) + abs(acting.scale - 0.4)
-
-    net = MLP((16,), 5, (32,), dropout=DropoutRates(embedding=0.1, mlp=0.3))
-    selection = select_sites(net, nll)
-    assert asked == [Acting(("embedding",)), Acting(("mlp",)), Acting(best), *(Acting(best, s) for s in (0.25, 0.5, 2))]
-    order = [*((best, scale) for scale in (0.5, 0.25, 1, 2)), (("embedding",), 1), (("mlp",), 1)]
-    assert [*selection] == order
-    assert [*selection.values()] == pytest.approx([0.6, 0.65, 1.1, 2.1, 2.6, 2.6])
-
-
-def test_rates_are_not_scaled_to_one_or_above() -> None:
-    """Twice 0.5 drops everything; twice the 0.4 of another site does not."""
-    net = MLP((16,), 5, (32,), dropout=DropoutRates(embedding=0.4, mlp=0.5))
-    for best, scales in (("mlp", [0.25, 0.5, 1.0]), ("embedding", [0.25, 0.5, 1.0, 2.0])):
-        selection = select_sites(net, lambda acting, best=best: float(acting.sites != (best,)))
-        assert sorted(acting.scale for acting in selection if acting.sites == (best,)) == scales
-
-
-def test_sites_without_a_rate_are_not_combined() -> None:
-    assert len(select_sites(all_sites(), lambda acting: 0.0)) == 2**4 - 1 + 3
-    assert len(select_sites(all_sites(0.3, 0, 0.3, 0), lambda acting: 0.0)) == 2**2 - 1 + 3
-    with pytest.raises(ValueError, match="rate above 0 in Linear"):
-        select_sites(nn.Linear(1, 1), lambda acting: 0.0)
-
-
-def test_ways_to_act_by_name() -> None:
-    assert str(Acting(("embedding", "mlp"))) == "embedding+mlp"
-    assert str(Acting(("mlp",), 0.25)) == "mlp × 0.25"
-    assert str(Acting(("mlp",), 2.0)) == "mlp × 2"

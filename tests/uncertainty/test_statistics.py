@@ -52,6 +52,12 @@ def test_three_samples_by_hand() -> None:
     assert prediction.num_samples == 3
 
 
+def test_mean_of_the_samples_so_far() -> None:
+    samples = random_samples(3)
+    for count in (1, 2, 3):  # a single sample has a mean, though no spread
+        torch.testing.assert_close(accumulate(samples[:count]).mean, samples[:count].mean(0), rtol=1e-12, atol=1e-12)
+
+
 def test_all_masks_of_a_net_give_the_closed_forms() -> None:
     """2^6 equally likely masks of a net 2-4-3 with p = 0.5 on inputs and hidden units, written out in numpy."""
     generator = np.random.default_rng(0)

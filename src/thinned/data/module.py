@@ -1,16 +1,52 @@
-"""What data modules share: three splits as loaders of whole batches, in an order that is computed, not drawn."""
+"""What data modules may offer, and what ours share: three splits as loaders of whole batches in a computed order."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, ClassVar, Protocol, cast
 
 import torch
 from lightning.pytorch import LightningDataModule, Trainer
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 
 from thinned.data.order import EpochBatchSampler, Split
+from thinned.offers import Offers
+
+
+class DataOffers(Protocol):
+    """Attributes of a data module that others look for. All are optional: these are the defaults.
+
+    Those that come from the data are there after `setup`.
+    """
+
+    path: str | None = None  # named in messages
+    # Of images and of text: compared with the net before training.
+    image_shape: tuple[int, int, int] | None = None
+    num_classes: int | None = None
+    vocab_size: int | None = None
+    context_length: int | None = None
+    # Arguments of the net that only the data knows: the command line gives them to a net that leaves them null.
+    net_arguments: Callable[[], dict[str, Any]] | None = None
+    class_names: list[str] | None = None
+    # `raw_images(split, indices)`: uint8 (n, C, H, W), for pictures.
+    raw_images: Callable[[Split, Sequence[int]], Tensor] | None = None
+    # What ways to predict learn from.
+    val_dataloader: Callable[[], Iterable[Any]] | None = None
+    # Text to tokens and back; `token_bytes` (V,) gives bits per byte.
+    tokenizer: Any = None
+    # The split that is predicted, and from which example on: those before it have been predicted already. Without it,
+    # an interrupted prediction begins again.
+    predict_split: Split = "test"
+    predict_start: int | None = None
+    # `provenance(split, limit_batches)`: what decides which examples are evaluated, as JSON.
+    provenance: Callable[[Split, float], dict[str, Any]] | None = None
+
+
+def data_offers(trainer: Trainer) -> DataOffers:
+    """The optional attributes of a trainer's data module, if it has one, with the defaults for those that it lacks."""
+    return cast(DataOffers, Offers(getattr(trainer, "datamodule", None), DataOffers))
 
 
 def batch_loader(
@@ -80,8 +116,17 @@ class SplitDataModule(LightningDataModule, ABC):
 
     # Hyperparameters on which the rows of a prediction do not depend.
     INDIFFERENT: ClassVar[frozenset[str]] = frozenset({"batch_size", "eval_batch_size", "num_workers"})
-    # Says, when prediction is about to begin, with which example: an interrupted one goes on.
-    predict_start: Callable[[], int] | None = None
+    predict_start = 0  # the first example to predict: those before it have been predicted already
+
+    @property
+    def path(self) -> str:
+        """Where the data come from, as it was given."""
+        return self.hparams["path"]
+
+    @property
+    def predict_split(self) -> Split:
+        """The split to predict."""
+        return self.hparams["predict_split"]
 
     @abstractmethod
     def batches(self, split: Split, *, training: bool) -> Dataset[Any]:
@@ -122,14 +167,13 @@ class SplitDataModule(LightningDataModule, ABC):
         return self._dataloader("test")
 
     def predict_dataloader(self) -> DataLoader[Any]:
-        """Returns the split ``data.predict_split`` in order, what an interrupted prediction has of it left out."""
-        split = self.hparams["predict_split"]
-        start = self.predict_start() if self.predict_start else 0
-        if not start:
-            return self._dataloader(split)
+        """Returns the split `data.predict_split` in order, from `predict_start` on."""
+        if not self.predict_start:
+            return self._dataloader(self.predict_split)
         # Lightning would count its limit from the first batch that is left.
         assert self.trainer is not None
-        return self._dataloader(split, start=start, stop=self._evaluated(split, self.trainer.limit_predict_batches))
+        stop = self._evaluated(self.predict_split, self.trainer.limit_predict_batches)
+        return self._dataloader(self.predict_split, start=self.predict_start, stop=stop)
 
     def _dataloader(self, split: Split, *, training: bool = False, **part: int) -> DataLoader[Any]:
         return batch_loader(

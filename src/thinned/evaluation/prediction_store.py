@@ -1,7 +1,14 @@
-"""The files of a prediction, and the directory in which one that was interrupted waits to go on."""
+"""The files of a prediction, and the folder from which an interrupted one resumes.
+
+Each process writes chunks of rows to `predictions.parts/`, from time to time. In the end one of them merges all chunks
+to `predictions.parquet` and, for text, `sequences.parquet`, and removes the folder. If it is there when a prediction
+begins, that prediction resumes with the first example that is missing, with the same settings, but on any number of
+processes and in batches of any size.
+"""
 
 import json
 import shutil
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -9,51 +16,78 @@ from typing import Any
 import pyarrow.parquet as pq
 from torch import Tensor
 
+from thinned.evaluation.provenance import differences
 from thinned.evaluation.row_chunks import ChunkWriter, first_missing, merge
 from thinned.files import whole_file
 
 NAMES = ("predictions", "sequences")  # in this order: the tokens of a sequence are on the disk before it is
 
 
-class PredictionFiles:
-    """`predictions.parquet` and, for text, `sequences.parquet`, written by any number of processes.
-
-    Each process writes chunks of rows to `predictions.parts/` beside them, with which a later attempt can go on. In the
-    end one of them merges all chunks.
+class PredictionStore:
+    """Rows of a prediction on their way to the files.
 
     Args:
         directory: of the files.
         rank: of this process.
-        attempt: how often the prediction has been interrupted.
     """
 
-    def __init__(self, directory: Path, rank: int = 0, attempt: int = 0) -> None:
-        self.directory = directory
+    def __init__(self, directory: Path, rank: int = 0) -> None:
+        self.directory, self.rank = directory, rank
         self.parts = directory / "predictions.parts"
         self._settings = self.parts / "settings.json"
-        self._writers = {name: ChunkWriter(self.parts, f"{name}-{attempt:03d}-{rank:05d}") for name in NAMES}
+        self._found: dict[str, Any] | None = None  # settings of an interrupted prediction
+        self._writers: dict[str, ChunkWriter] = {}  # once it has begun
 
-    def interrupted(self) -> dict[str, Any] | None:
-        """What `begin` was given by a prediction that was interrupted after it had written rows."""
-        if not self._settings.exists() or not self.chunks("predictions"):
-            return None
-        settings: dict[str, Any] = json.loads(self._settings.read_text())
-        return settings
+    def find_interrupted(self, broadcast: Callable[[Any], Any]) -> int:
+        """The first example that an interrupted prediction lacks; 0 if there is none.
 
-    def first_missing(self) -> int:
+        Args:
+            broadcast: returns to all processes what the first one gives it.
+        """
+        found, start = None, 0
+        if self.rank == 0 and self._settings.exists() and self.chunks("predictions"):
+            found, start = json.loads(self._settings.read_text()), self._first_missing()
+        self._found, start = broadcast((found, start))
+        return start
+
+    @property
+    def learned(self) -> dict[str, Any] | None:
+        """What the ways of the interrupted prediction had learned, by their names; None if there is none."""
+        return self._found and self._found["learned"]
+
+    def begin(self, provenance: dict[str, Any], learned: dict[str, Any], barrier: Callable[[str], None]) -> None:
+        """Says what the chunks will be rows of.
+
+        Args:
+            provenance: all that decides the rows, as JSON.
+            learned: what ways have learned, as JSON by their names.
+            barrier: waits for all processes.
+
+        Raises:
+            ValueError: another provenance than that of the interrupted prediction that was found.
+        """
+        attempt = 0
+        if self._found:
+            attempt = self._found["attempt"] + 1
+            if changed := differences(provenance, self._found["provenance"]):
+                said = f"Expected the settings of the interrupted prediction, but got {', '.join(changed)}"
+                raise ValueError(f"{said}: to predict all again, remove {self.parts}")
+        if self.rank == 0:
+            if not attempt:
+                self._remove()
+            self.parts.mkdir(parents=True, exist_ok=True)
+            with whole_file(self._settings) as temporary:
+                settings = {"provenance": provenance, "learned": learned, "attempt": attempt}
+                temporary.write_text(json.dumps(settings, indent=2) + "\n")
+        barrier("predictions begin")
+        self._writers = {name: ChunkWriter(self.parts, f"{name}-{attempt:03d}-{self.rank:05d}") for name in NAMES}
+
+    def _first_missing(self) -> int:
         """The first example, or window of a text, of which the chunks do not hold everything."""
         sequences, predictions = map(self.chunks, reversed(NAMES))
         if not sequences and "position" in pq.read_schema(predictions[0]).names:
             return 0  # tokens of windows, of which none is complete
         return first_missing(sequences or predictions)
-
-    def begin(self, settings: dict[str, Any], *, anew: bool) -> None:
-        """Says what the chunks will be rows of; removes any that are there already if it begins anew."""
-        if anew:
-            self.discard()
-        self.parts.mkdir(parents=True, exist_ok=True)
-        with whole_file(self._settings) as temporary:
-            temporary.write_text(json.dumps(settings, indent=2) + "\n")
 
     def write(self, rows: dict[str, Tensor], sequences: dict[str, Tensor]) -> None:
         """Takes the rows of a batch, and those of its sequences where it is text."""
@@ -65,8 +99,8 @@ class PredictionFiles:
 
     def flush(self) -> None:
         """Writes all rows that this process holds."""
-        for name in NAMES:
-            self._writers[name].flush()
+        for writer in self._writers.values():
+            writer.flush()
 
     def chunks(self, name: str) -> list[Path]:
         """All chunks of one of the files, of any process and attempt."""
@@ -80,12 +114,17 @@ class PredictionFiles:
 
     def keep(self) -> None:
         """Writes what this process holds, if it still can, for a later attempt; without any rows, nothing stays."""
-        with suppress(OSError):  # a full disk, say, of which the exception at hand tells
-            self.flush()
-        if not any(map(self.chunks, NAMES)):
-            self.discard()
+        if self._writers:
+            with suppress(OSError):  # a full disk, say, of which the exception at hand tells
+                self.flush()
+            if not any(map(self.chunks, NAMES)):
+                self._remove()
 
     def discard(self) -> None:
-        """Removes all chunks."""
-        self._settings.unlink(missing_ok=True)  # first: without it, whatever is left is not gone on with
+        """Removes all chunks, if it has begun."""
+        if self._writers:
+            self._remove()
+
+    def _remove(self) -> None:
+        self._settings.unlink(missing_ok=True)  # first: without it, nobody resumes from what is left
         shutil.rmtree(self.parts, ignore_errors=True)

@@ -2,6 +2,7 @@
 
 import hashlib
 import platform
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,15 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
 import thinned
-from thinned.evaluation.rows import MCSettings
+from thinned.data.module import data_offers
+from thinned.data.order import Split
+from thinned.evaluation.rows import ROW_FORMAT
+from thinned.evaluation.ways import Way
 from thinned.models.dropout import Dropout
 
 
 def provenance(
-    trainer: Trainer, pl_module: LightningModule, checkpoint: str | None, split: str, mc: MCSettings | None
+    trainer: Trainer, pl_module: LightningModule, checkpoint: str | None, split: Split, ways: Sequence[Way]
 ) -> dict[str, Any]:
     """The weights, the dropout, the data and the versions of a prediction, as JSON knows them.
 
@@ -25,16 +29,17 @@ def provenance(
         pl_module: whose weights are those of the checkpoint.
         checkpoint: path from which the weights come; None where they come from none, and are digested themselves.
         split: that is predicted.
-        mc: how networks are sampled, with the sites that act; None for the deterministic network alone.
+        ways: that predict, with what they have learned.
     """
-    data: Any = getattr(trainer, "datamodule", None)
+    of_data = data_offers(trainer).provenance
     limit = trainer.limit_test_batches if trainer.testing else trainer.limit_predict_batches
     return {
+        "row_format": ROW_FORMAT,
         "checkpoint": checkpoint and _digest_of_file(checkpoint),
         "weights": None if checkpoint else _digest_of_weights(pl_module),
         "dropout": _rates(pl_module),
-        "mc_dropout": None if mc is None else vars(mc) | {"sites": list(mc.sites or ())},
-        "data": data.provenance(split, limit) if hasattr(data, "provenance") else {"predict_split": split},
+        "ways": {way.name: way.settings for way in ways},
+        "data": {"predict_split": split} if of_data is None else of_data(split, limit),
         "precision": str(trainer.precision),
         "versions": {
             "thinned": thinned.__version__,
@@ -51,7 +56,7 @@ def differences(now: dict[str, Any], then: dict[str, Any], prefix: str = "") -> 
     for key in now | then:
         ours, theirs = now.get(key), then.get(key)
         if isinstance(ours, dict) and isinstance(theirs, dict):
-            found += differences(ours, theirs, f"{prefix}{key}.")
+            found += differences(ours, theirs, "" if key == "ways" else f"{prefix}{key}.")  # named as in a config
         elif ours != theirs:
             found.append(f"{prefix}{key} = {ours} instead of {theirs}")
     return found

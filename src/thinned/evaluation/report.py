@@ -1,7 +1,7 @@
-"""What is left of a prediction beside its rows: the scores as a file, and pictures, which W&B gets too."""
+"""What is left of a prediction beside its rows: the scores of each way, in a file, and pictures, which W&B gets too."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,59 +10,58 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import WandbLogger
 from torch import Tensor
 
+from thinned.data.module import data_offers
+from thinned.data.order import Split
 from thinned.evaluation import figures
-from thinned.evaluation.rows import MCSettings, example_scores, token_scores
+from thinned.evaluation.row_chunks import Columns
+from thinned.evaluation.rows import WayRows
+from thinned.evaluation.ways import Way
 from thinned.files import whole_file
 from thinned.runs.wandb_server import dispensable
-from thinned.uncertainty.monte_carlo import Acting
+from thinned.uncertainty.scores import scores
 
 
-def score(
-    rows: Mapping[str, Tensor], mc: MCSettings | None, acting: Acting | None, selection: Mapping[Acting, float]
-) -> dict[str, dict[str, Any]]:
-    """The scores of the deterministic network, and of Monte-Carlo dropout with what it was done with.
+def write_report(trainer: Trainer, directory: Path, ways: Sequence[Way], split: Split) -> dict[str, dict[str, Any]]:
+    """Scores the rows that lie in a directory, and writes the scores and pictures beside them.
 
     Args:
-        rows: of all examples or tokens, with targets.
-        mc: how networks were sampled; None where they were not.
-        acting: where dropout acted; None for everywhere.
-        selection: validation NLL of each choice that there was.
+        trainer: whose loggers get the pictures.
+        directory: of `predictions.parquet`.
+        ways: whose rows they are.
+        split: that they are of.
+
+    Returns:
+        The scores of each way by its name, with the settings that it predicted with; empty without targets.
     """
-    scores = example_scores if "probs" in rows else token_scores
-    metrics: dict[str, dict[str, Any]] = {"deterministic": scores(rows, "deterministic_")}
-    if mc is not None:
-        metrics["mc_dropout"] = scores(rows) | {"num_samples": mc.num_samples, "masks": mc.masks}
-        if acting is not None:
-            metrics["mc_dropout"] |= {"sites": list(acting.sites), "scale": acting.scale}
-        if selection:
-            metrics["sites_nll"] = {str(choice): nll for choice, nll in selection.items()}
+    rows = Columns(directory / "predictions.parquet")
+    if "target" not in rows:
+        return {}
+    metrics = {way.name: scores(WayRows(rows, way.name)) | way.settings for way in ways}
+    clean = {way: {k: None if v != v else v for k, v in scored.items()} for way, scored in metrics.items()}
+    with whole_file(directory / "metrics.json") as temporary:  # in which a NaN is null
+        temporary.write_text(json.dumps(clean, indent=2) + "\n")
+    _write_pictures(trainer, rows, directory, {way.name: way.label for way in ways}, split)
     return metrics
 
 
-def write_metrics(path: Path, metrics: Mapping[str, Mapping[str, Any]]) -> None:
-    """Writes scores as JSON, in which a NaN becomes null."""
-    clean = {row: {k: None if v != v else v for k, v in scores.items()} for row, scores in metrics.items()}
-    with whole_file(path) as temporary:
-        temporary.write_text(json.dumps(clean, indent=2) + "\n")
-
-
-def write_pictures(trainer: Trainer, rows: Mapping[str, Tensor], split: str, directory: Path) -> None:
+def _write_pictures(
+    trainer: Trainer, rows: Mapping[str, Tensor], directory: Path, labels: Mapping[str, str], split: Split
+) -> None:
     """Draws all that the rows and the data module allow, into files and W&B."""
-    data = getattr(trainer, "datamodule", None)
-    raw_images = getattr(data, "raw_images", None)
+    data = data_offers(trainer)
+    raw_images, names = data.raw_images, data.class_names
     images = None if raw_images is None else lambda index: raw_images(split, index)
-    names = getattr(data, "class_names", None)
-    drawn = figures.figures(rows, images, names)
+    drawn = figures.figures(rows, labels, images, names)
     for name, figure in drawn.items():
         with whole_file(directory / f"{name}.png") as temporary:
             figure.savefig(temporary, dpi=150)
     for logger in trainer.loggers:
         if isinstance(logger, WandbLogger):
             for name, figure in drawn.items():
-                logger.log_image(f"mc/{name}", [figure], step=trainer.global_step)
+                logger.log_image(f"{split}/{name}", [figure], step=trainer.global_step)
             if images is not None:
-                columns, table = figures.most_uncertain(rows, images, names)
+                columns, table = figures.most_uncertain(rows, labels, images, names)
                 for row in table:
                     row[0] = wandb.Image(row[0])
-                with dispensable("the table mc/most_uncertain"):
-                    logger.log_table("mc/most_uncertain", columns, table, step=trainer.global_step)
+                with dispensable(f"the table {split}/most_uncertain"):
+                    logger.log_table(f"{split}/most_uncertain", columns, table, step=trainer.global_step)

@@ -169,13 +169,13 @@ class GPT(nn.Module):
         dropout: DropoutRates = DropoutRates(),
     ) -> None:
         super().__init__()
-        self.config: dict[str, Any] = {
+        self.init_args: dict[str, Any] = {
             "vocab_size": vocab_size, "context_length": context_length, "num_layers": num_layers,
             "num_heads": num_heads, "width": width, "bias": bias, "gelu": gelu,
             "activation_checkpointing": activation_checkpointing, "dropout": vars(dropout).copy(),
         }  # fmt: skip
         for key in ("vocab_size", "context_length", "num_layers", "num_heads", "width"):
-            value = self.config[key]
+            value = self.init_args[key]
             if value is None or value < 1:
                 raise ValueError(f"Expected net.{key} to be at least 1, but got {value}")
         if width % num_heads:
@@ -230,6 +230,10 @@ class GPT(nn.Module):
             cache.length = end
         return self.norm(x)
 
+    def logits(self, features: Tensor) -> Tensor:
+        """What the head says of features (..., C): (..., V), without what fills up its rows."""
+        return self.head(features)[..., : self.vocab_size]
+
     def forward(self, tokens: Tensor, targets: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         """Logits, or the loss where there are targets.
 
@@ -247,7 +251,7 @@ class GPT(nn.Module):
         """
         x = self.features(tokens, cache)
         if targets is None:
-            return self.head(x)[..., : self.vocab_size]
+            return self.logits(x)
         rows = max(1, LOGITS_AT_ONCE // self.head.out_features)
         if targets.numel() <= rows:
             return self._nll(x, targets)
@@ -256,7 +260,7 @@ class GPT(nn.Module):
         return torch.cat(parts).view_as(targets)
 
     def _nll(self, x: Tensor, targets: Tensor) -> Tensor:
-        logits = self.head(x)[..., : self.vocab_size]
+        logits = self.logits(x)
         logits = logits if logits.dtype == torch.float64 else logits.float()
         losses = F.cross_entropy(logits.flatten(0, -2), targets.flatten(), ignore_index=NO_TARGET, reduction="none")
         return losses.view_as(targets)
@@ -277,8 +281,8 @@ class GPT(nn.Module):
 
         They are shared by all sequences and, but for attention (H, P, P), by all positions: (C,) or (4 C,).
         """
-        width, hidden = self.config["width"], 4 * self.config["width"]
-        attention = (self.config["num_heads"], self.context_length, self.context_length)
+        width, hidden = self.init_args["width"], 4 * self.init_args["width"]
+        attention = (self.init_args["num_heads"], self.context_length, self.context_length)
         shape_at: dict[str, tuple[int, ...]] = {"attention": attention, "mlp": (hidden,)}
         shapes = {n: shape_at.get(m.site, (width,)) for n, m in self.named_modules() if isinstance(m, Dropout)}
         return sample_masks(self, shapes, seed, sample, sites, scale, self.norm.weight.dtype)

@@ -49,8 +49,8 @@ def copy_gpt2(source: nn.Module, net: nn.Module) -> None:
         ("num_layers", theirs.n_layer), ("num_heads", theirs.n_head), ("width", theirs.n_embd), ("bias", True),
         ("vocab_size", theirs.vocab_size), ("gelu", GELUS.get(theirs.activation_function, theirs.activation_function)),
     ):  # fmt: skip
-        if net.config[key] != wanted:
-            raise ValueError(f"Expected net.{key} to be {wanted}, as in model.init_from, but got {net.config[key]}")
+        if net.init_args[key] != wanted:
+            raise ValueError(f"Expected net.{key} to be {wanted}, as in model.init_from, but got {net.init_args[key]}")
     if net.context_length > theirs.n_positions or theirs.n_inner not in (None, 4 * theirs.n_embd):
         raise ValueError(
             f"Expected net.context_length of at most {theirs.n_positions} and hidden layers of 4 net.width, as in "

@@ -60,12 +60,12 @@ class MLP(nn.Module):
         dropout: DropoutRates = DropoutRates(),
     ) -> None:
         super().__init__()
-        self.config: dict[str, Any] = {
+        self.init_args: dict[str, Any] = {
             "input_shape": list(input_shape), "num_classes": num_classes, "hidden": list(hidden),
             "activation": activation, "layer_norm": layer_norm, "width": width, "residual": residual,
             "patch_size": patch_size, "max_norm": max_norm, "dropout": vars(dropout).copy(),
         }  # fmt: skip
-        _check(self.config)
+        _check(self.init_args)
         self.input_shape, self.num_classes, self.max_norm = tuple(input_shape), num_classes, max_norm
 
         size = math.prod(input_shape)

@@ -71,7 +71,7 @@ class Task(LightningModule):
     def save_settings(self) -> None:
         """Stores the arguments of the subclass's `__init__`, which calls this, so that its checkpoints stand alone.
 
-        A net of this package is stored as class path and `config`. Any other net, and the optimiser, are given to
+        A net of this package is stored as class path and `init_args`. Any other net, and the optimiser, are given to
         `load_from_checkpoint`: `weights_only=True` opens no pickles.
         """
         caller = cast(FrameType, cast(FrameType, inspect.currentframe()).f_back)
@@ -81,7 +81,7 @@ class Task(LightningModule):
         if "_instantiator" in self.hparams:  # built from a config
             return
         self.save_hyperparameters(ignore=["net", "optimizer"], logger=False, frame=caller)
-        config = getattr(self.net, "config", None)
+        config = getattr(self.net, "init_args", None)
         if config is not None:
             class_path = f"{type(self.net).__module__}.{type(self.net).__qualname__}"
             self.hparams["net"] = {"class_path": class_path, "init_args": config}

@@ -6,8 +6,7 @@ every input and element, by switching on whatever dropout the net contains, and 
 
 from collections.abc import Callable, Collection, Generator, Iterator
 from contextlib import closing, contextmanager
-from itertools import combinations
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,11 +14,12 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils.parametrizations import _SpectralNorm
 
 from thinned.models.dropout import Dropout, check_rate, check_sites, derive_seed, sites_in
+from thinned.models.net import net_offers
 from thinned.uncertainty.statistics import MCPrediction, MCStatistics
 
 Masks = Literal["auto", "shared", "independent"]
+Output = TypeVar("Output")
 
-SCALES = (0.25, 0.5, 2.0)  # of the rates, tried by `select_sites`
 # Modules that do something other than dropout when `training` is set.
 NOT_DROPOUT = (_NormBase, _SpectralNorm, nn.RReLU)
 
@@ -28,7 +28,7 @@ def resolve_masks(net: nn.Module, masks: Masks) -> Literal["shared", "independen
     """`auto` is `shared` where the net has `thin`; ValueError for shared masks of a net without it."""
     if masks not in ("auto", "shared", "independent"):
         raise ValueError(f"Expected masks to be auto, shared or independent, but got {masks!r}")
-    thinnable = callable(getattr(net, "thin", None))
+    thinnable = net_offers(net).thin is not None
     if masks == "shared" and not thinnable:
         raise ValueError(f"Expected a net with `thin(seed, sample, sites)` for masks=shared, but got {_name(net)}")
     return "shared" if masks != "independent" and thinnable else "independent"
@@ -36,14 +36,14 @@ def resolve_masks(net: nn.Module, masks: Masks) -> Literal["shared", "independen
 
 def sampled_outputs(
     net: nn.Module,
-    evaluate: Callable[[nn.Module], Tensor],
+    evaluate: Callable[[nn.Module], Output],
     *,
     num_samples: int = 50,
     masks: Masks = "auto",
     seed: int = 0,
     sites: Collection[str] | None = None,
     scale: float = 1.0,
-) -> Generator[Tensor, None, None]:
+) -> Generator[Output, None, None]:
     """What `evaluate` returns for each of the S sampled networks, one at a time.
 
     Shared masks depend on (seed, sample) alone: the same networks whatever the inputs, the batch or the device.
@@ -57,7 +57,7 @@ def sampled_outputs(
         )
     if resolve_masks(net, masks) == "shared":
         if not sites_in(net):
-            raise _nothing_stochastic(net)
+            raise nothing_drops(net)
         for sample in range(num_samples):
             yield evaluate(net.thin(seed, sample, sites, scale))  # type: ignore[operator]
     else:
@@ -109,34 +109,6 @@ def mc_predict(
     return statistics.compute()
 
 
-class Acting(NamedTuple):
-    """Where dropout acts at prediction, and by what its rates are multiplied."""
-
-    sites: tuple[str, ...]
-    scale: float = 1.0
-
-    def __str__(self) -> str:
-        return "+".join(self.sites) + ("" if self.scale == 1 else f" × {self.scale:g}")
-
-
-def select_sites(net: nn.Module, nll: Callable[[Acting], float]) -> dict[Acting, float]:
-    """Scores every combination of the sites that drop in a net, then the best one at other rates; best first.
-
-    Args:
-        net: whose sites with a rate above 0 are combined, at most 2^4 - 1 ways.
-        nll: the negative log-likelihood on held-out data when dropout acts in the given way, in nats.
-    """
-    sites = sites_in(net)
-    if not sites:
-        raise _nothing_stochastic(net)
-    combined = [Acting(c) for size in range(1, len(sites) + 1) for c in combinations(sites, size)]
-    scores = {acting: nll(acting) for acting in combined}
-    best = min(scores, key=lambda acting: scores[acting]).sites
-    highest = max(m.p for m in net.modules() if isinstance(m, Dropout) and m.site in best)
-    scores |= {a: nll(a) for a in (Acting(best, scale) for scale in SCALES if scale * highest < 1)}
-    return dict(sorted(scores.items(), key=lambda item: item[1]))
-
-
 @contextmanager
 def only_dropout_active(net: nn.Module, sites: Collection[str] | None = None, scale: float = 1.0) -> Iterator[None]:
     """Within the block dropout acts (at the sites, or everywhere) and nothing else is in training mode.
@@ -170,7 +142,7 @@ def only_dropout_active(net: nn.Module, sites: Collection[str] | None = None, sc
         raise ValueError(f"Expected dropout alone to act in {_name(net)}, but got changed buffers: {changed}")
 
 
-def _seeded(net: nn.Module, evaluate: Callable[[nn.Module], Tensor], seed: int) -> Tensor:
+def _seeded(net: nn.Module, evaluate: Callable[[nn.Module], Output], seed: int) -> Output:
     """One pass with the random state set to seed, and put back after; ValueError when the pass draws nothing."""
     cuda = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.random.fork_rng(cuda):
@@ -180,7 +152,7 @@ def _seeded(net: nn.Module, evaluate: Callable[[nn.Module], Tensor], seed: int) 
         before = _random_state(cuda)
         output = evaluate(net)
         if all(map(torch.equal, before, _random_state(cuda))):
-            raise _nothing_stochastic(net)
+            raise nothing_drops(net)
     return output
 
 
@@ -197,5 +169,6 @@ def _name(net: nn.Module) -> str:
     return type(net).__name__
 
 
-def _nothing_stochastic(net: nn.Module) -> ValueError:
+def nothing_drops(net: nn.Module) -> ValueError:
+    """The error for a net in which no dropout acts."""
     return ValueError(f"Expected dropout with a rate above 0 in {_name(net)}, but got a pass that draws nothing")

@@ -3,7 +3,10 @@
 Shapes: N examples, K classes.
 """
 
+import inspect
 import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -35,6 +38,15 @@ def below_one(probs: Tensor) -> Tensor:
     return probs.clamp_max(1 - torch.finfo(probs.dtype).eps / 2)
 
 
+def auroc_error(correct: Tensor, uncertainty: Tensor) -> Tensor:
+    """The probability that an error is more uncertain than a hit; NaN if all are errors, or none is."""
+    if correct.all() or not correct.any():
+        return torch.tensor(math.nan)
+    highest = uncertainty.max().clamp_min(torch.finfo(uncertainty.dtype).tiny)
+    scaled = (uncertainty / highest).clamp(0, 1)  # to anything outside, torchmetrics applies a sigmoid
+    return binary_auroc(scaled, (~correct).long())
+
+
 def aurc(errors: Tensor, uncertainty: Tensor) -> Tensor:
     """Area under the risk-coverage curve (Geifman and El-Yaniv 2017).
 
@@ -45,36 +57,50 @@ def aurc(errors: Tensor, uncertainty: Tensor) -> Tensor:
     return (risk / torch.arange(1, len(risk) + 1, device=risk.device)).mean()
 
 
-def scores(nll: Tensor, confidence: Tensor, correct: Tensor, uncertainty: Tensor) -> dict[str, float]:
-    """Five scores of N predictions.
+@dataclass(frozen=True)
+class Score:
+    """A number that says how good N predictions are.
 
     Args:
-        nll: (N,), of the targets, in nats.
-        confidence: (N,), the highest probability.
-        correct: (N,), whether the class that has it is the target.
-        uncertainty: (N,), entropy of the prediction, scaled to [0, 1].
-
-    Returns:
-        accuracy; nll in nats; ece; auroc_error, the probability that an error is more uncertain than a hit (NaN where
-        all or none are errors); aurc.
+        label: for tables, with the better direction and the unit.
+        of: called with the columns, (N,) each, that its parameters name.
     """
-    errors = ~correct
-    both = 0 < errors.sum() < len(errors)
-    uncertainty = uncertainty.clamp(0, 1)  # rounding; binary_auroc applies a sigmoid to anything outside
-    return {
-        "accuracy": correct.double().mean().item(),
-        "nll": nll.double().mean().item(),
-        "ece": ece(confidence, correct).item(),
-        "auroc_error": binary_auroc(uncertainty, errors.long()).item() if both else math.nan,
-        "aurc": aurc(errors, uncertainty).item(),
-    }
+
+    label: str
+    of: Callable[..., Tensor]
+
+    def __call__(self, columns: Mapping[str, Tensor]) -> float | None:
+        """The score; None if a column is not there."""
+        names = inspect.signature(self.of).parameters
+        return self.of(*(columns[name] for name in names)).item() if all(name in columns for name in names) else None
+
+
+# By their names in metrics.json, in metric keys and in this order in tables. An entry here adds a score.
+SCORES = {
+    "accuracy": Score("accuracy ↑", lambda correct: correct.double().mean()),
+    "nll": Score("NLL, nats ↓", lambda nll: nll.double().mean()),
+    "bits_per_byte": Score("bits per byte ↓", lambda nll, bytes: nll.double().sum() / math.log(2) / bytes.sum()),
+    "brier": Score("Brier ↓", lambda brier: brier.double().mean()),
+    "ece": Score("ECE ↓", ece),
+    "auroc_error": Score(
+        "AUROC of errors ↑", lambda correct, predictive_entropy: auroc_error(correct, predictive_entropy)
+    ),
+    "aurc": Score("AURC ↓", lambda correct, predictive_entropy: aurc(~correct, predictive_entropy)),
+}
+
+
+def scores(columns: Mapping[str, Tensor]) -> dict[str, float]:
+    """All scores for which there are columns."""
+    values = {name: score(columns) for name, score in SCORES.items()}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def classification_scores(probs: Tensor, targets: Tensor) -> dict[str, float]:
-    """The scores of predictions (N, K) against targets (N,), and the Brier score; see `scores`."""
+    """All scores of predicted distributions (N, K) against targets (N,)."""
     confidence, prediction = probs.max(-1)
-    uncertainty = entropy(probs) / math.log(probs.shape[-1])
-    return {
-        **scores(nll(probs, targets), confidence, prediction == targets, uncertainty),
-        "brier": brier(probs, targets).double().mean().item(),
-    }
+    return scores(
+        {
+            "confidence": confidence, "correct": prediction == targets, "predictive_entropy": entropy(probs),
+            "nll": nll(probs, targets), "brier": brier(probs, targets),
+        }
+    )  # fmt: skip

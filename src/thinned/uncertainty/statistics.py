@@ -51,6 +51,11 @@ class MCStatistics:
         votes = torch.zeros_like(probs).scatter_(-1, probs.argmax(-1, keepdim=True), 1.0)
         self._add(1, probs, torch.zeros_like(probs), entropy(probs), votes)
 
+    @property
+    def mean(self) -> Tensor:
+        """(B, K), the mean of the samples so far."""
+        return self._mean
+
     def merge(self, other: "MCStatistics") -> None:
         """Adds all samples of another accumulator over the same examples."""
         if other.num_samples:

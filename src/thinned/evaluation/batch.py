@@ -1,0 +1,163 @@
+"""What a way to predict is given: batches, whose targets it streams distributions of, and held-out ones to learn from.
+
+Shapes: B examples or sequences, T tokens of a sequence, N targets (B, or the tokens that count), K classes.
+"""
+
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing
+from typing import Any, Protocol, cast
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor, nn
+
+from thinned.data.module import data_offers
+from thinned.models.net import Logits, logits_of, net_offers
+from thinned.offers import Offers
+from thinned.uncertainty.statistics import MCStatistics
+from thinned.uncertainty.token_statistics import TokenStatistics
+
+PROBABILITIES_AT_ONCE = 2**27  # of the mean distributions of all ways over a vocabulary: 512 MiB in fp32
+
+
+class TaskOffers(Protocol):
+    """Attributes of a LightningModule that evaluation looks for. All are optional: these are the defaults."""
+
+    net: nn.Module | None = None  # maps inputs to logits, as the module's `forward` does, and may have `thin`
+    test_scores: frozenset[str] = frozenset()  # that the module logs itself under `test/`
+
+
+def task_offers(task: LightningModule) -> TaskOffers:
+    """The optional attributes of a LightningModule, with the defaults for those that it lacks."""
+    return cast(TaskOffers, Offers(task, TaskOffers))
+
+
+def trained_net(task: LightningModule) -> nn.Module:
+    """The net of a LightningModule if it can be thinned, else the module itself: both map inputs to logits."""
+    net = task_offers(task).net
+    thinnable = net is not None and net_offers(net).thin is not None and task.device_mesh is None
+    return net if net is not None and thinnable else task
+
+
+class Streams(Protocol):
+    """What a batch asks of a way."""
+
+    def stream(self, batch: "Batch") -> Generator[Logits, None, None]:
+        """Yields the distributions of the batch's targets."""
+        ...
+
+
+class Batch:
+    """Examples with a target each, or sequences with a target for each token, and what ways say of them.
+
+    Args:
+        inputs: what nets are called with.
+        index: (B,), place of each example in its split.
+        targets: (B,), or (B, T) for text, with -100 for a token that does not count; None if they are not known.
+        output: what the trained net says of the inputs, if it has been asked already.
+    """
+
+    def __init__(self, inputs: Any, index: Tensor, targets: Tensor | None, output: Logits | None = None) -> None:
+        self.inputs, self.index, self.targets = inputs, index, targets
+        self.counted = targets >= 0 if targets is not None and targets.dim() == 2 else None  # of text, (B, T)
+        self._output = output
+        self._statistics: dict[Streams, MCStatistics | TokenStatistics] = {}
+
+    @property
+    def target(self) -> Tensor:
+        """(N,), the class or token of each target."""
+        assert self.targets is not None
+        return self.targets if self.counted is None else self.targets[self.counted]
+
+    def logits(self, net: nn.Module) -> Logits:
+        """What a net says of the N targets."""
+        return self._of_targets(logits_of(net, self.inputs))
+
+    def output(self, trained: nn.Module) -> Logits:
+        """What the trained net says of the N targets, which it is not asked twice."""
+        return self.logits(trained) if self._output is None else self._of_targets(self._output)
+
+    def _of_targets(self, logits: Logits) -> Logits:
+        return logits if self.counted is None else logits.select(self.counted)
+
+    def statistics(self, way: Streams) -> MCStatistics | TokenStatistics:
+        """The statistics of all that a way streams, which is asked once."""
+        if way not in self._statistics:
+            with closing(way.stream(self)) as stream:  # closed on an exception, which restores the modes at once
+                self._statistics[way] = self._summed_up(stream)
+        return self._statistics[way]
+
+    def _summed_up(self, stream: Iterable[Logits]) -> MCStatistics | TokenStatistics:
+        if self.counted is None:
+            examples = MCStatistics()
+            for logits in stream:
+                examples.update(torch.softmax(logits[:], dim=-1))
+            return examples
+        tokens = TokenStatistics(self.target, self.counted.nonzero()[:, 0], len(self.index))
+        for logits in stream:
+            tokens.update(logits)
+        return tokens
+
+    def mean(self, way: Streams) -> Tensor:
+        """The prediction of a way: the mean of its distributions, (N, K)."""
+        return self.statistics(way).mean
+
+    def parts(self, trained: nn.Module, num_ways: int) -> Iterator["Batch"]:
+        """The batch itself; of text, as many sequences at a time as the means of all ways leave room for."""
+        at_once = len(self.index)
+        if self.counted is not None:
+            known = self._output or logits_of(trained, self.inputs[:1, :1])
+            at_once = max(1, PROBABILITIES_AT_ONCE // (known.num_classes * self.counted.shape[1] * num_ways))
+        if at_once >= len(self.index):
+            yield self
+            return
+        for start in range(0, len(self.index), at_once):
+            rows = slice(start, start + at_once)
+            output = self._output and Logits(self._output.x[rows], self._output.head)
+            yield Batch(self.inputs[rows], self.index[rows], self.targets[rows], output)  # type: ignore[index]
+
+
+class Validation:
+    """Held-out examples from which a way learns, the same on all processes.
+
+    Args:
+        batches: yields them, whenever it is called.
+        total: adds up a tensor over all processes.
+    """
+
+    def __init__(self, batches: Callable[[], Iterable[Batch]], total: Callable[[Tensor], Tensor]) -> None:
+        self._batches, self._total = batches, total
+
+    @classmethod
+    def of(cls, trainer: Trainer, task: LightningModule, num_ways: int) -> "Validation":
+        """The validation split of a trainer's data module."""
+
+        def batches() -> Iterator[Batch]:
+            loader = data_offers(trainer).val_dataloader
+            if loader is None:
+                raise ValueError("Expected a data module, from whose validation split to learn, but got none")
+            seen = 0  # in this order they seed independent masks
+            for inputs, targets, *_ in loader():
+                inputs, targets = trainer.strategy.batch_to_device((inputs, targets), task.device)
+                index = torch.arange(seen, seen + len(targets), device=targets.device)
+                seen += len(index)
+                with trainer.precision_plugin.forward_context():
+                    yield from Batch(inputs, index, targets).parts(trained_net(task), num_ways)
+
+        return cls(batches, lambda x: trainer.strategy.reduce(x.clone(), reduce_op="sum"))
+
+    @torch.no_grad()
+    def mean(self, values: Callable[[Batch], Tensor], enough: float = float("inf")) -> Tensor:
+        """The mean over all targets of what `values` gives for those of a batch.
+
+        Args:
+            values: (N,) or (N, ...) for the N targets of a batch.
+            enough: so many targets, of all processes, suffice; the last batch counts as a whole.
+        """
+        total, count = torch.zeros(()), torch.zeros((), dtype=torch.int64)
+        for batch in self._batches():
+            of_batch = values(batch).float()  # half precision cannot count
+            total, count = total.to(of_batch.device) + of_batch.sum(0), count.to(of_batch.device) + len(of_batch)
+            if self._total(count) >= enough:
+                break
+        return self._total(total) / self._total(count)

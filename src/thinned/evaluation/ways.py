@@ -1,0 +1,192 @@
+"""Ways to predict: the deterministic network and Monte-Carlo dropout. No other file names one.
+
+A way streams distributions, and their mean is its prediction. To add one, write a class and give it to
+`MCDropout(ways=[...])` or `--mc_dropout.ways`: its rows, scores, tables, pictures and metrics come by themselves.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Generator, Sequence
+from typing import Any, Literal
+
+from lightning.pytorch.utilities import rank_zero_info
+from torch import nn
+
+from thinned.evaluation.batch import Batch, Validation
+from thinned.models.dropout import check_sites, derive_seed, sites_in
+from thinned.models.net import Logits, net_offers
+from thinned.uncertainty.monte_carlo import Masks, resolve_masks, sampled_outputs
+from thinned.uncertainty.scores import nll
+from thinned.uncertainty.selection import Acting, select_sites
+
+SELECTION_TARGETS = 25_600  # of the validation split, for the choice of sites
+
+
+class Way(ABC):
+    """A way to predict.
+
+    Attributes:
+        name: an identifier that no other way has: before its columns, in files and in metric keys.
+        label: for tables and pictures.
+        nets: that predict. The trained net, unless a subclass has its own; on the device, in evaluation mode.
+        builds_on: ways that learn before this one does, such as the one whose `Batch.mean` it changes.
+    """
+
+    name: str
+    label: str
+    nets: Sequence[nn.Module] = ()
+    builds_on: Sequence["Way"] = ()
+
+    def bind(self, trained: nn.Module) -> None:
+        """Takes the trained net, before training too; ValueError if this way cannot predict with it."""
+        self.nets = [trained]
+
+    def fit(self, validation: Validation) -> None:
+        """Learns from held-out examples, if there is something to learn."""
+        return
+
+    @abstractmethod
+    def stream(self, batch: Batch) -> Generator[Logits, None, None]:
+        """Yields distributions of the N targets of a batch, one at a time; memory does not grow with their number."""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What decides its predictions, as JSON: in `metrics.json` and in the metadata of the rows."""
+        return {}
+
+    @property
+    def details(self) -> str:
+        """What a table says of the settings."""
+        return ""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What `fit` has learned, as JSON: an interrupted prediction resumes with it."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes what an earlier `fit` has learned."""
+        return
+
+    def metric_prefix(self, split: str) -> str:
+        """What stands before the `/` of its metric keys."""
+        return self.name
+
+
+class Deterministic(Way):
+    """The trained network without dropout."""
+
+    name, label = "deterministic", "deterministic"
+
+    def stream(self, batch: Batch) -> Generator[Logits, None, None]:
+        yield batch.output(self.nets[0])
+
+    def metric_prefix(self, split: str) -> str:
+        return split  # beside what the task logs itself
+
+
+class SampledNetworks(Way):
+    """Monte-Carlo dropout: S networks sampled from the trained one. Args: see `MCDropout`."""
+
+    name, label = "mc_dropout", "MC dropout"
+
+    def __init__(
+        self, num_samples: int, masks: Masks = "auto", sites: Literal["all", "auto"] | list[str] = "all", seed: int = 0
+    ) -> None:
+        if num_samples < 2:
+            raise ValueError(f"Expected mc_dropout.num_samples to be at least 2 or null, but got {num_samples}")
+        if masks not in ("auto", "shared", "independent"):
+            raise ValueError(f"Expected mc_dropout.masks to be auto, shared or independent, but got {masks!r}")
+        if isinstance(sites, str) and sites not in ("all", "auto"):
+            raise ValueError(f"Expected mc_dropout.sites to be all, auto or a list of sites, but got {sites!r}")
+        self.num_samples, self.masks, self.seed = num_samples, masks, seed
+        self.sites = sites if isinstance(sites, str) else check_sites(sites)
+        self.selection: dict[Acting, float] = {}  # with sites=auto: validation NLL of each choice, best first
+
+    def bind(self, trained: nn.Module) -> None:
+        super().bind(trained)
+        thinnable = net_offers(trained).thin is not None
+        if self.masks == "shared" and not thinnable:
+            raise ValueError(
+                f"Expected mc_dropout.masks to be auto or independent for a net that is sharded or has no `thin`, such "
+                f"as this {type(trained).__name__}, but got 'shared': scripts/predict.py has it on one device"
+            )
+        droppable = sites_in(trained)
+        if thinnable and (not droppable or (not isinstance(self.sites, str) and set(self.sites) - set(droppable))):
+            raise ValueError(
+                f"Expected mc_dropout.sites among those of the net with a rate above 0, {list(droppable)}, but got "
+                f"{self.sites!r}: raise a rate, or set mc_dropout.num_samples to null to leave MC dropout out"
+            )
+
+    def fit(self, validation: Validation) -> None:
+        """Chooses sites and rates by the NLL of the mean prediction."""
+        if self.sites != "auto":
+            return
+
+        def validation_nll(acting: Acting) -> float:
+            tried = SampledNetworks(self.num_samples, self.masks, list(acting.sites), self.seed)
+            tried.nets, tried.selection = self.nets, {acting: 0.0}
+            return validation.mean(lambda batch: nll(batch.mean(tried), batch.target), SELECTION_TARGETS).item()
+
+        self.selection = select_sites(self.nets[0], validation_nll)
+        best = next(iter(self.selection))
+        rank_zero_info(f"MC dropout at {best}: lowest validation NLL, {self.selection[best]:.4f} nats")
+
+    def stream(self, batch: Batch) -> Generator[Logits, None, None]:
+        (net,) = self.nets
+        settings = {key: self.settings[key] for key in ("num_samples", "masks", "scale")}
+        # Its first example seeds the independent masks of a batch, or all batches would draw the same.
+        seed = self.seed if settings["masks"] == "shared" else derive_seed(self.seed, int(batch.index[0]))
+        sites = None if self._acting is None else self._acting.sites
+        yield from sampled_outputs(net, batch.logits, seed=seed, sites=sites, **settings)
+
+    @property
+    def _acting(self) -> Acting | None:
+        """Where dropout acts; None for everywhere."""
+        if self.selection:
+            return next(iter(self.selection))
+        return None if isinstance(self.sites, str) else Acting(self.sites)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        (net,) = self.nets
+        sites, scale = self._acting or Acting(sites_in(net))
+        settings: dict[str, Any] = {
+            "num_samples": self.num_samples,
+            "masks": resolve_masks(net, self.masks),
+            "seed": self.seed,
+            "sites": list(sites) if self._acting or self.sites == "all" else self.sites,
+            "scale": scale,
+        }
+        if self.selection:
+            settings["sites_nll"] = {str(acting): value for acting, value in self.selection.items()}
+        return settings
+
+    @property
+    def details(self) -> str:
+        at = f" at {self._acting}" if self._acting else ""
+        return f"S = {self.num_samples}, {self.settings['masks']} masks{at}"
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"selection": [[*acting, value] for acting, value in self.selection.items()]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        chosen = state["selection"] if self.sites == "auto" else ()
+        self.selection = {Acting(tuple(sites), scale): value for sites, scale, value in chosen}
+
+    def metric_prefix(self, split: str) -> str:
+        return "mc"
+
+
+def standard_ways(
+    num_samples: int | None, masks: Masks, sites: Literal["all", "auto"] | list[str], seed: int
+) -> list[Way]:
+    """The deterministic network and, unless `num_samples` is None, Monte-Carlo dropout."""
+    sampled = [] if num_samples is None else [SampledNetworks(num_samples, masks, sites, seed)]
+    return [Deterministic(), *sampled]
+
+
+def learning_order(ways: Sequence[Way]) -> list[Way]:
+    """The ways and all that they build on, each after those that it builds on."""
+    order: list[Way] = []
+    for way in ways:
+        order += [each for each in (*learning_order(way.builds_on), way) if each not in order]
+    return order

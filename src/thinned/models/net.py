@@ -1,0 +1,88 @@
+"""What a net may offer besides `forward`, and its logits, of a large vocabulary some rows at a time.
+
+Shapes: B batch, N targets, C features, K classes (for text the vocabulary V).
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+
+from thinned.offers import Offers
+
+LOGITS_AT_ONCE = 2**22  # 16 MiB in fp32, which stay in the cache while they are summed up
+
+
+class NetOffers(Protocol):
+    """Attributes of a net that others look for. All are optional: these are the defaults."""
+
+    # Arguments of `__init__`, as primitives: a checkpoint builds the net again from them and its class path.
+    init_args: dict[str, Any] | None = None
+    # Shape of one example, and K: compared with the data before training.
+    input_shape: tuple[int, ...] | None = None
+    num_classes: int | None = None
+    # V and the number of positions of a language model: likewise.
+    vocab_size: int | None = None
+    context_length: int | None = None
+    # `thin(seed, sample, sites, scale)`: a thinned network, for masks that all inputs share.
+    thin: Callable[..., nn.Module] | None = None
+    # `features(inputs)`, (B, T, C), and `logits(features)`, (n, C) -> (n, V): so that all logits never exist at once.
+    features: Callable[[Any], Tensor] | None = None
+    logits: Callable[[Tensor], Tensor] | None = None
+    # Runs after each optimiser step (Srivastava et al. 2014, section 5.1).
+    constrain_max_norm_: Callable[[], None] | None = None
+    # Units that a sharded net gathers one at a time; the whole net if there are none.
+    blocks: Sequence[nn.Module] = ()
+    # Floating point operations of a training step, per token: for the utilisation of the device.
+    flops_per_token: Callable[[], int] | None = None
+
+
+def net_offers(net: object) -> NetOffers:
+    """The optional attributes of a net, with the defaults for those that it lacks."""
+    return cast(NetOffers, Offers(net, NetOffers))
+
+
+class Logits:
+    """Unnormalised log-probabilities of N targets, computed when rows of them are asked for.
+
+    Args:
+        x: logits (N, K); with a head, what it reads: (N, C).
+        head: maps (n, C) to logits (n, K); None if `x` are the logits.
+    """
+
+    def __init__(self, x: Tensor, head: Callable[[Tensor], Tensor] | None = None) -> None:
+        self.x, self.head = x, head
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    @property
+    def num_classes(self) -> int:
+        """K."""
+        first = self.x.flatten(0, -2)[:1]
+        return (first if self.head is None else self.head(first)).shape[-1]
+
+    def __getitem__(self, rows: slice | Tensor) -> Tensor:
+        """The logits of some rows, (n, K), in fp32 or fp64."""
+        logits = self.x[rows] if self.head is None else self.head(self.x[rows])
+        return logits if logits.dtype == torch.float64 else logits.float()
+
+    def select(self, chosen: Tensor) -> "Logits":
+        """Those at which a mask over the leading dimensions of `x` is true."""
+        return Logits(self.x[chosen], self.head)
+
+    def log_probs(self) -> Iterator[tuple[slice, Tensor]]:
+        """Log-probabilities (n, K) of a few rows at a time, with the rows that they are of."""
+        at_once = max(1, LOGITS_AT_ONCE // self.num_classes)
+        for start in range(0, max(1, len(self)), at_once):
+            rows = slice(start, start + at_once)
+            yield rows, torch.log_softmax(self[rows], dim=-1)
+
+
+def logits_of(net: nn.Module, inputs: Any) -> Logits:
+    """What a net says of inputs: with `features`, the logits are computed when they are asked for."""
+    offers = net_offers(net)
+    if offers.features is None or offers.logits is None:
+        return Logits(net(inputs))
+    return Logits(offers.features(inputs), offers.logits)

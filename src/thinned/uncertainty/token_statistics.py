@@ -1,0 +1,98 @@
+"""Statistics of S sampled next-token distributions, accumulated one sample at a time.
+
+Of each token the mean distribution is held, and of each sequence sums: memory does not grow with S. Nor do all logits
+of a sample exist at once (see `thinned.models.net.Logits`). Malinin and Gales (2021) compare the likelihoods of a
+sequence. Shapes: N tokens, B sequences, V vocabulary. Units: nats.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from thinned.models import net
+from thinned.models.net import Logits
+from thinned.uncertainty.scores import nll
+from thinned.uncertainty.statistics import entropy
+
+
+class TokenStatistics:
+    """Accumulates sampled distributions of N tokens.
+
+    Args:
+        target: (N,), the token that came.
+        sequence: (N,), the sequence of each token, in [0, B).
+        num_sequences: B.
+    """
+
+    def __init__(self, target: Tensor, sequence: Tensor, num_sequences: int) -> None:
+        self.target, self.sequence, self.num_sequences = target, sequence, num_sequences
+        self.num_samples = 0
+        self.mean = torch.empty(0)  # (N, V) after the first sample
+        self._entropy = torch.zeros(len(target), device=target.device)
+        self._log_likelihoods = torch.empty(0)  # log sum and sum over samples, per sequence (2, B)
+
+    def update(self, logits: Logits) -> None:
+        """Adds one sample."""
+        log_target = torch.empty_like(self._entropy)
+        for rows, log_probs in logits.log_probs():  # (n, V)
+            if self.num_samples == 0 and rows.start == 0:
+                self.mean = log_probs.new_zeros(len(self.target), log_probs.shape[-1])
+            log_target[rows] = log_probs.gather(-1, self.target[rows, None]).squeeze(-1)
+            probs = log_probs.exp()
+            self.mean[rows].lerp_(probs, 1 / (self.num_samples + 1))
+            self._entropy[rows] -= probs.mul_(log_probs.clamp_min_(torch.finfo(log_probs.dtype).min)).sum(-1)
+        sums = self._by_sequence(log_target)
+        if self.num_samples == 0:
+            self._log_likelihoods = torch.stack([sums, sums])
+        else:
+            self._log_likelihoods[0] = torch.logaddexp(self._log_likelihoods[0], sums)
+            self._log_likelihoods[1] += sums
+        self.num_samples += 1
+
+    def _by_sequence(self, column: Tensor) -> Tensor:
+        """Sums over the tokens of each sequence, (B,)."""
+        return column.new_zeros(self.num_sequences).index_add_(0, self.sequence, column)
+
+    def tokens(self) -> dict[str, Tensor]:
+        """The columns of the mean prediction, (N,) each; with two samples or more, of their spread too."""
+        probs = self.mean
+        confidence, prediction = probs.max(-1)
+        own = probs.gather(-1, self.target[:, None])
+        at_once = max(1, net.LOGITS_AT_ONCE // probs.shape[-1])
+        parts = list(zip(torch.split(probs, at_once), torch.split(own, at_once), strict=True))
+        predictive = torch.cat([entropy(part) for part, _ in parts])
+        columns = {
+            "prediction": prediction,
+            "confidence": confidence.clamp_max(1),
+            "nll": nll(probs, self.target),
+            "correct": prediction == self.target,
+            "rank": 1 + torch.cat([(part > own).sum(-1) for part, own in parts]),
+            "predictive_entropy": predictive,
+        }
+        if self.num_samples > 1:
+            expected = self._entropy / self.num_samples
+            columns["expected_entropy"] = expected
+            columns["mutual_information"] = (predictive - expected).clamp_min(0)
+        return columns
+
+    def sequences(self, tokens: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The columns of the sequences, (B,) each.
+
+        Args:
+            tokens: what `tokens` returned.
+
+        Returns:
+            log_likelihood: sum over tokens of the log of the mean probability. With two samples or more also
+            mean_log_likelihood, 1/S sum_s log p_s(sequence); joint_log_likelihood, log 1/S sum_s p_s(sequence);
+            mutual_information, summed over tokens, and mutual_information_per_token.
+        """
+        columns = {"log_likelihood": self._by_sequence(-tokens["nll"])}
+        if self.num_samples > 1:
+            information = self._by_sequence(tokens["mutual_information"])
+            number = self._by_sequence(torch.ones_like(tokens["nll"]))
+            columns["mean_log_likelihood"] = self._log_likelihoods[1] / self.num_samples
+            columns["joint_log_likelihood"] = self._log_likelihoods[0] - math.log(self.num_samples)
+            columns["mutual_information"] = information
+            columns["mutual_information_per_token"] = information / number
+        return columns
