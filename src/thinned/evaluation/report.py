@@ -13,7 +13,6 @@ from torch import Tensor
 from thinned.evaluation import figures
 from thinned.evaluation.rows import MCSettings, example_scores, token_scores
 from thinned.files import whole_file
-from thinned.runs.wandb_server import dispensable
 from thinned.uncertainty.monte_carlo import Acting
 
 
@@ -64,5 +63,4 @@ def write_pictures(trainer: Trainer, rows: Mapping[str, Tensor], split: str, dir
                 columns, table = figures.most_uncertain(rows, images, names)
                 for row in table:
                     row[0] = wandb.Image(row[0])
-                with dispensable("the table mc/most_uncertain"):
-                    logger.log_table("mc/most_uncertain", columns, table, step=trainer.global_step)
+                logger.log_table("mc/most_uncertain", columns, table, step=trainer.global_step)
