@@ -7,9 +7,7 @@ python scripts/predict.py --ckpt_path runs/<experiment>/<run id>/checkpoints/bes
 
 from collections.abc import Sequence
 
-from thinned.cli import ThinnedCLI
-from thinned.runs.checkpoint_io import checkpoint_arguments
-from thinned.runs.messages import one_message
+from thinned.cli import ThinnedCLI, checkpoint_arguments, one_message
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -16,14 +16,13 @@ from typing import Any, cast
 
 import torch
 
+from thinned.cli import one_message, read_checkpoint
 from thinned.data import Tokenizer
 from thinned.files import whole_file
 from thinned.generation.highlight import highlighted_page
 from thinned.generation.sampling import Sampling, sample_texts
 from thinned.generation.text_samples import print_samples
 from thinned.models import GPT
-from thinned.runs.checkpoint_io import read_checkpoint
-from thinned.runs.messages import one_message
 
 
 def parse(args: Sequence[str] | None) -> argparse.Namespace:

@@ -6,8 +6,7 @@ python scripts/train.py --config configs/mlp_digits.yaml [--config overlay.yaml]
 
 from collections.abc import Sequence
 
-from thinned.cli import ThinnedCLI
-from thinned.runs.messages import one_message
+from thinned.cli import ThinnedCLI, one_message
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -89,7 +89,7 @@ def run_script(name: str, *args: object, cwd: Path, pictures: bool = False, **en
     with ExitStack() as stack:
         stack.callback(logging.getLogger("lightning.pytorch").removeHandler, handler)
         stack.enter_context(mock.patch.dict(os.environ, environment))
-        stack.enter_context(mock.patch("thinned.cli.atexit", fake_atexit))
+        stack.enter_context(mock.patch("thinned.runs.directory.atexit", fake_atexit))
         if not pictures:
             stack.enter_context(mock.patch("thinned.evaluation.figures.figures", return_value={}))
         for context in (redirect_stdout(out), redirect_stderr(err), chdir(cwd)):

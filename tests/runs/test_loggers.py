@@ -19,7 +19,7 @@ def csv_rows(folder: Path) -> list[dict[str, str]]:
 def csv_logger(folder: Path, first_step: int | None = None) -> CSVLogger:
     logger = CSVLogger(folder, name="", version="")
     if first_step is not None:
-        logger.go_on_from(first_step)
+        logger.resume_from(first_step)
     return logger
 
 
@@ -66,7 +66,7 @@ def test_csv_of_a_new_run_begins_empty(tmp_path: Path) -> None:
 def offline(folder: Path, first_step: int | None = None) -> WandbLogger:
     logger = WandbLogger(save_dir=folder, id="run", project="thinned", mode="offline")
     if first_step is not None:
-        logger.go_on_from(first_step)
+        logger.resume_from(first_step)
     return logger
 
 
@@ -100,6 +100,16 @@ def test_wandb_gets_what_it_lost_and_nothing_twice(lost: int, tmp_path: Path) ->
     end_of_process()
     assert sorted(history(tmp_path)) == [(step, step / 8) for step in range(7)]
     assert [float(row["loss"]) for row in csv_rows(tmp_path)] == [step / 8 for step in range(7)]
+
+
+def test_run_continues_without_a_table_that_the_server_refuses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    logger = offline(tmp_path)
+    monkeypatch.setattr(wandb, "Table", mock.Mock(side_effect=ConnectionError("no\nanswer")))
+    with caplog.at_level("INFO"):
+        logger.log_table("mc/most_uncertain", ["x"], [[1]], step=3)
+    assert "W&B: no answer; the run continues without the table mc/most_uncertain." in caplog.messages
 
 
 def test_online_the_number_of_rows_says_what_is_there(tmp_path: Path) -> None:

@@ -17,7 +17,6 @@ from thinned.evaluation.row_chunks import Columns
 from thinned.evaluation.rows import WayRows
 from thinned.evaluation.ways import Way
 from thinned.files import whole_file
-from thinned.runs.wandb_server import dispensable
 from thinned.uncertainty.scores import scores
 
 
@@ -63,5 +62,4 @@ def _write_pictures(
                 columns, table = figures.most_uncertain(rows, labels, images, names)
                 for row in table:
                     row[0] = wandb.Image(row[0])
-                with dispensable(f"the table {split}/most_uncertain"):
-                    logger.log_table(f"{split}/most_uncertain", columns, table, step=trainer.global_step)
+                logger.log_table(f"{split}/most_uncertain", columns, table, step=trainer.global_step)

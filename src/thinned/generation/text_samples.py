@@ -16,7 +16,6 @@ from thinned.generation.highlight import full_scale, highlighted, highlighted_pa
 from thinned.generation.sampling import Sample, Sampling, sample_texts
 from thinned.models.dropout import sites_in
 from thinned.models.gpt import GPT
-from thinned.runs.wandb_server import dispensable
 
 
 class TextSamples(Callback):
@@ -83,8 +82,7 @@ class TextSamples(Callback):
                 rows = [
                     [s.prompt, s.text, *(sum(v) / len(v) for v in (s.entropy, s.mutual_information))] for s in samples
                 ]
-                with dispensable("the table samples"):
-                    logger.log_table("samples", columns, rows, step=trainer.global_step)
+                logger.log_table("samples", columns, rows, step=trainer.global_step)
                 html = wandb.Html(content, inject=False)
                 logger.log_metrics({"samples_page": html}, step=trainer.global_step)  # type: ignore[dict-item]
 

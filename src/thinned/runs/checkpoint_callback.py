@@ -12,7 +12,10 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 
+from thinned.runs.checkpoint_io import last_checkpoint
 from thinned.runs.interruption import Interruption
+from thinned.runs.loggers import ResumableLogger
+from thinned.runs.lost_ranks import is_lost_rank
 
 NOT_BEGUN = {"ready": 1, "started": 1, "processed": 0, "completed": 0}  # a validation whose first batch was cut off
 
@@ -58,7 +61,7 @@ class Checkpoints(ModelCheckpoint):
         if self._pending is not None:
             row, self._pending = self._pending, None
             for logger in trainer.loggers:
-                if hasattr(logger, "go_on_from"):  # else it may hold the row already
+                if isinstance(logger, ResumableLogger):  # another one may have the row already
                     logger.log_metrics(row["metrics"], step=row["step"])
 
     def on_train_batch_end(
@@ -108,6 +111,15 @@ class Checkpoints(ModelCheckpoint):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self._pending = checkpoint.get("pending_log")
 
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        super().on_exception(trainer, pl_module, exception)
+        path = last_checkpoint(trainer)
+        if is_lost_rank(exception):
+            if path:
+                exception.add_note(f"resume from {path}")
+        elif isinstance(exception, ValueError) and _has_trained(trainer):  # else the settings are wrong
+            exception.add_note(f"(last checkpoint: {path or 'none yet'})")
+
     def _is_due(self, trainer: Trainer) -> bool:
         """Whether `every_n_train_steps` or `train_time_interval` asks for a checkpoint; on all ranks alike."""
         if self._every_n_train_steps and trainer.global_step % self._every_n_train_steps == 0:
@@ -136,6 +148,10 @@ class Checkpoints(ModelCheckpoint):
             trainer.save_checkpoint(self.last_model_path, weights_only=False)
         rank_zero_info(f"{signal.name} at step {trainer.global_step}: wrote {self.last_model_path}; --resume goes on.")
         self.interruption.end(trainer, signal)
+
+
+def _has_trained(trainer: Trainer) -> bool:
+    return trainer.state.fn == "fit" and trainer.fit_loop.epoch_loop.batch_progress.total.ready > 0
 
 
 def _in_training(trainer: Trainer) -> bool:

@@ -1,6 +1,11 @@
-"""Run directories: runs/<experiment>/<run id>, begun anew or gone on with."""
+"""Run directories: runs/<experiment>/<run id>, of a new run or of one that resumes."""
 
+import atexit
 import secrets
+import shlex
+import shutil
+import tempfile
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 
@@ -64,3 +69,37 @@ def _latest(directory: Path, purpose: str) -> Path:
 def _last_change(run: Path) -> int:
     """When a file was last added to the run or its checkpoints, which are all written under a new name."""
     return max(path.stat().st_mtime_ns for path in (run, *run.glob("checkpoints/")))
+
+
+@rank_zero_only  # callbacks broadcast this rank's directory
+def make_run_directory(run: Path, resumed: bool) -> None:
+    """Makes the directory of a run. At exit it is deleted again if a new run has not started.
+
+    Raises:
+        ValueError: Nothing can be written there.
+    """
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=run).close()
+    except OSError as error:
+        raise ValueError(f"Expected runs_dir to be writable, but got {error.strerror}: {run}") from error
+    for left_by_a_killed_process in run.glob("checkpoints/.*.tmp.ckpt"):
+        left_by_a_killed_process.unlink()
+    if not resumed:
+        atexit.register(_discard_unless_started, run)
+
+
+def _discard_unless_started(run: Path) -> None:
+    if not (run / "config.yaml").exists():
+        shutil.rmtree(run, ignore_errors=True)
+        with suppress(OSError):
+            run.parent.rmdir()
+
+
+def files_of_run(run: Path) -> str:
+    """Lists the files of a run, one a line; W&B's as the command that shows them."""
+    paths = [path.relative_to(run) for path in sorted(run.rglob("*")) if path.is_file()]
+    lines = [f"Run: {run}", *(f"  {path}" for path in paths if path.parts[0] != "wandb")]
+    if any(path.parts[0] == "wandb" for path in paths):
+        lines.append(f"Dashboard: wandb leet {shlex.quote(str(run / 'wandb'))}")
+    return "\n".join(lines)

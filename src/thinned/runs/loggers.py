@@ -2,25 +2,37 @@
 
 import csv
 import json
+import os
+import shlex
 import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
+from jsonargparse import Namespace
 from lightning.fabric.loggers.csv_logs import _ExperimentWriter
 from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch import loggers
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]
 
 from thinned.files import whole_file
+from thinned.runs.wandb_server import wandb_offline_reason
 
 GLOBAL_STEP = "trainer/global_step"  # under which Lightning's WandbLogger logs the step
 
 
+@runtime_checkable
+class ResumableLogger(Protocol):
+    """A logger that has each step once, even if the run resumes from an earlier one."""
+
+    def resume_from(self, step: int) -> None:
+        """Says that the run has been logged before, and which step is computed next."""
+
+
 class CSVLogger(loggers.CSVLogger):
-    """`metrics.csv`. A run that goes on keeps the rows before the step at which it does.
+    """Logs to `metrics.csv`. A run that resumes keeps the rows before the step from which it does.
 
     Args:
         As Lightning's `CSVLogger`.
@@ -28,7 +40,7 @@ class CSVLogger(loggers.CSVLogger):
 
     _first_step = 0
 
-    def go_on_from(self, step: int) -> None:
+    def resume_from(self, step: int) -> None:
         """Keeps the rows of the steps before this one."""
         self._first_step = step
 
@@ -53,8 +65,8 @@ class WandbLogger(loggers.WandbLogger):
     _first_step: int | None = None
     _file: "_ContinuedWriter | None" = None
 
-    def go_on_from(self, step: int) -> None:
-        """Says that the run has been logged before, and of which step the next will be."""
+    def resume_from(self, step: int) -> None:
+        """Logs what W&B has lost of the steps before this one, and leaves out what it has of those after."""
         self._first_step = step
 
     @rank_zero_only
@@ -65,6 +77,14 @@ class WandbLogger(loggers.WandbLogger):
         self._file.log_metrics({k: v for k, v in metrics.items() if isinstance(v, int | float)}, step)
         self._file.save()
         self._log_new(metrics, step)
+
+    @rank_zero_only
+    def log_table(self, key: str, *args: Any, **options: Any) -> None:
+        """Logs a table; the run continues without it if the server, which must name a place for it, fails."""
+        try:
+            super().log_table(key, *args, **options)
+        except Exception as error:  # whatever a server does wrong
+            rank_zero_info(f"W&B: {' '.join(str(error).split())}; the run continues without the table {key}.")
 
     def _log_new(self, metrics: Mapping[str, Any], step: int | None) -> None:
         if new := self._seen.new(metrics, step):
@@ -189,3 +209,35 @@ def wandb_records(file: Path) -> Iterator[Record]:
         if kind in (1, 4):  # whole, or the last part
             yield Record.FromString(record)
             record = b""
+
+
+def fill_in_logger(logger: Any, run: Path, experiment: str) -> bool:
+    """Fills in the settings of a logger that depend on the run: its directory, its name, whether it reaches W&B.
+
+    Args:
+        logger: Config of the logger, as class path and arguments; anything else stays as it is.
+        run: Directory of the run.
+        experiment: Name of the experiment.
+
+    Returns:
+        Whether a run that should be online was set to offline.
+    """
+    if not isinstance(logger, Namespace):
+        return False
+    options = logger.init_args
+    options.save_dir = str(run)
+    if logger.class_path.endswith("CSVLogger"):
+        options.name, options.version = "", ""
+    if not logger.class_path.endswith("WandbLogger"):
+        return False
+    options.id, options.name = run.name, f"{experiment} {run.name}"  # the id makes a resumed run the same one
+    chosen = options.offline or "WANDB_MODE" in os.environ or "mode" in logger.get("dict_kwargs", {})
+    if chosen or getattr(rank_zero_only, "rank", 0) != 0 or not (reason := wandb_offline_reason()):
+        return False
+    logger.dict_kwargs = {**logger.get("dict_kwargs", {}), "mode": "offline"}
+    directory = shlex.quote(str(run / "wandb"))
+    rank_zero_info(
+        f"W&B: {reason}, so this run is logged offline. Look at it with "
+        f"`wandb leet {directory}`, send it with `wandb sync {directory}/offline-run-*`."
+    )
+    return True

@@ -1,4 +1,4 @@
-"""A data-parallel run in which a process has died: the others say so, and end."""
+"""When one process of a data-parallel run dies, the others say so and end."""
 
 import os
 import re
@@ -16,7 +16,7 @@ LOST = re.compile(r"gloo|NCCL|TCPStore|ProcessGroup|Dist(Backend|Network|Store)E
 
 
 class LostRanks(Callback):
-    """Ends a rank that the process which launched it has left behind, and says what a run can go on from.
+    """Ends a rank if the process that launched it has died, and says from which checkpoint to resume.
 
     Gloo notices a lost connection; NCCL waits for half an hour.
     """
@@ -29,20 +29,16 @@ class LostRanks(Callback):
             self._watched = True
             Thread(target=_end_with, args=(os.getppid(), trainer), daemon=True).start()
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        if is_lost_rank(exception) and (path := last_checkpoint(trainer)):
-            exception.add_note(f"resume from {path}")
-
 
 def is_lost_rank(error: BaseException) -> bool:
-    """Whether this is what a rank gets that waits for one that does not answer."""
+    """Whether a rank gets this error if another one does not answer."""
     return isinstance(error, RuntimeError) and LOST.search(f"{type(error).__name__}: {error}") is not None
 
 
 def lost_rank_message(error: BaseException) -> str:
-    """One line, of which gloo and NCCL say the first sentence."""
+    """Shortens an error of gloo or NCCL to its first sentence."""
     said = re.sub(r"^\[\S+\] ", "", str(error)).split(". ")[0]
-    return ": ".join([f"Expected all ranks to answer, but got {said}", *getattr(error, "__notes__", [])])
+    return f"Expected all ranks to answer, but got {said}"
 
 
 def _end_with(launcher: int, trainer: Trainer) -> None:

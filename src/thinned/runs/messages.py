@@ -1,13 +1,19 @@
-"""How a script that cannot go on ends: with one line and a status, and a traceback on request."""
+"""Errors as one line that says what to change; the traceback is shown on request."""
 
+import difflib
+import inspect
 import os
 import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
+from pydoc import locate
+from typing import NoReturn, cast
 
 import wandb
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.cli import LightningArgumentParser
 
 from thinned.runs.interruption import ended_by_sigterm
 from thinned.runs.lost_ranks import is_lost_rank, lost_rank_message
@@ -23,13 +29,13 @@ def one_message() -> Iterator[None]:
         lost = is_lost_rank(error)
         if os.environ.get("THINNED_TRACEBACK") or (isinstance(error, RuntimeError) and not lost):
             raise
-        message = lost_rank_message(error) if lost else " ".join([str(error), *getattr(error, "__notes__", [])])
-        sys.stderr.write(f"error: {plain(message)}\n")
+        message, separator = (lost_rank_message(error), ": ") if lost else (str(error), " ")
+        sys.stderr.write(f"error: {separator.join([plain(message), *getattr(error, '__notes__', [])])}\n")
         sys.exit(1)
 
 
 def plain(message: str) -> str:
-    """One line: of jsonargparse without its report on the members of a union, of a data loader worker the cause."""
+    """Shortens an error to one line: no jsonargparse report on a union's members; of a worker's error, its cause."""
     if re.match(r"Caught \w+ in DataLoader worker", message):
         message = message.strip().splitlines()[-1].partition(": ")[2]
     noise = "Does not validate|Subtypes:|Errors:|- Expected a <class 'NoneType'>"
@@ -39,3 +45,28 @@ def plain(message: str) -> str:
     if value and not value.startswith(("Namespace(", "NestedArg(")):
         lines.append(f"(got {value})")
     return " ".join(line for line in lines if line)
+
+
+class Parser(LightningArgumentParser):
+    """Raises ValueError with one line for input that does not parse, and names the key nearest to an unknown one."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        if not self.exit_on_error:  # an inner parser, whose error the outer one reports
+            super().error(message, ex)
+        message = plain(message)
+        unknown = re.search(r"(?:unrecognized arguments: --|[Oo]ption '|Key ')([\w.]+)", message)
+        if unknown:
+            known = {name for action in self._actions for name in action.dest.split(".")}
+            for class_path in re.findall(r"class_path '([\w.]+)'", message):
+                known |= _parameters(cast(type, locate(class_path)))
+            names = unknown[1].split(".")
+            nearest = [difflib.get_close_matches(name, known, n=1) for name in names]
+            message += "".join(f" (did you mean {n[0]}?)" for n in nearest if n and n[0] not in names)
+        raise ValueError(message) from ex
+
+
+def _parameters(class_: type) -> set[str]:
+    """Names the parameters of a class, and those of the dataclasses among them."""
+    parameters = inspect.signature(class_).parameters
+    groups = [p.annotation for p in parameters.values() if is_dataclass(p.annotation)]
+    return {*parameters, *(field.name for group in groups for field in fields(group))}

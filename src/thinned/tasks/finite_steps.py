@@ -9,8 +9,6 @@ from torch import Tensor
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
-from thinned.runs.checkpoint_io import last_checkpoint
-
 SHOWN = 8  # examples that a message names
 
 
@@ -51,10 +49,8 @@ class FiniteSteps(Callback):
         kind, got = ("losses", "; ".join(wrong)) if wrong else ("gradients", "others, though every loss is finite")
         message = f"Expected finite {kind} at step {trainer.global_step} (epoch {trainer.current_epoch}), but got {got}"
         if self.on_nonfinite == "stop":
-            raise ValueError(
-                f"{message}. This step is not taken; last checkpoint: {last_checkpoint(trainer) or 'none yet'}; "
-                "--finite_steps.on_nonfinite skip leaves such steps out"
-            )
+            remedy = "--finite_steps.on_nonfinite skip leaves such steps out"
+            raise ValueError(f"{message}. This step is not taken; {remedy}")
         self.skipped_steps += 1
         rank_zero_info(f"{message}. This step is left out.")
         if not scaled:  # a scaler sees to it

@@ -1,0 +1,46 @@
+"""The config of a run, kept wherever someone may look for it."""
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import yaml
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.cli import SaveConfigCallback
+
+from thinned.files import whole_file
+
+
+class RunRecord(SaveConfigCallback):
+    """Writes the whole config to the run directory, to every checkpoint, and once to the loggers."""
+
+    @cached_property
+    def text(self) -> str:
+        text: str = self.parser.dump(self.config, skip_unset=False)
+        return text
+
+    @cached_property
+    def content(self) -> dict[str, Any]:
+        content: dict[str, Any] = yaml.safe_load(self.text)
+        return content
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Writes nothing yet: the data may still turn out not to fit."""
+
+    def _record(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.already_saved or not trainer.is_global_zero:
+            return
+        self.already_saved = True
+        with whole_file(Path(trainer.default_root_dir, "config.yaml")) as temporary:
+            temporary.write_text(self.text)
+        for logger in trainer.loggers:
+            logger.log_hyperparams(self.content)
+
+    on_fit_start = on_test_start = on_predict_start = _record
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint["config"] = self.content
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if isinstance(exception, OSError) and exception.errno and not exception.filename:  # such as a full disk
+            exception.add_note(f"in {trainer.default_root_dir}")
