@@ -1,4 +1,4 @@
-"""What all tests share: settings and caches of their own, small datasets in the hub's layout, and runs of scripts."""
+"""What all tests share: the same start, caches of their own, small datasets in the hub's layout, runs of scripts."""
 
 import io
 import logging
@@ -6,12 +6,14 @@ import os
 import random
 import runpy
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, chdir, redirect_stderr, redirect_stdout
+import threading
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import ExitStack, chdir, contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -43,6 +45,91 @@ def pytest_configure(config: pytest.Config) -> None:
     huggingface_hub.constants.HF_HUB_OFFLINE = True
     huggingface_hub.constants.HF_HUB_CACHE = f"{home}/huggingface/hub"
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    config.pluginmanager.register(SameStart())  # not a fixture of this folder: doctests are tests too
+
+
+class SameStart:
+    """Gives every test the same start, whatever ran before it in this process: see `same_start`."""
+
+    @pytest.fixture(autouse=True)
+    def starts_the_same(self) -> Iterator[None]:
+        with same_start():
+            yield
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_fixture_setup(self, fixturedef: Any) -> Generator[None, Any, Any]:
+        """What several tests share is made with the same start, and changes nothing for the first of them alone."""
+        if fixturedef.scope == "function":
+            return (yield)
+        with same_start():
+            return (yield)
+
+
+@contextmanager
+def same_start() -> Iterator[None]:
+    """Starts a block without W&B's service and with torch's seed 0, and leaves the process as it was before.
+
+    Put back are the environment, torch's random state and settings, signal handlers, and what libraries leave replaced.
+    Failures are a thread, timer or process that runs on, as it may disturb any later test, and another directory. The
+    seeds of Python and numpy are left to pytest-randomly.
+    """
+    import torch
+    from torch.utils.data import BatchSampler, DataLoader
+
+    settings: list[tuple[Callable[[], Any], Callable[[Any], object]]] = [
+        (torch.get_num_threads, torch.set_num_threads),
+        (torch.get_default_dtype, torch.set_default_dtype),
+        (torch.is_grad_enabled, torch.set_grad_enabled),
+        (torch.get_deterministic_debug_mode, torch.set_deterministic_debug_mode),
+        (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
+    ]
+    # Not SIGCHLD, which torch handles from its first data loader worker on
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    settings += [(partial(signal.getsignal, number), partial(signal.signal, number)) for number in signals]
+    replaced: list[tuple[Any, str]] = [(sys, "exit"), (sys, "excepthook")]  # by each W&B service
+    # By Lightning 2.6.6 while it asks for a data loader, and for good where that raises
+    replaced += [(c, f"__{name}__") for c in (DataLoader, BatchSampler) for name in ("init", "setattr", "delattr")]
+
+    _end_wandb()
+    directory, threads, children = os.getcwd(), set(threading.enumerate()), _children()
+    found = [(read, write, read()) for read, write in settings]
+    with mock.patch.dict(os.environ), torch.random.fork_rng(devices=[]), pytest.MonkeyPatch.context() as patch:
+        for owner, name in replaced:
+            patch.setattr(owner, name, getattr(owner, name))
+        torch.default_generator.manual_seed(0)
+        try:
+            yield
+        finally:
+            _end_wandb()
+            for read, write, value in found:
+                if read() != value:
+                    write(value)
+            left = [f"process {pid}" for pid in _children() - children]
+            for thread in set(threading.enumerate()) - threads:
+                if not thread.daemon or isinstance(thread, threading.Timer):
+                    thread.join(1)  # it may be about to end
+                    left += [str(thread)] * thread.is_alive()
+            if not os.path.samefile(".", directory):
+                os.chdir(directory)
+                left.append("another working directory")
+    if left:
+        pytest.fail(f"Expected nothing to be left behind, but got {', '.join(left)}")
+
+
+def _end_wandb() -> None:
+    if wandb := sys.modules.get("wandb"):
+        if wandb.run:
+            wandb.finish()
+        wandb.teardown()  # ends the service, and takes it out of the environment
+
+
+def _children() -> set[str]:
+    """The pids of this process's children, where there is a /proc to ask."""
+    pids: set[str] = set()
+    for path in Path("/proc/self/task").glob("*/children"):
+        with suppress(OSError):  # the thread has ended
+            pids.update(path.read_text().split())
+    return pids
 
 
 @dataclass(frozen=True)
@@ -82,18 +169,19 @@ def run_script(name: str, *args: object, cwd: Path, pictures: bool = False, **en
 
     main = runpy.run_path(str(ROOT / f"scripts/{name}.py"))["main"]
     before, status, out, err = _files(cwd), 0, io.StringIO(), io.StringIO()
-    at_exit: list[Callable[[], None]] = [wandb.teardown]  # done last
+    at_exit: list[Callable[[], None]] = []
     fake_atexit = SimpleNamespace(register=lambda function, *args: at_exit.append(partial(function, *args)))
     handler = logging.StreamHandler(err)  # Lightning's own holds on to the stderr that there was at its import
     logging.getLogger("lightning.pytorch").addHandler(handler)
     with ExitStack() as stack:
         stack.callback(logging.getLogger("lightning.pytorch").removeHandler, handler)
-        stack.enter_context(mock.patch.dict(os.environ, environment))
         stack.enter_context(mock.patch("thinned.runs.directory.atexit", fake_atexit))
         if not pictures:
             stack.enter_context(mock.patch("thinned.evaluation.figures.figures", return_value={}))
         for context in (redirect_stdout(out), redirect_stderr(err), chdir(cwd)):
             stack.enter_context(context)
+        stack.enter_context(same_start())  # first to exit, so that W&B ends where it ran
+        os.environ |= environment
         try:
             main([*map(str, args)])
         except SystemExit as error:
@@ -125,6 +213,12 @@ def start_script(
 
 def _files(folder: Path) -> set[Path]:
     return {path.relative_to(folder) for path in folder.rglob("*")}
+
+
+@pytest.fixture(scope="session", name="same_start")
+def bound_same_start() -> Callable[..., Any]:
+    """`same_start` itself."""
+    return same_start
 
 
 @pytest.fixture(name="run_script")

@@ -18,11 +18,10 @@ ROOT = Path(__file__).parents[2]
 
 def start(*args: object, cwd: Path, **environment: str) -> subprocess.Popen[str]:
     """Starts scripts/train.py in a process group of its own."""
-    ours = {key: value for key, value in os.environ.items() if "WANDB_SERVICE" not in key}  # W&B's own of this process
     return subprocess.Popen(
         [sys.executable, ROOT / "scripts/train.py", *map(str, args)],
         cwd=cwd,
-        env={**ours, "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{Path(__file__).parent}", **environment},
+        env={**os.environ, "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{Path(__file__).parent}", **environment},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,

@@ -1,12 +1,12 @@
 """Each step stands in the record of a run once, whatever had been written when it was killed."""
 
 import csv
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
-import wandb
 
 from thinned.runs.loggers import GLOBAL_STEP, CSVLogger, WandbLogger, wandb_history
 
@@ -70,23 +70,16 @@ def offline(folder: Path, first_step: int | None = None) -> WandbLogger:
     return logger
 
 
-def end_of_process() -> None:
-    """Waits for W&B's file, and leaves its service to no other test."""
-    wandb.finish()
-    wandb.teardown()
-
-
 def history(folder: Path) -> list[tuple[int, float]]:
     rows = [row for file in sorted(folder.glob("wandb/*run-*/*.wandb")) for row in wandb_history(file)]
     return [(row[GLOBAL_STEP], row["loss"]) for row in rows]
 
 
 @pytest.mark.parametrize("lost", [0, 1, 2])
-def test_wandb_gets_what_it_lost_and_nothing_twice(lost: int, tmp_path: Path) -> None:
+def test_wandb_gets_what_it_lost_and_nothing_twice(lost: int, same_start: Callable[[], Any], tmp_path: Path) -> None:
     """Logged: steps 0 to 5. W&B keeps the first so many; the run goes on from step 4 and computes 4 and 5 again."""
-    logger = offline(tmp_path)
-    log(logger, *range(6))
-    end_of_process()
+    with same_start():  # at its end W&B's file is complete
+        log(offline(tmp_path), *range(6))
     (file,) = tmp_path.glob("wandb/*run-*/*.wandb")
     earlier = file.parent.with_name("offline-run-20000101_000000-run")  # W&B names folders by the second
     file = file.parent.rename(earlier) / file.name
@@ -95,9 +88,8 @@ def test_wandb_gets_what_it_lost_and_nothing_twice(lost: int, tmp_path: Path) ->
         file.write_bytes(content[:keep])
         if len(list(wandb_history(file))) == (6, 5, 2)[lost]:
             break
-    second = offline(tmp_path, 4)
-    log(second, 4, 5, 6)
-    end_of_process()
+    with same_start():
+        log(offline(tmp_path, 4), 4, 5, 6)
     assert sorted(history(tmp_path)) == [(step, step / 8) for step in range(7)]
     assert [float(row["loss"]) for row in csv_rows(tmp_path)] == [step / 8 for step in range(7)]
 
@@ -112,9 +104,9 @@ def test_run_continues_without_a_table_that_the_server_refuses(
     assert "W&B: no answer; the run continues without the table mc/most_uncertain." in caplog.messages
 
 
-def test_online_the_number_of_rows_says_what_is_there(tmp_path: Path) -> None:
-    log(offline(tmp_path), *range(6))
-    end_of_process()
+def test_online_the_number_of_rows_says_what_is_there(same_start: Callable[[], Any], tmp_path: Path) -> None:
+    with same_start():
+        log(offline(tmp_path), *range(6))
 
     logged: list[dict[str, float]] = []
     run = mock.Mock(offline=False, step=3, log=logged.append)  # W&B has the first three rows
