@@ -1,7 +1,7 @@
 """What a person looks at: the table of scores, and pictures of calibration and uncertainty.
 
-`rows` are the columns of N predictions that `thinned.evaluation.rows` describes. Those of numbers alone are asked for,
-one or two at a time, so that they may come from a file.
+`rows` are the columns of N predictions that `thinned.evaluation.rows` describes. Those of numbers alone are asked
+for, one or two at a time, so that they may come from a file.
 """
 
 from collections.abc import Callable, Mapping
