@@ -1,8 +1,8 @@
 # The targets make .venv by themselves: no activated environment, no question asked.
 #
 #   make test ARGS="-k dropout"                 passes options on, here to pytest
-#   make train ARGS="--trainer.max_epochs 3"    passes them to scripts/train.py
-#   make train-gpt ARGS="--trainer.max_steps 9" passes them to scripts/train.py
+#   make train ARGS="--trainer.max_epochs 3"    passes them to scripts/train.py  # mlp only
+#   make train-gpt ARGS="--trainer.max_steps 9" passes them to scripts/train.py  # gpt only
 #   make test PYTHON=python3.12                 picks the interpreter, which later calls remember
 #   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make test
 #                                               takes torch without CUDA, a tenth of the download
@@ -21,19 +21,23 @@ unexport PIP_TARGET PIP_PREFIX
 # What a person reads to understand a run, from its config to its predictions.
 READ_FIRST := scripts/train.py src/thinned/cli.py src/thinned/tasks/*.py src/thinned/models/*.py
 READ_FIRST += src/thinned/evaluation/ways.py src/thinned/uncertainty/monte_carlo.py
-READ_FIRST += src/thinned/data/images.py
+READ_FIRST += src/thinned/data/images.py  # mlp only
 
 PYTEST := OMP_NUM_THREADS=1 .venv/bin/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
 
+# mlp only: begin
 train: .venv/installed ## Train, test and predict with configs/mlp_digits.yaml; ARGS="--key value" changes it
 	.venv/bin/python scripts/train.py --config configs/mlp_digits.yaml $(ARGS)
 
+# mlp only: end
+# gpt only: begin
 train-gpt: .venv/installed ## Train a GPT on the Python reference with configs/gpt_pydocs.yaml, print coloured samples
 	.venv/bin/python scripts/train.py --config configs/gpt_pydocs.yaml $(ARGS)
 
+# gpt only: end
 doctor: .venv/installed ## Say what this machine has, which known traps apply here, and how to mend them
 	.venv/bin/python scripts/doctor.py
 
@@ -79,5 +83,5 @@ clean: ## Remove .venv and caches; runs/ stays
 
 FORCE:
 .PHONY: help doctor test test-all lint format lines clean FORCE
-.PHONY: train
-.PHONY: train-gpt
+.PHONY: train  # mlp only
+.PHONY: train-gpt  # gpt only

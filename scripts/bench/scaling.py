@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
-from torch.nn import functional as F
+from torch.nn import functional as F  # mlp only
 from torch.nn.parallel import DistributedDataParallel
 
 from thinned.models import (
