@@ -7,7 +7,7 @@ It needs git and Python; nothing has to be installed. Three rules say what goes 
 
 - Its own files are listed in `PARTS`.
 - In a file that both halves share, a comment marks a line, `# gpt only`, or the lines between `# gpt only: begin` and
-  `# gpt only: end`. In Markdown the comment is `<!-- gpt only -->`, which no reader sees.
+  `# gpt only: end`. In Markdown the comment is `<!-- gpt only -->`.
 - An `__init__.py` loses the imports from modules that are gone, and their names in `__all__`.
 
 What is `template only` goes in any case: this script, its test, and what was measured with the template.
@@ -62,6 +62,7 @@ PARTS = {
         tests/evaluation/test_mc_dropout.py
         tests/evaluation/test_provenance.py
         tests/tasks/test_classification.py
+        tests/test_without_runs.py
         tests/uncertainty/test_examples_and_scores.py
         tests/uncertainty/test_monte_carlo.py
         tests/uncertainty/test_sites.py
@@ -95,7 +96,7 @@ def main() -> None:
     print("\n".join(f"  {path}" for path in sorted(removed)))
     print("\nNext:")
     if not tidied:
-        print("  make format   # lines whose length the new name has changed; needs .venv, which it makes")
+        print("  make format      # wraps the lines whose length the new name has changed")
     print(f"  make lint test\n  git add -A && git commit -m 'Adopt the template as {options.name}'")
     print("What the README says is still about the template, and LICENSE names its authors. Both are yours to edit.")
 
@@ -198,10 +199,11 @@ def remove_if_empty(folder: Path) -> None:
 
 
 def run_ruff() -> bool:
-    """Wraps lines anew, if .venv has ruff."""
-    commands = [[".venv/bin/python", "-m", "ruff", *rest] for rest in (("check", "--fix", "."), ("format", "."))]
+    """Orders imports and wraps lines as `make format` does; returns False if .venv has no ruff."""
+    ruff = [".venv/bin/python", "-m", "ruff"]
     try:
-        return not any(subprocess.run(command, capture_output=True).returncode for command in commands)
+        subprocess.run([*ruff, "check", "--fix", "."], capture_output=True)
+        return subprocess.run([*ruff, "format", "."], capture_output=True).returncode == 0
     except FileNotFoundError:
         return False
 

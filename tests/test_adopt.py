@@ -119,7 +119,8 @@ def test_what_is_gone_is_not_named(adopted: Adopted) -> None:
     for path in adopted.gone:
         names.add(path.stem if path.parts[0] == "configs" else "/".join(path.parts[-2:]))
         if path.parts[0] == "src":
-            names.add(".".join(path.with_suffix("").parts[2:]).removesuffix(".__init__"))
+            module = ".".join([NAME, *path.with_suffix("").parts[2:]]).removesuffix(".__init__")
+            names.add(module)
     word = re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, sorted(names)))})(?![\w-])")
     found = {f"{path}: {name}" for path, text in adopted.sources().items() for name in word.findall(text)}
     for path, text in adopted.sources("tests/**/*.py").items():
