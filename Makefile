@@ -1,8 +1,10 @@
-# `make train` and `make test` make .venv by themselves: no activated environment, no question asked.
+# The targets make .venv by themselves: no activated environment, no question asked.
 #
-#   make train ARGS="--trainer.max_epochs 3"    passes options on; so does `make test ARGS="-k dropout"`
-#   make train PYTHON=python3.12                picks the interpreter, which later calls remember
-#   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make train
+#   make test ARGS="-k dropout"                 passes options on, here to pytest
+#   make train ARGS="--trainer.max_epochs 3"    passes them to scripts/train.py  # mlp only
+#   make train-gpt ARGS="--trainer.max_steps 9" passes them to scripts/train.py  # gpt only
+#   make test PYTHON=python3.12                 picks the interpreter, which later calls remember
+#   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make test
 #                                               takes torch without CUDA, a tenth of the download
 
 # The interpreter that .venv was made with, where there is one.
@@ -16,17 +18,26 @@ OWNER := import ensurepip, os, sys, venv; (3, 11) <= sys.version_info < (3, 14) 
 INSTALL := .venv/bin/python -I -m pip install --disable-pip-version-check --no-user -c constraints.txt
 unexport PIP_TARGET PIP_PREFIX
 
+# What a person reads to understand a run, from its config to its predictions.
+READ_FIRST := scripts/train.py src/thinned/cli.py src/thinned/tasks/*.py src/thinned/models/*.py
+READ_FIRST += src/thinned/evaluation/ways.py src/thinned/uncertainty/monte_carlo.py
+READ_FIRST += src/thinned/data/images.py  # mlp only
+
 PYTEST := OMP_NUM_THREADS=1 .venv/bin/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
 
+# mlp only: begin
 train: .venv/installed ## Train, test and predict with configs/mlp_digits.yaml; ARGS="--key value" changes it
 	.venv/bin/python scripts/train.py --config configs/mlp_digits.yaml $(ARGS)
 
+# mlp only: end
+# gpt only: begin
 train-gpt: .venv/installed ## Train a GPT on the Python reference with configs/gpt_pydocs.yaml, print coloured samples
 	.venv/bin/python scripts/train.py --config configs/gpt_pydocs.yaml $(ARGS)
 
+# gpt only: end
 doctor: .venv/installed ## Say what this machine has, which known traps apply here, and how to mend them
 	.venv/bin/python scripts/doctor.py
 
@@ -40,6 +51,16 @@ lint: .venv/installed-dev ## Check style, format and types
 	.venv/bin/python -m ruff check .
 	.venv/bin/python -m ruff format --check .
 	.venv/bin/python -m mypy
+
+format: .venv/installed-dev ## Put imports in order and wrap lines, as `make lint` wants them
+	.venv/bin/python -m ruff check --fix .
+	.venv/bin/python -m ruff format .
+
+lines: ## Count the lines of src: by room, in all, and of what to read first
+	@wc -l $(wildcard src/*/*.py src/*/*/*.py) | awk -F / '/total$$/ { next } { n = $$0 + 0; all += n; \
+	    room = NF > 3 ? $$3 "/" : $$3; if (!(room in lines)) rooms[++count] = room; lines[room] += n } \
+	    END { for (i = 1; i <= count; i++) printf "%6d  %s\n", lines[rooms[i]], rooms[i]; printf "%6d  src\n", all }'
+	@wc -l $(wildcard $(READ_FIRST)) | awk 'END { printf "%6d  to read first (READ_FIRST in the Makefile)\n", $$1 }'
 
 clean: ## Remove .venv and caches; runs/ stays
 	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache
@@ -61,4 +82,6 @@ clean: ## Remove .venv and caches; runs/ stays
 	$(INSTALL) --editable '.[dev]' && touch $@
 
 FORCE:
-.PHONY: help train train-gpt doctor test test-all lint clean FORCE
+.PHONY: help doctor test test-all lint format lines clean FORCE
+.PHONY: train  # mlp only
+.PHONY: train-gpt  # gpt only

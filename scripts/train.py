@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Trains a model and tests its best checkpoint, deterministic and with Monte-Carlo dropout.
 
-python scripts/train.py --config configs/mlp_digits.yaml [--config overlay.yaml] [--any.key value]
+python scripts/train.py --config configs/<experiment>.yaml [--config overlay.yaml] [--any.key value]
 """
 
 from collections.abc import Sequence

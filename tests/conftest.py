@@ -3,7 +3,7 @@
 import io
 import logging
 import os
-import random
+import random  # gpt only
 import runpy
 import shutil
 import signal
@@ -25,10 +25,12 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 SECRET = "zebra-crossing-0451"  # stands in the environment of every run and must stand in none of its files
+# mlp only: begin
 TRAINED = (
     "--config", ROOT / "configs/mlp_digits.yaml", "--trainer.accelerator", "cpu", "--model.final_lr_fraction", 1,
     "--model.net.dropout.embedding", 0.1, "--model.net.dropout.mlp", 0.3,
 )  # fmt: skip
+# mlp only: end
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -247,6 +249,7 @@ def free_port() -> int:
         return int(bound.getsockname()[1])
 
 
+# mlp only: begin
 @pytest.fixture(scope="session")
 def trained_args() -> tuple[object, ...]:
     """The arguments of `trained`, less the number of epochs."""
@@ -260,6 +263,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     return run_script("train", *TRAINED, "--trainer.max_epochs", 3, cwd=cwd, pictures=True)
 
 
+# mlp only: end
+# gpt only: begin
 @pytest.fixture(scope="session")
 def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """14,000 characters, 29 different ones: sentences of words in an order that a seed decides."""
@@ -291,6 +296,8 @@ def trained_text(tmp_path_factory: pytest.TempPathFactory, text_file: Path, smal
     return run_script("train", *config, *small_gpt, *steps, *callbacks, cwd=tmp_path_factory.mktemp("trained_text"))
 
 
+# gpt only: end
+# mlp only: begin
 @pytest.fixture(scope="session")
 def save_images() -> Callable[..., Path]:
     """Saves 200 + 50 images of ten classes, noise that grows brighter, as MNIST is stored on the hub."""
@@ -320,6 +327,17 @@ def save_images() -> Callable[..., Path]:
 def hub_images(save_images: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder like a clone of MNIST from the hub, with 250 images."""
     return save_images(tmp_path_factory.mktemp("hub_images"))
+
+
+# mlp only: end
+@pytest.fixture(scope="session")
+def any_run(request: pytest.FixtureRequest) -> Finished:
+    """A run that has ended, for tests to which it does not matter what was trained."""
+    runs = [
+        "trained",  # mlp only
+        "trained_text",  # gpt only
+    ]
+    return request.getfixturevalue(runs[0])
 
 
 @pytest.fixture

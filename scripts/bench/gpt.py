@@ -146,7 +146,7 @@ def bench_gpt_mc(repeats: int) -> None:
 
         passes: dict[str, Callable[[], object]] = {
             "deterministic": lambda net=net: probs(net),  # type: ignore[misc]
-            "thinned": lambda net=thinned: probs(net),  # type: ignore[misc]
+            "thinned network": lambda net=thinned: probs(net),  # type: ignore[misc]
             "thinned, thin() included": lambda net=net: probs(net.thin(0, 0)),  # type: ignore[misc]
         }
         show(f"GPT, one pass, {size}, p = 0.2", compare(passes, 3 * repeats))

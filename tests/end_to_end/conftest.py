@@ -1,13 +1,16 @@
-"""Runs of two processes, whose last one is waited for."""
+"""Runs of two processes, whose last one is waited for; folders that cannot be written, and files that vanish."""
 
 import os
+import shutil
 import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -47,16 +50,16 @@ def processes(mark: str) -> dict[int, str]:
 
 @pytest.fixture
 def start_ranks(tmp_path: Path, free_port: int) -> Callable[..., Ranks]:
-    """Trains the MLP on two processes, started by Lightning or by torchrun, until none of their processes is left."""
+    """Trains an experiment on two processes, started by Lightning or torchrun, until no process of theirs is left."""
     if not Path("/proc/self/environ").exists():
         pytest.skip("there is no /proc to find the processes in")
 
-    def start(launcher: str, *options: object, **environment: str) -> Ranks:
+    def start(launcher: str, experiment: str, *options: object, **environment: str) -> Ranks:
         port = str(free_port)
         python = [sys.executable]
         if launcher == "torchrun":
             python += ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port", port]
-        configs = ("--config", ROOT / "configs/mlp_digits.yaml", "--config", ROOT / "configs/trainer/ddp_cpu.yaml")
+        configs = ("--config", ROOT / f"configs/{experiment}.yaml", "--config", ROOT / "configs/trainer/ddp_cpu.yaml")
         quiet = ("--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false")
         mark = uuid.uuid4().hex
         importable = os.pathsep.join([str(Path(thinned.__file__).parents[1]), str(Path(__file__).parent)])
@@ -86,3 +89,36 @@ def start_ranks(tmp_path: Path, free_port: int) -> Callable[..., Ranks]:
             return Ranks(status, out.read(), err.read(), seconds)
 
     return start
+
+
+@pytest.fixture
+def read_only(tmp_path: Path) -> Iterator[Callable[..., Any]]:
+    """Runs a script that cannot write to its folder, apart from the folder `own` in it, not even as root."""
+    (tmp_path / "own").mkdir()
+    drop: list[str] = []
+    if os.geteuid() == 0:
+        drop = ["setpriv", "--bounding-set", "-dac_override"]
+        if shutil.which("setpriv") is None or subprocess.run([*drop, "true"]).returncode:
+            pytest.skip("root could write there, and there is no setpriv that works")
+    tmp_path.chmod(0o555)
+
+    def run(script: str, *options: object) -> Any:
+        environment = {**os.environ, "PYTHONPATH": str(Path(thinned.__file__).parents[1])}
+        command = [*drop, sys.executable, str(ROOT / f"scripts/{script}.py"), *map(str, options)]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        return SimpleNamespace(status=done.returncode, err=done.stderr)
+
+    yield run
+    tmp_path.chmod(0o700)
+
+
+@pytest.fixture
+def vanishing(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[object, ...]]:
+    """Options with which something is deleted, or cut off, during training."""
+    monkeypatch.syspath_prepend(Path(__file__).parent)
+
+    def options(path: Path, cut: bool = False) -> tuple[object, ...]:
+        which = ("--trainer.callbacks.path", path, "--trainer.callbacks.cut", str(cut).lower())
+        return "--trainer.callbacks+=fault_callbacks.Vanishing", *which
+
+    return options

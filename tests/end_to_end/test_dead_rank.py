@@ -20,7 +20,7 @@ def dying(rank: int, stage: str, by: str) -> tuple[object, ...]:
     [("lightning", 0, "test"), ("lightning", 1, "train"), ("torchrun", 0, "train"), ("torchrun", 1, "test")],
 )
 def test_killed(launcher: str, rank: int, stage: str, start_ranks: Callable[..., Any]) -> None:
-    finished = start_ranks(launcher, *dying(rank, stage, "kill"))
+    finished = start_ranks(launcher, "mlp_digits", *dying(rank, stage, "kill"))
     assert finished.status == (-9 if launcher == "lightning" and rank == 0 else 1)  # of the one that was killed itself
     (error,) = finished.errors
     noticed = "Expected all ranks to answer, but got .+"
@@ -34,7 +34,7 @@ def test_killed(launcher: str, rank: int, stage: str, start_ranks: Callable[...,
 
 def test_exception_of_one_rank(start_ranks: Callable[..., Any]) -> None:
     """Its traceback is shown, the other rank does not add one of its own."""
-    finished = start_ranks("lightning", *dying(1, "train", "exception"))
+    finished = start_ranks("lightning", "mlp_digits", *dying(1, "train", "exception"))
     assert finished.status == 1
     assert finished.err.count("ZeroDivisionError: a bug in this rank alone") == 1
     assert len(re.findall(r'File ".*/scripts/train\.py", line \d+, in main', finished.err)) == 1
@@ -45,7 +45,7 @@ def test_exception_of_one_rank(start_ranks: Callable[..., Any]) -> None:
 
 def test_rank_that_waits_for_ever_ends_with_its_launcher(start_ranks: Callable[..., Any]) -> None:
     """As one does that waits in NCCL, which does not notice."""
-    finished = start_ranks("lightning", *dying(0, "train", "kill_unnoticed"))
+    finished = start_ranks("lightning", "mlp_digits", *dying(0, "train", "kill_unnoticed"))
     assert finished.status == -9
     assert finished.errors == {
         "error: Expected all ranks to answer, but got rank 1 without the process that launched it"

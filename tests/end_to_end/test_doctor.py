@@ -139,7 +139,7 @@ VERDICTS = [
     ("threads", lambda *_: None, "ok", "is not set"),
     ("tokenizers", fake_environment(TOKENIZERS_PARALLELISM="false"), "warn", "unset TOKENIZERS_PARALLELISM"),
     ("tokenizers", fake_environment(TOKENIZERS_PARALLELISM="true"), "ok", "all cores"),
-    ("num_workers", lambda doctor, patch: patch.setattr(doctor, "cores", lambda: -1), "warn", "mlp_digits.yaml asks"),
+    ("num_workers", lambda doctor, patch: patch.setattr(doctor, "cores", lambda: -1), "warn", ".yaml asks for"),
     ("launcher", fake_environment(RANK="1", WORLD_SIZE="2"), "warn", "unset RANK WORLD_SIZE"),
     ("launcher", lambda *_: None, "ok", "none"),
 ]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-import torch
+import torch  # mlp only
 import yaml
 
 Script = Callable[..., Any]
@@ -18,7 +18,7 @@ CONFIGS = ROOT / "configs"
 EXPERIMENTS = sorted(CONFIGS.glob("*.yaml"))
 OVERLAYS = sorted(set(CONFIGS.glob("**/*.yaml")) - set(EXPERIMENTS) - {CONFIGS / "trainer/ddp_cpu.yaml"})  # has its own
 ON_GPU = [path for path in OVERLAYS if "accelerator: gpu" in path.read_text()]
-DIGITS = CONFIGS / "mlp_digits.yaml"
+DIGITS = CONFIGS / "mlp_digits.yaml"  # mlp only
 CPU = ("--trainer.accelerator", "cpu", "--trainer.devices", 1)
 
 
@@ -45,6 +45,7 @@ def assert_scores(run: Path) -> None:
     assert metrics[way]["nll"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
 
 
+# gpt only: begin
 @pytest.fixture(scope="module")
 def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint like GPT-2's, of the size of `small_gpt`."""
@@ -56,30 +57,48 @@ def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture
+def for_text(text_file: Path, small_gpt: Any, request: pytest.FixtureRequest) -> Callable[..., list[object]]:
+    """Returns the options with which an experiment on text takes a second."""
+
+    def options(data: dict[str, Any], model: dict[str, Any]) -> list[object]:
+        short = ["--trainer.max_epochs", -1, "--trainer.max_steps", 3, "--trainer.val_check_interval", 1]
+        found = [*small_gpt, *short, "--trainer.callbacks.prompt", "the", "--trainer.callbacks.max_new_tokens", 3]
+        if "/" in data["path"]:  # on the hub
+            found += ["--data.path", text_file]
+        if "/" in data["tokenizer"]:
+            found += ["--data.tokenizer", "bpe:300"]
+        if "init_from" in model:
+            sizes = ("--model.net.vocab_size", 300, "--model.net.context_length", 32)
+            found += ["--model.init_from", request.getfixturevalue("gpt2"), *sizes]
+        return found
+
+    return options
+
+
+# gpt only: end
+# mlp only: begin
+@pytest.fixture
+def for_images(hub_images: Path) -> Callable[..., list[object]]:
+    """Returns the options with which an experiment on images needs no hub."""
+    return lambda data, model: ["--data.path", hub_images] if "/" in data["path"] else []
+
+
+# mlp only: end
 @pytest.mark.parametrize("experiment", EXPERIMENTS, ids=name)
-def test_experiment_runs(
-    experiment: Path, run_script: Script, hub_images: Path, text_file: Path, small_gpt: Any, request: Any
-) -> None:
+def test_experiment_runs(experiment: Path, run_script: Script, request: pytest.FixtureRequest) -> None:
     content = yaml.safe_load(experiment.read_text())
-    data = content["data"]["init_args"]
-    options: list[object] = ["--config", CONFIGS / "debug/fast.yaml", *CPU]
-    if "/" in data["path"]:  # on the hub
-        options += ["--data.path", text_file if "tokenizer" in data else hub_images]
-    if "tokenizer" in data:
-        options += [*small_gpt, "--trainer.max_epochs", -1, "--trainer.max_steps", 3, "--trainer.val_check_interval", 1]
-        options += ["--trainer.callbacks.prompt", "the", "--trainer.callbacks.max_new_tokens", 3]
-    if "/" in data.get("tokenizer", ""):
-        options += ["--data.tokenizer", "bpe:300"]
+    data, model = content["data"]["init_args"], content["model"]["init_args"]
+    options_for = request.getfixturevalue("for_text" if "tokenizer" in data else "for_images")
+    options: list[object] = ["--config", CONFIGS / "debug/fast.yaml", *CPU, *options_for(data, model)]
     if content["mc_dropout"]["num_samples"] is None:  # nothing drops
         options += ["--mc_dropout.num_samples", "null"]
-    if "init_from" in content["model"]["init_args"]:
-        options += ["--model.init_from", request.getfixturevalue("gpt2")]
-        options += ["--model.net.vocab_size", 300, "--model.net.context_length", 32]
     run = run_script("train", "--config", experiment, *options).run
     assert run.parent.name == experiment.stem  # `experiment` is called as its file is
     assert_scores(run)
 
 
+# mlp only: begin
 @pytest.mark.parametrize("overlay", OVERLAYS, ids=name)
 def test_overlay_reaches_the_run(overlay: Path, run_script: Script, start_script: Script) -> None:
     if overlay in ON_GPU and not torch.cuda.is_available():
@@ -125,3 +144,6 @@ def test_overfit_overfits(run_script: Script) -> None:
     losses = [float(row[rows[0].index("train/loss")]) for row in rows[1:] if row[rows[0].index("train/loss")]]
     assert losses[0] > 2
     assert losses[-1] < 1e-3
+
+
+# mlp only: end

@@ -1,6 +1,6 @@
-"""Pickles that others have made are never run: not as weights, nor as data. For checkpoints see test_bad_input.py."""
+"""Pickles that others have made are never run: not as weights, nor as data."""
 
-import json
+import json  # gpt only
 import os
 import pickle
 from collections.abc import Callable
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+import torch  # gpt only
 
 Script = Callable[..., Any]
 
@@ -46,6 +46,23 @@ def error_of(finished: Any) -> str:
     return line
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        "mlp_digits.yaml",  # mlp only
+        "gpt_pydocs.yaml",  # gpt only
+    ],
+)
+@pytest.mark.parametrize("name", ["train.pkl", "train.pickle", "train.pt", "train.arrow", "train.parquet", "train.npy"])
+def test_data(name: str, config: str, attacked: Path, run_script: Script, tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / name).write_bytes(pickle.dumps({"image": [Attack(attacked)], "text": [Attack(attacked)]}))
+    options = ("--config", CONFIGS / config, "--trainer.accelerator", "cpu", "--trainer.logger=false")
+    assert "data.path" in error_of(run_script("train", *options, "--data.path", folder))
+
+
+# gpt only: begin
 @pytest.mark.parametrize("legacy", [False, True])
 def test_weights_to_start_from(
     legacy: bool, attacked: Path, run_script: Script, small_gpt: Any, text_file: Path, tmp_path: Path
@@ -68,18 +85,11 @@ def test_weights_to_start_from(
     assert "Expected model.init_from to be a GPT-2 of the hub or a folder, but got " in error_of(finished)
 
 
-@pytest.mark.parametrize("config", ["mlp_digits.yaml", "gpt_pydocs.yaml"])
-@pytest.mark.parametrize("name", ["train.pkl", "train.pickle", "train.pt", "train.arrow", "train.parquet", "train.npy"])
-def test_data(name: str, config: str, attacked: Path, run_script: Script, tmp_path: Path) -> None:
-    folder = tmp_path / "data"
-    folder.mkdir()
-    (folder / name).write_bytes(pickle.dumps({"image": [Attack(attacked)], "text": [Attack(attacked)]}))
-    options = ("--config", CONFIGS / config, "--trainer.accelerator", "cpu", "--trainer.logger=false")
-    assert "data.path" in error_of(run_script("train", *options, "--data.path", folder))
-
-
 def test_sampling(attacked: Path, run_script: Script, trained_text: Any, tmp_path: Path) -> None:
     stored = torch.load(trained_text.run / "checkpoints/best.ckpt", weights_only=True)
     torch.save({**stored, "extra": Attack(attacked)}, tmp_path / "best.ckpt")
     finished = run_script("sample", "--ckpt_path", tmp_path / "best.ckpt")
     assert "Expected a checkpoint of scripts/train.py, but got a file with other" in error_of(finished)
+
+
+# gpt only: end

@@ -25,11 +25,18 @@ HALT_AT = 20
 Start = Callable[..., "subprocess.Popen[str]"]
 
 
-@pytest.fixture(params=["images", "text"])
+# The fixture of a run with a few hundred examples, and the size of batches that take some to fill a chunk.
+RUNS = [
+    pytest.param(("trained", 16), id="images"),  # mlp only
+    pytest.param(("trained_text", 1), id="text"),  # gpt only
+]
+
+
+@pytest.fixture(params=RUNS)
 def checkpoint(request: pytest.FixtureRequest) -> tuple[object, ...]:
-    """Options for one, of a few hundred examples, and batches of which it takes some to fill a chunk."""
-    run = request.getfixturevalue({"images": "trained", "text": "trained_text"}[request.param]).run
-    size = {"images": 16, "text": 1}[request.param]
+    """Options for the checkpoint of a run."""
+    fixture, size = request.param
+    run = request.getfixturevalue(fixture).run
     small = ("--data.eval_batch_size", size, "--mc_dropout.num_samples", 3)
     return "--ckpt_path", run / "checkpoints/best.ckpt", *small
 
@@ -125,7 +132,7 @@ def test_killed_prediction_goes_on(checkpoint: Any, start: Start, tmp_path: Path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("checkpoint", ["images"], indirect=True)
+@pytest.mark.parametrize("checkpoint", RUNS[:1], indirect=True)
 def test_other_settings_are_one_line(checkpoint: Any, start: Start, tmp_path: Path) -> None:
     killed = start(SCRIPT, "killed", *checkpoint, HALT_AT=str(HALT_AT))
     kill(killed, tmp_path)

@@ -58,7 +58,8 @@ def test_skip_ends_with_finite_weights(run_script: Script, monkeypatch: pytest.M
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["lightning", "torchrun"])
 def test_both_ranks_stop(launcher: str, start_ranks: Script) -> None:
-    finished = start_ranks(launcher, "--trainer.logger=false", "--trainer.max_steps", 10, *broken_loss("[3]", rank=1))
+    options = ("--trainer.logger=false", "--trainer.max_steps", 10)
+    finished = start_ranks(launcher, "mlp_digits", *options, *broken_loss("[3]", rank=1))
     assert finished.status == 1
     said = finished.errors
     assert len(said) == 1, finished.err
@@ -70,7 +71,7 @@ def test_both_ranks_stop(launcher: str, start_ranks: Script) -> None:
 def test_skipping_leaves_the_weights_of_both_ranks_equal(start_ranks: Script, tmp_path: Path) -> None:
     options = ("--trainer.max_steps", 6, "--finite_steps.on_nonfinite", "skip", "--mc_dropout.num_samples", "null")
     witness = ("--trainer.callbacks+=rank_witness.RankWitness", "--model.net.dropout.embedding", 0.1)
-    finished = start_ranks("lightning", *options, *witness, *broken_loss("[1, 4]", rank=1))
+    finished = start_ranks("lightning", "mlp_digits", *options, *witness, *broken_loss("[1, 4]", rank=1))
     assert finished.status == 0, finished.err
     first, second = (torch.load(tmp_path / f"rank{rank}.pt")["weights"] for rank in range(2))
     assert all(one.isfinite().all() and one.equal(other) for one, other in zip(first, second, strict=True))

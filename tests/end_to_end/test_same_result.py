@@ -5,12 +5,15 @@ rounding, AdamW, which divides it by its own size, makes a step of it.
 """
 
 import csv
+from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+Task = Callable[..., tuple[object, ...]]
 
 ROOT = Path(__file__).parents[2]
 STEPS = 50  # more than two epochs of either
@@ -19,27 +22,48 @@ COMMON = (
     "--trainer.precision", "64-true", "--trainer.enable_progress_bar=false", "--trainer.callbacks=[]",
     "--trainer.callbacks+=rank_witness.RankWitness", "--mc_dropout.num_samples", "null", "--data.eval_batch_size", 50,
 )  # fmt: skip
-MLP = ("--config", ROOT / "configs/mlp_digits.yaml", "--model.net.dropout.mlp", 0)
-GPT = (
+
+
+# mlp only: begin
+DIGITS = ("--config", ROOT / "configs/mlp_digits.yaml", "--model.net.dropout.mlp", 0)
+
+
+@pytest.fixture
+def digits() -> Task:
+    return lambda size, accumulate=1: (*DIGITS, *COMMON, *batches(size, accumulate))
+
+
+# mlp only: end
+# gpt only: begin
+TEXT = (
     "--config", ROOT / "configs/gpt_pydocs.yaml", "--model.net.dropout.residual", 0, "--model.net.num_layers", 2,
     "--model.net.num_heads", 2, "--model.net.width", 32, "--model.warmup_steps", 10, "--data.context_length", 16,
 )  # fmt: skip
 
 
-@pytest.fixture(params=["mlp", "gpt"])
-def task(
-    request: pytest.FixtureRequest, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> tuple[object, ...]:
+@pytest.fixture
+def text(text_file: Path, tmp_path: Path) -> Task:
+    paths = ("--data.path", text_file, "--data.cache_dir", tmp_path / "data")
+    interval = "--trainer.val_check_interval"
+    return lambda size, accumulate=1: (*TEXT, *paths, *COMMON, *batches(size, accumulate), interval, 25 * accumulate)
+
+
+# gpt only: end
+TASKS = [
+    "digits",  # mlp only
+    "text",  # gpt only
+]
+
+
+def batches(size: int, accumulate: int) -> tuple[object, ...]:
+    return "--data.batch_size", size, "--trainer.accumulate_grad_batches", accumulate
+
+
+@pytest.fixture(params=TASKS)
+def task(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Task:
+    """Returns the options for batches of a size, of whose gradients a step accumulates a number."""
     monkeypatch.syspath_prepend(Path(__file__).parent)  # where rank_witness is
-    if request.param == "mlp":
-        return (*MLP, *COMMON)
-    return (*GPT, "--data.path", text_file, "--data.cache_dir", tmp_path / "data", *COMMON)
-
-
-def batch_size(task: tuple[object, ...], size: int, accumulate: int = 1) -> tuple[object, ...]:
-    """Options for so many examples at once; the GPT has a validation each 25 optimiser steps."""
-    interval = ("--trainer.val_check_interval", 25 * accumulate) if GPT[1] in task else ()
-    return ("--data.batch_size", size, "--trainer.accumulate_grad_batches", accumulate, *interval)
+    return request.getfixturevalue(request.param)
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
@@ -70,9 +94,9 @@ def logged(run: Path) -> dict[str, float]:
 
 
 @pytest.mark.slow
-def test_two_processes_do_what_one_does(task: Any, run_script: Any, start_script: Any, tmp_path: Path) -> None:
+def test_two_processes_do_what_one_does(task: Task, run_script: Any, start_script: Any, tmp_path: Path) -> None:
     """The same examples in the same steps, the same weights, and the same scores of a test set of odd size."""
-    args = (*task, *batch_size(task, 64))
+    args = task(64)
     one = run_script("train", *args).run
     whole = indices(tmp_path)
     two = start_script("scripts/train.py", *args, "--config", ROOT / "configs/trainer/ddp_cpu.yaml").run
@@ -87,11 +111,11 @@ def test_two_processes_do_what_one_does(task: Any, run_script: Any, start_script
 
 
 @pytest.mark.slow
-def test_accumulated_gradients_do_what_a_larger_batch_does(task: Any, run_script: Any, tmp_path: Path) -> None:
+def test_accumulated_gradients_do_what_a_larger_batch_does(task: Task, run_script: Any, tmp_path: Path) -> None:
     """Over epochs whose batches of 16 are no multiple of four."""
-    one = run_script("train", *task, *batch_size(task, 64)).run
+    one = run_script("train", *task(64)).run
     whole = indices(tmp_path)
-    accumulated = run_script("train", *task, *batch_size(task, 16, accumulate=4)).run
+    accumulated = run_script("train", *task(16, accumulate=4)).run
     quarters = indices(tmp_path)
     assert len(quarters) == 4 * len(whole)
     assert [[*chain(*quarters[i : i + 4])] for i in range(0, len(quarters), 4)] == whole

@@ -94,6 +94,10 @@ def test_bad_input(sample: Script, options: tuple[object, ...], message: str) ->
     assert message in sample(*options).error
 
 
+# mlp only: begin
 def test_checkpoint_of_images_is_refused(trained: Any, sample: Script) -> None:
     error = sample("--ckpt_path", trained.run / "checkpoints/last.ckpt").error
     assert "Expected ckpt_path to be a checkpoint of a language model" in error
+
+
+# mlp only: end

@@ -1,6 +1,6 @@
 """A net sharded over two processes (FSDP2) is trained as a net of which each process has a copy."""
 
-import json
+import json  # gpt only
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ def assert_trained_alike(sharded: Seen, copied: Seen) -> None:
     assert not any(a.equal(b) for a, b in zip(first, second, strict=True))
 
 
+# gpt only: begin
 @pytest.mark.slow
 def test_gpt(start_script: Any, run_script: Any, text_file: Path, small_gpt: Any, tmp_path: Path) -> None:
     """Masks, weights with clipped gradients, resuming, and a checkpoint that one process predicts and samples with."""
@@ -78,6 +79,8 @@ def test_gpt(start_script: Any, run_script: Any, text_file: Path, small_gpt: Any
     assert all(weight.equal(unbroken["state_dict"][name]) for name, weight in ended["state_dict"].items())
 
 
+# gpt only: end
+# mlp only: begin
 @pytest.mark.slow
 def test_mlp_with_bounded_weights(start_script: Any, tmp_path: Path) -> None:
     """Whose rows lie whole in one process or the other."""
@@ -90,3 +93,6 @@ def test_mlp_with_bounded_weights(start_script: Any, tmp_path: Path) -> None:
     norms = sharded[0]["weights"][0].norm(dim=1)
     assert norms.max() <= 0.3 * (1 + 1e-6)
     assert (norms > 0.3 * (1 - 1e-5)).any()  # which the bound had to hold
+
+
+# mlp only: end

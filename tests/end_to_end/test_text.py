@@ -11,6 +11,7 @@ import torch
 import yaml
 
 from thinned.evaluation.rows import WayRows
+from thinned.runs.loggers import wandb_history
 from thinned.uncertainty.scores import scores
 
 Script = Callable[..., Any]
@@ -116,3 +117,18 @@ def test_another_text_is_read_with_the_vocabulary_of_the_checkpoint(
     assert spelled(read(run)["target"], text_file.read_text()) == part[1:]
     assert (run / "sequences.parquet").exists()
     assert (run / "metrics.json").exists()
+
+
+def test_wandb_has_scores_and_samples(trained_text: Any) -> None:
+    (file,) = trained_text.run.glob("wandb/offline-run-*/*.wandb")
+    rows = list(wandb_history(file))
+    logged = {key for row in rows for key in row if not key.startswith("_")}
+    scores = {"accuracy", "nll", "bits_per_byte", "ece", "auroc_error", "aurc"}
+    assert {f"mc/{score}" for score in scores} <= logged
+    assert {f"test/{score}" for score in {"loss", "perplexity", *scores} - {"nll"}} <= logged
+    assert {"train/loss", *(f"val/{score}" for score in ("loss", "perplexity", "bits_per_byte"))} <= logged
+    (table,) = [row["samples"] for row in rows if "samples" in row]
+    assert (table["_type"], table["nrows"]) == ("table-file", 2)
+    (page,) = [row["samples_page"] for row in rows if "samples_page" in row]
+    (copy,) = trained_text.run.glob(f"wandb/offline-run-*/files/{page['path']}")
+    assert copy.read_text() == (trained_text.run / "samples.html").read_text()

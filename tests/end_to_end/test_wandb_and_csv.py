@@ -78,20 +78,6 @@ def test_history_holds_the_scores_of_the_run(trained: Any, rows: list[dict[str, 
         assert len(logged) == 6
 
 
-def test_history_of_a_text_run(trained_text: Any) -> None:
-    rows = list(wandb_history(wandb_file(trained_text.run)))
-    logged = {key for row in rows for key in row if not key.startswith("_")}
-    scores = {"accuracy", "nll", "bits_per_byte", "ece", "auroc_error", "aurc"}
-    assert {f"mc/{score}" for score in scores} <= logged
-    assert {f"test/{score}" for score in {"loss", "perplexity", *scores} - {"nll"}} <= logged
-    assert {"train/loss", *(f"val/{score}" for score in ("loss", "perplexity", "bits_per_byte"))} <= logged
-    (table,) = [row["samples"] for row in rows if "samples" in row]
-    assert (table["_type"], table["nrows"]) == ("table-file", 2)
-    (page,) = [row["samples_page"] for row in rows if "samples_page" in row]
-    (copy,) = trained_text.run.glob(f"wandb/offline-run-*/files/{page['path']}")
-    assert copy.read_text() == (trained_text.run / "samples.html").read_text()
-
-
 def test_learning_rate_is_that_of_the_step(trained: Any, rows: list[dict[str, Any]]) -> None:
     rates = [row["lr-AdamW/pg1"] for row in rows if "lr-AdamW/pg1" in row]
     model = yaml.safe_load((trained.run / "config.yaml").read_text())["model"]["init_args"]

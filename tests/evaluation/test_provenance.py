@@ -51,6 +51,7 @@ def test_all_that_decides_the_rows_of_images(trained: Any, checkpoint: Path) -> 
     }  # fmt: skip
 
 
+# gpt only: begin
 def test_both_files_of_text_have_it(trained_text: Any, text_file: Path) -> None:
     found = provenance(trained_text.run)
     assert found == provenance(trained_text.run, "sequences")
@@ -58,6 +59,7 @@ def test_both_files_of_text_have_it(trained_text: Any, text_file: Path) -> None:
     assert not found["data"].keys() & {"cache_dir", "seed", "batch_size", "eval_batch_size", "num_workers"}
 
 
+# gpt only: end
 @pytest.mark.parametrize("option", [("--data.eval_batch_size", 7), ("--data.cache_gib", 0), ("--data.shift", 3)])
 def test_it_is_equal_where_the_rows_are(
     option: tuple[object, ...], trained: Any, checkpoint: Path, run_script: Script

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from thinned.models import GPT, MLP, DropoutRates
+from thinned.models import GPT, DropoutRates
 from thinned.models.gpt2_weights import copy_gpt2, load_gpt2
 
 transformers = pytest.importorskip("transformers")
@@ -93,8 +93,8 @@ def test_checkpoint_with_other_hidden_layers_is_refused() -> None:
 
 
 def test_net_that_is_no_gpt_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"Expected model.net to be a GPT for model.init_from, but got MLP"):
-        copy_gpt2(theirs(), MLP((4,), 2))
+    with pytest.raises(ValueError, match=r"Expected model.net to be a GPT for model.init_from, but got Linear"):
+        copy_gpt2(theirs(), torch.nn.Linear(4, 2))
 
 
 @pytest.mark.parametrize("kind", ["missing", "empty", "of the hub"])

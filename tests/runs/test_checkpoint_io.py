@@ -14,8 +14,8 @@ import thinned.runs.checkpoint_io
 from thinned.runs.checkpoint_io import AtomicCheckpointIO, newest_checkpoint, read_checkpoint
 
 
-def test_newest_is_the_one_with_the_most_steps(tmp_path: Path, trained: Any) -> None:
-    checkpoint = torch.load(trained.run / "checkpoints/last.ckpt", weights_only=True)
+def test_newest_is_the_one_with_the_most_steps(tmp_path: Path, any_run: Any) -> None:
+    checkpoint = torch.load(any_run.run / "checkpoints/last.ckpt", weights_only=True)
     for name, step in (("a", 5), ("b", 30), ("c", 4), ("last", 20)):
         torch.save(checkpoint | {"global_step": step}, tmp_path / f"{name}.ckpt")
     assert newest_checkpoint(tmp_path) == tmp_path / "b.ckpt"
@@ -25,9 +25,9 @@ def test_newest_is_the_one_with_the_most_steps(tmp_path: Path, trained: Any) -> 
 
 
 @pytest.mark.parametrize("damage", ["truncated", "one bit"])
-def test_damaged_newest_is_passed_over(damage: str, tmp_path: Path, trained: Any) -> None:
+def test_damaged_newest_is_passed_over(damage: str, tmp_path: Path, any_run: Any) -> None:
     for name in ("best", "last"):
-        shutil.copy(trained.run / f"checkpoints/{name}.ckpt", tmp_path)
+        shutil.copy(any_run.run / f"checkpoints/{name}.ckpt", tmp_path)
     last = tmp_path / "last.ckpt"
     content = bytearray(last.read_bytes())
     if damage == "truncated":

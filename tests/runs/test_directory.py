@@ -27,8 +27,8 @@ def test_new_runs_are_named_by_time_or_by_id(tmp_path: Path) -> None:
     assert find_run(tmp_path, "mine", None, "predict") == (tmp_path / "mine-predict", None)
 
 
-def test_latest_is_the_run_that_changed_last(tmp_path: Path, trained: Any) -> None:
-    last = trained.run / "checkpoints/last.ckpt"
+def test_latest_is_the_run_that_changed_last(tmp_path: Path, any_run: Any) -> None:
+    last = any_run.run / "checkpoints/last.ckpt"
     make_run(tmp_path / "b", 20, last)
     new = make_run(tmp_path / "a", 10, last)
     prediction = make_run(tmp_path / "c-predict", 0)
@@ -39,15 +39,15 @@ def test_latest_is_the_run_that_changed_last(tmp_path: Path, trained: Any) -> No
     assert find_run(tmp_path, None, "latest", "")[0] == tmp_path / "b"
 
 
-def test_run_or_checkpoint_by_its_path(tmp_path: Path, trained: Any) -> None:
-    run = make_run(tmp_path / "a", 0, *(trained.run / f"checkpoints/{name}.ckpt" for name in ("best", "last")))
+def test_run_or_checkpoint_by_its_path(tmp_path: Path, any_run: Any) -> None:
+    run = make_run(tmp_path / "a", 0, *(any_run.run / f"checkpoints/{name}.ckpt" for name in ("best", "last")))
     assert find_run(tmp_path / "elsewhere", None, str(run), "") == (run, run / "checkpoints/last.ckpt")
     best = run / "checkpoints/best.ckpt"
     assert find_run(tmp_path / "elsewhere", None, str(best), "") == (run, best)
 
 
-def test_damaged_checkpoint_by_its_path(tmp_path: Path, trained: Any) -> None:
-    run = make_run(tmp_path / "a", 0, trained.run / "checkpoints/last.ckpt")
+def test_damaged_checkpoint_by_its_path(tmp_path: Path, any_run: Any) -> None:
+    run = make_run(tmp_path / "a", 0, any_run.run / "checkpoints/last.ckpt")
     damaged = bytearray((run / "checkpoints/last.ckpt").read_bytes())
     damaged[len(damaged) // 2] ^= 1  # among the weights
     (run / "checkpoints/last.ckpt").write_bytes(damaged)

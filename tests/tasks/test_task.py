@@ -12,8 +12,12 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from thinned.models import MLP
-from thinned.tasks.task import Task, decay_groups, warmup_cosine
+from thinned.models import MLP  # mlp only
+from thinned.tasks.task import (
+    Task,
+    decay_groups,  # mlp only
+    warmup_cosine,
+)
 
 QUARTER = 0.5 * (1 + math.cos(math.pi / 4))
 
@@ -36,6 +40,7 @@ def test_warmup_and_cosine_by_steps(
     assert got == pytest.approx(expected, abs=1e-15)
 
 
+# mlp only: begin
 def test_matrices_decay_and_vectors_do_not() -> None:
     net = MLP((1, 4, 4), 3, (5,), layer_norm=True, width=6, patch_size=2)
     net.stages.linear0.requires_grad_(False)
@@ -50,6 +55,7 @@ def test_matrices_decay_and_vectors_do_not() -> None:
     ]  # fmt: skip
 
 
+# mlp only: end
 class Squares(Task):
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         return self(batch).square().mean()

@@ -21,7 +21,7 @@ from thinned.runs.lost_ranks import is_lost_rank, lost_rank_message
 
 @contextmanager
 def one_message() -> Iterator[None]:
-    """Ends the program with one line and exit status 1 on bad input; THINNED_TRACEBACK=1 shows where it arose."""
+    """Ends the program with one line and status 1 on bad input; THINNED_TRACEBACK=1 shows where it arose."""
     try:
         with ended_by_sigterm():
             yield

@@ -1,4 +1,4 @@
-"""A data-parallel run on two processes: different masks, equal weights, one run directory, one W&B run."""
+"""A data-parallel run on text: different masks, equal weights, a text that is tokenised once, all tokens scored."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -13,28 +13,7 @@ STEPS = 4
 
 
 @pytest.mark.slow
-def test_two_ranks(start_script: Callable[..., Any], tmp_path: Path) -> None:
-    configs = ("--config", CONFIGS / "mlp_digits.yaml", "--config", CONFIGS / "trainer/ddp_cpu.yaml")
-    rates = ("--model.net.dropout.embedding", 0.1, "--model.net.dropout.mlp", 0.3)
-    options = ("--trainer.max_steps", STEPS, "--trainer.callbacks+=rank_witness.RankWitness")
-    run = start_script("scripts/train.py", *configs, *rates, *options).run
-
-    first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2))
-    assert len(first["masks"]) == len(second["masks"]) == 3 * STEPS  # one at the input, two at hidden layers
-    for one, other in zip(first["masks"], second["masks"], strict=True):
-        assert one.shape == other.shape == (32, one.shape[1])  # half of a batch each
-        assert not one.equal(other)
-    for one, other in zip(first["weights"], second["weights"], strict=True):
-        assert one.equal(other)
-
-    assert {path.name for path in tmp_path.iterdir()} == {"runs", "rank0.pt", "rank1.pt"}
-    assert len(list(run.glob("wandb/offline-run-*/*.wandb"))) == 1
-    assert torch.load(run / "checkpoints/last.ckpt", weights_only=True)["global_step"] == STEPS
-    assert pq.read_table(run / "predictions.parquet")["index"].to_pylist() == list(range(359))
-
-
-@pytest.mark.slow
-def test_text_on_two_ranks(
+def test_two_ranks(
     start_script: Callable[..., Any], run_script: Callable[..., Any], text_file: Path, small_gpt: Any, tmp_path: Path
 ) -> None:
     """The text is tokenised once; every token of the test is a row, scored as one process scores it."""

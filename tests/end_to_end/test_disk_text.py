@@ -1,24 +1,18 @@
-"""A full or read-only disk, and data that vanish: one line that names the place, nothing lost, nothing half-written."""
+"""Text on a full or read-only disk, or that vanishes: one line that names the place, nothing lost or half-written."""
 
 import errno
 import os
 import shutil
 import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-import thinned
-
 Script = Callable[..., Any]
 
 ROOT = Path(__file__).parents[2]
-IMAGES = ("--config", ROOT / "configs/mlp_digits.yaml", "--trainer.accelerator", "cpu", "--trainer.logger=false")
-FEW = ("--trainer.max_epochs", 1, "--mc_dropout.num_samples", 2)
 
 
 def error_of(finished: Any) -> str:
@@ -96,34 +90,8 @@ class TestFullDisk:
         assert (tmp_path / "page.html").read_text() == "before"
 
 
-@pytest.fixture
-def read_only(tmp_path: Path) -> Iterator[Callable[..., Any]]:
-    """Runs a script that cannot write to its folder, apart from the folder `own` in it, not even as root."""
-    (tmp_path / "own").mkdir()
-    drop: list[str] = []
-    if os.geteuid() == 0:
-        drop = ["setpriv", "--bounding-set", "-dac_override"]
-        if shutil.which("setpriv") is None or subprocess.run([*drop, "true"]).returncode:
-            pytest.skip("root could write there, and there is no setpriv that works")
-    tmp_path.chmod(0o555)
-
-    def run(script: str, *options: object) -> Any:
-        environment = {**os.environ, "PYTHONPATH": str(Path(thinned.__file__).parents[1])}
-        command = [*drop, sys.executable, str(ROOT / f"scripts/{script}.py"), *map(str, options)]
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-        return SimpleNamespace(status=done.returncode, err=done.stderr)
-
-    yield run
-    tmp_path.chmod(0o700)
-
-
 @pytest.mark.slow
 class TestReadOnly:
-    def test_runs_dir(self, read_only: Script, tmp_path: Path) -> None:
-        error = error_of(read_only("train", *IMAGES, *FEW))
-        assert f"Expected runs_dir to be writable, but got Permission denied: {tmp_path}/runs" in error
-        assert [path.name for path in tmp_path.iterdir()] == ["own"]
-
     def test_cache_dir(self, read_only: Script, text: Any, tmp_path: Path) -> None:
         error = error_of(read_only("train", *text, "--data.cache_dir", "data", "--runs_dir", "own/runs"))
         assert "Expected to write tokens to data.cache_dir, but got PermissionError" in error
@@ -136,38 +104,10 @@ class TestReadOnly:
         assert list(tmp_path.rglob("*")) == [tmp_path / "own"]
 
 
-@pytest.fixture
-def vanishing(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[object, ...]]:
-    """Options with which something is deleted, or cut off, during training."""
-    monkeypatch.syspath_prepend(Path(__file__).parent)
-
-    def options(path: Path, cut: bool = False) -> tuple[object, ...]:
-        which = ("--trainer.callbacks.path", path, "--trainer.callbacks.cut", str(cut).lower())
-        return "--trainer.callbacks+=fault_callbacks.Vanishing", *which
-
-    return options
-
-
-@pytest.fixture
-def image_folder(tmp_path: Path) -> Path:
-    """200 + 40 images of two classes as files."""
-    import numpy as np
-    from PIL import Image
-
-    for split, count in (("train", 100), ("test", 20)):
-        for label in range(2):
-            folder = tmp_path / f"images/{split}/class{label}"
-            folder.mkdir(parents=True)
-            for i in range(count):
-                pixels = np.random.default_rng((label, i)).integers(100 * label, 100 + 100 * label, (8, 8))
-                Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i}.png")
-    return tmp_path / "images"
-
-
 class TestVanishedData:
     @pytest.mark.parametrize("script", ["train", "predict"])
     def test_of_a_run_that_goes_on(
-        self, script: str, trained: Any, text: Any, trained_text: Any, run_script: Script, tmp_path: Path
+        self, script: str, text: Any, trained_text: Any, run_script: Script, tmp_path: Path
     ) -> None:
         run = shutil.copytree(trained_text.run, tmp_path / "runs/gpt_pydocs/before")
         before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
@@ -201,16 +141,3 @@ class TestVanishedData:
         assert f"but got a shorter file {shard}; delete {shard.parent} to have them made anew" in error
         again = run_script("train", *text, *cache)  # which looks at the size before it trains
         assert "has 0 bytes instead of" in error_of(again)
-
-    @pytest.mark.parametrize(("cache_gib", "workers"), [(4, 0), (0, 0), pytest.param(0, 1, marks=pytest.mark.slow)])
-    def test_image_folder(
-        self, cache_gib: int, workers: int, image_folder: Path, vanishing: Any, run_script: Script
-    ) -> None:
-        """With the training images in memory, those of the test are missed; the training is not lost."""
-        options = ("--data.path", image_folder, "--model.net.num_classes", 2, "--data.batch_size", 4)
-        own = ("--data.cache_gib", cache_gib, "--data.num_workers", workers, *vanishing(image_folder))
-        finished = run_script("train", *IMAGES, *FEW, *options, *own)
-        error = error_of(finished)
-        assert "Expected data.path to hold all its images while they are read, but got " in error
-        assert str(image_folder) in error
-        assert bool([path for path in finished.new if path.name == "last.ckpt"]) == bool(cache_gib)

@@ -1,0 +1,126 @@
+"""What dropout, Monte-Carlo dropout and the Trainer cost an MLP, each against the same as it is usually written."""
+
+import time
+from collections.abc import Callable
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Timer
+from measuring import compare, peak_memory, repeat, show
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+from thinned.models import MLP, DropoutRates
+from thinned.tasks import ClassificationTask, StepSeed
+from thinned.uncertainty import mc_predict
+
+WIDTHS = (1024, 1024, 1024)  # Srivastava et al. 2014 on MNIST: 784-1024-1024-1024-10
+
+
+def mlp(p: float, embedding: float | None = None) -> MLP:
+    rates = DropoutRates(embedding=min(p, 0.2) if embedding is None else embedding, mlp=p)
+    return MLP((1, 28, 28), 10, WIDTHS, dropout=rates)
+
+
+def textbook(p: float) -> nn.Sequential:
+    """The same network as it is usually written."""
+    layers: list[nn.Module] = [nn.Flatten(), nn.Dropout(min(p, 0.2))]
+    for size, units in zip((784, *WIDTHS), WIDTHS, strict=False):
+        layers += [nn.Linear(size, units), nn.ReLU(), nn.Dropout(p)]
+    return nn.Sequential(*layers, nn.Linear(WIDTHS[-1], 10))
+
+
+def training_step(net: nn.Module, inputs: Tensor, targets: Tensor, optimizer: torch.optim.Optimizer) -> None:
+    optimizer.zero_grad()
+    torch.autograd.backward(F.cross_entropy(net(inputs), targets))
+    optimizer.step()
+
+
+def bench_dropout(repeats: int) -> None:
+    """A training step of the MLP: without dropout, with ours, and with nn.Dropout."""
+    steps = 20
+    for batch in (128, 1024):
+        inputs, targets = torch.randn(batch, 1, 28, 28), torch.randint(10, (batch,))
+
+        def side(net: nn.Module, inputs: Tensor = inputs, targets: Tensor = targets) -> Callable[[], object]:
+            optimizer = torch.optim.AdamW(net.parameters(), lr=0.0)  # a fitted batch has slow, denormal gradients
+            return lambda: repeat(steps, lambda _: training_step(net, inputs, targets, optimizer))
+
+        sides = {"p = 0": side(mlp(0.0))}
+        for p in (0.5, 0.1):
+            sides |= {f"thinned, p = {p}": side(mlp(p)), f"nn.Dropout, p = {p}": side(textbook(p))}
+        show(f"Training step, batch {batch}", compare(sides, repeats), steps)
+
+
+def predict_textbook(net: nn.Module, inputs: Tensor, num_samples: int) -> Tensor:
+    net.train()
+    with torch.no_grad():
+        return torch.stack([net(inputs).softmax(-1) for _ in range(num_samples)]).mean(0)
+
+
+def run_textbook(p: float, num_samples: int) -> object:
+    return predict_textbook(textbook(p), torch.randn(1000, 1, 28, 28), num_samples)
+
+
+def run_thinned(p: float, num_samples: int) -> object:
+    return mc_predict(mlp(p).eval(), torch.randn(1000, 1, 28, 28), num_samples=num_samples)
+
+
+def bench_mlp_mc(repeats: int) -> None:
+    """S = 50 samples for 1,000 inputs: the textbook loop against thinned networks."""
+    inputs, samples = torch.randn(1000, 1, 28, 28), 50
+    for p in (0.5, 0.1):
+        net, baseline = mlp(p).eval(), textbook(p)
+        sides: dict[str, Callable[[], object]] = {
+            "thinned networks": lambda net=net: mc_predict(net, inputs, num_samples=samples),  # type: ignore[misc]
+            "independent masks": lambda net=net: mc_predict(  # type: ignore[misc]
+                net, inputs, num_samples=samples, masks="independent"
+            ),
+            "textbook": lambda net=baseline: predict_textbook(net, inputs, samples),  # type: ignore[misc]
+        }
+        memory = {
+            "thinned networks": peak_memory(run_thinned, p, samples),
+            "textbook": peak_memory(run_textbook, p, samples),
+        }
+
+        def peak(name: str, seconds: float, memory: dict[str, float] = memory) -> str:
+            return f"{memory[name]:.0f} MiB" if name in memory else ""
+
+        show(f"MLP, Monte-Carlo prediction, p = {p}, S = {samples}", compare(sides, repeats), peak=peak)
+    for samples in (4, 64):
+        print(f"peak memory of thinned MLPs, S = {samples}: {peak_memory(run_thinned, 0.5, samples):.0f} MiB")
+
+
+def bench_overhead(repeats: int) -> None:
+    """An epoch of the same model in a bare loop against the Trainer, and the seeding of each step."""
+    batches, batch = 100, 128
+    images, targets = torch.randn(batches * batch, 1, 28, 28), torch.randint(10, (batches * batch,))
+    loader = DataLoader(TensorDataset(images, targets), batch_size=batch)
+
+    def bare() -> float:
+        net = mlp(0.5)
+        optimizer = torch.optim.AdamW(net.parameters())
+        start = time.perf_counter()
+        for x, y in loader:
+            training_step(net, x, y, optimizer)
+        return time.perf_counter() - start
+
+    def trained(*callbacks: pl.Callback) -> float:
+        timer = Timer()
+        trainer = pl.Trainer(
+            accelerator="cpu", max_epochs=1, logger=False, callbacks=[timer, *callbacks], enable_checkpointing=False,
+            enable_progress_bar=False, enable_model_summary=False,
+        )  # fmt: skip
+        trainer.fit(ClassificationTask(mlp(0.5)), loader)
+        return timer.time_elapsed("train")
+
+    sides = {"bare loop": bare, "Trainer": trained, "Trainer, StepSeed": lambda: trained(StepSeed())}
+    show("Training step", compare(sides, repeats), batches)
+    callback, trainer = StepSeed(), pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    module = ClassificationTask(mlp(0.5))
+    calls = 1000
+    seed = compare(
+        {"StepSeed": lambda: repeat(calls, lambda i: callback.on_train_batch_start(trainer, module, None, i))}, repeats
+    )
+    show("StepSeed alone", seed, calls)
