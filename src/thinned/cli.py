@@ -19,7 +19,9 @@ from rich.console import Console
 
 import thinned.data
 import thinned.tasks  # noqa: F401  (imported so that configs may name the classes without their package)
+from thinned.data.module import DataOffers
 from thinned.evaluation import MCDropout
+from thinned.offers import Offers
 from thinned.runs.checkpoint_callback import Checkpoints
 from thinned.runs.checkpoint_io import AtomicCheckpointIO, checkpoint_arguments, read_checkpoint
 from thinned.runs.directory import files_of_run, find_run, make_run_directory
@@ -162,7 +164,8 @@ def _fill_in_from_data(config: Any) -> None:
     """Gives the net what it leaves to the data (null): the size of a vocabulary, the length of a context."""
     data_class = cast(type, locate(config.data.class_path))
     net = config.model.get("init_args.net.init_args")
-    if hasattr(data_class, "net_arguments") and net is not None and None in vars(net).values():
+    offers_arguments = Offers(data_class, DataOffers).net_arguments is not None  # the class is asked: building may cost
+    if offers_arguments and net is not None and None in vars(net).values():
         for key, value in data_class(**config.data.init_args.as_dict()).net_arguments().items():
             if net.get(key, value) is None:
                 net[key] = value

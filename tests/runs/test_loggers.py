@@ -98,7 +98,7 @@ def test_run_continues_without_a_table_that_the_server_refuses(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     logger = offline(tmp_path)
-    monkeypatch.setattr(wandb, "Table", mock.Mock(side_effect=ConnectionError("no\nanswer")))
+    monkeypatch.setattr("wandb.Table", mock.Mock(side_effect=ConnectionError("no\nanswer")))
     with caplog.at_level("INFO"):
         logger.log_table("mc/most_uncertain", ["x"], [[1]], step=3)
     assert "W&B: no answer; the run continues without the table mc/most_uncertain." in caplog.messages

@@ -189,7 +189,8 @@ def test_golden_loss_curve(make_trainer: MakeTrainer) -> None:
 def test_data_that_does_not_fit_the_net_is_refused(key: str, found: Any, said: str, make_trainer: MakeTrainer) -> None:
     data = LightningDataModule.from_datasets(test_dataset=TensorDataset(*digits(4)), num_workers=0)
     setattr(data, key, found)
-    with pytest.raises(ValueError, match=f"Expected data with {said}"):
+    data.path = "photos"
+    with pytest.raises(ValueError, match=f"Expected data with {said} from data.path='photos'"):
         make_trainer().test(ClassificationTask(net()), data)
 
 

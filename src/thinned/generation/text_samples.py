@@ -11,11 +11,13 @@ from lightning.pytorch.utilities import rank_zero_info
 from rich.console import Console
 from rich.rule import Rule
 
+from thinned.data.module import data_offers
 from thinned.files import whole_file
 from thinned.generation.highlight import full_scale, highlighted, highlighted_page, measure
 from thinned.generation.sampling import Sample, Sampling, sample_texts
 from thinned.models.dropout import sites_in
 from thinned.models.gpt import GPT
+from thinned.offers import task_offers
 
 
 class TextSamples(Callback):
@@ -48,7 +50,7 @@ class TextSamples(Callback):
         self.max_new_tokens, self.sampling, self.seed = max_new_tokens, Sampling(temperature, top_k), seed
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        tokenizer = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
+        tokenizer = data_offers(trainer).tokenizer
         if tokenizer is not None:
             try:
                 tokenizer.encode(self.prompt)
@@ -57,8 +59,8 @@ class TextSamples(Callback):
 
     @torch.no_grad()
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        net, tokenizer = pl_module.net, trainer.datamodule.tokenizer  # type: ignore[attr-defined]
-        if not trainer.is_global_zero or trainer.fast_dev_run or not isinstance(net, GPT):  # type: ignore[attr-defined]
+        net, tokenizer = task_offers(pl_module).net, data_offers(trainer).tokenizer
+        if not trainer.is_global_zero or trainer.fast_dev_run or tokenizer is None or not isinstance(net, GPT):  # type: ignore[attr-defined]
             return
         if pl_module.device_mesh is not None:  # which this process has a part of
             rank_zero_info("No samples of a net that is sharded: scripts/sample.py takes them from its checkpoint.")

@@ -9,6 +9,8 @@ from torch.nn import functional as F
 from torchmetrics import MeanMetric, Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
 
+from thinned.data.module import data_offers
+from thinned.models.net import net_offers
 from thinned.tasks.task import Task
 from thinned.uncertainty.scores import ECE_BINS, below_one, brier, nll
 
@@ -62,7 +64,7 @@ class ClassificationTask(Task):
         super().__init__(net, optimizer, warmup_steps, final_lr_fraction, compile)
         if not 0 <= label_smoothing < 1:
             raise ValueError(f"Expected model.label_smoothing in [0, 1), but got {label_smoothing}")
-        num_classes = num_classes or getattr(net, "num_classes", None)
+        num_classes = num_classes or net_offers(net).num_classes
         if num_classes is None:
             raise ValueError(f"Expected model.num_classes for a {type(net).__name__}, but got null")
         self.save_settings()
@@ -83,19 +85,20 @@ class ClassificationTask(Task):
     @property  # type: ignore[misc]  # nobody sets it
     def example_input_array(self) -> Any:
         """An image in the precision of the weights, for sizes and FLOPs in the model summary."""
-        shape = getattr(self.net, "input_shape", None)
+        shape = net_offers(self.net).input_shape
         return None if shape is None else torch.zeros(1, *shape, dtype=next(self.net.parameters()).dtype)
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
-        data = getattr(self.trainer, "datamodule", None)
-        for key in ("image_shape", "num_classes"):
-            net_key = key.replace("image", "input")
-            expected, got = getattr(self.net, net_key, None), getattr(data, key, None)
-            if data is not None and expected is not None and got is not None and expected != got:
+        net, data = net_offers(self.net), data_offers(self.trainer)
+        for what, key, expected, got in (
+            ("image shape", "input_shape", net.input_shape, data.image_shape),
+            ("num classes", "num_classes", net.num_classes, data.num_classes),
+        ):
+            if expected is not None and got is not None and expected != got:
                 raise ValueError(
-                    f"Expected data with {key.replace('_', ' ')} {expected} (model.net.{net_key}), but got {got} "
-                    f"from data.path={data.hparams.get('path')!r}"
+                    f"Expected data with {what} {expected} (model.net.{key}), but got {got} from "
+                    f"data.path={data.path!r}"
                 )
 
     def _logits(self, batch: Any, stage: str) -> Tensor:

@@ -8,7 +8,9 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
+from thinned.data.module import data_offers
 from thinned.models.gpt2_weights import load_gpt2
+from thinned.models.net import net_offers
 from thinned.tasks.task import Task
 
 
@@ -46,13 +48,14 @@ class LanguageModelingTask(Task):
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
-        data = getattr(self.trainer, "datamodule", None)
-        for key, needed in (("vocab_size", "tokens"), ("context_length", "positions")):
-            has, wants = getattr(self.net, key, None), getattr(data, key, None)
+        net, data = net_offers(self.net), data_offers(self.trainer)
+        for key, needed, has, wants in (
+            ("vocab_size", "tokens", net.vocab_size, data.vocab_size),
+            ("context_length", "positions", net.context_length, data.context_length),
+        ):
             if has is not None and wants is not None and wants > has:
                 raise ValueError(f"Expected at least {wants} {needed} (model.net.{key}) for this data, but got {has}")
-        tokenizer = getattr(data, "tokenizer", None)
-        self.token_bytes = None if tokenizer is None else tokenizer.token_bytes
+        self.token_bytes = None if data.tokenizer is None else data.tokenizer.token_bytes
         if self.init_from is not None and stage == "fit":
             load_gpt2(self.net, self.init_from)
 

@@ -17,6 +17,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.optim import Optimizer
 
+from thinned.models.net import net_offers
+
 
 def warmup_cosine(step: int, warmup_steps: int, total_steps: int, final_fraction: float) -> float:
     """The learning rate at a step, as a fraction of its peak.
@@ -110,7 +112,7 @@ class Task(LightningModule):
         if self.device_mesh is None or isinstance(self.net, FSDPModule):
             return
         mesh = init_device_mesh(self.device_mesh.device_type, (torch.distributed.get_world_size(),))
-        for unit in (*getattr(self.net, "blocks", ()), self.net):
+        for unit in (*net_offers(self.net).blocks, self.net):
             if self.compile_net and unit is not self.net:  # FSDP's own hooks break the graph of the whole
                 unit.compile()
             fully_shard(unit, mesh=mesh)

@@ -9,6 +9,9 @@ import torch
 from lightning.fabric.utilities.throughput import get_available_flops
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from thinned.models.net import net_offers
+from thinned.offers import task_offers
+
 DTYPES = {"32": torch.float32, "bf16": torch.bfloat16, "16": torch.float16}  # by the first part of `precision`
 
 
@@ -59,7 +62,7 @@ class Throughput(Callback):
             "throughput/step_ms": 1000 * seconds / (trainer.global_step - self._step),
             "throughput/peak_memory_mib": _peak_memory(pl_module) / 2**20,
         }
-        flops_per_token = getattr(getattr(pl_module, "net", None), "flops_per_token", None)
+        flops_per_token = net_offers(task_offers(pl_module).net).flops_per_token
         if text and flops_per_token is not None and self._peak_flops is not None:
             metrics["throughput/mfu"] = rate * flops_per_token() / (self._peak_flops * trainer.world_size)
         pl_module.log_dict(metrics | {f"throughput/{unit}_per_second": rate}, batch_size=1)

@@ -1,0 +1,72 @@
+"""What a net offers, and logits that are computed some rows at a time."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from thinned.models import GPT, MLP
+from thinned.models import net as net_module
+from thinned.models.net import Logits, logits_of, net_offers
+
+
+def test_a_foreign_net_offers_the_defaults() -> None:
+    offers = net_offers(nn.Linear(2, 3))
+    assert (offers.init_args, offers.input_shape, offers.num_classes, offers.thin) == (None, None, None, None)
+    assert (offers.features, offers.logits, offers.flops_per_token) == (None, None, None)
+    assert tuple(offers.blocks) == ()
+
+
+def test_our_nets_offer_their_own() -> None:
+    mlp, gpt = MLP((1, 2, 2), 3, hidden=(4,)), GPT(5, 6, num_layers=2, num_heads=1, width=8)
+    offers = net_offers(mlp)
+    assert (offers.input_shape, offers.num_classes, offers.vocab_size) == ((1, 2, 2), 3, None)
+    assert offers.constrain_max_norm_ == mlp.constrain_max_norm_
+    offers = net_offers(gpt)
+    assert (offers.vocab_size, offers.context_length, offers.blocks) == (5, 6, gpt.blocks)
+    assert (offers.features, offers.logits, offers.thin) == (gpt.features, gpt.logits, gpt.thin)
+
+
+def test_a_name_that_is_not_listed_is_an_error() -> None:
+    with pytest.raises(AttributeError, match="head"):
+        _ = net_offers(GPT(5, 6, num_layers=1, num_heads=1, width=8)).head  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("at_once", [1, 12, 2**22])  # one row at a time, two with a smaller third part, and all
+def test_log_probabilities_are_those_of_all_logits(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(net_module, "LOGITS_AT_ONCE", at_once)
+    torch.manual_seed(0)
+    head, x = nn.Linear(4, 6), torch.randn(3, 2, 4)
+    chosen = torch.tensor([[True, False], [True, True], [True, True]])
+    expected = torch.log_softmax(head(x)[chosen], dim=-1)
+    for logits in (Logits(x, head), Logits(head(x))):
+        parts = list(logits.select(chosen).log_probs())
+        assert len(parts) == {1: 5, 12: 3, 2**22: 1}[at_once]
+        for rows, log_probs in parts:
+            torch.testing.assert_close(log_probs, expected[rows])
+        torch.testing.assert_close(torch.cat([log_probs for _, log_probs in parts]), expected)
+
+
+@pytest.mark.parametrize(
+    ("given", "got"), [(torch.bfloat16, torch.float32), (torch.float32, torch.float32), (torch.float64, torch.float64)]
+)
+def test_rows_come_in_single_precision_at_least(given: torch.dtype, got: torch.dtype) -> None:
+    assert Logits(torch.zeros(2, 3, dtype=given))[:1].dtype == got
+
+
+def test_logits_of_a_language_model_wait_until_they_are_asked_for() -> None:
+    class Counting(GPT):
+        asked = 0
+
+        def logits(self, features: Tensor) -> Tensor:
+            self.asked += len(features)
+            return super().logits(features)
+
+    net, tokens = Counting(5, 6, num_layers=1, num_heads=1, width=8), torch.arange(8).view(2, 4) % 5
+    logits = logits_of(net, tokens)
+    assert (net.asked, len(logits), logits.x.shape) == (0, 2, (2, 4, 8))
+    torch.testing.assert_close(logits[1:], net(tokens)[1:])
+
+
+def test_logits_of_another_net_are_what_it_returns() -> None:
+    net, x = nn.Linear(2, 3), torch.ones(4, 2)
+    assert torch.equal(logits_of(net, x)[:], net(x))
