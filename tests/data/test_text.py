@@ -341,6 +341,8 @@ def test_lightning(make: Make, make_trainer: Callable[..., Trainer], tmp_path: P
     trainer.save_checkpoint(tmp_path / "last.ckpt")
     state = torch.load(tmp_path / "last.ckpt", weights_only=True)["TextDataModule"]
     assert state == data.state_dict()
+    restored = TextDataModule.load_from_checkpoint(tmp_path / "last.ckpt", weights_only=True)
+    assert (restored.state_dict(), restored.hparams) == (state, data.hparams)
 
 
 def at_epoch(data: TextDataModule, epoch: int) -> Iterator[TokenBatch]:

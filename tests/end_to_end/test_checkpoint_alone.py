@@ -53,6 +53,15 @@ def test_checkpoint_holds_tensors_and_primitives_only(checkpoint: Path) -> None:
     assert content["state_dict"]["net.stages.head.weight"].shape == (10, 512)
 
 
+def test_loaded_task_has_the_settings_of_the_run(checkpoint: Path, task: ClassificationTask) -> None:
+    model = torch.load(checkpoint, weights_only=True)["config"]["model"]["init_args"]
+    assert (task.warmup_steps, task.final_lr_fraction) == (model["warmup_steps"], model["final_lr_fraction"]) == (50, 1)
+    optimizer = task.optimizer(task.parameters())
+    assert type(optimizer) is torch.optim.AdamW
+    assert (optimizer.defaults["lr"], optimizer.defaults["weight_decay"]) == (2e-3, 0.05)
+    assert task.net.init_args == model["net"]["init_args"]
+
+
 def test_statistics_of_the_training_images_are_stored(checkpoint: Path, digits: ImageDataModule) -> None:
     stored = torch.load(checkpoint, weights_only=True)["ImageDataModule"]
     images = digits.raw_images("train", range(len(digits.target["train"]))).double() / 255

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import thinned.models
+from thinned.tasks import ClassificationTask
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -42,6 +43,9 @@ def test_the_recipe_trains_a_model_that_drops(tmp_path: Path, monkeypatch: pytes
     assert metrics["mc_dropout"]["nll"] != metrics["deterministic"]["nll"]
     weights = torch.load(run / "checkpoints" / "best.ckpt", weights_only=True)["state_dict"]
     assert weights["net.layers.0.weight"].shape == (32, 1, 3, 3)
+    task = ClassificationTask.load_from_checkpoint(run / "checkpoints" / "best.ckpt", weights_only=True)
+    assert (type(task.net).__name__, task.net.layers[4].p) == ("ConvNet", 0.2)
+    assert torch.equal(task.net.layers[0].weight, weights["net.layers.0.weight"])
 
 
 def test_the_python_example_runs() -> None:

@@ -1,8 +1,9 @@
-"""The learning rate as a table of steps, and which parameters decay."""
+"""The learning rate as a table of steps, which parameters decay, and what a checkpoint builds again."""
 
 import math
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -93,3 +94,76 @@ def test_only_fitting_compiles_and_only_the_net() -> None:
 def test_setting_outside_its_range_is_refused_by_its_name(key: str, value: float) -> None:
     with pytest.raises(ValueError, match=rf"Expected model\.{key} .*but got {value}"):
         Task(nn.Linear(2, 1), **{key: value})
+
+
+# Checkpoints of a plain Trainer
+
+
+class Margin(Squares):
+    """A task with an argument of its own."""
+
+    def __init__(self, net: nn.Module, margin: float = 1.0, **options: Any) -> None:
+        super().__init__(net, **options)
+        self.hparams.update(margin=margin)
+        self.margin = margin
+
+
+@pytest.fixture
+def saved(make_trainer: Callable[..., Trainer], tmp_path: Path) -> Callable[[Task], Path]:
+    """Trains for a step and returns the path of the checkpoint."""
+
+    def save(task: Task) -> Path:
+        trainer = make_trainer(max_steps=1)
+        trainer.fit(task, DataLoader(torch.ones(4, 2), batch_size=4))
+        trainer.save_checkpoint(tmp_path / "task.ckpt")
+        return tmp_path / "task.ckpt"
+
+    return save
+
+
+def built(task: Task) -> tuple[type, dict[str, Any]]:
+    """The class of the optimiser that a task makes, and its settings."""
+    optimizer = task.optimizer([nn.Parameter(torch.zeros(1))])
+    return type(optimizer), optimizer.defaults
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        torch.optim.AdamW,
+        torch.optim.SGD,  # whose weight decay is 0, and that of the default optimiser 0.01
+        partial(torch.optim.AdamW, lr=0.1, betas=(0.5, 0.9)),
+        partial(partial(torch.optim.SGD, lr=0.1), momentum=0.9),
+    ],
+)
+def test_optimiser_comes_back_with_its_class_and_arguments(optimizer: Any, saved: Callable[[Task], Path]) -> None:
+    task = Squares(MLP((2,), 2), optimizer)
+    twin = Squares.load_from_checkpoint(saved(task), weights_only=True)
+    assert built(twin) == built(task)
+    again = Squares.load_from_checkpoint(saved(twin), weights_only=True)  # of the task that a checkpoint has built
+    assert built(again) == built(task)
+
+
+@pytest.mark.parametrize(
+    "optimizer", [lambda groups: torch.optim.SGD(groups, lr=0.2), partial(torch.optim.SGD, lr=torch.tensor(0.2))]
+)
+def test_optimiser_that_primitives_cannot_describe_is_passed_on(optimizer: Any, saved: Callable[[Task], Path]) -> None:
+    task = Squares(MLP((2,), 2), optimizer)
+    path = saved(task)
+    assert "optimizer" not in torch.load(path, weights_only=True)["hyper_parameters"]
+    twin = Squares.load_from_checkpoint(path, weights_only=True, optimizer=optimizer)
+    assert built(twin) == built(task)
+
+
+def test_subclass_adds_its_own_argument(saved: Callable[[Task], Path]) -> None:
+    task = Margin(MLP((2,), 2), margin=0.25, warmup_steps=3, final_lr_fraction=0.5)
+    twin = Margin.load_from_checkpoint(saved(task), weights_only=True)
+    assert (twin.margin, twin.warmup_steps, twin.final_lr_fraction, twin.compile_net) == (0.25, 3, 0.5, False)
+    assert twin.hparams == task.hparams
+
+
+def test_a_class_that_cannot_be_imported_is_not_stored() -> None:
+    class Local(MLP):
+        """A net that nobody else can import."""
+
+    assert "net" not in Task(Local((2,), 2)).hparams

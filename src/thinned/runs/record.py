@@ -40,6 +40,8 @@ class RunRecord(SaveConfigCallback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint["config"] = self.content
+        # It built the task, so it knows what no task can describe: a net without `init_args`, or a function.
+        checkpoint["hyper_parameters"] |= self.content["model"].get("init_args", {})
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if isinstance(exception, OSError) and exception.errno and not exception.filename:  # such as a full disk

@@ -67,7 +67,7 @@ class ClassificationTask(Task):
         num_classes = num_classes or net_offers(net).num_classes
         if num_classes is None:
             raise ValueError(f"Expected model.num_classes for a {type(net).__name__}, but got null")
-        self.save_settings()
+        self.hparams.update(num_classes=num_classes, label_smoothing=label_smoothing)
         self.num_classes = num_classes
         self._unmeasured: dict[str, list[tuple[Tensor, Tensor]]] = {"train": [], "val": [], "test": []}
         self.label_smoothing = label_smoothing

@@ -37,7 +37,7 @@ class LanguageModelingTask(Task):
         init_from: str | None = None,
     ) -> None:
         super().__init__(net, optimizer, warmup_steps, final_lr_fraction, compile)
-        self.save_settings()
+        self.hparams.update(init_from=init_from)
         self.init_from = init_from
         # Weights of a run that goes on are not replaced.
         self.register_load_state_dict_post_hook(  # type: ignore[no-untyped-call]

@@ -1,10 +1,11 @@
 """What every task shares: the net, its optimiser with decay groups, and a learning rate by step."""
 
 import inspect
+import json
 import math
-import warnings
-from types import FrameType
-from typing import Any, cast
+from functools import partial
+from pydoc import locate
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
@@ -38,8 +39,44 @@ def decay_groups(net: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]
     return [p for p in parameters if p.dim() >= 2], [p for p in parameters if p.dim() < 2]
 
 
+def class_spec(cls: Any, init_args: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Describes an object by its class and arguments, as configs do.
+
+    Returns:
+        The shortest path at which the class can be imported, and the arguments. None if there is no such path, or if
+        the arguments are not primitives: `weights_only=True` refuses a checkpoint with other objects.
+
+    >>> class_spec(torch.optim.SGD, {"lr": 0.1})
+    {'class_path': 'torch.optim.SGD', 'init_args': {'lr': 0.1}}
+    """
+    try:
+        json.dumps(init_args)
+    except TypeError:
+        return None
+    parts = cls.__module__.split(".")
+    paths = [".".join((*parts[:n], cls.__qualname__)) for n in range(1, len(parts) + 1)]
+    path = next((path for path in paths if locate(path) is cls), None)
+    return None if path is None or init_args is None else {"class_path": path, "init_args": init_args}
+
+
+def optimizer_spec(optimizer: OptimizerCallable) -> dict[str, Any] | None:
+    """Describes an optimiser given as a class or a `functools.partial` of one; None for any other function."""
+    given = optimizer if isinstance(optimizer, partial) else partial(optimizer)
+    cls = (given.func, *given.args)[-1]  # jsonargparse's partial calls a function of its own, with the class last
+    if not inspect.isclass(cls):
+        return None
+    # With the defaults: jsonargparse would take those that are left out from AdamW, the default of `optimizer`.
+    parameters = inspect.signature(cls).parameters.values()
+    return class_spec(cls, {p.name: p.default for p in parameters if p.default is not p.empty} | given.keywords)
+
+
 class Task(LightningModule):
     """A net with its optimiser and schedule. Subclasses add the loss and the metrics.
+
+    `load_from_checkpoint(path, weights_only=True)` builds the task again from its `hparams`. A subclass with arguments
+    of its own adds them in `__init__`: `self.hparams.update(margin=margin)`. Only primitives are stored: the class and
+    arguments of a net with `init_args`, and of an optimiser given as a class or a `functools.partial` of one. Pass any
+    other to `load_from_checkpoint` as `net=` or `optimizer=`, unless the command line has built it.
 
     Args:
         net: maps inputs to logits. Any module; when it has `constrain_max_norm_`, that runs after each step.
@@ -69,25 +106,11 @@ class Task(LightningModule):
         self.warmup_steps = warmup_steps
         self.final_lr_fraction = final_lr_fraction
         self.compile_net = compile
-
-    def save_settings(self) -> None:
-        """Stores the arguments of the subclass's `__init__`, which calls this, so that its checkpoints stand alone.
-
-        A net of this package is stored as class path and `init_args`. Any other net, and the optimiser, are given to
-        `load_from_checkpoint`: `weights_only=True` opens no pickles.
-        """
-        caller = cast(FrameType, cast(FrameType, inspect.currentframe()).f_back)
-        with warnings.catch_warnings():  # of a module among the hyperparameters, which goes at once
-            warnings.simplefilter("ignore")
-            self.save_hyperparameters(logger=False, frame=caller)
-        if "_instantiator" in self.hparams:  # built from a config
-            return
-        self.save_hyperparameters(ignore=["net", "optimizer"], logger=False, frame=caller)
-        config = getattr(self.net, "init_args", None)
-        if config is not None:
-            class_path = f"{type(self.net).__module__}.{type(self.net).__qualname__}"
-            self.hparams["net"] = {"class_path": class_path, "init_args": config}
-            self.hparams["_instantiator"] = "lightning.pytorch.cli.instantiate_module"
+        self.hparams.update(warmup_steps=warmup_steps, final_lr_fraction=final_lr_fraction, compile=compile)
+        specs = {"net": class_spec(type(net), net_offers(net).init_args), "optimizer": optimizer_spec(optimizer)}
+        self.hparams.update({name: spec for name, spec in specs.items() if spec is not None})
+        # Lightning builds net and optimiser from their specs with this function.
+        self.hparams["_instantiator"] = "lightning.pytorch.cli.instantiate_module"
 
     def forward(self, inputs: Any) -> Tensor:
         """The logits."""
