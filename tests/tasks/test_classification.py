@@ -68,6 +68,16 @@ def test_metrics_are_the_scores_of_the_whole_split(make_trainer: MakeTrainer) ->
     assert got == pytest.approx({key: expected[key.removeprefix("val/")] for key in got}, rel=1e-5)
 
 
+def test_each_step_of_a_test_returns_its_logits_for_evaluation(tested: Callable[..., Any]) -> None:
+    x, y = digits(20)
+    task = ClassificationTask(net(dropout=DropoutRates(mlp=0.5)))
+    outputs, logged = tested(task, loader(x, y, 8))
+    assert [len(logits) for logits in outputs] == [8, 8, 4]
+    torch.testing.assert_close(torch.cat([logits[:] for logits in outputs]), task.net.eval()(x))
+    assert {f"test/{name}" for name in task.test_scores} == logged.keys() - {"test/loss"}
+    assert not task.test_step((x, y), 0).x.requires_grad
+
+
 def test_labels_are_smoothed_in_training_alone(make_trainer: MakeTrainer) -> None:
     x, y = digits(30)
     task = ClassificationTask(net(), optimizer=partial(torch.optim.SGD, lr=0.0), label_smoothing=0.3)

@@ -87,6 +87,48 @@ def test_scores_are_those_of_every_target_of_the_split(stage: str, make_trainer:
     assert numbers(trainer) == pytest.approx({f"{stage}/{k}": v for k, v in expected.items()}, rel=1e-5)
 
 
+def test_each_step_of_a_test_returns_its_logits_for_evaluation(
+    tested: Callable[..., Any], make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The net runs once for a batch, and the losses are taken from three tokens at a time."""
+    monkeypatch.setattr("thinned.models.net.LOGITS_AT_ONCE", 3 * V)
+    task, passes = LanguageModelingTask(net(p=0.3)), []
+    task.net.token_embedding.register_forward_hook(lambda *_: passes.append(1))
+    outputs, logged = tested(task, Data())
+    assert [logits.x.shape for logits in outputs] == [(4, P, 8), (4, P, 8), (2, P, 8)]
+    assert len(passes) == 3
+    with torch.no_grad():
+        torch.testing.assert_close(torch.cat([logits[:] for logits in outputs]), task.net.eval()(text(10)[0]))
+    assert task.test_scores == {"nll", "bits_per_byte"}
+    assert logged.keys() == {"test/loss", "test/perplexity", "test/bits_per_byte"}
+    trainer = make_trainer()
+    trainer.validate(task, datamodule=Data(), verbose=False)
+    assert logged == pytest.approx({f"test/{k.removeprefix('val/')}": v for k, v in numbers(trainer).items()}, rel=1e-6)
+
+
+def test_a_net_without_features_is_tested_whole(tested: Callable[..., Any]) -> None:
+    class Whole(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = net()
+
+        def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
+            return self.net(tokens, targets)
+
+    outputs, logged = tested(LanguageModelingTask(Whole()), Data())
+    assert outputs == [None] * 3
+    assert logged == pytest.approx(tested(LanguageModelingTask(net()), Data())[1], rel=1e-6)
+
+
+def test_a_sharded_net_is_tested_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its weights are gathered in `forward` alone."""
+    task = LanguageModelingTask(net())
+    monkeypatch.setattr(LanguageModelingTask, "device_mesh", object())
+    monkeypatch.setattr(task.net, "forward", lambda tokens, targets: torch.ones(targets.shape))
+    assert task.test_step(text(3), 0) is None
+    assert task.totals.test_totals.nll.compute() == 1
+
+
 def test_without_a_tokenizer_there_are_no_bytes(make_trainer: MakeTrainer) -> None:
     task, trainer = LanguageModelingTask(net()), make_trainer()
     trainer.validate(task, loader(10, 4), verbose=False)

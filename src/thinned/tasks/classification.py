@@ -1,6 +1,6 @@
 """Classification: cross-entropy for training; accuracy, NLL, Brier score and calibration error for every stage."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
@@ -10,7 +10,7 @@ from torchmetrics import MeanMetric, Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
 
 from thinned.data.module import data_offers
-from thinned.models.net import net_offers
+from thinned.models.net import Logits, net_offers
 from thinned.tasks.task import Task
 from thinned.uncertainty.scores import ECE_BINS, below_one, brier, nll
 
@@ -50,6 +50,8 @@ class ClassificationTask(Task):
         optimizer, warmup_steps, final_lr_fraction, compile: see `Task`.
         label_smoothing: share of the target's probability spread over all classes, in [0, 1).
     """
+
+    test_scores: ClassVar[frozenset[str]] = frozenset({"accuracy", "nll", "brier", "ece"})
 
     def __init__(
         self,
@@ -138,8 +140,8 @@ class ClassificationTask(Task):
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         self._logits(batch, "val")
 
-    def test_step(self, batch: Any, batch_idx: int) -> None:
-        self._logits(batch, "test")
+    def test_step(self, batch: Any, batch_idx: int) -> Logits:  # type: ignore[override]  # Lightning passes it on
+        return Logits(self._logits(batch, "test").detach())
 
     def on_train_epoch_end(self) -> None:
         self._log_epoch("train")

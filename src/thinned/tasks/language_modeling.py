@@ -1,7 +1,7 @@
 """Language modelling: the loss of the next token, over every token of a split."""
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
@@ -10,7 +10,7 @@ from torchmetrics import MeanMetric
 
 from thinned.data.module import data_offers
 from thinned.models.gpt2_weights import load_gpt2
-from thinned.models.net import net_offers
+from thinned.models.net import Logits, logits_of, net_offers
 from thinned.tasks.task import Task
 
 
@@ -26,6 +26,8 @@ class LanguageModelingTask(Task):
         optimizer, warmup_steps, final_lr_fraction, compile: see `Task`.
         init_from: start from GPT-2's weights: a hub id, such as gpt2, or a folder. Rates are the net's own.
     """
+
+    test_scores: ClassVar[frozenset[str]] = frozenset({"nll", "bits_per_byte"})  # the NLL as `test/loss`
 
     def __init__(
         self,
@@ -65,15 +67,14 @@ class LanguageModelingTask(Task):
         self.log("train/loss", loss, batch_size=len(targets), prog_bar=True)
         return loss
 
-    def _measure(self, batch: Any, stage: str) -> None:
-        targets = batch[1]
-        losses, counted = self.net(batch[0], targets), targets >= 0
+    def _measure(self, losses: Tensor, targets: Tensor, stage: str) -> None:
+        """Adds targets that count, (n,), and their losses to the totals of a stage."""
         totals = self.totals[f"{stage}_totals"]
         assert isinstance(totals, Totals)
-        totals.nll.update(losses[counted])  # torchmetrics 1.9 ignores weights under nan_strategy="disable"
+        totals.nll.update(losses)
         if self.token_bytes is not None:
             self.token_bytes = self.token_bytes.to(targets.device)
-            totals.bytes.update(self.token_bytes[targets[counted]])
+            totals.bytes.update(self.token_bytes[targets])
 
     def _log_epoch(self, stage: str) -> None:
         totals = self.totals[f"{stage}_totals"]
@@ -89,11 +90,23 @@ class LanguageModelingTask(Task):
             totals.nll.reset()
             totals.bytes.reset()
 
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        self._measure(batch, "val")
+    def _measure_batch(self, batch: Any, stage: str) -> None:
+        losses, counted = self.net(batch[0], batch[1]), batch[1] >= 0
+        # The losses of the others are left out, as torchmetrics 1.9 ignores weights under nan_strategy="disable".
+        self._measure(losses[counted], batch[1][counted], stage)
 
-    def test_step(self, batch: Any, batch_idx: int) -> None:
-        self._measure(batch, "test")
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self._measure_batch(batch, "val")
+
+    def test_step(self, batch: Any, batch_idx: int) -> Logits | None:  # type: ignore[override]  # Lightning passes it on
+        if net_offers(self.net).features is None or self.device_mesh is not None:
+            self._measure_batch(batch, "test")  # a sharded net gathers its weights in `forward` alone
+            return None
+        output, counted = logits_of(self.net, batch[0]), batch[1] >= 0
+        targets = batch[1][counted]
+        for rows, log_probs in output.select(counted).log_probs():
+            self._measure(-log_probs.gather(-1, targets[rows, None]).squeeze(-1), targets[rows], "test")
+        return output
 
     def on_validation_epoch_end(self) -> None:
         self._log_epoch("val")

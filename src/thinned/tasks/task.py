@@ -5,7 +5,7 @@ import json
 import math
 from functools import partial
 from pydoc import locate
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import LightningModule
@@ -78,6 +78,9 @@ class Task(LightningModule):
     arguments of a net with `init_args`, and of an optimiser given as a class or a `functools.partial` of one. Pass any
     other to `load_from_checkpoint` as `net=` or `optimizer=`, unless the command line has built it.
 
+    `test_step` may return the `Logits` of its batch, (B, K) or (B, T, V): evaluation then takes the deterministic
+    prediction from them, and the net runs once. If it returns None, evaluation runs the net itself.
+
     Args:
         net: maps inputs to logits. Any module; when it has `constrain_max_norm_`, that runs after each step.
         optimizer: called with two parameter groups; the second, gains and biases, has weight_decay 0.
@@ -87,6 +90,7 @@ class Task(LightningModule):
     """
 
     net: nn.Module
+    test_scores: ClassVar[frozenset[str]] = frozenset()  # logged by the task under `test/`, so not by evaluation
 
     def __init__(
         self,
