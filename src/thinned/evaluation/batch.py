@@ -5,7 +5,7 @@ Shapes: B examples or sequences, T tokens of a sequence, N targets (B, or the to
 
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -13,23 +13,11 @@ from torch import Tensor, nn
 
 from thinned.data.module import data_offers
 from thinned.models.net import Logits, logits_of, net_offers
-from thinned.offers import Offers
+from thinned.offers import task_offers
 from thinned.uncertainty.statistics import MCStatistics
 from thinned.uncertainty.token_statistics import TokenStatistics
 
 PROBABILITIES_AT_ONCE = 2**27  # of the mean distributions of all ways over a vocabulary: 512 MiB in fp32
-
-
-class TaskOffers(Protocol):
-    """Attributes of a LightningModule that evaluation looks for. All are optional: these are the defaults."""
-
-    net: nn.Module | None = None  # maps inputs to logits, as the module's `forward` does, and may have `thin`
-    test_scores: frozenset[str] = frozenset()  # that the module logs itself under `test/`
-
-
-def task_offers(task: LightningModule) -> TaskOffers:
-    """The optional attributes of a LightningModule, with the defaults for those that it lacks."""
-    return cast(TaskOffers, Offers(task, TaskOffers))
 
 
 def trained_net(task: LightningModule) -> nn.Module:
@@ -74,7 +62,7 @@ class Batch:
         return self._of_targets(logits_of(net, self.inputs))
 
     def output(self, trained: nn.Module) -> Logits:
-        """What the trained net says of the N targets, which it is not asked twice."""
+        """What the trained net says of the N targets: it is asked if nobody has asked it before."""
         return self.logits(trained) if self._output is None else self._of_targets(self._output)
 
     def _of_targets(self, logits: Logits) -> Logits:
@@ -106,19 +94,19 @@ class Batch:
         """The batch itself; of text, as many sequences at a time as the means of all ways leave room for."""
         at_once = len(self.index)
         if self.counted is not None:
-            known = self._output or logits_of(trained, self.inputs[:1, :1])
-            at_once = max(1, PROBABILITIES_AT_ONCE // (known.num_classes * self.counted.shape[1] * num_ways))
+            V = net_offers(trained).vocab_size or logits_of(trained, self.inputs[:1, :1]).num_classes
+            at_once = max(1, PROBABILITIES_AT_ONCE // (V * self.counted.shape[1] * num_ways))
         if at_once >= len(self.index):
             yield self
             return
         for start in range(0, len(self.index), at_once):
             rows = slice(start, start + at_once)
-            output = self._output and Logits(self._output.x[rows], self._output.head)
+            output = None if self._output is None else self._output.select(rows)
             yield Batch(self.inputs[rows], self.index[rows], self.targets[rows], output)  # type: ignore[index]
 
 
 class Validation:
-    """Held-out examples from which a way learns, the same on all processes.
+    """Held-out examples from which a way learns, the same on all processes, which have as many batches each.
 
     Args:
         batches: yields them, whenever it is called.

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from thinned.data.module import data_offers
 from thinned.data.order import Split
-from thinned.evaluation.batch import Batch, Validation, task_offers, trained_net
+from thinned.evaluation.batch import Batch, Validation, trained_net
 from thinned.evaluation.figures import scores_table
 from thinned.evaluation.prediction_store import PredictionStore
 from thinned.evaluation.provenance import provenance
@@ -20,6 +20,7 @@ from thinned.evaluation.report import write_report
 from thinned.evaluation.rows import predicted_rows
 from thinned.evaluation.ways import Way, learning_order, standard_ways
 from thinned.models.net import Logits
+from thinned.offers import task_offers
 from thinned.uncertainty.monte_carlo import Masks
 from thinned.uncertainty.scores import SCORES
 

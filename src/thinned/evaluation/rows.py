@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from thinned.evaluation.batch import Batch
-from thinned.evaluation.ways import Way
+from thinned.evaluation.ways import Way, learning_order
 from thinned.uncertainty.scores import brier, nll
 from thinned.uncertainty.statistics import MCStatistics, entropy
 from thinned.uncertainty.token_statistics import TokenStatistics
@@ -38,7 +38,7 @@ def predicted_rows(batch: Batch, trained: nn.Module, ways: Sequence[Way]) -> tup
         Columns of examples or tokens, and of sequences (empty if there are none): index, tokens, and of each way what
         `TokenStatistics.sequences` gives.
     """
-    parts = [_rows(part, ways) for part in batch.parts(trained, len(ways))]
+    parts = [_rows(part, ways) for part in batch.parts(trained, len(learning_order(ways)))]
     rows, sequences = ({name: torch.cat([p[i][name] for p in parts]) for name in parts[0][i]} for i in (0, 1))
     return rows, sequences
 

@@ -95,7 +95,7 @@ class SampledNetworks(Way):
             raise ValueError(f"Expected mc_dropout.num_samples to be at least 2 or null, but got {num_samples}")
         if masks not in ("auto", "shared", "independent"):
             raise ValueError(f"Expected mc_dropout.masks to be auto, shared or independent, but got {masks!r}")
-        if isinstance(sites, str) and sites not in ("all", "auto"):
+        if not sites or (isinstance(sites, str) and sites not in ("all", "auto")):
             raise ValueError(f"Expected mc_dropout.sites to be all, auto or a list of sites, but got {sites!r}")
         self.num_samples, self.masks, self.seed = num_samples, masks, seed
         self.sites = sites if isinstance(sites, str) else check_sites(sites)

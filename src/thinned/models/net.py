@@ -49,28 +49,27 @@ class Logits:
     Args:
         x: logits (N, K); with a head, what it reads: (N, C).
         head: maps (n, C) to logits (n, K); None if `x` are the logits.
+        num_classes: K; None asks the head about one row.
     """
 
-    def __init__(self, x: Tensor, head: Callable[[Tensor], Tensor] | None = None) -> None:
+    def __init__(
+        self, x: Tensor, head: Callable[[Tensor], Tensor] | None = None, num_classes: int | None = None
+    ) -> None:
         self.x, self.head = x, head
+        one_row = x.flatten(0, -2)[:1]
+        self.num_classes = num_classes or (one_row if head is None else head(one_row)).shape[-1]
 
     def __len__(self) -> int:
         return len(self.x)
-
-    @property
-    def num_classes(self) -> int:
-        """K."""
-        first = self.x.flatten(0, -2)[:1]
-        return (first if self.head is None else self.head(first)).shape[-1]
 
     def __getitem__(self, rows: slice | Tensor) -> Tensor:
         """The logits of some rows, (n, K), in fp32 or fp64."""
         logits = self.x[rows] if self.head is None else self.head(self.x[rows])
         return logits if logits.dtype == torch.float64 else logits.float()
 
-    def select(self, chosen: Tensor) -> "Logits":
-        """Those at which a mask over the leading dimensions of `x` is true."""
-        return Logits(self.x[chosen], self.head)
+    def select(self, chosen: Tensor | slice) -> "Logits":
+        """Those at which a mask over the leading dimensions of `x` is true, or in a slice of the first."""
+        return Logits(self.x[chosen], self.head, self.num_classes)
 
     def log_probs(self) -> Iterator[tuple[slice, Tensor]]:
         """Log-probabilities (n, K) of a few rows at a time, with the rows that they are of."""
@@ -85,4 +84,4 @@ def logits_of(net: nn.Module, inputs: Any) -> Logits:
     offers = net_offers(net)
     if offers.features is None or offers.logits is None:
         return Logits(net(inputs))
-    return Logits(offers.features(inputs), offers.logits)
+    return Logits(offers.features(inputs), offers.logits, offers.vocab_size)
