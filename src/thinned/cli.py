@@ -26,7 +26,7 @@ from thinned.runs.checkpoint_callback import Checkpoints
 from thinned.runs.checkpoint_io import AtomicCheckpointIO, checkpoint_arguments, read_checkpoint
 from thinned.runs.directory import files_of_run, find_run, make_run_directory
 from thinned.runs.launch import fill_in_from_launcher
-from thinned.runs.loggers import ResumableLogger, fill_in_logger
+from thinned.runs.loggers import CSVLogger, WandbLogger, fill_in_logger
 from thinned.runs.lost_ranks import LostRanks
 from thinned.runs.messages import Parser, one_message
 from thinned.runs.record import RunRecord
@@ -84,7 +84,6 @@ class ThinnedCLI(LightningCLI):
             {
                 "checkpoint.filename": "best",
                 "checkpoint.monitor": "val/loss",
-                "checkpoint.save_last": True,
                 "checkpoint.enable_version_counter": False,
             }
         )
@@ -114,7 +113,7 @@ class ThinnedCLI(LightningCLI):
             step = checkpoint["global_step"]
         if self.config.resume:
             for logger in self.trainer.loggers:
-                if isinstance(logger, ResumableLogger):
+                if isinstance(logger, CSVLogger | WandbLogger):
                     logger.resume_from(step)
         if self.offline:  # of this machine, not of the experiment
             del self.config.trainer.logger.dict_kwargs["mode"]

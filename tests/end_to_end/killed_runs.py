@@ -11,7 +11,8 @@ from typing import Any
 import pyarrow.parquet as pq
 import torch
 
-from thinned.runs.loggers import GLOBAL_STEP, wandb_history
+from thinned.runs.internals import wandb_history
+from thinned.runs.loggers import GLOBAL_STEP
 
 ROOT = Path(__file__).parents[2]
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
-from thinned.runs.loggers import wandb_history, wandb_records
+from thinned.runs.internals import wandb_history, wandb_records
 
 Script = Callable[..., Any]
 

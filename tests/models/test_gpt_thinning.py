@@ -1,6 +1,7 @@
 """The GPT's thinned networks against a second implementation of its forward pass, with masks in its four places."""
 
 import math
+from collections import OrderedDict
 from itertools import product
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from thinned.models import GPT, SITES, Dropout, DropoutRates, KVCache
+from thinned.models.thinning import replace_modules
 
 V, P, H, C = 21, 8, 4, 16
 CHOICES = [None, *([site] for site in SITES), ["attention", "mlp"], ["embedding", "residual"], []]
@@ -211,3 +213,13 @@ def test_thinned_network_has_the_loss_of_its_logits_and_a_cache() -> None:
     cache = KVCache()
     one_by_one = torch.cat([thinned(token, cache=cache) for token in tokens.split(1, 1)], 1)
     torch.testing.assert_close(one_by_one, reference(net, tokens, net.masks(0, 0)), rtol=0, atol=1e-10)
+
+
+def test_replaced_submodules_leave_the_original_as_it_is() -> None:
+    original = nn.Sequential(OrderedDict(first=nn.Linear(2, 3), second=nn.ReLU()))
+    before = dict(original.named_modules())
+    copied = replace_modules(original, second=nn.Tanh())
+    assert dict(original.named_modules()) == before
+    assert copied.first is original.first
+    assert [name for name, _ in copied.named_children()] == ["first", "second"]
+    assert isinstance(copied.second, nn.Tanh)

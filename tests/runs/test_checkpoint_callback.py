@@ -39,13 +39,23 @@ def notes_after(make_trainer: Callable[..., Trainer], tmp_path: Path) -> Callabl
     """Trains until the error, with a checkpoint after every two of six batches, and returns the error's notes."""
 
     def run(error: Exception, batch: int | None) -> list[str]:
-        checkpoints = Checkpoints(tmp_path, save_last=True, every_n_train_steps=2)
+        checkpoints = Checkpoints(dirpath=tmp_path, every_n_train_steps=2)
         trainer = make_trainer(callbacks=[checkpoints], enable_checkpointing=True, max_epochs=1)
         with pytest.raises(type(error)):
             trainer.fit(Failing(error, batch), DataLoader(torch.zeros(6), batch_size=1))
         return getattr(error, "__notes__", [])
 
     return run
+
+
+def test_negative_number_of_steps_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"checkpoint\.every_n_train_steps to be 0 or more, but got -1"):
+        Checkpoints(every_n_train_steps=-1)
+
+
+def test_run_resumed_with_another_number_of_steps_finds_its_best_score() -> None:
+    keys = {Checkpoints(every_n_train_steps=steps).state_key for steps in (None, 2, 5)}
+    assert len(keys) == 1
 
 
 LOST = RuntimeError("[../gloo/transport/tcp/pair.cc:534] Connection closed by peer")

@@ -8,7 +8,8 @@ from unittest import mock
 
 import pytest
 
-from thinned.runs.loggers import GLOBAL_STEP, CSVLogger, WandbLogger, wandb_history
+from thinned.runs.internals import wandb_history
+from thinned.runs.loggers import GLOBAL_STEP, CSVLogger, WandbLogger
 
 
 def csv_rows(folder: Path) -> list[dict[str, str]]:
@@ -55,6 +56,14 @@ def test_same_number_of_the_same_step_is_logged_once(tmp_path: Path) -> None:
         logger.log_metrics({"rate": rate}, step)
     logger.save()
     assert [(row["step"], row["rate"]) for row in csv_rows(tmp_path)] == [("3", "0.1"), ("3", "0.2"), ("4", "0.2")]
+
+
+def test_csv_has_all_rows_at_the_end(tmp_path: Path) -> None:
+    logger = csv_logger(tmp_path)
+    for step in range(3):
+        logger.log_metrics({"loss": step / 8}, step)
+    logger.finalize("success")
+    assert [row["loss"] for row in csv_rows(tmp_path)] == ["0.0", "0.125", "0.25"]
 
 
 def test_csv_of_a_new_run_begins_empty(tmp_path: Path) -> None:

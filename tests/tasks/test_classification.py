@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from thinned.models import MLP, DropoutRates
 from thinned.tasks import ClassificationTask, StepSeed
+from thinned.tasks.classification import UNMEASURED_BATCHES
 from thinned.uncertainty import classification_scores
 
 MakeTrainer = Callable[..., Trainer]
@@ -213,3 +214,17 @@ def test_label_smoothing_outside_its_range_is_refused(share: float) -> None:
 def test_foreign_net_needs_its_number_of_classes() -> None:
     with pytest.raises(ValueError, match=r"model\.num_classes for a Sequential, but got null"):
         ClassificationTask(batch_norm_net())
+
+
+def test_training_metrics_resume_though_no_batch_is_left(make_trainer: MakeTrainer) -> None:
+    """As many batches as are measured at once, then a checkpoint, then the end of the epoch."""
+    x, y = digits(UNMEASURED_BATCHES)
+    unbroken, checkpoint = ClassificationTask(net()), {}
+    for i in range(UNMEASURED_BATCHES):
+        unbroken._logits((x[i : i + 1], y[i : i + 1]), "train")
+    unbroken.on_save_checkpoint(checkpoint)
+    resumed = ClassificationTask(net())
+    resumed.on_load_checkpoint(checkpoint)
+    resumed.trainer = make_trainer()
+    resumed.on_train_start()
+    assert resumed._measure("train").compute() == unbroken._measure("train").compute()

@@ -79,6 +79,19 @@ def test_optimiser_follows_the_schedule_step_by_step(make_trainer: Callable[...,
     assert rates == pytest.approx([3 * warmup_cosine(step, 2, 6, 0.1) for step in range(6)])
 
 
+def test_learning_rate_is_constant_if_training_has_no_end(make_trainer: Callable[..., Trainer]) -> None:
+    rates: list[float] = []
+
+    class Stop(Callback):
+        def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
+            rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+            trainer.should_stop = len(rates) == 5
+
+    task = Squares(nn.Linear(2, 1), partial(torch.optim.SGD, lr=3.0), 2)
+    make_trainer(max_epochs=-1, callbacks=[Stop()]).fit(task, DataLoader(torch.zeros(8, 2), batch_size=4))
+    assert rates == pytest.approx([1.0, 2.0, 3.0, 3.0, 3.0])
+
+
 def test_only_fitting_compiles_and_only_the_net() -> None:
     for compile, stage, compiled in ((True, "fit", 1), (True, "test", 0), (False, "fit", 0)):
         task = Task(nn.Linear(2, 1), compile=compile)

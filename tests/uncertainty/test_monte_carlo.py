@@ -12,6 +12,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 from thinned.models import MLP, DropoutRates
 from thinned.uncertainty import mc_predict, mc_samples
+from thinned.uncertainty.monte_carlo import NOT_DROPOUT
 from thinned.uncertainty.statistics import entropy
 
 
@@ -142,6 +143,13 @@ def test_dropout_of_any_net_acts_and_nothing_else_does(name: str) -> None:
     assert torch.equal(torch.get_rng_state(), state)
     assert [m.training for m in net.modules()] == modes
     assert all(map(torch.equal, net.buffers(), buffers))
+
+
+def test_every_normalisation_with_running_statistics_is_known() -> None:
+    """torch/nn/modules/batchnorm.py:25 has the base of all in `torch.nn`; lazy ones become these when called."""
+    base = torch.nn.modules.batchnorm._NormBase
+    norms = {c for c in vars(nn).values() if isinstance(c, type) and issubclass(c, base) and "Lazy" not in c.__name__}
+    assert norms == {c for c in NOT_DROPOUT if issubclass(c, base)}
 
 
 def test_batch_norm_uses_its_running_statistics() -> None:

@@ -115,7 +115,9 @@ def thin_linear(
 
 
 def replace_modules(module: M, **changed: nn.Module) -> M:
-    """A copy of a module that shares everything with it but the given submodules."""
+    """Returns a copy of a module that shares everything with it but the given submodules."""
     copied = copy.copy(module)
-    copied.__dict__["_modules"] = {**module._modules, **changed}
+    vars(copied).update({name: value.copy() for name, value in vars(copied).items() if isinstance(value, dict)})
+    for name, submodule in changed.items():  # into the copy's own dict of submodules
+        setattr(copied, name, submodule)
     return copied

@@ -15,17 +15,17 @@ from thinned.runs.checkpoint_io import newest_checkpoint, read_checkpoint
 
 
 def find_run(directory: Path, run_id: str | None, resume: str | None, purpose: str) -> tuple[Path, Path | None]:
-    """The directory of a run, and the checkpoint from which it goes on, if it does.
+    """Returns the directory of a run, and the checkpoint from which it resumes, if it does.
 
     Args:
-        directory: runs/<experiment>.
-        run_id: name of the run below it; None for the time of day.
+        directory: Folder of the experiment, runs/<experiment>.
+        run_id: Name of the run below it; None for the time of day.
         resume: None for a new run; latest for the newest run of the experiment (or the one that `run_id` names); else
             the directory of a run, or one of its checkpoints.
-        purpose: last part of the names of runs of this kind; empty for training, whose runs alone have checkpoints.
+        purpose: Last part of the names of runs of this kind; empty for training, whose runs alone have checkpoints.
 
     Raises:
-        ValueError: there is no such run, or there is and it should not go on.
+        ValueError: There is no run to resume, or a new run has the name of an old one.
     """
     name = "-".join(filter(None, [run_id or f"{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}", purpose]))
     if run_id is not None and Path(name).name != name:
@@ -33,7 +33,7 @@ def find_run(directory: Path, run_id: str | None, resume: str | None, purpose: s
     run = directory.absolute() / name
     if resume is None:
         if run_id is not None and run.exists() and rank_zero_only.rank == 0:  # type: ignore[attr-defined]
-            raise ValueError(f"Expected a new run_id, but got that of {run}: go on with it by --resume latest")
+            raise ValueError(f"Expected a new run_id, but got that of {run}: resume it by --resume latest")
         return run, None
     if resume == "latest":
         if run_id is None:
@@ -73,11 +73,7 @@ def _last_change(run: Path) -> int:
 
 @rank_zero_only  # callbacks broadcast this rank's directory
 def make_run_directory(run: Path, resumed: bool) -> None:
-    """Makes the directory of a run. At exit it is deleted again if a new run has not started.
-
-    Raises:
-        ValueError: Nothing can be written there.
-    """
+    """Makes the directory of a run; deletes it again at exit if a new run has not started by then."""
     try:
         run.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=run).close()

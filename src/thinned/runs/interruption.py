@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C: a training run ends at the next point from which it can go on, everything else at once."""
+"""SIGTERM and Ctrl-C: training ends at the next moment from which it can resume, everything else at once."""
 
 import os
 import signal
@@ -12,7 +12,6 @@ from typing import NoReturn
 
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 
 from thinned.runs.checkpoint_io import last_checkpoint
 
@@ -29,8 +28,8 @@ class Interruption:
     """Handles SIGTERM and SIGINT for one stage of a trainer.
 
     Args:
-        trainer: whose stage it is; its teardown brings the handlers from before back.
-        graceful: a first signal is kept until `told` is asked; else it ends the process, undoing what must be undone.
+        trainer: whose stage it is; its teardown restores the earlier handlers.
+        graceful: True: store the first signal until `told()` polls it. False: exit at once, running cleanup.
     """
 
     def __init__(self, trainer: Trainer, graceful: bool) -> None:
@@ -56,7 +55,7 @@ class Interruption:
         self._give_up_after(PATIENCE, waited if self.graceful else "")
         if not self.graceful:
             launcher = self._trainer.strategy.launcher
-            if signum == signal.SIGTERM and isinstance(launcher, _SubprocessScriptLauncher):
+            if signum == signal.SIGTERM and launcher is not None:
                 launcher.kill(signum)
             if path := last_checkpoint(self._trainer):  # torchrun sends SIGTERM when another rank has died
                 os.write(2, f"error: {self.signal.name}: resume from {path}\n".encode())
@@ -76,7 +75,7 @@ class Interruption:
         os._exit(exit_status(self.signal))
 
     def hold(self) -> None:
-        """Takes back that the process ends at a certain time: a checkpoint is being written, however large."""
+        """Cancels the time limit, as long as a checkpoint is being written."""
         if self._timer is not None:
             self._timer.cancel()
 

@@ -1,34 +1,23 @@
-"""Loggers of a run that goes on: each step stands in their record once, however often the run was killed."""
+"""Loggers that record each step once, however often the run was killed and resumed."""
 
 import csv
-import json
 import os
 import shlex
-import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 from jsonargparse import Namespace
-from lightning.fabric.loggers.csv_logs import _ExperimentWriter
 from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch import loggers
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
-from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]
 
 from thinned.files import whole_file
+from thinned.runs.internals import wandb_history
 from thinned.runs.wandb_server import wandb_offline_reason
 
 GLOBAL_STEP = "trainer/global_step"  # under which Lightning's WandbLogger logs the step
-
-
-@runtime_checkable
-class ResumableLogger(Protocol):
-    """A logger that has each step once, even if the run resumes from an earlier one."""
-
-    def resume_from(self, step: int) -> None:
-        """Says that the run has been logged before, and which step is computed next."""
 
 
 class CSVLogger(loggers.CSVLogger):
@@ -39,6 +28,7 @@ class CSVLogger(loggers.CSVLogger):
     """
 
     _first_step = 0
+    _writer: "_MetricsWriter | None" = None
 
     def resume_from(self, step: int) -> None:
         """Keeps the rows of the steps before this one."""
@@ -46,16 +36,21 @@ class CSVLogger(loggers.CSVLogger):
 
     @property
     @rank_zero_experiment
-    def experiment(self) -> _ExperimentWriter:
-        if self._experiment is None:
-            self._experiment = _ContinuedWriter(self.log_dir, self._first_step)
-        return self._experiment
+    def experiment(self) -> ExperimentWriter:
+        if self._writer is None:
+            self._writer = _MetricsWriter(self.log_dir, self._first_step)
+        return self._writer
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        if self._writer is not None:
+            self.save()
 
 
 class WandbLogger(loggers.WandbLogger):
-    """Weights & Biases, and `metrics.csv` beside it, since of a process that is killed W&B loses what it still held.
+    """Logs to Weights & Biases and to `metrics.csv`, since W&B loses what it still holds if the process is killed.
 
-    W&B cannot take back what it has recorded, and a run goes on from its last checkpoint, which is older: those steps
+    W&B cannot take back what it has recorded, and a run resumes from its last checkpoint, which is older: those steps
     are computed again, bit by bit the same, and left out here. What is in `metrics.csv` alone is logged first.
 
     Args:
@@ -63,7 +58,7 @@ class WandbLogger(loggers.WandbLogger):
     """
 
     _first_step: int | None = None
-    _file: "_ContinuedWriter | None" = None
+    _file: "_MetricsWriter | None" = None
 
     def resume_from(self, step: int) -> None:
         """Logs what W&B has lost of the steps before this one, and leaves out what it has of those after."""
@@ -93,7 +88,7 @@ class WandbLogger(loggers.WandbLogger):
     def _begin(self) -> None:
         directory = self.save_dir or "."
         before = _read_rows(Path(directory, ExperimentWriter.NAME_METRICS_FILE))
-        self._file, self._seen = _ContinuedWriter(directory, self._first_step or 0), _Seen()
+        self._file, self._seen = _MetricsWriter(directory, self._first_step or 0), _Seen()
         if self._first_step is None:
             return
         if self.experiment.offline:
@@ -110,9 +105,9 @@ class WandbLogger(loggers.WandbLogger):
 
 
 class _Seen:
-    """Which values have been logged at which step, beside the epoch, which goes with every row.
+    """Knows which values have been logged at which step, apart from the epoch, which every row has.
 
-    Those of an earlier process by their key; in this one a number that is the same again, such as Lightning's learning
+    A value of an earlier process is known by its key, one of this process by its number: Lightning logs the learning
     rate of each batch whose gradients are accumulated.
     """
 
@@ -125,7 +120,7 @@ class _Seen:
         self._keys.setdefault(step, set()).update(row)
 
     def new(self, row: Mapping[str, Any], step: int | None) -> dict[str, Any]:
-        """What of a row has not been logged."""
+        """Returns the part of a row that has not been logged."""
         if step != self._step:
             self._step, self._numbers = step, {}
         seen = self._keys.get(step, set()) if step is not None else set()
@@ -136,88 +131,57 @@ class _Seen:
         return new if new.keys() - {"epoch"} else {}
 
 
-class _ContinuedWriter(ExperimentWriter):
-    """Appends to a file that exists, and never has less in it than was there."""
+class _MetricsWriter(ExperimentWriter):
+    """Appends to `metrics.csv`, which never has fewer rows than before."""
 
     def __init__(self, log_dir: str, first_step: int) -> None:
-        super().__init__(log_dir)
+        # Not Lightning's constructor, which deletes the file of a run that resumes.
+        self.log_dir, self.hparams, self.metrics, self.metrics_keys = log_dir, {}, [], []
+        self.metrics_file_path = str(Path(log_dir, self.NAME_METRICS_FILE))
+        Path(log_dir).mkdir(parents=True, exist_ok=True)
         self.seen = _Seen()
         if rows := _read_rows(Path(self.metrics_file_path)):
             rows = [row for row in rows if int(row["step"]) < first_step]
-            self.metrics_keys = sorted({key for row in rows for key in row} | {"step"})
             for row in rows:
                 self.seen.add(row, int(row["step"]))
-            self._replace(rows)
+            self._rewrite(rows)
 
     def log_metrics(self, metrics_dict: dict[str, float], step: int | None = None) -> None:
         """Records what of a row is new."""
         if new := self.seen.new(metrics_dict, step):
             super().log_metrics(new, step)
 
-    def _check_log_dir_exists(self) -> None:
-        """Lightning's deletes the file of a run that goes on."""
+    def save(self) -> None:
+        """Appends the recorded rows; a new column means that the file is written anew."""
+        if not self.metrics:
+            return
+        path = Path(self.metrics_file_path)
+        if not path.exists() or any(row.keys() - set(self.metrics_keys) for row in self.metrics):
+            self._rewrite([*_read_rows(path), *self.metrics])
+        else:
+            with path.open("a", newline="") as file:
+                csv.DictWriter(file, self.metrics_keys).writerows(self.metrics)
+        self.metrics = []
 
-    def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
-        with open(self.metrics_file_path, newline="") as file:
-            rows = list(csv.DictReader(file))
-        self.metrics_keys = fieldnames
-        self._replace(rows)
-
-    def _replace(self, rows: list[dict[str, str]]) -> None:
+    def _rewrite(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        self.metrics_keys = sorted({key for row in rows for key in row} | {"step"})
         with whole_file(Path(self.metrics_file_path)) as temporary, temporary.open("w", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=self.metrics_keys)
+            writer = csv.DictWriter(file, self.metrics_keys)
             writer.writeheader()
             writer.writerows(rows)
 
 
 def _read_rows(path: Path) -> list[dict[str, str]]:
-    """The whole rows of a metrics file, without empty values."""
+    """Returns the complete rows of a metrics file, without empty values."""
     whole = path.read_text().splitlines(keepends=True) if path.exists() else []
-    if whole and not whole[-1].endswith("\n"):  # broken off while it was being written
+    if whole and not whole[-1].endswith("\n"):  # the process was killed while it wrote
         del whole[-1]
     rows = [{key: value for key, value in row.items() if value} for row in csv.DictReader(whole)]
     return [row for row in rows if "step" in row]
 
 
-def wandb_history(file: Path) -> Iterator[dict[str, Any]]:
-    """The rows that a .wandb file holds; a picture or table is a dict under its key. The end may be broken off."""
-    for record in wandb_records(file):
-        if record.WhichOneof("record_type") == "history":
-            row: dict[str, Any] = {}
-            for item in record.history.item:
-                *keys, last = item.nested_key or [item.key]
-                place = row
-                for key in keys:
-                    place = place.setdefault(key, {})
-                place[last] = json.loads(item.value_json)
-            yield row
-
-
-def wandb_records(file: Path) -> Iterator[Record]:
-    """All that a .wandb file holds, a LevelDB log: chunks (CRC, length, kind, bytes) in blocks of 32 KiB."""
-    content, position, record = file.read_bytes(), 7, b""
-    while position + 7 < len(content):
-        left = 2**15 - position % 2**15
-        if left < 7:
-            position += left
-            continue
-        _, length, kind = struct.unpack_from("<IHB", content, position)
-        record += content[position + 7 : position + 7 + length]
-        position += 7 + length
-        if position > len(content):
-            return
-        if kind in (1, 4):  # whole, or the last part
-            yield Record.FromString(record)
-            record = b""
-
-
 def fill_in_logger(logger: Any, run: Path, experiment: str) -> bool:
-    """Fills in the settings of a logger that depend on the run: its directory, its name, whether it reaches W&B.
-
-    Args:
-        logger: Config of the logger, as class path and arguments; anything else stays as it is.
-        run: Directory of the run.
-        experiment: Name of the experiment.
+    """Fills in what a logger's config takes from its run: the directory, the name, and whether W&B can be reached.
 
     Returns:
         Whether a run that should be online was set to offline.

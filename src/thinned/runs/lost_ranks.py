@@ -11,7 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from thinned.runs.checkpoint_io import last_checkpoint
 
 INTERVAL = 2.0  # seconds
-# Of gloo, NCCL and the store through which ranks find each other; torch has an own class of error for some of them.
+# Errors of gloo, of NCCL, and of the store through which ranks find each other; torch has a class for some of them.
 LOST = re.compile(r"gloo|NCCL|TCPStore|ProcessGroup|Dist(Backend|Network|Store)Error")
 
 

@@ -56,7 +56,7 @@ class Parser(LightningArgumentParser):
         message = plain(message)
         unknown = re.search(r"(?:unrecognized arguments: --|[Oo]ption '|Key ')([\w.]+)", message)
         if unknown:
-            known = {name for action in self._actions for name in action.dest.split(".")}
+            known = {name for option in re.findall(r"--([\w.]+)", self.format_help()) for name in option.split(".")}
             for class_path in re.findall(r"class_path '([\w.]+)'", message):
                 known |= _parameters(cast(type, locate(class_path)))
             names = unknown[1].split(".")

@@ -16,16 +16,14 @@ class RunRecord(SaveConfigCallback):
 
     @cached_property
     def text(self) -> str:
-        text: str = self.parser.dump(self.config, skip_unset=False)
-        return text
+        return self.parser.dump(self.config, skip_unset=False)
 
     @cached_property
     def content(self) -> dict[str, Any]:
-        content: dict[str, Any] = yaml.safe_load(self.text)
-        return content
+        return yaml.safe_load(self.text)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Writes nothing yet: the data may still turn out not to fit."""
+        """Writes nothing yet: the data may still turn out not to fit, even when training is about to start."""
 
     def _record(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.already_saved or not trainer.is_global_zero:
@@ -36,7 +34,7 @@ class RunRecord(SaveConfigCallback):
         for logger in trainer.loggers:
             logger.log_hyperparams(self.content)
 
-    on_fit_start = on_test_start = on_predict_start = _record
+    on_train_start = on_test_start = on_predict_start = _record
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint["config"] = self.content

@@ -72,6 +72,7 @@ class ClassificationTask(Task):
         self.hparams.update(num_classes=num_classes, label_smoothing=label_smoothing)
         self.num_classes = num_classes
         self._unmeasured: dict[str, list[tuple[Tensor, Tensor]]] = {"train": [], "val": [], "test": []}
+        self._saved_train_metrics: list[dict[str, Any]] = []
         self.label_smoothing = label_smoothing
         self.metrics = nn.ModuleDict({f"{stage}_metrics": self._metrics(stage) for stage in ("train", "val", "test")})
 
@@ -92,6 +93,7 @@ class ClassificationTask(Task):
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
+        self._saved_train_metrics = []  # of a checkpoint that was loaded for another stage
         net, data = net_offers(self.net), data_offers(self.trainer)
         for what, key, expected, got in (
             ("image shape", "input_shape", net.input_shape, data.image_shape),
@@ -106,9 +108,9 @@ class ClassificationTask(Task):
     def _logits(self, batch: Any, stage: str) -> Tensor:
         """The logits of a batch, which the metrics of the stage take in too."""
         logits = self(batch[0]).float()
-        self._unmeasured[stage].append((logits.detach(), batch[1]))
-        if len(self._unmeasured[stage]) == UNMEASURED_BATCHES:
+        if len(self._unmeasured[stage]) >= UNMEASURED_BATCHES:
             self._measure(stage)
+        self._unmeasured[stage].append((logits.detach(), batch[1]))  # one is left when a run resumes at an epoch's end
         return logits
 
     def _measure(self, stage: str) -> MetricCollection:
@@ -153,7 +155,7 @@ class ClassificationTask(Task):
         self._log_epoch("test")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keeps what each rank has of the epoch's training metrics, so that a run goes on with them."""
+        """Keeps what each rank has of the epoch's training metrics, for a run that resumes."""
         metrics = self.metrics["train_metrics"]
         assert isinstance(metrics, MetricCollection)
         own: dict[str, Any] = {"logits": [], "targets": []}
@@ -163,16 +165,17 @@ class ClassificationTask(Task):
         for name, metric in metrics.items(keep_base=True):
             for key, value in metric.metric_state.items():
                 cpu = [part.cpu() for part in value] if isinstance(value, list) else value.cpu()
-                own[f"{name}.{key}"] = (cpu, metric.update_count)
+                own[f"{name}.{key}"] = cpu
         checkpoint["train_metrics"] = [own]
-        if self._trainer is not None and self.trainer.world_size > 1:
-            checkpoint["train_metrics"] = [None] * self.trainer.world_size
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            checkpoint["train_metrics"] = [None] * torch.distributed.get_world_size()
             torch.distributed.all_gather_object(checkpoint["train_metrics"], own)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        of_ranks: list[dict[str, Any]] = checkpoint.get("train_metrics", [])
-        if self._trainer is None or self.trainer.state.fn != "fit":
-            return
+        self._saved_train_metrics = checkpoint.get("train_metrics", [])
+
+    def on_train_start(self) -> None:
+        of_ranks, self._saved_train_metrics = self._saved_train_metrics, []
         if len(of_ranks) == self.trainer.world_size:
             of_ranks = [of_ranks[self.trainer.global_rank]]
         elif self.trainer.global_rank > 0:  # of another number of ranks: the first one takes them all
@@ -184,9 +187,8 @@ class ClassificationTask(Task):
             self._unmeasured["train"] += [(x.to(self.device), y.to(self.device)) for x, y in batches]
             for name, metric in metrics.items(keep_base=True):
                 for key, value in metric.metric_state.items():
-                    saved, updates = own[f"{name}.{key}"]
+                    saved = own[f"{name}.{key}"]
                     if isinstance(value, list):
                         value += [part.to(metric.device) for part in saved]
                     else:
                         setattr(metric, key, value + saved.to(metric.device))
-                metric._update_count += updates

@@ -9,6 +9,8 @@ from torch import Tensor
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
+from thinned.tasks.throughput import is_logged
+
 SHOWN = 8  # examples that a message names
 
 
@@ -60,7 +62,7 @@ class FiniteSteps(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self.on_nonfinite == "skip" and trainer._logger_connector.should_update_logs:
+        if self.on_nonfinite == "skip" and is_logged(trainer):
             pl_module.log("train/skipped_steps", float(self.skipped_steps), batch_size=1)
 
     def state_dict(self) -> dict[str, int]:

@@ -3,7 +3,7 @@
 import inspect
 import json
 import math
-from functools import partial
+from functools import cache, partial
 from pydoc import locate
 from typing import Any, ClassVar
 
@@ -21,11 +21,11 @@ from torch.optim import Optimizer
 from thinned.models.net import net_offers
 
 
-def warmup_cosine(step: int, warmup_steps: int, total_steps: int, final_fraction: float) -> float:
+def warmup_cosine(step: int, warmup_steps: int, total_steps: float, final_fraction: float) -> float:
     """The learning rate at a step, as a fraction of its peak.
 
     Linear from 1 / (warmup_steps + 1) at step 0 to 1 at step `warmup_steps`, then half a cosine (Loshchilov and
-    Hutter 2017) to `final_fraction` at `total_steps`, and constant from there on.
+    Hutter 2017) to `final_fraction` at `total_steps`, and constant from there on. It stays at 1 if the total is inf.
     """
     if step < warmup_steps:
         return (step + 1) / (warmup_steps + 1)
@@ -162,15 +162,18 @@ class Task(LightningModule):
         sizes = [f"{len(group)} tensors with {sum(p.numel() for p in group):,}" for group in (decay, no_decay)]
         rank_zero_info(f"Weight decay on {sizes[0]} weights, none on {sizes[1]}.")
         optimizer = self.optimizer([{"params": decay}, {"params": no_decay, "weight_decay": 0.0}])
-        constrain = getattr(self.net, "constrain_max_norm_", None)
-        if constrain is not None:
+        if (constrain := net_offers(self.net).constrain_max_norm_) is not None:
             optimizer.register_step_post_hook(lambda *_: constrain())
-        total_steps = int(self.trainer.estimated_stepping_batches)
-        if self.trainer.ckpt_path:  # its loader's workers have already fetched, not knowing where the run goes on
-            self.trainer.fit_loop._combined_loader = None
+
+        @cache
+        def total_steps() -> float:
+            return self.trainer.estimated_stepping_batches
 
         def fraction(step: int) -> float:
-            return warmup_cosine(step, self.warmup_steps, total_steps, self.final_lr_fraction)
+            # Step 0 does not depend on the total, which is asked for later: it builds the data loader, whose workers
+            # fetch at once, and a resumed run does not know yet where it is.
+            total = total_steps() if step else math.inf
+            return warmup_cosine(step, self.warmup_steps, total, self.final_lr_fraction)
 
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, fraction)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

@@ -15,6 +15,12 @@ from thinned.offers import task_offers
 DTYPES = {"32": torch.float32, "bf16": torch.bfloat16, "16": torch.float16}  # by the first part of `precision`
 
 
+def is_logged(trainer: Trainer) -> bool:
+    """Whether Lightning logs the optimiser step that the batch has taken, to be asked at its end."""
+    every = trainer.log_every_n_steps  # type: ignore[attr-defined]
+    return every > 0 and (trainer.global_step % every == 0 or trainer.should_stop)
+
+
 class Throughput(Callback):
     """Logs the speed over the steps since it last did, without validation.
 
@@ -52,7 +58,7 @@ class Throughput(Callback):
                 self._restart(trainer, pl_module)
             return
         self._items += inputs.numel() if text else len(inputs)
-        if not stepped or not trainer._logger_connector.should_update_logs:
+        if not stepped or not is_logged(trainer):
             return
         _synchronize(pl_module)
         seconds = time.perf_counter() - self._start

@@ -10,8 +10,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.utils.parametrizations import _SpectralNorm
+from torch.nn.utils.parametrizations import spectral_norm
 
 from thinned.models.dropout import Dropout, check_rate, check_sites, derive_seed, sites_in
 from thinned.models.net import net_offers
@@ -20,8 +19,10 @@ from thinned.uncertainty.statistics import MCPrediction, MCStatistics
 Masks = Literal["auto", "shared", "independent"]
 Output = TypeVar("Output")
 
-# Modules that do something other than dropout when `training` is set.
-NOT_DROPOUT = (_NormBase, _SpectralNorm, nn.RReLU)
+# Modules that do something other than dropout when `training` is set. Spectral norm's class has no public name.
+SPECTRAL_NORM = type([*spectral_norm(nn.Linear(1, 1, device="meta")).modules()][-1])
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+NOT_DROPOUT = (*BATCH_NORMS, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d, SPECTRAL_NORM, nn.RReLU)
 
 
 def resolve_masks(net: nn.Module, masks: Masks) -> Literal["shared", "independent"]:

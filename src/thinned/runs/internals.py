@@ -1,0 +1,75 @@
+"""The one file that uses private names of Lightning, and W&B's file format.
+
+Each function has a test in `tests/runs/test_internals.py` that fails if another release does otherwise.
+"""
+
+import json
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]
+
+
+def validation_follows(trainer: Trainer) -> bool:
+    """Whether Lightning validates after the training batch that has just ended."""
+    loop = trainer.fit_loop
+    return loop.epoch_loop._should_check_val_fx(loop._data_fetcher)  # type: ignore[arg-type]
+
+
+def saves_best_at_epoch_end(checkpoints: ModelCheckpoint, trainer: Trainer) -> bool:
+    """Whether `ModelCheckpoint` saves the best model at the end of an epoch; else it does at that of a validation."""
+    return checkpoints._should_save_on_train_epoch_end(trainer)
+
+
+def numbers_of_step(trainer: Trainer) -> dict[str, float]:
+    """Returns what Lightning is about to log after the batch that ends; empty if it logs nothing at this step."""
+    return numbers_of_epoch(trainer) if trainer._logger_connector.should_update_logs else {}
+
+
+def numbers_of_epoch(trainer: Trainer) -> dict[str, float]:
+    """Returns what Lightning is about to log after the training epoch that ends."""
+    return {name: float(value) for name, value in trainer._logger_connector.metrics["log"].items()}
+
+
+def repeat_unbegun_validation(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
+    """Lets a run that resumes from this checkpoint validate, if the validation has not ended its first batch."""
+    if trainer.validating and not trainer.fit_loop.epoch_loop.val_loop._has_run:
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]
+        for counts in ("total", "current"):  # of a validation that was cut off in its first batch
+            progress[counts] |= {"ready": 1, "started": 1, "processed": 0, "completed": 0}
+
+
+def wandb_history(file: Path) -> Iterator[dict[str, Any]]:
+    """Yields the rows of a .wandb file; a picture or table is a dict under its key. The end may be broken off."""
+    for record in wandb_records(file):
+        if record.WhichOneof("record_type") == "history":
+            row: dict[str, Any] = {}
+            for item in record.history.item:
+                *keys, last = item.nested_key or [item.key]
+                place = row
+                for key in keys:
+                    place = place.setdefault(key, {})
+                place[last] = json.loads(item.value_json)
+            yield row
+
+
+def wandb_records(file: Path) -> Iterator[Record]:
+    """Yields all of a .wandb file, a LevelDB log: chunks (CRC, length, kind, bytes) in blocks of 32 KiB."""
+    content, position, record = file.read_bytes(), 7, b""
+    while position + 7 < len(content):
+        left = 2**15 - position % 2**15
+        if left < 7:
+            position += left
+            continue
+        _, length, kind = struct.unpack_from("<IHB", content, position)
+        record += content[position + 7 : position + 7 + length]
+        position += 7 + length
+        if position > len(content):
+            return
+        if kind in (1, 4):  # whole, or the last part
+            yield Record.FromString(record)
+            record = b""

@@ -1,0 +1,216 @@
+"""What `runs/internals.py` relies on of the private parts of Lightning 2.6.6 and wandb 0.31.0.
+
+Each test says where upstream does it. If one fails after an upgrade, look there first.
+"""
+
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import wandb
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers.logger import Logger
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from thinned.runs import internals
+
+BATCHES = 6
+
+
+class Logging(LightningModule):
+    """Logs a number of each batch and its mean over the epoch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.log("number", float(batch_idx), on_step=True, on_epoch=True, batch_size=1)
+        return self.weight.sum()
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        pass
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class Events(Callback):
+    """Keeps what happens in which order, outside the sanity check."""
+
+    def __init__(self) -> None:
+        self.events: list[Any] = []
+
+    def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self.events.append(f"train {batch_idx}")
+
+    def on_validation_batch_start(
+        self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int, *_: Any
+    ) -> None:
+        if not trainer.sanity_checking:
+            self.events.append(f"validate {batch_idx}")
+
+
+@pytest.fixture
+def fit(make_trainer: Callable[..., Trainer]) -> Callable[..., Trainer]:
+    """Trains for two epochs of six batches, with validations of two batches."""
+
+    def run(*callbacks: Callback, ckpt_path: Path | None = None, **options: Any) -> Trainer:
+        trainer = make_trainer(callbacks=list(callbacks), enable_checkpointing=True, max_epochs=2, **options)
+        train, val = (DataLoader(torch.zeros(size), batch_size=1) for size in (BATCHES, 2))
+        trainer.fit(Logging(), train, val, ckpt_path=ckpt_path, weights_only=True)
+        return trainer
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("options", "validations"),
+    [
+        ({}, 2),
+        ({"val_check_interval": 2}, 6),
+        ({"val_check_interval": 0.5, "accumulate_grad_batches": 3}, 4),
+        ({"check_val_every_n_epoch": 2}, 1),
+        ({"check_val_every_n_epoch": None, "val_check_interval": 5}, 2),
+        ({"limit_val_batches": 0}, 0),
+        ({"limit_train_batches": 4}, 2),
+    ],
+)
+def test_validation_follows(options: dict[str, Any], validations: int, fit: Callable[..., Trainer]) -> None:
+    """lightning/pytorch/loops/training_epoch_loop.py:390 asks `_should_check_val_fx` (:529) after the batch's hooks."""
+
+    class Asking(Events):
+        def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+            self.events.append(internals.validation_follows(trainer))
+
+    asking = Asking()
+    fit(asking, ModelCheckpoint(save_top_k=0), **options)
+    answers = [
+        (event, then == "validate 0") for event, then in pairwise([*asking.events, ""]) if event in (True, False)
+    ]
+    assert len(answers) == 2 * options.get("limit_train_batches", BATCHES)
+    assert [answer for answer, _ in answers] == [followed for _, followed in answers]
+    assert sum(answer for answer, _ in answers) == validations
+
+
+@pytest.mark.parametrize(
+    ("options", "at_epoch_end"),
+    [
+        ({}, True),
+        ({"limit_val_batches": 0}, True),
+        ({"val_check_interval": 0.5}, False),
+        ({"check_val_every_n_epoch": 2}, False),
+    ],
+)
+def test_saves_best_at_epoch_end(
+    options: dict[str, Any], at_epoch_end: bool, fit: Callable[..., Trainer], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """lightning/pytorch/callbacks/model_checkpoint.py:490 and :503 ask `_should_save_on_train_epoch_end` (:642)."""
+    validating: set[bool] = set()
+    save = Trainer.save_checkpoint
+
+    def spy(trainer: Trainer, *args: Any) -> None:
+        validating.add(trainer.validating)
+        save(trainer, *args)
+
+    monkeypatch.setattr(Trainer, "save_checkpoint", spy)
+    checkpoints = ModelCheckpoint(tmp_path)
+    trainer = fit(checkpoints, **options)
+    assert internals.saves_best_at_epoch_end(checkpoints, trainer) == at_epoch_end
+    assert validating == {not at_epoch_end}
+
+
+class Rows(Logger):
+    """Keeps what is logged."""
+
+    name, version = "rows", 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[tuple[int | None, dict[str, float]]] = []
+
+    def log_hyperparams(self, *args: Any, **options: Any) -> None: ...
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        self.rows.append((step, {key: value for key, value in metrics.items() if key != "epoch"}))
+
+
+@pytest.mark.parametrize("every", [1, 2, 4])
+def test_numbers_of_step_and_epoch(every: int, fit: Callable[..., Trainer]) -> None:
+    """lightning/pytorch/trainer/connectors/logger_connector/logger_connector.py:173 and :178 log `metrics["log"]`.
+
+    Lightning calls both after the hooks, with the step that has just been taken; see `log_metrics` (:97) there.
+    """
+    expected: list[tuple[int, dict[str, float]]] = []
+
+    class Asking(Callback):
+        def keep(self, trainer: Trainer, numbers: dict[str, float]) -> None:
+            if numbers:
+                expected.append((trainer.global_step - 1, numbers))
+
+        def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+            self.keep(trainer, internals.numbers_of_step(trainer))
+
+        def on_train_epoch_end(self, trainer: Trainer, *_: Any) -> None:
+            self.keep(trainer, internals.numbers_of_epoch(trainer))
+
+    rows = Rows()
+    fit(Asking(), ModelCheckpoint(save_top_k=0), logger=rows, log_every_n_steps=every)
+    assert rows.rows == expected
+    assert len(expected) == 2 * BATCHES // every + 2
+
+
+@pytest.mark.parametrize(
+    ("repeats", "events"),
+    [(True, ["validate 0", "validate 1", "train 2"]), (False, ["train 2", "train 3", "validate 0"])],
+    ids=["repeated", "as Lightning does"],
+)
+def test_repeat_unbegun_validation(
+    repeats: bool, events: list[str], fit: Callable[..., Trainer], tmp_path: Path
+) -> None:
+    """lightning/pytorch/loops/evaluation_loop.py:464 sets `_has_run`, :215 reads the counts of a checkpoint.
+
+    By training_epoch_loop.py:282, Lightning skips a validation that has not begun. If it no longer does, delete
+    `repeat_unbegun_validation`.
+    """
+
+    class Ending(Callback):
+        def on_validation_start(self, trainer: Trainer, module: LightningModule) -> None:
+            if not trainer.sanity_checking:
+                trainer.save_checkpoint(tmp_path / "begun.ckpt")
+                raise ZeroDivisionError
+
+        def on_save_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
+            if repeats:
+                internals.repeat_unbegun_validation(trainer, checkpoint)
+
+    options = {"val_check_interval": 2, "num_sanity_val_steps": 0}
+    with pytest.raises(ZeroDivisionError):
+        fit(Ending(), ModelCheckpoint(save_top_k=0), **options)
+    resumed = Events()
+    with pytest.warns(UserWarning, match="You're resuming from a checkpoint that ended before the epoch ended"):
+        fit(resumed, ModelCheckpoint(save_top_k=0), ckpt_path=tmp_path / "begun.ckpt", **options)
+    assert resumed.events[:3] == events
+
+
+def test_wandb_history(tmp_path: Path) -> None:
+    """wandb/proto/wandb_internal_pb2.py has the `Record`; its service, a binary, writes the chunks.
+
+    The text is longer than two blocks of the file.
+    """
+    rows = [{"loss": 0.5, "deep": {"x": 1}}, {"text": "abcdefg" * 10_000}, {"loss": 0.25}]
+    with wandb.init(dir=tmp_path, mode="offline", project="thinned") as run:
+        for row in rows:
+            run.log(row)
+    wandb.teardown()
+    (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    read = list(internals.wandb_history(file))
+    assert [{key: value for key, value in row.items() if not key.startswith("_")} for row in read] == rows
+    kinds = {record.WhichOneof("record_type") for record in internals.wandb_records(file)}
+    assert {"run", "history", "exit"} <= kinds
