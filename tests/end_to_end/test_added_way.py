@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from thinned.data import ImageDataModule, TextDataModule
 from thinned.evaluation import figures
 from thinned.evaluation.batch import Batch, Validation
-from thinned.evaluation.rows import WayRows
 from thinned.evaluation.ways import Way
 from thinned.models.net import Logits
 from thinned.runs.loggers import wandb_history
@@ -162,16 +161,16 @@ def test_it_appears_wherever_the_others_do(
     temperature, probs, targets = expected(checkpoint, members)
     assert temperature not in (1, TEMPERATURES[0], TEMPERATURES[-1])
 
-    rows = WayRows(columns(done.run), "tempered")
+    rows = columns(done.run)
     confidence, prediction = probs.max(-1)
-    torch.testing.assert_close(rows["nll"], nll(probs, targets), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(rows["confidence"], confidence, rtol=1e-4, atol=1e-5)
-    assert rows["correct"].equal(prediction == targets)
-    assert "mutual_information" not in rows  # it streams a single distribution
+    torch.testing.assert_close(rows["tempered_nll"], nll(probs, targets), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(rows["tempered_confidence"], confidence, rtol=1e-4, atol=1e-5)
+    assert rows["tempered_correct"].equal(prediction == targets)
+    assert "tempered_mutual_information" not in rows  # it streams a single distribution
 
     metrics = json.loads((done.run / "metrics.json").read_text())
     assert list(metrics) == ["deterministic", "mc_dropout", "tempered"]
-    of_rows = scores(rows)
+    of_rows = scores(rows, "tempered_")
     assert metrics["tempered"] == pytest.approx(of_rows | {"temperature": temperature}, rel=1e-6)
     assert metrics["tempered"]["nll"] != pytest.approx(metrics["mc_dropout"]["nll"], rel=1e-3)
 
@@ -189,7 +188,7 @@ def test_it_appears_wherever_the_others_do(
 
     (file,) = done.run.glob("wandb/offline-run-*/*.wandb")
     history = [row for row in wandb_history(file) if "tempered/nll" in row]
-    assert [row["tempered/nll"] for row in history] == [pytest.approx(of_rows["nll"])]
+    assert [row["tempered/nll"] for row in history] == [pytest.approx(of_rows["tempered_nll"])]
 
 
 @pytest.mark.slow

@@ -10,7 +10,6 @@ import pytest
 import torch
 import yaml
 
-from thinned.evaluation.rows import WayRows
 from thinned.runs.loggers import wandb_history
 from thinned.uncertainty.scores import scores
 
@@ -78,7 +77,7 @@ def test_each_token_of_the_test_is_a_row(trained_text: Any, text_file: Path) -> 
 def test_metrics_are_those_of_the_rows(trained_text: Any) -> None:
     metrics, rows = json.loads((trained_text.run / "metrics.json").read_text()), read(trained_text.run)
     for way in ("deterministic", "mc_dropout"):
-        expected = scores(WayRows(rows, way))
+        expected = scores(rows, f"{way}_")
         assert expected.keys() == {"accuracy", "nll", "bits_per_byte", "ece", "auroc_error", "aurc"}
         assert {key: metrics[way][key] for key in expected} == pytest.approx(expected, rel=1e-5)
     assert (metrics["mc_dropout"]["num_samples"], metrics["mc_dropout"]["masks"]) == (4, "shared")

@@ -2,14 +2,13 @@
 
 import math
 from collections.abc import Generator
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from thinned.evaluation.batch import Batch
-from thinned.evaluation.rows import WayRows, predicted_rows
+from thinned.evaluation.rows import predicted_rows
 from thinned.evaluation.ways import SampledNetworks, Way, standard_ways
 from thinned.models import MLP, DropoutRates
 from thinned.models.net import Logits
@@ -118,7 +117,7 @@ def test_scores_of_examples_are_those_of_their_probabilities() -> None:
     for way, predicted in probs.items():
         expected = classification_scores(predicted, y)
         assert len(expected) == 6
-        assert scores(WayRows(rows, way)) == pytest.approx(expected, rel=1e-6)
+        assert scores(rows, f"{way}_") == pytest.approx(expected, rel=1e-6)
 
 
 class Tempered(Way):
@@ -165,33 +164,3 @@ def test_two_ways_of_one_kind_have_columns_of_their_own() -> None:
     rows = rows_of(net, x, y, more_ways=(other,))
     assert_describe(rows, "mc_dropout", mc_predict(net, x, num_samples=S, seed=3).mean, y)
     assert_describe(rows, "mlp_alone", mc_predict(net, x, num_samples=S, seed=8, sites=["mlp"]).mean, y)
-
-
-def view() -> dict[str, Tensor]:
-    """A column that two ways have, one that only the first has, and two that ways share."""
-    columns = {"index": 0, "nll": 1, "first_nll": 2, "second_nll": 3, "first_std": 4}
-    return {name: torch.tensor([value]) for name, value in columns.items()}
-
-
-@pytest.mark.parametrize(("way", "nll"), [("first", 2), ("second", 3), ("third", 1)])
-def test_column_of_a_way_comes_before_a_shared_one(way: str, nll: int) -> None:
-    rows = WayRows(view(), way)
-    assert (rows["nll"].item(), rows["index"].item()) == (nll, 0)
-
-
-@pytest.mark.parametrize(("way", "column"), [("second", "std"), ("first", "brier"), ("first", "first_")])
-def test_missing_column_is_a_key_error(way: str, column: str) -> None:
-    rows = WayRows(view(), way)
-    assert column not in rows
-    assert rows.get(column) is None
-    with pytest.raises(KeyError, match=column):
-        rows[column]
-
-
-def test_columns_of_a_way_by_their_short_names() -> None:
-    rows: Any = WayRows({name: column for name, column in view().items() if name != "nll"}, "first")
-    assert "std" in rows
-    assert "index" in rows
-    assert 3 not in rows
-    assert [(name, rows[name].item()) for name in rows] == [("index", 0), ("nll", 2), ("second_nll", 3), ("std", 4)]
-    assert len(rows) == 4

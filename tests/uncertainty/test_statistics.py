@@ -93,22 +93,6 @@ def test_order_of_samples_does_not_matter() -> None:
         assert_equal(predict(samples[list(order)]), predict(samples))
 
 
-@pytest.mark.parametrize("first", range(8))
-def test_any_split_merges_to_the_same(first: int) -> None:
-    samples = random_samples(7)
-    merged = accumulate(samples[:first])
-    merged.merge(accumulate(samples[first:]))
-    assert_equal(merged.compute(), predict(samples))
-
-
-def test_merging_leaves_the_other_as_it_was() -> None:
-    samples, merged = random_samples(6), MCStatistics()
-    other = accumulate(samples[:3])
-    merged.merge(other)
-    merged.merge(accumulate(samples[3:]))
-    assert_equal(other.compute(), predict(samples[:3]))
-
-
 def test_mutual_information_lies_between_0_and_log_samples() -> None:
     same = random_samples(1000, torch.float32)[:, :, None].expand(-1, -1, 7, -1).transpose(0, 2).flatten(1, 2)
     prediction = predict(same)  # seven equal samples of 5,000 distributions: rounding leaves some below 0

@@ -1,4 +1,4 @@
-"""What a way to predict is given: batches, whose targets it streams distributions of, and held-out ones to learn from.
+"""What a way to predict is given: batches to predict, and held-out ones to learn from.
 
 Shapes: B examples or sequences, T tokens of a sequence, N targets (B, or the tokens that count), K classes.
 """
@@ -21,7 +21,7 @@ PROBABILITIES_AT_ONCE = 2**27  # of the mean distributions of all ways over a vo
 
 
 def trained_net(task: LightningModule) -> nn.Module:
-    """The net of a LightningModule if it can be thinned, else the module itself: both map inputs to logits."""
+    """Returns the net of a LightningModule if it can be thinned, else the module itself: both map inputs to logits."""
     net = task_offers(task).net
     thinnable = net is not None and net_offers(net).thin is not None and task.device_mesh is None
     return net if net is not None and thinnable else task
@@ -30,19 +30,17 @@ def trained_net(task: LightningModule) -> nn.Module:
 class Streams(Protocol):
     """What a batch asks of a way."""
 
-    def stream(self, batch: "Batch") -> Generator[Logits, None, None]:
-        """Yields the distributions of the batch's targets."""
-        ...
+    def stream(self, batch: "Batch", /) -> Generator[Logits, None, None]: ...
 
 
 class Batch:
     """Examples with a target each, or sequences with a target for each token, and what ways say of them.
 
     Args:
-        inputs: what nets are called with.
-        index: (B,), place of each example in its split.
+        inputs: Nets are called with them.
+        index: Place of each example in its split, (B,).
         targets: (B,), or (B, T) for text, with -100 for a token that does not count; None if they are not known.
-        output: what the trained net says of the inputs, if it has been asked already.
+        output: What the trained net says of the inputs, if it has been asked already.
     """
 
     def __init__(self, inputs: Any, index: Tensor, targets: Tensor | None, output: Logits | None = None) -> None:
@@ -58,18 +56,18 @@ class Batch:
         return self.targets if self.counted is None else self.targets[self.counted]
 
     def logits(self, net: nn.Module) -> Logits:
-        """What a net says of the N targets."""
+        """Returns what a net says of the N targets."""
         return self._of_targets(logits_of(net, self.inputs))
 
     def output(self, trained: nn.Module) -> Logits:
-        """What the trained net says of the N targets: it is asked if nobody has asked it before."""
+        """Returns what the trained net says of the N targets, from the test step if that has asked it."""
         return self.logits(trained) if self._output is None else self._of_targets(self._output)
 
     def _of_targets(self, logits: Logits) -> Logits:
         return logits if self.counted is None else logits.select(self.counted)
 
     def statistics(self, way: Streams) -> MCStatistics | TokenStatistics:
-        """The statistics of all that a way streams, which is asked once."""
+        """Returns the statistics of all that a way streams. It is asked once."""
         if way not in self._statistics:
             with closing(way.stream(self)) as stream:  # closed on an exception, which restores the modes at once
                 self._statistics[way] = self._summed_up(stream)
@@ -87,11 +85,11 @@ class Batch:
         return tokens
 
     def mean(self, way: Streams) -> Tensor:
-        """The prediction of a way: the mean of its distributions, (N, K)."""
+        """Returns the prediction of a way: the mean of its distributions, (N, K)."""
         return self.statistics(way).mean
 
     def parts(self, trained: nn.Module, num_ways: int) -> Iterator["Batch"]:
-        """The batch itself; of text, as many sequences at a time as the means of all ways leave room for."""
+        """Yields the batch itself; of text, as many sequences at a time as the means of all ways leave room for."""
         at_once = len(self.index)
         if self.counted is not None:
             V = net_offers(trained).vocab_size or logits_of(trained, self.inputs[:1, :1]).num_classes
@@ -109,8 +107,8 @@ class Validation:
     """Held-out examples from which a way learns, the same on all processes, which have as many batches each.
 
     Args:
-        batches: yields them, whenever it is called.
-        total: adds up a tensor over all processes.
+        batches: Yields them, whenever it is called.
+        total: Adds up a tensor over all processes.
     """
 
     def __init__(self, batches: Callable[[], Iterable[Batch]], total: Callable[[Tensor], Tensor]) -> None:
@@ -136,11 +134,11 @@ class Validation:
 
     @torch.no_grad()
     def mean(self, values: Callable[[Batch], Tensor], enough: float = float("inf")) -> Tensor:
-        """The mean over all targets of what `values` gives for those of a batch.
+        """Returns the mean over all targets of what `values` gives for those of a batch.
 
         Args:
-            values: (N,) or (N, ...) for the N targets of a batch.
-            enough: so many targets, of all processes, suffice; the last batch counts as a whole.
+            values: Returns (N,) or (N, ...) for the N targets of a batch.
+            enough: So many targets of all processes suffice; the last batch counts as a whole.
         """
         total, count = torch.zeros(()), torch.zeros((), dtype=torch.int64)
         for batch in self._batches():

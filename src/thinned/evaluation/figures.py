@@ -15,7 +15,6 @@ from matplotlib.figure import Figure
 from rich.table import Table
 from torch import Tensor
 
-from thinned.evaluation.rows import WayRows
 from thinned.uncertainty.scores import ECE_BINS, SCORES
 
 TITLES = {"train": "Training split", "val": "Validation split", "test": "Test"}
@@ -55,8 +54,8 @@ def reliability_diagram(rows: Rows, labels: Labels) -> Figure:
     axes.plot([0, 1], [0, 1], color="black", linewidth=0.8, linestyle=":")
     width = 1 / ECE_BINS / (len(labels) + 0.5)
     for i, (way, label) in enumerate(labels.items()):
-        of_way, colour = WayRows(rows, way), COLOURS[i % len(COLOURS)]
-        confidence, right = of_way["confidence"], of_way["correct"].double()
+        colour = COLOURS[i % len(COLOURS)]
+        confidence, right = rows[f"{way}_confidence"], rows[f"{way}_correct"].double()
         bins = (confidence * ECE_BINS).long().clamp_max(ECE_BINS - 1)
         number = torch.bincount(bins, minlength=ECE_BINS)
         filled = number > 0
@@ -75,7 +74,7 @@ def entropy_histograms(rows: Rows, labels: Labels) -> Figure:
     """Density of each way's predictive entropy, split by right and wrong predictions; apart is good."""
     figure = Figure(figsize=(1 + 3.6 * len(labels), 3.4), layout="constrained")
     panels = figure.subplots(1, len(labels), sharex=True, sharey=True, squeeze=False).ravel()
-    columns = {way: (WayRows(rows, way)["predictive_entropy"], WayRows(rows, way)["correct"]) for way in labels}
+    columns = {way: (rows[f"{way}_predictive_entropy"], rows[f"{way}_correct"]) for way in labels}
     top = max(float(entropy.max()) for entropy, _ in columns.values())
     for axes, (way, (entropy, right)) in zip(panels, columns.items(), strict=True):
         for name, chosen, colour in (("right", right, RIGHT), ("wrong", ~right, WRONG)):
@@ -91,10 +90,10 @@ def entropy_histograms(rows: Rows, labels: Labels) -> Figure:
 
 def uncertain_images(rows: Rows, labels: Labels, images: Images, names: list[str] | None, count: int = 24) -> Figure:
     """The examples of highest predictive entropy with prediction, target and entropy; red if wrong."""
-    way = WayRows(rows, list(labels)[-1])
-    order = _most_uncertain_first(way, count)
-    index, prediction, target, entropy = (
-        way[name][order].tolist() for name in ("index", "prediction", "target", "predictive_entropy")
+    way = list(labels)[-1]
+    order = _most_uncertain_first(rows, way, count)
+    index, target, prediction, entropy = (
+        rows[name][order].tolist() for name in ("index", "target", f"{way}_prediction", f"{way}_predictive_entropy")
     )
     lines = -(-len(index) // 8)
     figure = Figure(figsize=(8, 1.35 * lines), layout="constrained")
@@ -113,7 +112,7 @@ def most_uncertain(
     rows: Rows, labels: Labels, images: Images, names: list[str] | None, count: int = 64
 ) -> tuple[list[str], list[list[Any]]]:
     """Columns and rows of the table of most uncertain examples, pictures as arrays in its first column."""
-    order = _most_uncertain_first(WayRows(rows, list(labels)[-1]), count)
+    order = _most_uncertain_first(rows, list(labels)[-1], count)
     index = rows["index"][order].tolist()
     columns: dict[str, list[Any]] = {
         "image": [_picture(image) for image in images(index)],
@@ -121,17 +120,16 @@ def most_uncertain(
         "target": [_name(target, names) for target in rows["target"][order].tolist()],
     }
     for way in labels:
-        of_way = WayRows(rows, way)
-        columns[f"{way}_prediction"] = [_name(label, names) for label in of_way["prediction"][order].tolist()]
+        columns[f"{way}_prediction"] = [_name(label, names) for label in rows[f"{way}_prediction"][order].tolist()]
         for number in ("confidence", "predictive_entropy", "mutual_information", "std"):
-            if number in of_way:
-                columns[f"{way}_{number}"] = of_way[number][order].tolist()
+            if (name := f"{way}_{number}") in rows:
+                columns[name] = rows[name][order].tolist()
     return list(columns), [list(row) for row in zip(*columns.values(), strict=True)]
 
 
-def _most_uncertain_first(rows: Rows, count: int) -> Tensor:
-    """(count,), the rows of highest predictive entropy."""
-    return rows["predictive_entropy"].argsort(descending=True, stable=True)[:count]
+def _most_uncertain_first(rows: Rows, way: str, count: int) -> Tensor:
+    """Returns the rows at which a way's predictive entropy is highest, (count,)."""
+    return rows[f"{way}_predictive_entropy"].argsort(descending=True, stable=True)[:count]
 
 
 def _picture(image: Tensor) -> npt.NDArray[np.uint8]:

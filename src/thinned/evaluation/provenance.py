@@ -1,4 +1,4 @@
-"""Where the rows of a prediction come from: all that decides them, and nothing of how they were computed."""
+"""Where the rows of a prediction come from: all that decides them, and nothing that does not."""
 
 import hashlib
 import platform
@@ -22,14 +22,14 @@ from thinned.models.dropout import Dropout
 def provenance(
     trainer: Trainer, pl_module: LightningModule, checkpoint: str | None, split: Split, ways: Sequence[Way]
 ) -> dict[str, Any]:
-    """The weights, the dropout, the data and the versions of a prediction, as JSON knows them.
+    """Returns the weights, the dropout, the ways, the data and the versions of a prediction, as JSON.
 
     Args:
-        trainer: that predicts or tests.
-        pl_module: whose weights are those of the checkpoint.
-        checkpoint: path from which the weights come; None where they come from none, and are digested themselves.
-        split: that is predicted.
-        ways: that predict, with what they have learned.
+        trainer: Predicts or tests.
+        pl_module: Has the weights.
+        checkpoint: Path of the file with the weights; None digests the weights themselves.
+        split: The split that is predicted.
+        ways: Those that predict, with what they have learned.
     """
     of_data = data_offers(trainer).provenance
     limit = trainer.limit_test_batches if trainer.testing else trainer.limit_predict_batches
@@ -51,7 +51,7 @@ def provenance(
 
 
 def differences(now: dict[str, Any], then: dict[str, Any], prefix: str = "") -> list[str]:
-    """Each setting that differs, as `key = this instead of that`."""
+    """Returns each setting that differs, as `key = this instead of that`."""
     found = []
     for key in now | then:
         ours, theirs = now.get(key), then.get(key)
@@ -63,7 +63,7 @@ def differences(now: dict[str, Any], then: dict[str, Any], prefix: str = "") -> 
 
 
 def _rates(module: nn.Module) -> dict[str, float | list[float]]:
-    """The rate at each site, or all of them where its modules differ."""
+    """Returns the rate at each site, or all of them if its modules differ."""
     rates: dict[str, set[float]] = {}
     for dropout in module.modules():
         if isinstance(dropout, Dropout):
@@ -72,7 +72,7 @@ def _rates(module: nn.Module) -> dict[str, float | list[float]]:
 
 
 def _digest_of_file(path: str) -> str:
-    """SHA-256 of a file, or of all files of a sharded checkpoint; the path where it is none of ours to read."""
+    """Returns the SHA-256 of a file or of all files in a folder, or the path if it is not on this machine."""
     files = [Path(path)] if Path(path).is_file() else sorted(file for file in Path(path).rglob("*") if file.is_file())
     digest = hashlib.sha256()
     for name in files:

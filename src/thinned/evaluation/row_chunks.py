@@ -1,7 +1,7 @@
-"""Rows in parquet: chunks that any number of processes write, and their merging in the order of `index`.
+"""Rows in parquet: any number of processes write them in chunks, which are merged in the order of `index`.
 
-A chunk appears whole or not at all. Merging holds the chunks that overlap: about one for each process where each of
-them writes ascending rows, and all of them where rows come in any order.
+A chunk appears whole or not at all. Merging holds the chunks that overlap: about one for each process if each of them
+writes ascending rows, and all of them if rows come in any order.
 """
 
 import json
@@ -27,8 +27,8 @@ class ChunkWriter:
     """Gathers rows, and writes them to files `<stem>-<number>.parquet`.
 
     Args:
-        directory: of the chunks, which exists when the first is written.
-        stem: that no other writer has.
+        directory: Of the chunks; it exists when the first is written.
+        stem: No other writer has it.
     """
 
     def __init__(self, directory: Path, stem: str) -> None:
@@ -43,28 +43,25 @@ class ChunkWriter:
     @property
     def full(self) -> bool:
         """Whether it is time to flush."""
-        return (
-            sum(table.num_rows for table in self._held) >= CHUNK_ROWS
-            or sum(table.nbytes for table in self._held) >= CHUNK_BYTES
-        )
+        rows, size = (sum(getattr(table, name) for table in self._held) for name in ("num_rows", "nbytes"))
+        return bool(rows >= CHUNK_ROWS or size >= CHUNK_BYTES)
 
     def flush(self) -> None:
-        """Writes what there is as a chunk."""
-        if not self._held:
-            return
-        table = pa.concat_tables(self._held)
-        with whole_file(self.directory / f"{self.stem}-{self._number:06d}.parquet") as temporary:
-            pq.write_table(table, temporary, row_group_size=table.num_rows)
-        self._held.clear()
-        self._number += 1
+        """Writes what it holds as a chunk."""
+        if self._held:
+            table = pa.concat_tables(self._held)
+            with whole_file(self.directory / f"{self.stem}-{self._number:06d}.parquet") as temporary:
+                pq.write_table(table, temporary, row_group_size=table.num_rows)
+            self._held.clear()
+            self._number += 1
 
 
 def merged(chunks: Sequence[Path], columns: list[str] | None = None) -> Iterator[pa.Table]:
     """Yields the rows of all chunks in ascending order of `index`, each index once.
 
     Args:
-        chunks: In any order; of equal rows, those count whose chunk begins first.
-        columns: To be read, `index` among them; all when None.
+        chunks: In any order. Of rows with the same index, the one whose chunk begins first counts.
+        columns: Names of those to read, with `index` among them; None reads all.
     """
     starts = sorted((_first_index(chunk), chunk) for chunk in chunks)
     held, left = None, 0
@@ -88,7 +85,7 @@ def merge(chunks: Sequence[Path], path: Path, metadata: Mapping[str, Any]) -> No
         path: Of the file, which appears whole or not at all.
         metadata: JSON values for the file's schema, by key.
     """
-    schema = _schema(chunks[0]).with_metadata({key: json.dumps(value) for key, value in metadata.items()})
+    schema = pq.read_schema(chunks[0]).with_metadata({key: json.dumps(value) for key, value in metadata.items()})
     with whole_file(path) as temporary, pq.ParquetWriter(temporary, schema) as writer:
         held = schema.empty_table()
         size = 0
@@ -104,7 +101,7 @@ def merge(chunks: Sequence[Path], path: Path, metadata: Mapping[str, Any]) -> No
 
 
 def first_missing(chunks: Sequence[Path]) -> int:
-    """The lowest index from 0 on that no chunk has."""
+    """Returns the lowest index from 0 on that no chunk has."""
     expected = 0
     for table in merged(chunks, ["index"]):
         index = table["index"].to_numpy()
@@ -116,11 +113,11 @@ def first_missing(chunks: Sequence[Path]) -> int:
 
 
 class Columns(Mapping[str, Tensor]):
-    """The columns of numbers of a parquet file, (N,) each, read when they are asked for and not kept."""
+    """The columns of numbers in a parquet file, (N,) each. They are read when they are asked for, and not kept."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._names: list[str] = _schema(path).names
+        self._names: list[str] = pq.read_schema(path).names
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._names:
@@ -144,10 +141,6 @@ def _array(column: Tensor) -> pa.Array:
     return pa.ListArray.from_arrays(offsets, column.reshape(-1).numpy())
 
 
-def _schema(path: Path) -> pa.Schema:
-    return pq.read_schema(path)
-
-
 def _read(path: Path, columns: list[str] | None) -> pa.Table:
     with pq.ParquetFile(path) as file:  # pq.read_table would make a column of a folder named `a=b`
         return file.read(columns)
@@ -162,7 +155,7 @@ def _first_index(path: Path) -> int:
 
 
 def _distinct(table: pa.Table) -> pa.Table:
-    """Sorted by `index`, the first row of each."""
+    """Sorts by `index` and keeps the first row of each."""
     table = table.sort_by("index")
     index = table["index"].to_numpy()
     return table.filter(pa.array(np.diff(index, prepend=index[:1] - 1) != 0))

@@ -9,7 +9,7 @@ variation_ratio and std, of the predicted class's probability. Entropies and nll
 One row has the columns of all ways, so that two ways are compared on the same example, and a column is read alone.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -78,29 +78,3 @@ def _example_columns(statistics: MCStatistics, targets: Tensor | None) -> Rows:
             "std": spread.variance.gather(-1, prediction[:, None]).squeeze(-1).sqrt(),
         }
     return columns | {"probs": probs}
-
-
-class WayRows(Mapping[str, Tensor]):
-    """The columns of one way, without its name before them, and those that ways share.
-
-    Args:
-        rows: all columns, (N,) each, which may be read from a file when they are asked for.
-        way: the name of the way.
-    """
-
-    def __init__(self, rows: Mapping[str, Tensor], way: str) -> None:
-        self._rows, self._way = rows, way
-
-    def __getitem__(self, column: str) -> Tensor:
-        own = f"{self._way}_{column}"
-        return self._rows[own if own in self._rows else column]
-
-    def __contains__(self, column: object) -> bool:
-        return f"{self._way}_{column}" in self._rows or column in self._rows
-
-    def __iter__(self) -> Iterator[str]:
-        own = f"{self._way}_"
-        return (column.removeprefix(own) for column in self._rows)
-
-    def __len__(self) -> int:
-        return len(self._rows)

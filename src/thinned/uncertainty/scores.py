@@ -62,17 +62,12 @@ class Score:
     """A number that says how good N predictions are.
 
     Args:
-        label: for tables, with the better direction and the unit.
-        of: called with the columns, (N,) each, that its parameters name.
+        label: For tables, with the better direction and the unit.
+        of: Is called with the columns, (N,) each, that its parameters name.
     """
 
     label: str
     of: Callable[..., Tensor]
-
-    def __call__(self, columns: Mapping[str, Tensor]) -> float | None:
-        """The score; None if a column is not there."""
-        names = inspect.signature(self.of).parameters
-        return self.of(*(columns[name] for name in names)).item() if all(name in columns for name in names) else None
 
 
 # By their names in metrics.json, in metric keys and in this order in tables. An entry here adds a score.
@@ -89,10 +84,14 @@ SCORES = {
 }
 
 
-def scores(columns: Mapping[str, Tensor]) -> dict[str, float]:
-    """All scores for which there are columns."""
-    values = {name: score(columns) for name, score in SCORES.items()}
-    return {name: value for name, value in values.items() if value is not None}
+def scores(rows: Mapping[str, Tensor], prefix: str = "") -> dict[str, float]:
+    """Returns all scores for which there are columns, with or without the prefix before their names."""
+    values = {}
+    for name, score in SCORES.items():
+        columns = [rows.get(prefix + key, rows.get(key)) for key in inspect.signature(score.of).parameters]
+        if not any(column is None for column in columns):
+            values[name] = score.of(*columns).item()
+    return values
 
 
 def classification_scores(probs: Tensor, targets: Tensor) -> dict[str, float]:

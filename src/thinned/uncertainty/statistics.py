@@ -1,7 +1,7 @@
 """Statistics of S sampled predictive distributions, accumulated one sample at a time.
 
-Mean and variance by Welford (1962), merged by Chan et al. (1979); entropies as in Gal (2016, section 3.3) and
-Smith and Gal (2018). Memory does not grow with S. Shapes: B examples (any leading shape), K classes. Units: nats.
+Mean and variance by Welford (1962); entropies as in Gal (2016, section 3.3) and Smith and Gal (2018). Memory does not
+grow with S. Shapes: B examples (any leading shape), K classes. Units: nats.
 """
 
 from dataclasses import dataclass
@@ -40,47 +40,32 @@ def entropy(probs: Tensor) -> Tensor:
 
 
 class MCStatistics:
-    """Accumulates samples; any split of the samples over instances and `merge` gives the same prediction."""
+    """Accumulates samples. `mean` (B, K) is the mean of those so far."""
 
     def __init__(self) -> None:
         self.num_samples = 0
+        self.mean = self._squares = self._entropy = self._votes = torch.empty(0)  # sums over samples, but for `mean`
 
     def update(self, probs: Tensor) -> None:
-        """Adds one sample: probs (B, K), summing to 1 over K. Half precisions are accumulated in fp32."""
+        """Adds one sample: probs (B, K), which sum to 1 over K. Half precisions are accumulated in fp32."""
         probs = probs if probs.dtype == torch.float64 else probs.float()
-        votes = torch.zeros_like(probs).scatter_(-1, probs.argmax(-1, keepdim=True), 1.0)
-        self._add(1, probs, torch.zeros_like(probs), entropy(probs), votes)
-
-    @property
-    def mean(self) -> Tensor:
-        """(B, K), the mean of the samples so far."""
-        return self._mean
-
-    def merge(self, other: "MCStatistics") -> None:
-        """Adds all samples of another accumulator over the same examples."""
-        if other.num_samples:
-            self._add(other.num_samples, other._mean, other._squares, other._entropy, other._votes)
-
-    def _add(self, count: int, mean: Tensor, squares: Tensor, entropy_sum: Tensor, votes: Tensor) -> None:
         if self.num_samples == 0:
-            self.num_samples, self._mean, self._squares = count, mean.clone(), squares.clone()
-            self._entropy, self._votes = entropy_sum.clone(), votes.clone()
-            return
-        total = self.num_samples + count
-        delta = mean - self._mean
-        self._squares += squares + delta.square() * (self.num_samples * count / total)
-        self._mean += delta * (count / total)
-        self._entropy += entropy_sum
-        self._votes += votes
-        self.num_samples = total
+            self.mean, self._squares, self._votes = (torch.zeros_like(probs) for _ in range(3))
+            self._entropy = torch.zeros_like(probs[..., 0])
+        delta = probs - self.mean
+        self._squares += delta.square() * (self.num_samples / (self.num_samples + 1))
+        self.num_samples += 1
+        self.mean += delta * (1 / self.num_samples)
+        self._entropy += entropy(probs)
+        self._votes.scatter_add_(-1, probs.argmax(-1, keepdim=True), torch.ones_like(probs[..., :1]))
 
     def compute(self) -> MCPrediction:
         """The prediction; ValueError with fewer than two samples, which have no spread."""
         if self.num_samples < 2:
             raise ValueError(f"Expected num_samples to be at least 2, but got {self.num_samples}")
-        predictive, expected = entropy(self._mean), self._entropy / self.num_samples
+        predictive, expected = entropy(self.mean), self._entropy / self.num_samples
         return MCPrediction(
-            mean=self._mean,
+            mean=self.mean,
             variance=self._squares / (self.num_samples - 1),
             predictive_entropy=predictive,
             expected_entropy=expected,
