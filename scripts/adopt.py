@@ -58,14 +58,14 @@ PARTS = {
         tests/end_to_end/test_run_directory.py
         tests/end_to_end/test_wandb_and_csv.py
         tests/end_to_end/test_wandb_unreachable.py
+        tests/evaluation/test_example_rows.py  tests/evaluation/test_ways.py
         tests/evaluation/test_interrupted_prediction.py
         tests/evaluation/test_mc_dropout.py
         tests/evaluation/test_provenance.py
         tests/tasks/test_classification.py
         tests/test_without_runs.py
-        tests/uncertainty/test_examples_and_scores.py
         tests/uncertainty/test_monte_carlo.py
-        tests/uncertainty/test_sites.py
+        tests/uncertainty/test_selection.py  tests/uncertainty/test_sites.py
     """,
     "template": "scripts/adopt.py  tests/test_adopt.py",
 }
@@ -152,16 +152,16 @@ def without_marked_lines(text: str, removed_parts: set[str]) -> str:
         return text
     kept: list[str] = []
     block = None
-    after_mark = False
+    skip_blank = False  # after a mark that had blank lines on both sides
     for line in text.splitlines():
-        if after_mark and not line.strip():
-            continue
         mark = MARK.search(line)
-        after_mark = bool(mark and mark[2])
         if mark and mark[2]:
             block = mark[1] if mark[2] == "begin" else None
-        elif block not in removed_parts and not (mark and mark[1] in removed_parts):
-            kept.append(MARK.sub("", line))
+            skip_blank = bool(kept) and not kept[-1]
+        elif line or not skip_blank:
+            skip_blank = False
+            if block not in removed_parts and not (mark and mark[1] in removed_parts):
+                kept.append(MARK.sub("", line))
     return "\n".join(kept).rstrip("\n") + "\n"
 
 

@@ -170,7 +170,7 @@ def test_it_compiles_and_is_tidy(adopted: Adopted, tmp_path: Path) -> None:
     tree = shutil.copytree(adopted.after, tmp_path / "tree", ignore=shutil.ignore_patterns(".git"))
     compiled = run(tree, sys.executable, "-m", "compileall", "-q", "src", "scripts", "tests")
     assert compiled.returncode == 0, compiled.stdout
-    for command in (("format", "."), ("check", ".")):
+    for command in (("check", "."), ("format", "--diff", ".")):
         tidied = run(tree, sys.executable, "-m", "ruff", *command)
         assert tidied.returncode == 0, tidied.stdout
 

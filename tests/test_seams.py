@@ -80,3 +80,19 @@ def test_no_import_is_tried(module: str) -> None:
     extras = {package.split(">")[0] for extra in optional.keys() - {"dev"} for package in optional[extra]}
     tried = {name for node in ast.walk(MODULES[module]) if isinstance(node, ast.Try) for name in imported(node)}
     assert tried <= extras
+
+
+def test_private_names_of_others_stand_in_one_file() -> None:
+    """A name that begins with an underscore, which its file does not define itself."""
+    known = {("text_sources", "_fingerprint")}  # datasets has no public name for what identifies a dataset
+    found = set()
+    for name, tree in MODULES.items():
+        nodes = list(ast.walk(tree))
+        used = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+        used |= {alias.name for node in nodes if isinstance(node, ast.ImportFrom) for alias in node.names}
+        defined = {node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef)} | {"_exit"}  # os's
+        defined |= {n.attr for n in nodes if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store)}
+        defined |= {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+        private = {n for n in used - defined if n.startswith("_") and not n.endswith("__")}
+        found |= {(name.split(".")[-1], n) for n in private if name != f"{SOURCE.name}.runs.internals"}
+    assert found == known

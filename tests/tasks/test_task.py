@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
+from pathlib import Path  # mlp only
 from typing import Any
 from unittest import mock
 
@@ -109,6 +109,7 @@ def test_setting_outside_its_range_is_refused_by_its_name(key: str, value: float
         Task(nn.Linear(2, 1), **{key: value})
 
 
+# mlp only: begin
 # Checkpoints of a plain Trainer
 
 
@@ -180,3 +181,6 @@ def test_a_class_that_cannot_be_imported_is_not_stored() -> None:
         """A net that nobody else can import."""
 
     assert "net" not in Task(Local((2,), 2)).hparams
+
+
+# mlp only: end

@@ -29,7 +29,8 @@ def load_gpt2(net: nn.Module, path: str) -> None:
     try:
         from transformers import GPT2LMHeadModel
     except ImportError as error:
-        raise ValueError("Expected the package transformers for model.init_from: pip install 'thinned[hf]'") from error
+        message = "Expected the package transformers for model.init_from: pip install 'thinned[hf]'"
+        raise ValueError(message) from error
     try:
         source = GPT2LMHeadModel.from_pretrained(path, weights_only=True)
     except Exception as error:  # what is missing, cut off or no weights at all fails in many ways
