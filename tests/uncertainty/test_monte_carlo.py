@@ -12,7 +12,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 from thinned.models import MLP, DropoutRates
 from thinned.uncertainty import mc_predict, mc_samples
-from thinned.uncertainty.monte_carlo import NOT_DROPOUT
+from thinned.uncertainty.acting_dropout import NOT_DROPOUT
 from thinned.uncertainty.statistics import entropy
 
 

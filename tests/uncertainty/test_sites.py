@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from thinned.models import MLP, Dropout, DropoutRates
 from thinned.uncertainty import mc_predict, mc_samples
-from thinned.uncertainty.monte_carlo import only_dropout_active
+from thinned.uncertainty.acting_dropout import only_dropout_active
 
 
 @pytest.fixture(autouse=True)

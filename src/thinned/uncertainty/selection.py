@@ -7,7 +7,7 @@ from typing import NamedTuple
 from torch import nn
 
 from thinned.models.dropout import Dropout, sites_in
-from thinned.uncertainty.monte_carlo import nothing_drops
+from thinned.uncertainty.acting_dropout import nothing_drops
 
 SCALES = (0.25, 0.5, 2.0)  # of the rates, tried by `select_sites`
 
