@@ -20,8 +20,8 @@ def find_run(directory: Path, run_id: str | None, resume: str | None, purpose: s
     Args:
         directory: Folder of the experiment, runs/<experiment>.
         run_id: Name of the run below it; None for the time of day.
-        resume: None for a new run; latest for the newest run of the experiment (or the one that `run_id` names); else
-            the directory of a run, or one of its checkpoints.
+        resume: None for a new run; latest for the run that `run_id` names, or else the newest one; else the directory
+            of a run, or one of its checkpoints.
         purpose: Last part of the names of runs of this kind; empty for training, whose runs alone have checkpoints.
 
     Raises:
