@@ -36,8 +36,6 @@ __all__ = ["ThinnedCLI", "checkpoint_arguments", "one_message", "read_checkpoint
 
 # The sampler leaves out the batches already seen, but Lightning knows only loaders with a state.
 warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch ended")
-# Lightning 2.6.6 warns of every directory with checkpoints: Lightning-AI/pytorch-lightning#5209
-warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
 # The model summary gives sizes in fp32, whatever the precision.
 warnings.filterwarnings("ignore", message="Precision .* is not supported by the model summary")
 # Nothing changes in place what a sharded net returns.
@@ -90,6 +88,9 @@ class ThinnedCLI(LightningCLI):
         config = self.config
         runs = Path(config.runs_dir, config.experiment)
         self.run_dir, self.ckpt_path = find_run(runs, config.run_id, config.resume, self.purpose)
+        if config.resume:
+            # Lightning 2.6.6 warns of every directory with checkpoints: Lightning-AI/pytorch-lightning#5209
+            warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
         _fill_in_from_data(config)
         fill_in_from_launcher(config.trainer)
         config.trainer.default_root_dir = str(self.run_dir)

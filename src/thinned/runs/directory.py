@@ -55,7 +55,7 @@ def find_run(directory: Path, run_id: str | None, resume: str | None, purpose: s
     if checkpoint is None and any(run.glob("checkpoints/[!.]*.ckpt")):
         raise ValueError(f"Expected a checkpoint to resume from, but got damaged ones alone: {run / 'checkpoints'}")
     if checkpoint is None:
-        rank_zero_info(f"No checkpoint yet, so the run begins anew: {run}")
+        rank_zero_info(f"No checkpoint yet, so the run begins again: {run}")
     return run, checkpoint
 
 
@@ -63,12 +63,12 @@ def _latest(directory: Path, purpose: str) -> Path:
     runs = [path for path in directory.glob("*/") if path.name.endswith("-predict") == bool(purpose)]
     if not runs:
         raise ValueError(f"Expected a run to resume, but got none in {directory}")
-    return max(runs, key=lambda path: (_last_change(path), path.name))
 
+    def last_change(run: Path) -> tuple[int, str]:
+        """Returns when a file was last added to the run or its checkpoints; all are written under a new name."""
+        return max(path.stat().st_mtime_ns for path in (run, *run.glob("checkpoints/"))), run.name
 
-def _last_change(run: Path) -> int:
-    """When a file was last added to the run or its checkpoints, which are all written under a new name."""
-    return max(path.stat().st_mtime_ns for path in (run, *run.glob("checkpoints/")))
+    return max(runs, key=last_change)
 
 
 @rank_zero_only  # callbacks broadcast this rank's directory

@@ -3,6 +3,7 @@
 import csv
 import os
 import shlex
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -76,21 +77,18 @@ class WandbLogger(loggers.WandbLogger, ResumableLogger):
 
     def _begin(self) -> "_MetricsWriter":
         directory = self.save_dir or "."
-        before = _read_rows(Path(directory, ExperimentWriter.NAME_METRICS_FILE))
         writer, self._seen = _MetricsWriter(directory, self._first_step or 0), _Seen()
         if self._first_step is None:
             return writer
         if self.experiment.offline:
-            for file in Path(directory).glob("wandb/*run-*/*.wandb"):
-                for row in wandb_history(file):
-                    self._seen.add(row, int(row.get(GLOBAL_STEP, -1)))
+            files = Path(directory).glob("wandb/*run-*/*.wandb")
+            self._seen = _Seen((row for file in files for row in wandb_history(file)), GLOBAL_STEP)
         else:  # the server tells only how many rows it has
-            for row in before[: self.experiment.step]:
-                self._seen.add(row, int(row["step"]))
-        for row in before:
-            step = int(row.pop("step"))
+            self._seen = _Seen(writer.rows_before[: self.experiment.step])
+        for row in writer.rows_before:
+            step = int(row["step"])
             if step < self._first_step:
-                self._log_new({key: float(value) for key, value in row.items()}, step)
+                self._log_new({key: float(value) for key, value in row.items() if key != "step"}, step)
         return writer
 
 
@@ -101,39 +99,37 @@ class _Seen:
     the learning rate of each batch whose gradients are accumulated.
     """
 
-    def __init__(self) -> None:
-        self._keys: dict[int | None, set[str]] = {}
+    def __init__(self, rows_before: Iterable[Mapping[str, Any]] = (), step_key: str = "step") -> None:
+        self._keys = defaultdict[int | None, set[str]](set)
+        for row in rows_before:
+            self._keys[int(row.get(step_key, -1))].update(row)
         self._step: int | None = None
         self._numbers: dict[str, float] = {}  # of the latest step
-
-    def add(self, row: Iterable[str], step: int) -> None:
-        self._keys.setdefault(step, set()).update(row)
 
     def new(self, row: Mapping[str, Any], step: int | None) -> dict[str, Any]:
         """Returns the part of a row that has not been logged."""
         if step != self._step:
             self._step, self._numbers = step, {}
         numbers = {key: value for key, value in row.items() if isinstance(value, int | float)}
-        seen = {key for key, value in numbers.items() if self._numbers.get(key) == value} | self._keys.get(step, set())
+        seen = {key for key, value in numbers.items() if self._numbers.get(key) == value} | self._keys[step]
         self._numbers |= numbers
         new = {key: value for key, value in row.items() if key == "epoch" or key not in seen}
         return new if new.keys() - {"epoch"} else {}
 
 
 class _MetricsWriter(ExperimentWriter):
-    """Appends to `metrics.csv`, which never has fewer rows than before."""
+    """Appends to `metrics.csv`, which at no moment has fewer rows than before, apart from those to compute again."""
 
     def __init__(self, log_dir: str, first_step: int) -> None:
         # Not Lightning's constructor, which deletes the file of a run that resumes.
         self.log_dir, self.hparams, self.metrics, self.metrics_keys = log_dir, {}, [], []
         self.metrics_file_path = str(Path(log_dir, self.NAME_METRICS_FILE))
         Path(log_dir).mkdir(parents=True, exist_ok=True)
-        self.seen = _Seen()
-        if rows := _read_rows(Path(self.metrics_file_path)):
-            rows = [row for row in rows if int(row["step"]) < first_step]
-            for row in rows:
-                self.seen.add(row, int(row["step"]))
-            self._rewrite(rows)
+        self.rows_before = _read_rows(Path(self.metrics_file_path))
+        kept = [row for row in self.rows_before if int(row["step"]) < first_step]
+        self.seen = _Seen(kept)
+        if self.rows_before:
+            self._rewrite(kept)
 
     def log_metrics(self, metrics_dict: dict[str, float], step: int | None = None) -> None:
         """Records the part of a row that is new."""
