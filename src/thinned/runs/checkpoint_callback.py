@@ -80,9 +80,7 @@ class Checkpoints(ModelCheckpoint):
                 if isinstance(logger, ResumableLogger):  # others may have the row already
                     logger.log_metrics(row["metrics"], step=row["step"])
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         if trainer.global_step == self._step:  # gradients are being accumulated
             return
         self._step = trainer.global_step
@@ -154,13 +152,11 @@ class Checkpoints(ModelCheckpoint):
             logger.after_save_checkpoint(proxy(self))
 
     def _end_if_told(self, trainer: Trainer) -> None:
-        signal = self.interruption.told(trainer)
-        if signal is None:
-            return
-        self.interruption.hold()
-        self._write_last(trainer, is_told=True)
-        rank_zero_info(f"{signal.name} at step {trainer.global_step}: wrote {self.last_model_path}, for --resume.")
-        self.interruption.end(trainer, signal)
+        if signal := self.interruption.told(trainer):
+            self.interruption.hold()
+            self._write_last(trainer, is_told=True)
+            rank_zero_info(f"{signal.name} at step {trainer.global_step}: wrote {self.last_model_path}, for --resume.")
+            self.interruption.end(trainer, signal)
 
 
 def _is_epoch_complete(trainer: Trainer) -> bool:

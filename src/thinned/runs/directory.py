@@ -36,15 +36,12 @@ def find_run(directory: Path, run_id: str | None, resume: str | None, purpose: s
             raise ValueError(f"Expected a new run_id, but got that of {run}: resume it by --resume latest")
         return run, None
     if resume == "latest":
-        if run_id is None:
-            run = _latest(directory.absolute(), purpose)
+        run = _latest(directory.absolute(), purpose) if run_id is None else run
     else:
         run = Path(resume).absolute()
         if run.is_file() or run.suffix == ".ckpt":
             if purpose or run.parent.name != "checkpoints":
-                raise ValueError(
-                    f"Expected resume to be latest, a run, or a checkpoint in its checkpoints/, but got {resume}"
-                )
+                raise ValueError(f"Expected resume to be latest, a run, or a checkpoint in it, but got {resume}")
             read_checkpoint(str(run))
             return run.parents[1], run
         if not any((run / part).exists() for part in ("config.yaml", "checkpoints")):

@@ -77,6 +77,7 @@ class WandbLogger(loggers.WandbLogger, ResumableLogger):
 
     def _begin(self) -> "_MetricsWriter":
         directory = self.save_dir or "."
+        before = _read_rows(Path(directory, ExperimentWriter.NAME_METRICS_FILE))
         writer, self._seen = _MetricsWriter(directory, self._first_step or 0), _Seen()
         if self._first_step is None:
             return writer
@@ -84,8 +85,8 @@ class WandbLogger(loggers.WandbLogger, ResumableLogger):
             files = Path(directory).glob("wandb/*run-*/*.wandb")
             self._seen = _Seen((row for file in files for row in wandb_history(file)), GLOBAL_STEP)
         else:  # the server tells only how many rows it has
-            self._seen = _Seen(writer.rows_before[: self.experiment.step])
-        for row in writer.rows_before:
+            self._seen = _Seen(before[: self.experiment.step])
+        for row in before:
             step = int(row["step"])
             if step < self._first_step:
                 self._log_new({key: float(value) for key, value in row.items() if key != "step"}, step)
@@ -99,9 +100,9 @@ class _Seen:
     the learning rate of each batch whose gradients are accumulated.
     """
 
-    def __init__(self, rows_before: Iterable[Mapping[str, Any]] = (), step_key: str = "step") -> None:
+    def __init__(self, before: Iterable[Mapping[str, Any]] = (), step_key: str = "step") -> None:
         self._keys = defaultdict[int | None, set[str]](set)
-        for row in rows_before:
+        for row in before:
             self._keys[int(row.get(step_key, -1))].update(row)
         self._step: int | None = None
         self._numbers: dict[str, float] = {}  # of the latest step
@@ -111,28 +112,27 @@ class _Seen:
         if step != self._step:
             self._step, self._numbers = step, {}
         numbers = {key: value for key, value in row.items() if isinstance(value, int | float)}
-        seen = {key for key, value in numbers.items() if self._numbers.get(key) == value} | self._keys[step]
+        seen = {key for key, value in numbers.items() if self._numbers.get(key) == value} | self._keys.get(step, set())
         self._numbers |= numbers
         new = {key: value for key, value in row.items() if key == "epoch" or key not in seen}
         return new if new.keys() - {"epoch"} else {}
 
 
 class _MetricsWriter(ExperimentWriter):
-    """Appends to `metrics.csv`, which at no moment has fewer rows than before, apart from those to compute again."""
+    """Appends to `metrics.csv`, from which a crash takes no row but those to be computed again."""
 
     def __init__(self, log_dir: str, first_step: int) -> None:
         # Not Lightning's constructor, which deletes the file of a run that resumes.
         self.log_dir, self.hparams, self.metrics, self.metrics_keys = log_dir, {}, [], []
-        self.metrics_file_path = str(Path(log_dir, self.NAME_METRICS_FILE))
-        Path(log_dir).mkdir(parents=True, exist_ok=True)
-        self.rows_before = _read_rows(Path(self.metrics_file_path))
-        kept = [row for row in self.rows_before if int(row["step"]) < first_step]
+        self.path = Path(log_dir, self.NAME_METRICS_FILE)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        before = _read_rows(self.path)
+        kept = [row for row in before if int(row["step"]) < first_step]
         self.seen = _Seen(kept)
-        if self.rows_before:
+        if before:
             self._rewrite(kept)
 
     def log_metrics(self, metrics_dict: dict[str, float], step: int | None = None) -> None:
-        """Records the part of a row that is new."""
         if new := self.seen.new(metrics_dict, step):
             super().log_metrics(new, step)
 
@@ -140,17 +140,16 @@ class _MetricsWriter(ExperimentWriter):
         """Appends the recorded rows; a new column means that the file is written again."""
         if not self.metrics:
             return
-        path = Path(self.metrics_file_path)
-        if not path.exists() or any(row.keys() - set(self.metrics_keys) for row in self.metrics):
-            self._rewrite([*_read_rows(path), *self.metrics])
+        if not self.path.exists() or any(row.keys() - set(self.metrics_keys) for row in self.metrics):
+            self._rewrite([*_read_rows(self.path), *self.metrics])
         else:
-            with path.open("a", newline="") as file:
+            with self.path.open("a", newline="") as file:
                 csv.DictWriter(file, self.metrics_keys).writerows(self.metrics)
         self.metrics = []
 
     def _rewrite(self, rows: Sequence[Mapping[str, Any]]) -> None:
         self.metrics_keys = sorted({key for row in rows for key in row} | {"step"})
-        with whole_file(Path(self.metrics_file_path)) as temporary, temporary.open("w", newline="") as file:
+        with whole_file(self.path) as temporary, temporary.open("w", newline="") as file:
             writer = csv.DictWriter(file, self.metrics_keys)
             writer.writeheader()
             writer.writerows(rows)

@@ -54,8 +54,7 @@ class Parser(LightningArgumentParser):
         if not self.exit_on_error:  # an inner parser, whose error the outer one reports
             super().error(message, ex)
         message = plain(message)
-        unknown = re.search(r"(?:unrecognized arguments: --|[Oo]ption '|Key ')([\w.]+)", message)
-        if unknown:
+        if unknown := re.search(r"(?:unrecognized arguments: --|[Oo]ption '|Key ')([\w.]+)", message):
             known = {name for option in re.findall(r"--([\w.]+)", self.format_help()) for name in option.split(".")}
             for class_path in re.findall(r"class_path '([\w.]+)'", message):
                 known |= _parameters(cast(type, locate(class_path)))
