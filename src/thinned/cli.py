@@ -11,14 +11,13 @@ from typing import Any, cast
 
 import wandb
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, LightningDataModule, Trainer
-from lightning.pytorch.callbacks import LearningRateMonitor, RichProgressBar
+from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 
-import thinned.data
-import thinned.tasks  # noqa: F401  (imported so that configs may name the classes without their package)
+# Configs may name the classes of what is imported here, such as data and tasks, without their package.
 from thinned.data.module import DataOffers
 from thinned.evaluation import MCDropout
 from thinned.offers import Offers
@@ -26,7 +25,7 @@ from thinned.runs.checkpoint_callback import Checkpoints
 from thinned.runs.checkpoint_io import AtomicCheckpointIO, checkpoint_arguments, read_checkpoint
 from thinned.runs.directory import files_of_run, find_run, make_run_directory
 from thinned.runs.launch import fill_in_from_launcher
-from thinned.runs.loggers import CSVLogger, WandbLogger, fill_in_logger
+from thinned.runs.loggers import ResumableLogger, fill_in_logger
 from thinned.runs.lost_ranks import LostRanks
 from thinned.runs.messages import Parser, one_message
 from thinned.runs.record import RunRecord
@@ -35,22 +34,22 @@ from thinned.tasks.task import Task
 
 __all__ = ["ThinnedCLI", "checkpoint_arguments", "one_message", "read_checkpoint"]
 
-# Batches already seen are left out by the sampler; Lightning knows of loaders with a state alone.
+# The sampler leaves out the batches already seen, but Lightning knows only loaders with a state.
 warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch ended")
 # The model summary gives sizes in fp32, whatever the precision.
 warnings.filterwarnings("ignore", message="Precision .* is not supported by the model summary")
-# Nothing is done in place to what a sharded net returns.
+# Nothing changes in place what a sharded net returns.
 warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
 # Lightning 2.6.6 asks isinstance(treespec, LeafSpec) in each stage: Lightning-AI/pytorch-lightning#21326
 warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated", category=FutureWarning)
 
 
 class ThinnedCLI(LightningCLI):
-    """Parses configs and options and builds trainer, model and data; the script then says what happens.
+    """Parses configs and options, and builds trainer, model and data.
 
     Args:
-        args: command line arguments; `sys.argv` when None.
-        purpose: last part of the run id, to tell kinds of runs apart; none for training.
+        args: Command line arguments; None reads `sys.argv`.
+        purpose: Last part of the run id, to tell kinds of runs apart; empty for training.
     """
 
     def __init__(self, args: Sequence[str] | None = None, purpose: str = "") -> None:
@@ -64,7 +63,7 @@ class ThinnedCLI(LightningCLI):
             save_config_callback=RunRecord,
             auto_configure_optimizers=False,
             seed_everything_default=0,
-            trainer_defaults={"use_distributed_sampler": False},
+            trainer_defaults={"use_distributed_sampler": False, "callbacks": [Throughput(), LostRanks()]},
             args=None if args is None else list(args),
             run=False,
         )
@@ -76,17 +75,10 @@ class ThinnedCLI(LightningCLI):
         parser.add_argument("--experiment", type=str, default="default", help="Name of the folder below `runs_dir`.")
         parser.add_argument("--runs_dir", type=str, default="runs", help="Where the run directories go.")
         parser.add_argument("--run_id", type=str | None, help="Name of the run's folder; the time of day if null.")
-        parser.add_argument(
-            "--resume", type=str | None, help="The run to resume: its folder, a checkpoint in it, or latest."
-        )
+        parser.add_argument("--resume", type=str | None, help="Run to resume: a folder, a checkpoint in it, or latest.")
         parser.add_lightning_class_args(Checkpoints, "checkpoint")
-        parser.set_defaults(
-            {
-                "checkpoint.filename": "best",
-                "checkpoint.monitor": "val/loss",
-                "checkpoint.enable_version_counter": False,
-            }
-        )
+        parser.set_defaults({"checkpoint.filename": "best", "checkpoint.enable_version_counter": False})
+        parser.set_defaults({"checkpoint.monitor": "val/loss"})
         parser.add_lightning_class_args(StepSeed, "step_seed")
         parser.link_arguments("seed_everything", "step_seed.seed")
         parser.add_lightning_class_args(FiniteSteps, "finite_steps")
@@ -108,24 +100,20 @@ class ThinnedCLI(LightningCLI):
     def after_instantiate_classes(self) -> None:
         step = 0
         if self.ckpt_path:
-            checkpoint = read_checkpoint(str(self.ckpt_path), check=False)  # it has been
-            self.restore(checkpoint)  # says at once whether they fit
+            checkpoint = read_checkpoint(str(self.ckpt_path), check=False)  # `find_run` has checked it
+            self.restore(checkpoint)  # now, so that one that does not fit leaves the run untouched
             step = checkpoint["global_step"]
         if self.config.resume:
             for logger in self.trainer.loggers:
-                if isinstance(logger, CSVLogger | WandbLogger):
+                if isinstance(logger, ResumableLogger):
                     logger.resume_from(step)
         if self.offline:  # of this machine, not of the experiment
             del self.config.trainer.logger.dict_kwargs["mode"]
         make_run_directory(self.run_dir, bool(self.config.resume))
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        callbacks: list[Callback] = [Throughput(), LostRanks()]
-        if self.config.get("trainer.enable_progress_bar") is not False:
-            callbacks.append(RichProgressBar())
         if self.config_init.trainer.logger is not False:
-            callbacks.append(LearningRateMonitor("step"))
-        self.trainer_defaults["callbacks"] = callbacks
+            self.trainer_defaults["callbacks"].append(LearningRateMonitor("step"))
         kwargs["plugins"] = [*(self.config_init.get("trainer.plugins") or []), AtomicCheckpointIO()]
         try:
             return super().instantiate_trainer(**kwargs)
@@ -134,7 +122,7 @@ class ThinnedCLI(LightningCLI):
             raise ValueError(f"Expected settings that can run here, but got {asked}: {error}") from error
 
     def restore(self, checkpoint: dict[str, Any]) -> None:
-        """Loads weights and data statistics; ValueError if they do not fit."""
+        """Loads weights and data statistics; raises ValueError if the weights do not fit the model."""
         try:
             self.model.load_state_dict(checkpoint["state_dict"])
         except RuntimeError as error:
@@ -145,26 +133,24 @@ class ThinnedCLI(LightningCLI):
     @property
     def best(self) -> str | None:
         """Path of the best checkpoint of this run; None if it saved none (fast_dev_run)."""
-        path: str = getattr(self.trainer.checkpoint_callback, "best_model_path", "")
-        return path or None
+        return getattr(self.trainer.checkpoint_callback, "best_model_path", None) or None
 
     @rank_zero_only
     def print_results(self) -> None:
         """Prints the table of scores, deterministic against MC dropout, and the files of the run."""
         wandb.finish()  # before the table, which should stand last
         console = Console()
-        scored = next(c for c in self.trainer.callbacks if isinstance(c, MCDropout))  # type: ignore[attr-defined]
-        if table := scored.table():
+        if table := self.config_init.mc_dropout.table():
             console.print(table)
         console.print(files_of_run(self.run_dir), soft_wrap=True, highlight=False)
 
 
 def _fill_in_from_data(config: Any) -> None:
-    """Gives the net what it leaves to the data (null): the size of a vocabulary, the length of a context."""
+    """Sets what the net leaves to the data (null): the size of a vocabulary, the length of a context."""
     data_class = cast(type, locate(config.data.class_path))
     net = config.model.get("init_args.net.init_args")
-    offers_arguments = Offers(data_class, DataOffers).net_arguments is not None  # the class is asked: building may cost
-    if offers_arguments and net is not None and None in vars(net).values():
+    has_arguments = Offers(data_class, DataOffers).net_arguments is not None  # without building it, which may cost time
+    if has_arguments and net is not None and None in vars(net).values():
         for key, value in data_class(**config.data.init_args.as_dict()).net_arguments().items():
             if net.get(key, value) is None:
                 net[key] = value

@@ -8,15 +8,15 @@ from pathlib import Path
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Yields a temporary path, whose file takes the place of `path` when the block has ended without an exception.
+    """Yields a temporary path, whose file replaces `path` if the block ends without an exception.
 
     Args:
-        path: of the file; its folder is made if need be.
+        path: Path of the file; its folder is made if need be.
 
     Raises:
-        OSError: it cannot be written; the message names it. What was there before is still there.
+        OSError: The file cannot be written; the message names it, and the file before is kept.
     """
-    temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")  # the suffix tells some writers the format
+    temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")  # some writers take the format from the suffix
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
@@ -33,7 +33,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 def _sync_directory(directory: Path) -> None:
-    """Makes a renaming last, where the system can."""
+    """Makes a renaming last, if the system can."""
     with suppress(OSError):
         descriptor = os.open(directory, os.O_RDONLY)
         try:

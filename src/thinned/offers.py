@@ -1,18 +1,17 @@
-"""Optional attributes of anyone's net, data module or task: each is listed in a protocol, with its default.
+"""Optional attributes of anyone's net, data module or task: a protocol lists them, with their defaults.
 
-A protocol is the list of doors, and `Offers` looks at an object through it. A name that the protocol does not list is
-an error, for mypy and at run time.
+A name that the protocol does not list is an error, for mypy and at run time.
 """
 
 from typing import Any, Protocol, cast
 
 
 class Offers:
-    """The attributes that a protocol lists: those of an object if it has them, else the protocol's defaults.
+    """Reads the attributes that a protocol lists from an object, or else from the protocol.
 
     Args:
-        given: anyone's object; None offers nothing.
-        protocol: the class whose attributes are the defaults.
+        given: Anyone's object; None offers nothing.
+        protocol: The class whose attributes are the defaults.
     """
 
     def __init__(self, given: object, protocol: type) -> None:
@@ -33,5 +32,5 @@ class TaskOffers(Protocol):
 
 
 def task_offers(pl_module: object) -> TaskOffers:
-    """The optional attributes of a LightningModule, with the defaults for those that it lacks."""
+    """Returns the optional attributes of a LightningModule, with the defaults for those that it lacks."""
     return cast(TaskOffers, Offers(pl_module, TaskOffers))

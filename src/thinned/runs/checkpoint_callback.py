@@ -1,12 +1,12 @@
-"""When a run writes `best.ckpt` and `last.ckpt`: at moments from which it resumes exactly, and when told to end.
+"""When a run writes `best.ckpt` and `last.ckpt`: at moments from which it resumes exactly.
 
-Lightning 2.6.6 resumes exactly from a checkpoint of the end of a step, of a validation or of an epoch, with three
-exceptions: it skips a validation due after the step, loses the row logged after the checkpoint, and drops accumulated
-gradients.
+Lightning 2.6.6 resumes exactly from the end of a step, a validation or an epoch, with three exceptions: it skips a
+validation due after the step, loses the row logged after the checkpoint, and drops accumulated gradients.
 """
 
 import time
 from datetime import timedelta
+from math import inf
 from typing import Any
 from weakref import proxy
 
@@ -17,28 +17,27 @@ from lightning.pytorch.utilities import rank_zero_info
 from thinned.runs import internals
 from thinned.runs.checkpoint_io import last_checkpoint
 from thinned.runs.interruption import Interruption
-from thinned.runs.loggers import CSVLogger, WandbLogger
+from thinned.runs.loggers import ResumableLogger
 from thinned.runs.lost_ranks import is_lost_rank
 
 
 class Checkpoints(ModelCheckpoint):
     """Lightning's `ModelCheckpoint`, from whose files a run resumes exactly, with logs without gap or repetition.
 
-    `best.ckpt` is chosen at validations. `last.ckpt` is written there too, better or not; in between as often as
-    `every_n_train_steps` or `train_time_interval` says; and on SIGTERM or Ctrl-C, which then end the run, even in the
-    middle of an epoch or of a validation. A second Ctrl-C ends it at once. Nothing is written while gradients are being
-    accumulated.
+    Validations choose `best.ckpt` and write `last.ckpt`, better or not. In between, `last.ckpt` is written after so
+    many steps or so much time, and on SIGTERM or Ctrl-C, which then end the run, even within an epoch or a validation.
+    A second Ctrl-C ends it at once. Nothing is written while gradients are being accumulated.
 
     Args:
         save_last: Whether to write `last.ckpt` without being told to end.
         every_n_train_steps: Number of optimiser steps after which to write `last.ckpt` again.
         train_time_interval: Time after which to write `last.ckpt` again.
-        kwargs: As of `ModelCheckpoint`, for `best.ckpt`.
+        kwargs: Arguments of `ModelCheckpoint`, for `best.ckpt`.
     """
 
-    _due = False  # but put off until the validation or epoch ends
-    _pending: dict[str, Any] | None = None
-    _step_of_last: int | None = None  # of `last.ckpt`, if this process has written it
+    _due = False  # stays True until the validation or epoch that follows has ended
+    _pending: dict[str, Any] | None = None  # the row that Lightning lost
+    _step_of_last: int | None = None  # None if this process has not written `last.ckpt`
 
     def __init__(
         self,
@@ -78,12 +77,10 @@ class Checkpoints(ModelCheckpoint):
         if self._pending is not None:
             row, self._pending = self._pending, None
             for logger in trainer.loggers:
-                if isinstance(logger, CSVLogger | WandbLogger):  # others may have the row already
+                if isinstance(logger, ResumableLogger):  # others may have the row already
                     logger.log_metrics(row["metrics"], step=row["step"])
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         if trainer.global_step == self._step:  # gradients are being accumulated
             return
         self._step = trainer.global_step
@@ -91,15 +88,16 @@ class Checkpoints(ModelCheckpoint):
         if _is_epoch_complete(trainer) or internals.validation_follows(trainer):
             return
         is_last_step = -1 < trainer.max_steps <= trainer.global_step
-        if self._due or is_last_step:  # within an epoch, which a run with more steps can continue
+        if self._due or is_last_step:  # a run with more steps can resume within the epoch
             self._write_last(trainer)
         if not is_last_step:
             self._end_if_told(trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if _in_training(trainer):
-            batches = int(sum(trainer.num_val_batches))
-            self._equal_validation = self.interruption.equal_on_all_ranks(trainer, batches)
+            batches = sum(trainer.num_val_batches)
+            is_equal = batches == trainer.strategy.broadcast(batches) and batches < inf
+            self._equal_validation = trainer.strategy.reduce_boolean_decision(is_equal)  # so that all ranks ask
             self._end_if_told(trainer)
 
     def on_validation_batch_end(self, trainer: Trainer, *_: Any) -> None:
@@ -114,8 +112,7 @@ class Checkpoints(ModelCheckpoint):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_epoch_end(trainer, pl_module)
-        is_planned = self._due or internals.saves_best_at_epoch_end(self, trainer)
-        if is_planned and _is_epoch_complete(trainer):
+        if (self._due or internals.saves_best_at_epoch_end(self, trainer)) and _is_epoch_complete(trainer):
             self._write_last(trainer)
         self._end_if_told(trainer)
 
@@ -129,13 +126,14 @@ class Checkpoints(ModelCheckpoint):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         super().on_exception(trainer, pl_module, exception)
         path = last_checkpoint(trainer)
+        has_trained = trainer.state.fn == "fit" and trainer.fit_loop.epoch_loop.batch_progress.total.ready > 0
         if is_lost_rank(exception) and path:
             exception.add_note(f"resume from {path}")
-        elif isinstance(exception, ValueError) and _has_trained(trainer):  # else the settings are wrong
+        elif isinstance(exception, ValueError) and has_trained:  # else the settings are wrong
             exception.add_note(f"(last checkpoint: {path or 'none yet'})")
 
     def _is_due(self, trainer: Trainer) -> bool:
-        """Whether `every_n_train_steps` or `train_time_interval` asks for a checkpoint; on all ranks alike."""
+        """Whether the number of steps or the time asks for a checkpoint; the same on all ranks."""
         if self.every_n_train_steps and trainer.global_step % self.every_n_train_steps == 0:
             return True
         if self.train_time_interval is None:
@@ -154,17 +152,11 @@ class Checkpoints(ModelCheckpoint):
             logger.after_save_checkpoint(proxy(self))
 
     def _end_if_told(self, trainer: Trainer) -> None:
-        signal = self.interruption.told(trainer)
-        if signal is None:
-            return
-        self.interruption.hold()
-        self._write_last(trainer, is_told=True)
-        rank_zero_info(f"{signal.name} at step {trainer.global_step}: wrote {self.last_model_path}, for --resume.")
-        self.interruption.end(trainer, signal)
-
-
-def _has_trained(trainer: Trainer) -> bool:
-    return trainer.state.fn == "fit" and trainer.fit_loop.epoch_loop.batch_progress.total.ready > 0
+        if signal := self.interruption.told(trainer):
+            self.interruption.hold()
+            self._write_last(trainer, is_told=True)
+            rank_zero_info(f"{signal.name} at step {trainer.global_step}: wrote {self.last_model_path}, for --resume.")
+            self.interruption.end(trainer, signal)
 
 
 def _is_epoch_complete(trainer: Trainer) -> bool:
@@ -174,12 +166,12 @@ def _is_epoch_complete(trainer: Trainer) -> bool:
 
 
 def _in_training(trainer: Trainer) -> bool:
-    """Whether a validation is one between steps."""
+    """Whether a validation is part of training."""
     return trainer.state.fn == "fit" and not trainer.sanity_checking
 
 
 def _refuse_validation_within_a_step(trainer: Trainer) -> None:
-    """Raises ValueError: a checkpoint written there would lack the gradients that have been accumulated."""
+    """Raises ValueError: a checkpoint of such a validation would lack the accumulated gradients."""
     every, of, batches = trainer.val_check_batch, trainer.accumulate_grad_batches, trainer.num_training_batches
     if not trainer.enable_validation or not isinstance(every, int) or every % batches == 0:
         return
@@ -191,7 +183,7 @@ def _refuse_validation_within_a_step(trainer: Trainer) -> None:
 
 
 def _pending_row(trainer: Trainer) -> dict[str, Any] | None:
-    """Returns what Lightning logs after the hook in which a checkpoint is being written."""
+    """Returns the row, if any, that Lightning logs after the hook that writes a checkpoint."""
     loop = trainer.fit_loop
     epoch, batch = (vars(progress.current) for progress in (loop.epoch_progress, loop.epoch_loop.batch_progress))
     metrics: dict[str, float] = {}
@@ -199,5 +191,4 @@ def _pending_row(trainer: Trainer) -> dict[str, Any] | None:
         metrics = internals.numbers_of_epoch(trainer)
     elif batch["processed"] > batch["completed"]:
         metrics = internals.numbers_of_step(trainer)
-    row = {"step": trainer.global_step - 1, "metrics": {**metrics, "epoch": trainer.current_epoch}}
-    return row if metrics else None
+    return {"step": trainer.global_step - 1, "metrics": metrics | {"epoch": trainer.current_epoch}} if metrics else None

@@ -1,7 +1,4 @@
-"""Checkpoints that stand alone: weights and the config of their run, opened without running any code in them.
-
-A file appears whole or not at all, under its name, and is checked for damage where a run goes on from it.
-"""
+"""Checkpoints that stand alone: weights and the config of their run, opened without running code in them."""
 
 import argparse
 import pickle
@@ -19,15 +16,15 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from thinned.files import whole_file
 
-# What prediction takes from a checkpoint.
+# Keys of the config that prediction takes from a checkpoint: not where to run (trainer).
 KEPT = ("seed_everything", "experiment", "runs_dir", "model", "data", "mc_dropout")
 
 
 def checkpoint_arguments(args: Sequence[str] | None = None) -> tuple[dict[str, Any], list[str]]:
     """Turns `--ckpt_path X [options]` into the checkpoint and arguments: its config, then the options, which win.
 
-    Model, data and Monte-Carlo dropout come from the checkpoint; where to run (trainer) does not. Its path is added to
-    it as `ckpt_path`.
+    Returns:
+        The checkpoint, with its path as `ckpt_path`, and the arguments.
     """
     epilog = "Every option of scripts/train.py may follow, and wins over what the checkpoint holds."
     options = argparse.ArgumentParser(epilog=epilog, allow_abbrev=False)
@@ -36,21 +33,19 @@ def checkpoint_arguments(args: Sequence[str] | None = None) -> tuple[dict[str, A
     if found.ckpt_path is None:
         raise ValueError("Expected --ckpt_path with the path of a checkpoint, but got none")
     checkpoint = read_checkpoint(found.ckpt_path)
-    config = checkpoint["config"]
-    kept = {key: config[key] for key in KEPT}
-    kept["trainer"] = {"logger": False}
-    return checkpoint | {"ckpt_path": found.ckpt_path}, ["--config", yaml.safe_dump(kept), *rest]
+    config = {key: checkpoint["config"][key] for key in KEPT} | {"trainer": {"logger": False}}
+    return checkpoint | {"ckpt_path": found.ckpt_path}, ["--config", yaml.safe_dump(config), *rest]
 
 
 def read_checkpoint(path: str, check: bool = True) -> dict[str, Any]:
-    """A checkpoint written by the scripts, opened with `weights_only`: no pickled code is run.
+    """Opens a checkpoint written by the scripts with `weights_only`, so that no pickled code runs.
 
     Args:
-        path: of the file.
-        check: whether to read every byte against its checksum, which torch does not.
+        path: Path of the file.
+        check: Whether to compare every byte with its checksum, which torch does not.
 
     Raises:
-        ValueError: missing, truncated, foreign, or holding anything but tensors and primitives.
+        ValueError: The file is missing, truncated, foreign, or holds anything but tensors and primitives.
     """
     expected = "Expected a checkpoint of scripts/train.py, but got"
     if not Path(path).is_file():
@@ -64,7 +59,7 @@ def read_checkpoint(path: str, check: bool = True) -> dict[str, Any]:
             checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         raise ValueError(f"{expected} a file with other objects than tensors and primitives: {path}") from error
-    except Exception as error:  # torch.load fails in many ways on bytes that are none of its own
+    except Exception as error:  # torch.load fails in many ways on foreign bytes
         raise ValueError(f"{expected} a truncated or foreign file: {path}") from error
     config = checkpoint.get("config") if isinstance(checkpoint, dict) else None
     if not isinstance(config, dict) or "state_dict" not in checkpoint or not set(KEPT) <= config.keys():
@@ -73,28 +68,26 @@ def read_checkpoint(path: str, check: bool = True) -> dict[str, Any]:
 
 
 def newest_checkpoint(directory: Path) -> Path | None:
-    """The undamaged checkpoint with the most steps, `last.ckpt` of equal ones; a line says which are passed over."""
+    """Returns the undamaged checkpoint with the most steps, `last.ckpt` of equal ones; warns of damaged ones."""
     steps = {}
-    for path in sorted(directory.glob("[!.]*.ckpt"), key=lambda path: path.name == "last.ckpt"):
+    for path in directory.glob("[!.]*.ckpt"):
         try:
             steps[path] = read_checkpoint(str(path))["global_step"]
         except ValueError as error:
             rank_zero_warn(f"Passed over a damaged checkpoint: {error}")
-    return max(reversed(steps), key=lambda path: steps[path], default=None)
+    return max(steps, key=lambda path: (steps[path], path.name == "last.ckpt"), default=None)
 
 
-def last_checkpoint(trainer: Trainer) -> str | None:
-    """Path of the newest checkpoint of this run, or else of the one that it goes on from."""
-    # Not what ModelCheckpoint remembers: the test reads its memory anew from the checkpoint that is tested.
+def last_checkpoint(trainer: Trainer) -> str | Path | None:
+    """Returns the path of this run's newest checkpoint, or else of the one that it resumed from."""
+    # Not what ModelCheckpoint remembers: a test loads its memory again from the checkpoint that is tested.
     folder = Path(getattr(trainer.checkpoint_callback, "dirpath", None) or trainer.default_root_dir)
-    newest = max(
-        folder.glob("[!.]*.ckpt"), key=lambda path: (path.stat().st_mtime_ns, path.name), default=trainer.ckpt_path
-    )
-    return None if newest is None else str(newest)
+    paths = sorted(folder.glob("[!.]*.ckpt"), key=lambda path: (path.stat().st_mtime_ns, path.name))
+    return paths[-1] if paths else trainer.ckpt_path
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes to a temporary name beside the checkpoint, to the disk, and then renames.
+    """Writes checkpoints that appear whole or not at all.
 
     Lightning's goes through /tmp, from where a file is copied, not renamed, to another file system.
     """
@@ -104,7 +97,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         try:
             with whole_file(path) as temporary:
                 torch.save(checkpoint, temporary)
-        except (OSError, RuntimeError) as error:  # torch's writer raises the latter where the disk is full
+        except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError if the disk is full
             kept = "the one before is kept" if path.exists() else "there was none yet"
             said = error if isinstance(error, OSError) else f"Expected to write {path}, but got {error}"
             raise OSError(f"{str(said).splitlines()[0]} ({kept})") from error

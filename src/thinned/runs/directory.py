@@ -20,8 +20,8 @@ def find_run(directory: Path, run_id: str | None, resume: str | None, purpose: s
     Args:
         directory: Folder of the experiment, runs/<experiment>.
         run_id: Name of the run below it; None for the time of day.
-        resume: None for a new run; latest for the newest run of the experiment (or the one that `run_id` names); else
-            the directory of a run, or one of its checkpoints.
+        resume: None for a new run; latest for the run that `run_id` names, or else the newest one; else the directory
+            of a run, or one of its checkpoints.
         purpose: Last part of the names of runs of this kind; empty for training, whose runs alone have checkpoints.
 
     Raises:
@@ -36,15 +36,12 @@ def find_run(directory: Path, run_id: str | None, resume: str | None, purpose: s
             raise ValueError(f"Expected a new run_id, but got that of {run}: resume it by --resume latest")
         return run, None
     if resume == "latest":
-        if run_id is None:
-            run = _latest(directory.absolute(), purpose)
+        run = _latest(directory.absolute(), purpose) if run_id is None else run
     else:
         run = Path(resume).absolute()
         if run.is_file() or run.suffix == ".ckpt":
             if purpose or run.parent.name != "checkpoints":
-                raise ValueError(
-                    f"Expected resume to be latest, a run, or a checkpoint in its checkpoints/, but got {resume}"
-                )
+                raise ValueError(f"Expected resume to be latest, a run, or a checkpoint in it, but got {resume}")
             read_checkpoint(str(run))
             return run.parents[1], run
         if not any((run / part).exists() for part in ("config.yaml", "checkpoints")):
@@ -55,7 +52,7 @@ def find_run(directory: Path, run_id: str | None, resume: str | None, purpose: s
     if checkpoint is None and any(run.glob("checkpoints/[!.]*.ckpt")):
         raise ValueError(f"Expected a checkpoint to resume from, but got damaged ones alone: {run / 'checkpoints'}")
     if checkpoint is None:
-        rank_zero_info(f"No checkpoint yet, so the run begins anew: {run}")
+        rank_zero_info(f"No checkpoint yet, so the run begins again: {run}")
     return run, checkpoint
 
 
@@ -63,12 +60,12 @@ def _latest(directory: Path, purpose: str) -> Path:
     runs = [path for path in directory.glob("*/") if path.name.endswith("-predict") == bool(purpose)]
     if not runs:
         raise ValueError(f"Expected a run to resume, but got none in {directory}")
-    return max(runs, key=lambda path: (_last_change(path), path.name))
 
+    def last_change(run: Path) -> tuple[int, str]:
+        """Returns when a file was last added to the run or its checkpoints; all are written under a new name."""
+        return max(path.stat().st_mtime_ns for path in (run, *run.glob("checkpoints/"))), run.name
 
-def _last_change(run: Path) -> int:
-    """When a file was last added to the run or its checkpoints, which are all written under a new name."""
-    return max(path.stat().st_mtime_ns for path in (run, *run.glob("checkpoints/")))
+    return max(runs, key=last_change)
 
 
 @rank_zero_only  # callbacks broadcast this rank's directory

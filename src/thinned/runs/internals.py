@@ -1,6 +1,6 @@
-"""The one file that uses private names of Lightning, and W&B's file format.
+"""The one file that relies on private names of Lightning and on W&B's file format.
 
-Each function has a test in `tests/runs/test_internals.py` that fails if another release does otherwise.
+Each function has a test in `tests/runs/test_internals.py` that fails if a release changes what it relies on.
 """
 
 import json
@@ -15,13 +15,13 @@ from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]
 
 
 def validation_follows(trainer: Trainer) -> bool:
-    """Whether Lightning validates after the training batch that has just ended."""
+    """Whether Lightning validates after the training batch that ends."""
     loop = trainer.fit_loop
     return loop.epoch_loop._should_check_val_fx(loop._data_fetcher)  # type: ignore[arg-type]
 
 
 def saves_best_at_epoch_end(checkpoints: ModelCheckpoint, trainer: Trainer) -> bool:
-    """Whether `ModelCheckpoint` saves the best model at the end of an epoch; else it does at that of a validation."""
+    """Whether `ModelCheckpoint` saves the best model after an epoch, not after a validation."""
     return checkpoints._should_save_on_train_epoch_end(trainer)
 
 
@@ -36,15 +36,15 @@ def numbers_of_epoch(trainer: Trainer) -> dict[str, float]:
 
 
 def repeat_unbegun_validation(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
-    """Lets a run that resumes from this checkpoint validate, if the validation has not ended its first batch."""
+    """Makes a run that resumes from this checkpoint repeat a validation that has not ended its first batch."""
     if trainer.validating and not trainer.fit_loop.epoch_loop.val_loop._has_run:
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]
-        for counts in ("total", "current"):  # of a validation that was cut off in its first batch
+        for counts in ("total", "current"):  # as if the validation had been cut off in its first batch
             progress[counts] |= {"ready": 1, "started": 1, "processed": 0, "completed": 0}
 
 
 def wandb_history(file: Path) -> Iterator[dict[str, Any]]:
-    """Yields the rows of a .wandb file; a picture or table is a dict under its key. The end may be broken off."""
+    """Yields the rows of a .wandb file, which may be cut off; a picture or table is a dict under its key."""
     for record in wandb_records(file):
         if record.WhichOneof("record_type") == "history":
             row: dict[str, Any] = {}
@@ -58,17 +58,17 @@ def wandb_history(file: Path) -> Iterator[dict[str, Any]]:
 
 
 def wandb_records(file: Path) -> Iterator[Record]:
-    """Yields all of a .wandb file, a LevelDB log: chunks (CRC, length, kind, bytes) in blocks of 32 KiB."""
-    content, position, record = file.read_bytes(), 7, b""
-    while position + 7 < len(content):
-        left = 2**15 - position % 2**15
-        if left < 7:
-            position += left
+    """Yields the records of a .wandb file, a LevelDB log: chunks (CRC, length, kind, bytes) in blocks of 32 KiB."""
+    content, start, record = file.read_bytes(), 7, b""
+    while start + 7 < len(content):
+        left_in_block = 2**15 - start % 2**15
+        if left_in_block < 7:  # padding
+            start += left_in_block
             continue
-        _, length, kind = struct.unpack_from("<IHB", content, position)
-        record += content[position + 7 : position + 7 + length]
-        position += 7 + length
-        if position > len(content):
+        _, length, kind = struct.unpack_from("<IHB", content, start)
+        record += content[start + 7 : start + 7 + length]
+        start += 7 + length
+        if start > len(content):
             return
         if kind in (1, 4):  # whole, or the last part
             yield Record.FromString(record)

@@ -1,7 +1,6 @@
-"""As many devices and nodes as a launcher, torchrun or srun, has started processes for.
+"""Tells Lightning how many devices and nodes a launcher, torchrun or srun, has started processes for.
 
-Lightning 2.6.6 has to be told the same numbers. Told others it trains several separate runs, each of them the whole
-one, or waits for processes that nobody has started.
+Told other numbers, Lightning 2.6.6 trains several separate runs or waits for processes that nobody has started.
 """
 
 import os
@@ -12,10 +11,10 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 
 
 def fill_in_from_launcher(trainer: Any) -> None:
-    """Sets `devices` (where it is auto) and `num_nodes` (where it is 1) of a Trainer's config to what was started.
+    """Sets `devices` (if auto) and `num_nodes` (if 1) of a Trainer's config to what was started.
 
     Raises:
-        ValueError: the config says otherwise, or names several nodes though nothing has started processes on them.
+        ValueError: The config says otherwise, or names several nodes, on which nothing has started processes.
     """
     if torch.distributed.is_available() and torch.distributed.is_torchelastic_launched():
         launcher, processes = "torchrun", int(os.environ["WORLD_SIZE"])
@@ -45,7 +44,7 @@ def fill_in_from_launcher(trainer: Any) -> None:
 
 
 def _count(devices: Any) -> int:
-    """How many devices are meant: a number, or a list of them, which may be written as text."""
+    """Counts devices given as a number or a list, either of them perhaps as text."""
     if isinstance(devices, str):
         return len(devices.strip(",").split(",")) if "," in devices else int(devices)
     return devices if isinstance(devices, int) else len(devices)

@@ -3,7 +3,8 @@
 import csv
 import os
 import shlex
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,25 +21,25 @@ from thinned.runs.wandb_server import wandb_offline_reason
 GLOBAL_STEP = "trainer/global_step"  # under which Lightning's WandbLogger logs the step
 
 
-class CSVLogger(loggers.CSVLogger):
-    """Logs to `metrics.csv`. A run that resumes keeps the rows before the step from which it does.
+class ResumableLogger:
+    """A logger that writes `metrics.csv`, and has to know from which step a run resumes."""
 
-    Args:
-        As Lightning's `CSVLogger`.
-    """
-
-    _first_step = 0
+    _first_step: int | None = None  # None for a new run
     _writer: "_MetricsWriter | None" = None
 
     def resume_from(self, step: int) -> None:
-        """Keeps the rows of the steps before this one."""
+        """Keeps what has been logged of the steps before this one."""
         self._first_step = step
+
+
+class CSVLogger(loggers.CSVLogger, ResumableLogger):
+    """Lightning's `CSVLogger`, whose file keeps its rows when the run resumes."""
 
     @property
     @rank_zero_experiment
     def experiment(self) -> ExperimentWriter:
         if self._writer is None:
-            self._writer = _MetricsWriter(self.log_dir, self._first_step)
+            self._writer = _MetricsWriter(self.log_dir, self._first_step or 0)
         return self._writer
 
     @rank_zero_only
@@ -47,30 +48,19 @@ class CSVLogger(loggers.CSVLogger):
             self.save()
 
 
-class WandbLogger(loggers.WandbLogger):
-    """Logs to Weights & Biases and to `metrics.csv`, since W&B loses what it still holds if the process is killed.
+class WandbLogger(loggers.WandbLogger, ResumableLogger):
+    """Lightning's `WandbLogger`, with a `metrics.csv` beside it, since W&B loses rows if the process is killed.
 
-    W&B cannot take back what it has recorded, and a run resumes from its last checkpoint, which is older: those steps
-    are computed again, bit by bit the same, and left out here. What is in `metrics.csv` alone is logged first.
-
-    Args:
-        As Lightning's `WandbLogger`.
+    W&B cannot take back what it has recorded, and a run resumes from its last checkpoint, which is older. It computes
+    those steps again, bit by bit the same, and leaves them out here. What is in `metrics.csv` alone is logged first.
     """
-
-    _first_step: int | None = None
-    _file: "_MetricsWriter | None" = None
-
-    def resume_from(self, step: int) -> None:
-        """Logs what W&B has lost of the steps before this one, and leaves out what it has of those after."""
-        self._first_step = step
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
-        if self._file is None:
-            self._begin()
-        assert self._file is not None
-        self._file.log_metrics({k: v for k, v in metrics.items() if isinstance(v, int | float)}, step)
-        self._file.save()
+        if self._writer is None:
+            self._writer = self._begin()
+        self._writer.log_metrics({k: v for k, v in metrics.items() if isinstance(v, int | float)}, step)
+        self._writer.save()
         self._log_new(metrics, step)
 
     @rank_zero_only
@@ -85,87 +75,81 @@ class WandbLogger(loggers.WandbLogger):
         if new := self._seen.new(metrics, step):
             super().log_metrics(new, step)
 
-    def _begin(self) -> None:
+    def _begin(self) -> "_MetricsWriter":
         directory = self.save_dir or "."
         before = _read_rows(Path(directory, ExperimentWriter.NAME_METRICS_FILE))
-        self._file, self._seen = _MetricsWriter(directory, self._first_step or 0), _Seen()
+        writer, self._seen = _MetricsWriter(directory, self._first_step or 0), _Seen()
         if self._first_step is None:
-            return
+            return writer
         if self.experiment.offline:
-            for file in sorted(Path(directory).glob("wandb/*run-*/*.wandb")):
-                for row in wandb_history(file):
-                    self._seen.add(row, int(row.get(GLOBAL_STEP, -1)))
-        else:  # where each row has a number
-            for row in before[: self.experiment.step]:
-                self._seen.add(row, int(row["step"]))
+            files = Path(directory).glob("wandb/*run-*/*.wandb")
+            self._seen = _Seen((row for file in files for row in wandb_history(file)), GLOBAL_STEP)
+        else:  # the server tells only how many rows it has
+            self._seen = _Seen(before[: self.experiment.step])
         for row in before:
-            if int(row["step"]) < self._first_step:
-                values = {key: float(value) for key, value in row.items() if key != "step"}
-                self._log_new(values, int(row["step"]))
+            step = int(row["step"])
+            if step < self._first_step:
+                self._log_new({key: float(value) for key, value in row.items() if key != "step"}, step)
+        return writer
 
 
 class _Seen:
     """Knows which values have been logged at which step, apart from the epoch, which every row has.
 
-    A value of an earlier process is known by its key, one of this process by its number: Lightning logs the learning
-    rate of each batch whose gradients are accumulated.
+    A value of an earlier process is known by its key. One of this process is known by its number, since Lightning logs
+    the learning rate of each batch whose gradients are accumulated.
     """
 
-    def __init__(self) -> None:
-        self._keys: dict[int, set[str]] = {}
+    def __init__(self, before: Iterable[Mapping[str, Any]] = (), step_key: str = "step") -> None:
+        self._keys = defaultdict[int | None, set[str]](set)
+        for row in before:
+            self._keys[int(row.get(step_key, -1))].update(row)
         self._step: int | None = None
         self._numbers: dict[str, float] = {}  # of the latest step
-
-    def add(self, row: Mapping[str, Any], step: int) -> None:
-        self._keys.setdefault(step, set()).update(row)
 
     def new(self, row: Mapping[str, Any], step: int | None) -> dict[str, Any]:
         """Returns the part of a row that has not been logged."""
         if step != self._step:
             self._step, self._numbers = step, {}
-        seen = self._keys.get(step, set()) if step is not None else set()
         numbers = {key: value for key, value in row.items() if isinstance(value, int | float)}
-        again = {key for key, value in numbers.items() if self._numbers.get(key) == value}
+        seen = {key for key, value in numbers.items() if self._numbers.get(key) == value} | self._keys.get(step, set())
         self._numbers |= numbers
-        new = {key: value for key, value in row.items() if key == "epoch" or key not in seen | again}
+        new = {key: value for key, value in row.items() if key == "epoch" or key not in seen}
         return new if new.keys() - {"epoch"} else {}
 
 
 class _MetricsWriter(ExperimentWriter):
-    """Appends to `metrics.csv`, which never has fewer rows than before."""
+    """Appends to `metrics.csv`, from which a crash takes no row but those to be computed again."""
 
     def __init__(self, log_dir: str, first_step: int) -> None:
         # Not Lightning's constructor, which deletes the file of a run that resumes.
         self.log_dir, self.hparams, self.metrics, self.metrics_keys = log_dir, {}, [], []
-        self.metrics_file_path = str(Path(log_dir, self.NAME_METRICS_FILE))
-        Path(log_dir).mkdir(parents=True, exist_ok=True)
-        self.seen = _Seen()
-        if rows := _read_rows(Path(self.metrics_file_path)):
-            rows = [row for row in rows if int(row["step"]) < first_step]
-            for row in rows:
-                self.seen.add(row, int(row["step"]))
-            self._rewrite(rows)
+        self.path = Path(log_dir, self.NAME_METRICS_FILE)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        before = _read_rows(self.path)
+        kept = [row for row in before if int(row["step"]) < first_step]
+        self.seen = _Seen(kept)
+        if before:
+            self._rewrite(kept)
 
     def log_metrics(self, metrics_dict: dict[str, float], step: int | None = None) -> None:
-        """Records what of a row is new."""
         if new := self.seen.new(metrics_dict, step):
             super().log_metrics(new, step)
 
     def save(self) -> None:
-        """Appends the recorded rows; a new column means that the file is written anew."""
+        """Appends the recorded rows; a new column means that the file is written again."""
         if not self.metrics:
             return
-        path = Path(self.metrics_file_path)
-        if not path.exists() or any(row.keys() - set(self.metrics_keys) for row in self.metrics):
-            self._rewrite([*_read_rows(path), *self.metrics])
+        if not self.path.exists() or any(row.keys() - set(self.metrics_keys) for row in self.metrics):
+            self._rewrite([*_read_rows(self.path), *self.metrics])
         else:
-            with path.open("a", newline="") as file:
+            with self.path.open("a", newline="") as file:
                 csv.DictWriter(file, self.metrics_keys).writerows(self.metrics)
         self.metrics = []
 
     def _rewrite(self, rows: Sequence[Mapping[str, Any]]) -> None:
         self.metrics_keys = sorted({key for row in rows for key in row} | {"step"})
-        with whole_file(Path(self.metrics_file_path)) as temporary, temporary.open("w", newline="") as file:
+        with whole_file(self.path) as temporary, temporary.open("w", newline="") as file:
             writer = csv.DictWriter(file, self.metrics_keys)
             writer.writeheader()
             writer.writerows(rows)
@@ -173,9 +157,8 @@ class _MetricsWriter(ExperimentWriter):
 
 def _read_rows(path: Path) -> list[dict[str, str]]:
     """Returns the complete rows of a metrics file, without empty values."""
-    whole = path.read_text().splitlines(keepends=True) if path.exists() else []
-    if whole and not whole[-1].endswith("\n"):  # the process was killed while it wrote
-        del whole[-1]
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    whole = [line for line in lines if line.endswith("\n")]  # the last is not if the process was killed in it
     rows = [{key: value for key, value in row.items() if value} for row in csv.DictReader(whole)]
     return [row for row in rows if "step" in row]
 

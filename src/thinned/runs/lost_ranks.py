@@ -1,4 +1,4 @@
-"""When one process of a data-parallel run dies, the others say so and end."""
+"""If one process of a data-parallel run dies, the others say so and end."""
 
 import os
 import re
@@ -11,15 +11,12 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from thinned.runs.checkpoint_io import last_checkpoint
 
 INTERVAL = 2.0  # seconds
-# Errors of gloo, of NCCL, and of the store through which ranks find each other; torch has a class for some of them.
+# Errors of gloo, of NCCL, and of the store through which ranks find each other. Torch has classes for some alone.
 LOST = re.compile(r"gloo|NCCL|TCPStore|ProcessGroup|Dist(Backend|Network|Store)Error")
 
 
 class LostRanks(Callback):
-    """Ends a rank if the process that launched it has died, and says from which checkpoint to resume.
-
-    Gloo notices a lost connection; NCCL waits for half an hour.
-    """
+    """Ends a rank whose launcher has died and names the checkpoint to resume from; NCCL would wait for half an hour."""
 
     _watched = False
 
@@ -31,7 +28,7 @@ class LostRanks(Callback):
 
 
 def is_lost_rank(error: BaseException) -> bool:
-    """Whether a rank gets this error if another one does not answer."""
+    """Whether a rank gets this error because another one does not answer."""
     return isinstance(error, RuntimeError) and LOST.search(f"{type(error).__name__}: {error}") is not None
 
 
@@ -46,6 +43,5 @@ def _end_with(launcher: int, trainer: Trainer) -> None:
         time.sleep(INTERVAL)
     lost = f"Expected all ranks to answer, but got rank {trainer.global_rank} without the process that launched it"
     path = last_checkpoint(trainer)
-    sys.stderr.write(f"error: {lost}" + (f": resume from {path}\n" if path else "\n"))
-    sys.stderr.flush()
+    print(f"error: {lost}" + (f": resume from {path}" if path else ""), file=sys.stderr, flush=True)
     os._exit(1)  # the main thread may wait in a collective for ever

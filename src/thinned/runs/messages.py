@@ -1,4 +1,4 @@
-"""Errors as one line that says what to change; the traceback is shown on request."""
+"""Errors as one line that says what to change, with a traceback on request."""
 
 import difflib
 import inspect
@@ -21,7 +21,7 @@ from thinned.runs.lost_ranks import is_lost_rank, lost_rank_message
 
 @contextmanager
 def one_message() -> Iterator[None]:
-    """Ends the program with one line and status 1 on bad input; THINNED_TRACEBACK=1 shows where it arose."""
+    """Ends the program with one line and status 1 on bad input; THINNED_TRACEBACK=1 shows the traceback."""
     try:
         with ended_by_sigterm():
             yield
@@ -35,7 +35,7 @@ def one_message() -> Iterator[None]:
 
 
 def plain(message: str) -> str:
-    """Shortens an error to one line: no jsonargparse report on a union's members; of a worker's error, its cause."""
+    """Shortens an error to one line: no jsonargparse union report; for a worker error, only its cause."""
     if re.match(r"Caught \w+ in DataLoader worker", message):
         message = message.strip().splitlines()[-1].partition(": ")[2]
     noise = "Does not validate|Subtypes:|Errors:|- Expected a <class 'NoneType'>"
@@ -54,8 +54,7 @@ class Parser(LightningArgumentParser):
         if not self.exit_on_error:  # an inner parser, whose error the outer one reports
             super().error(message, ex)
         message = plain(message)
-        unknown = re.search(r"(?:unrecognized arguments: --|[Oo]ption '|Key ')([\w.]+)", message)
-        if unknown:
+        if unknown := re.search(r"(?:unrecognized arguments: --|[Oo]ption '|Key ')([\w.]+)", message):
             known = {name for option in re.findall(r"--([\w.]+)", self.format_help()) for name in option.split(".")}
             for class_path in re.findall(r"class_path '([\w.]+)'", message):
                 known |= _parameters(cast(type, locate(class_path)))

@@ -23,7 +23,7 @@ class RunRecord(SaveConfigCallback):
         return yaml.safe_load(self.text)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Writes nothing yet: the data may still turn out not to fit, even when training is about to start."""
+        """Writes nothing yet, since the data may still turn out not to fit."""
 
     def _record(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.already_saved or not trainer.is_global_zero:
@@ -38,7 +38,7 @@ class RunRecord(SaveConfigCallback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint["config"] = self.content
-        # It built the task, so it knows what no task can describe: a net without `init_args`, or a function.
+        # The config describes what a task cannot: a net without `init_args`, or a function.
         checkpoint["hyper_parameters"] |= self.content["model"].get("init_args", {})
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

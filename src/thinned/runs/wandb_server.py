@@ -8,8 +8,8 @@ FINISH_SECONDS = 120  # for uploads at the end of a run; `wandb sync --no-skip-o
 
 
 def wandb_offline_reason() -> str | None:
-    """Says why runs are to be logged offline, after 10 seconds at most; None where the server takes the API key."""
-    # wandb's own default is to wait for ever. Read when its service starts.
+    """Returns, after 10 seconds at most, why to log offline; None if the server accepts the API key."""
+    # wandb reads it when its service starts, and by default waits for ever.
     os.environ.setdefault("WANDB_FINISH_TIMEOUT", str(FINISH_SECONDS))
     try:
         return None if wandb.login(prompt=False) else "no API key is configured"
