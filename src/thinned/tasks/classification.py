@@ -3,19 +3,17 @@
 from typing import Any, ClassVar
 
 import torch
-from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchmetrics import MeanMetric, MetricCollection
-from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
 
 from thinned.data.module import data_offers
 from thinned.models.net import Logits, net_offers
 from thinned.tasks.task import Task, of_all_ranks
-from thinned.uncertainty.scores import ECE_BINS, below_one, brier, nll
+from thinned.uncertainty.scores import brier, nll, scores
 
-UNMEASURED_BATCHES = 50  # The metrics take in this many at once: An update costs more than its arithmetic.
+COLUMNS = ("correct", "confidence", "nll", "brier")  # The numbers of each example from which scores are computed.
+UNMEASURED_BATCHES = 50  # This many are measured at once: Small operations cost more than their arithmetic.
 
 
 class ClassificationTask(Task):
@@ -52,21 +50,9 @@ class ClassificationTask(Task):
         self.hparams.update(num_classes=num_classes, label_smoothing=label_smoothing)
         self.num_classes = num_classes
         self.label_smoothing = label_smoothing
-        metrics = MetricCollection(
-            {
-                "accuracy": MulticlassAccuracy(num_classes, average="micro", validate_args=False),
-                "nll": MeanMetric(),
-                "brier": MeanMetric(),
-                "ece": MulticlassCalibrationError(num_classes, ECE_BINS, validate_args=False),
-            },
-            compute_groups=False,
-        )
-        stages = ("train", "val", "test")
-        self.metrics: dict[str, MetricCollection] = nn.ModuleDict(  # type: ignore[assignment]
-            {f"{stage}_metrics": metrics.clone(prefix=f"{stage}/") for stage in stages}
-        )
-        self._unmeasured: dict[str, list[tuple[Tensor, Tensor]]] = {stage: [] for stage in stages}
-        self._saved_train_metrics: list[dict[str, Any]] = []
+        self._unmeasured: dict[str, list[tuple[Tensor, Tensor]]] = {"train": [], "val": [], "test": []}
+        self._measured: dict[str, list[Tensor]] = {"train": [], "val": [], "test": []}
+        self._saved_columns: list[list[Tensor]] = []
 
     @property  # type: ignore[misc]
     def example_input_array(self) -> Any:
@@ -76,7 +62,7 @@ class ClassificationTask(Task):
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
-        self._saved_train_metrics = []  # Drops those of a checkpoint that was loaded for another stage.
+        self._saved_columns = []  # Drops those of a checkpoint that was loaded for another stage.
         net, data = net_offers(self.net), data_offers(self.trainer)
         for what, key, expected, got in (
             ("image shape", "input_shape", net.input_shape, data.image_shape),
@@ -89,38 +75,34 @@ class ClassificationTask(Task):
                 )
 
     def _logits(self, batch: Any, stage: str) -> Tensor:
-        """Returns the logits of a batch, and keeps them for the metrics of the stage."""
+        """Returns the logits of a batch, and keeps them for the scores of the stage."""
         logits = self(batch[0]).float()
+        self._unmeasured[stage].append((logits.detach(), batch[1]))
         if len(self._unmeasured[stage]) >= UNMEASURED_BATCHES:
             self._measure(stage)
-        # A checkpoint thus holds at least one batch: A run that resumes at the end of an epoch updates its metrics.
-        self._unmeasured[stage].append((logits.detach(), batch[1]))
         return logits
 
-    def _measure(self, stage: str) -> MetricCollection:
-        """Brings the metrics of a stage up to date and returns them."""
-        metrics, batches = self.metrics[f"{stage}_metrics"], self._unmeasured[stage]
-        if batches:
+    def _measure(self, stage: str) -> list[Tensor]:
+        """Returns the `COLUMNS` (4, n) of all examples that this rank has seen in this epoch, in parts."""
+        if batches := self._unmeasured[stage]:
             logits, targets = map(torch.cat, zip(*batches, strict=True))
             probs = logits.softmax(-1)
-            metrics["accuracy"].update(probs, targets)
-            metrics["nll"].update(nll(probs, targets))
-            metrics["brier"].update(brier(probs, targets))
-            metrics["ece"].update(below_one(probs), targets)
+            confidence, prediction = probs.max(-1)
+            columns = ((prediction == targets).float(), confidence, nll(probs, targets), brier(probs, targets))
+            self._measured[stage].append(torch.stack(columns))
             batches.clear()
-        return metrics
+        return self._measured[stage]
 
     def _log_epoch(self, stage: str) -> None:
-        metrics = self._measure(stage)
-        if not any(metric.update_called for metric in metrics.values()):
+        if not self._measure(stage):
             return  # A subclass has a step of its own.
-        logged = metrics.compute()
+        columns = torch.cat(of_all_ranks(torch.cat(self._measured[stage], -1).cpu()), -1)
+        self._measured[stage].clear()
+        logged = {f"{stage}/{name}": score for name, score in scores(dict(zip(COLUMNS, columns, strict=True))).items()}
         if stage != "train":
             # Lightning 2.6.6 rounds the number of examples down when it takes a mean over ranks.
             logged[f"{stage}/loss"] = logged[f"{stage}/nll"]
         self.log_dict(logged, prog_bar=stage == "val", sync_dist=True, batch_size=1)  # The ranks agree already.
-        with torch.inference_mode(False):  # A later fit could not update a state that was reset in inference mode.
-            metrics.reset()
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         loss = F.cross_entropy(self._logits(batch, "train"), batch[1], label_smoothing=self.label_smoothing)
@@ -143,21 +125,16 @@ class ClassificationTask(Task):
         self._log_epoch("test")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Stores the training metrics of this epoch, rank by rank, so that a resumed run logs the same numbers."""
-        metrics = self.metrics["train_metrics"].items(keep_base=True)
-        own = {name: metric.metric_state for name, metric in metrics} | {"unmeasured": self._unmeasured["train"]}
-        checkpoint["train_metrics"] = of_all_ranks(move_data_to_device(own, "cpu"))
+        """Stores what each rank has measured in this epoch of training, so that a resumed run logs the same scores."""
+        checkpoint["train_columns"] = of_all_ranks([columns.cpu() for columns in self._measure("train")])
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self._saved_train_metrics = checkpoint.get("train_metrics", [])
+        self._saved_columns = checkpoint.get("train_columns", [])
 
     def on_train_start(self) -> None:
-        saved, self._saved_train_metrics = self._saved_train_metrics, []
+        saved, self._saved_columns = self._saved_columns, []
         if len(saved) == self.trainer.world_size:
             saved = [saved[self.trainer.global_rank]]
         elif self.trainer.global_rank > 0:  # The number of ranks has changed, so the first rank takes all.
             return
-        for states in move_data_to_device(saved, self.device):
-            self._unmeasured["train"] += states.pop("unmeasured")
-            for name, state in states.items():
-                self.metrics["train_metrics"][name].merge_state(state)
+        self._measured["train"] = [columns.to(self.device) for of_rank in saved for columns in of_rank]
