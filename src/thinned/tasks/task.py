@@ -43,8 +43,8 @@ def decay_groups(net: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]
 def class_spec(cls: type, init_args: dict[str, Any] | None) -> dict[str, Any] | None:
     """Describes an object by the shortest path of its class and by its arguments, as configs do.
 
-    Returns None if the class cannot be imported, or if the arguments are unknown or no primitives, which
-    `torch.load(weights_only=True)` would refuse.
+    Returns None if the class cannot be imported, or if the arguments are None or hold more than primitives:
+    `torch.load(weights_only=True)` would refuse them.
 
     >>> class_spec(torch.optim.SGD, {"lr": 0.1})
     {'class_path': 'torch.optim.SGD', 'init_args': {'lr': 0.1}}
@@ -84,8 +84,8 @@ class Task(LightningModule):
 
     `load_from_checkpoint(path, weights_only=True)` builds the task again from its `hparams`, which hold primitives
     alone. A subclass adds its own arguments in `__init__`: `self.hparams.update(margin=margin)`. Unless the command
-    line has built them, pass it a net without `init_args` as `net=`, and an optimiser that is neither a class nor a
-    `functools.partial` of one as `optimizer=`.
+    line built the task, `load_from_checkpoint` needs `net=` for a net without `init_args`, and `optimizer=` for an
+    optimiser that is neither a class nor a `functools.partial` of one, or whose arguments are no primitives.
 
     `test_step` may return the `Logits` of its batch, (B, K) or (B, T, V), from which evaluation then takes the
     deterministic prediction. If it returns None, evaluation runs the net again.

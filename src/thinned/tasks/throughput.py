@@ -30,7 +30,6 @@ class Throughput(Callback):
     """
 
     _start: float | None = None
-    _paused = 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         dtype = DTYPES.get(str(trainer.precision).partition("-")[0], torch.float32)
