@@ -227,4 +227,4 @@ def test_training_metrics_resume_though_no_batch_is_left(make_trainer: MakeTrain
     resumed.on_load_checkpoint(checkpoint)
     resumed.trainer = make_trainer()
     resumed.on_train_start()
-    assert resumed._measure("train").compute() == unbroken._measure("train").compute()
+    assert torch.equal(torch.cat(resumed._measure("train"), -1), torch.cat(unbroken._measure("train"), -1))

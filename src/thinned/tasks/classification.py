@@ -6,49 +6,27 @@ import torch
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchmetrics import MeanMetric, Metric, MetricCollection
-from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
 
 from thinned.data.module import data_offers
 from thinned.models.net import Logits, net_offers
-from thinned.tasks.task import Task
-from thinned.uncertainty.scores import ECE_BINS, below_one, brier, nll
+from thinned.tasks.task import Task, of_all_ranks
+from thinned.uncertainty.scores import brier, nll, scores
 
-UNMEASURED_BATCHES = 50  # whose logits are kept before the metrics take them in
-
-
-class NLL(MeanMetric):
-    """Mean negative log-likelihood of the targets, in nats."""
-
-    def update(self, probs: Tensor, targets: Tensor) -> None:  # type: ignore[override]
-        super().update(nll(probs, targets))
-
-
-class Brier(MeanMetric):
-    """Mean Brier score."""
-
-    def update(self, probs: Tensor, targets: Tensor) -> None:  # type: ignore[override]
-        super().update(brier(probs, targets))
-
-
-class CalibrationError(MulticlassCalibrationError):
-    """Expected calibration error over 15 bins, a confidence of exactly 1 counted in the last of them."""
-
-    def update(self, probs: Tensor, targets: Tensor) -> None:
-        super().update(below_one(probs), targets)
+COLUMNS = ("correct", "confidence", "nll", "brier")  # The numbers of each example from which scores are computed.
+UNMEASURED_BATCHES = 50  # This many are measured at once: Small operations cost more than their arithmetic.
 
 
 class ClassificationTask(Task):
-    """A classifier trained by cross-entropy.
+    """Trains a classifier by cross-entropy.
 
     Batches are tuples whose first two elements are inputs and targets (B,). Logs `loss`, `accuracy`, `nll`, `brier`
-    and `ece` under `train/`, `val/` and `test/`; the loss alone has label smoothing in it, in training.
+    and `ece` under `train/`, `val/` and `test/`. Labels are smoothed in the training loss alone.
 
     Args:
-        net: maps inputs to logits (B, K).
-        num_classes: K; taken from the net when None.
-        optimizer, warmup_steps, final_lr_fraction, compile: see `Task`.
-        label_smoothing: share of the target's probability spread over all classes, in [0, 1).
+        net: Maps inputs to logits (B, K).
+        num_classes: K; taken from the net if None.
+        optimizer, warmup_steps, final_lr_fraction, compile: As in `Task`.
+        label_smoothing: Share of the target's probability that is spread over all classes, in [0, 1).
     """
 
     test_scores: ClassVar[frozenset[str]] = frozenset({"accuracy", "nll", "brier", "ece"})
@@ -71,29 +49,20 @@ class ClassificationTask(Task):
             raise ValueError(f"Expected model.num_classes for a {type(net).__name__}, but got null")
         self.hparams.update(num_classes=num_classes, label_smoothing=label_smoothing)
         self.num_classes = num_classes
-        self._unmeasured: dict[str, list[tuple[Tensor, Tensor]]] = {"train": [], "val": [], "test": []}
-        self._saved_train_metrics: list[dict[str, Any]] = []
         self.label_smoothing = label_smoothing
-        self.metrics = nn.ModuleDict({f"{stage}_metrics": self._metrics(stage) for stage in ("train", "val", "test")})
+        self._unmeasured: dict[str, list[tuple[Tensor, Tensor]]] = {"train": [], "val": [], "test": []}
+        self._measured: dict[str, list[Tensor]] = {"train": [], "val": [], "test": []}
+        self._saved_columns: list[list[Tensor]] = []
 
-    def _metrics(self, stage: str) -> MetricCollection:
-        metrics: dict[str, Metric] = {
-            "accuracy": MulticlassAccuracy(self.num_classes, average="micro", validate_args=False),
-            "nll": NLL(),
-            "brier": Brier(),
-            "ece": CalibrationError(self.num_classes, ECE_BINS, validate_args=False),
-        }
-        return MetricCollection(metrics, prefix=f"{stage}/", compute_groups=False)  # type: ignore[arg-type]
-
-    @property  # type: ignore[misc]  # nobody sets it
+    @property  # type: ignore[misc]
     def example_input_array(self) -> Any:
-        """An image in the precision of the weights, for sizes and FLOPs in the model summary."""
+        """An image in the dtype of the weights, from which the model summary takes sizes and FLOPs."""
         shape = net_offers(self.net).input_shape
         return None if shape is None else torch.zeros(1, *shape, dtype=next(self.net.parameters()).dtype)
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
-        self._saved_train_metrics = []  # of a checkpoint that was loaded for another stage
+        self._saved_columns = []  # Drops those of a checkpoint that was loaded for another stage.
         net, data = net_offers(self.net), data_offers(self.trainer)
         for what, key, expected, got in (
             ("image shape", "input_shape", net.input_shape, data.image_shape),
@@ -106,33 +75,34 @@ class ClassificationTask(Task):
                 )
 
     def _logits(self, batch: Any, stage: str) -> Tensor:
-        """The logits of a batch, which the metrics of the stage take in too."""
+        """Returns the logits of a batch, and keeps them for the scores of the stage."""
         logits = self(batch[0]).float()
+        self._unmeasured[stage].append((logits.detach(), batch[1]))
         if len(self._unmeasured[stage]) >= UNMEASURED_BATCHES:
             self._measure(stage)
-        self._unmeasured[stage].append((logits.detach(), batch[1]))  # one is left when a run resumes at an epoch's end
         return logits
 
-    def _measure(self, stage: str) -> MetricCollection:
-        """Brings the metrics up to date: many batches at once, since an update costs more than its arithmetic."""
-        metrics = self.metrics[f"{stage}_metrics"]
-        assert isinstance(metrics, MetricCollection)
+    def _measure(self, stage: str) -> list[Tensor]:
+        """Returns the `COLUMNS` (4, n) of all examples that this rank has seen in this epoch, in parts."""
         if batches := self._unmeasured[stage]:
             logits, targets = map(torch.cat, zip(*batches, strict=True))
-            metrics.update(logits.softmax(-1), targets)
+            probs = logits.softmax(-1)
+            confidence, prediction = probs.max(-1)
+            columns = ((prediction == targets).float(), confidence, nll(probs, targets), brier(probs, targets))
+            self._measured[stage].append(torch.stack(columns))
             batches.clear()
-        return metrics
+        return self._measured[stage]
 
     def _log_epoch(self, stage: str) -> None:
-        metrics = self._measure(stage)
-        if any(metric.update_called for metric in metrics.values()):  # not where a subclass has a step of its own
-            logged = metrics.compute()
-            if stage != "train":
-                # Lightning 2.6.6 rounds the number of examples down when it takes a mean over ranks.
-                logged[f"{stage}/loss"] = logged[f"{stage}/nll"]
-            self.log_dict(logged, prog_bar=stage == "val", sync_dist=True, batch_size=1)  # equal on all ranks
-            with torch.inference_mode(False):  # a state made in it could not be updated by a later fit
-                metrics.reset()
+        if not self._measure(stage):
+            return  # A subclass has a step of its own.
+        columns = torch.cat(of_all_ranks(torch.cat(self._measured[stage], -1).cpu()), -1)
+        self._measured[stage].clear()
+        logged = {f"{stage}/{name}": score for name, score in scores(dict(zip(COLUMNS, columns, strict=True))).items()}
+        if stage != "train":
+            # Lightning 2.6.6 rounds the number of examples down when it takes a mean over ranks.
+            logged[f"{stage}/loss"] = logged[f"{stage}/nll"]
+        self.log_dict(logged, prog_bar=stage == "val", sync_dist=True, batch_size=1)  # The ranks agree already.
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         loss = F.cross_entropy(self._logits(batch, "train"), batch[1], label_smoothing=self.label_smoothing)
@@ -155,40 +125,16 @@ class ClassificationTask(Task):
         self._log_epoch("test")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keeps what each rank has of the epoch's training metrics, for a run that resumes."""
-        metrics = self.metrics["train_metrics"]
-        assert isinstance(metrics, MetricCollection)
-        own: dict[str, Any] = {"logits": [], "targets": []}
-        for logits, targets in self._unmeasured["train"]:
-            own["logits"].append(logits.cpu())
-            own["targets"].append(targets.cpu())
-        for name, metric in metrics.items(keep_base=True):
-            for key, value in metric.metric_state.items():
-                cpu = [part.cpu() for part in value] if isinstance(value, list) else value.cpu()
-                own[f"{name}.{key}"] = cpu
-        checkpoint["train_metrics"] = [own]
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            checkpoint["train_metrics"] = [None] * torch.distributed.get_world_size()
-            torch.distributed.all_gather_object(checkpoint["train_metrics"], own)
+        """Stores what each rank has measured in this epoch of training, so that a resumed run logs the same scores."""
+        checkpoint["train_columns"] = of_all_ranks([columns.cpu() for columns in self._measure("train")])
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self._saved_train_metrics = checkpoint.get("train_metrics", [])
+        self._saved_columns = checkpoint.get("train_columns", [])
 
     def on_train_start(self) -> None:
-        of_ranks, self._saved_train_metrics = self._saved_train_metrics, []
-        if len(of_ranks) == self.trainer.world_size:
-            of_ranks = [of_ranks[self.trainer.global_rank]]
-        elif self.trainer.global_rank > 0:  # of another number of ranks: the first one takes them all
+        saved, self._saved_columns = self._saved_columns, []
+        if len(saved) == self.trainer.world_size:
+            saved = [saved[self.trainer.global_rank]]
+        elif self.trainer.global_rank > 0:  # The number of ranks has changed, so the first rank takes all.
             return
-        metrics = self.metrics["train_metrics"]
-        assert isinstance(metrics, MetricCollection)
-        for own in of_ranks:
-            batches = zip(own["logits"], own["targets"], strict=True)
-            self._unmeasured["train"] += [(x.to(self.device), y.to(self.device)) for x, y in batches]
-            for name, metric in metrics.items(keep_base=True):
-                for key, value in metric.metric_state.items():
-                    saved = own[f"{name}.{key}"]
-                    if isinstance(value, list):
-                        value += [part.to(metric.device) for part in saved]
-                    else:
-                        setattr(metric, key, value + saved.to(metric.device))
+        self._measured["train"] = [columns.to(self.device) for of_rank in saved for columns in of_rank]

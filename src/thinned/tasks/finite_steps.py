@@ -1,4 +1,4 @@
-"""No optimiser step is taken on a loss or a gradient that is not finite."""
+"""Keeps losses and gradients that are not finite out of the weights."""
 
 from typing import Any, Literal
 
@@ -9,21 +9,21 @@ from torch import Tensor
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
+from thinned.tasks.task import of_all_ranks
 from thinned.tasks.throughput import is_logged
 
-SHOWN = 8  # examples that a message names
+SHOWN = 8  # A message names at most this many examples of a batch.
 
 
 class FiniteSteps(Callback):
-    """Stops the run, or leaves out the step, where the gradients of a step are not finite.
+    """Stops the run, or skips the step, if the gradients of an optimiser step are not finite.
 
-    It costs a norm over the gradients of each optimiser step, before they are clipped. They have been reduced over all
-    ranks by then, so one rank's NaN is everyone's and all decide alike. In fp16-mixed, infinite gradients are left to
-    the scaler that provokes them, unless a loss is not finite either.
+    The check takes the norm of the gradients before they are clipped, when they have been reduced over all ranks: All
+    ranks decide alike. In fp16-mixed, infinite gradients are left to the scaler unless a loss is not finite either.
 
     Args:
-        on_nonfinite: stop raises ValueError on all ranks before the step is taken. skip leaves the step out, with
-            weights, momentum and decay as they were, and logs how many it has left out as `train/skipped_steps`.
+        on_nonfinite: `stop` raises ValueError on all ranks before the step is taken. `skip` leaves weights, momentum
+            and decay as they were, and logs the number of skipped steps as `train/skipped_steps`.
     """
 
     def __init__(self, on_nonfinite: Literal["stop", "skip"] = "stop") -> None:
@@ -31,7 +31,7 @@ class FiniteSteps(Callback):
             raise ValueError(f"Expected finite_steps.on_nonfinite to be stop or skip, but got {on_nonfinite!r}")
         self.on_nonfinite = on_nonfinite
         self.skipped_steps = 0
-        self._losses: list[tuple[int, Any, Tensor]] = []  # of the batches of a step: number, batch, loss
+        self._losses: list[tuple[int, Any, Tensor]] = []  # Number, batch and loss, since the last step.
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._batch = batch_idx, batch
@@ -41,10 +41,10 @@ class FiniteSteps(Callback):
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         losses, self._losses = self._losses, []
-        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        if _all_finite([p.grad for p in parameters]):
+        if _all_finite([p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]):
             return
-        wrong = _gather([_described(trainer, *item) for item in losses if not item[2].isfinite()])
+        own = [_described(trainer, *item) for item in losses if not item[2].isfinite()]
+        wrong = [text for rank in of_all_ranks(own) for text in rank]
         scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
         if scaled and not wrong:
             return
@@ -55,9 +55,8 @@ class FiniteSteps(Callback):
             raise ValueError(f"{message}. This step is not taken; {remedy}")
         self.skipped_steps += 1
         rank_zero_info(f"{message}. This step is left out.")
-        if not scaled:  # a scaler sees to it
-            for parameter in parameters:
-                parameter.grad = None
+        if not scaled:  # A scaler skips the step itself.
+            optimizer.zero_grad()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -73,9 +72,9 @@ class FiniteSteps(Callback):
 
 
 def _all_finite(gradients: list[Any]) -> bool:
-    for order in (2.0, torch.inf):  # squares can overflow; the largest element cannot, but takes longer to find
+    for order in (2.0, torch.inf):  # Squares can overflow; the largest element cannot, but takes longer to find.
         norm = get_total_norm(gradients, order)
-        if hasattr(norm, "full_tensor"):  # of sharded gradients
+        if hasattr(norm, "full_tensor"):  # Of sharded gradients.
             norm = norm.full_tensor()
         if norm.isfinite():
             return True
@@ -90,12 +89,3 @@ def _described(trainer: Trainer, batch_idx: int, batch: Any, loss: Tensor) -> st
     index = batch[2].tolist()
     more = f", ... of {len(index)}" if len(index) > SHOWN else ""
     return f"{text} (examples {', '.join(map(str, index[:SHOWN]))}{more})"
-
-
-def _gather(texts: list[str]) -> list[str]:
-    """Those of all ranks, by rank."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return texts
-    gathered: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(gathered, texts)
-    return [text for rank in gathered for text in rank]

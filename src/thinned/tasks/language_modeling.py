@@ -1,4 +1,4 @@
-"""Language modelling: the loss of the next token, over every token of a split."""
+"""Language modelling: the loss of the next token, over all tokens of a split."""
 
 import math
 from typing import Any, ClassVar
@@ -6,7 +6,8 @@ from typing import Any, ClassVar
 import torch
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
-from torchmetrics import MeanMetric
+from torch.nn import functional as F
+from torchmetrics import MeanMetric, MetricCollection
 
 from thinned.data.module import data_offers
 from thinned.models.gpt2_weights import load_gpt2
@@ -15,19 +16,19 @@ from thinned.tasks.task import Task
 
 
 class LanguageModelingTask(Task):
-    """A causal language model trained on the next token.
+    """Trains a causal language model on the next token.
 
     Batches are tuples whose first two elements are tokens and targets, (B, T) each; a target of -100 does not count.
-    Logs `loss` in nats per token under `train/`, and under `val/` and `test/` `loss`, `perplexity` (its exponential)
-    and `bits_per_byte`, whose bytes are those that the data module's `tokenizer.token_bytes` gives each target.
+    Logs `loss` in nats per token under `train/`, `val/` and `test/`, and under the latter two `perplexity` (its
+    exponential) and, if the data module's tokenizer has `token_bytes`, `bits_per_byte`.
 
     Args:
-        net: maps tokens (B, T) to logits (B, T, V), and tokens with targets to their losses (B, T).
-        optimizer, warmup_steps, final_lr_fraction, compile: see `Task`.
-        init_from: start from GPT-2's weights: a hub id, such as gpt2, or a folder. Rates are the net's own.
+        net: Maps tokens (B, T) to logits (B, T, V), and tokens with targets to their losses (B, T).
+        optimizer, warmup_steps, final_lr_fraction, compile: As in `Task`.
+        init_from: Hub id, such as gpt2, or folder of GPT-2 weights to start from. Dropout rates are the net's own.
     """
 
-    test_scores: ClassVar[frozenset[str]] = frozenset({"nll", "bits_per_byte"})  # the NLL as `test/loss`
+    test_scores: ClassVar[frozenset[str]] = frozenset({"nll", "bits_per_byte"})  # The NLL is `test/loss`.
 
     def __init__(
         self,
@@ -41,11 +42,14 @@ class LanguageModelingTask(Task):
         super().__init__(net, optimizer, warmup_steps, final_lr_fraction, compile)
         self.hparams.update(init_from=init_from)
         self.init_from = init_from
-        # Weights of a run that goes on are not replaced.
+        # GPT-2's weights do not replace those of a resumed run.
         self.register_load_state_dict_post_hook(  # type: ignore[no-untyped-call]
             lambda *_: setattr(self, "init_from", None)
         )
-        self.totals = nn.ModuleDict({f"{stage}_totals": Totals() for stage in ("val", "test")})
+        totals = MetricCollection({"nll": MeanMetric("disable"), "bytes": MeanMetric("disable")}, compute_groups=False)
+        self.totals: dict[str, MetricCollection] = nn.ModuleDict(  # type: ignore[assignment]
+            {f"{stage}_totals": totals.clone() for stage in ("val", "test")}
+        )
         self.token_bytes: Tensor | None = None
 
     def setup(self, stage: str) -> None:
@@ -68,44 +72,39 @@ class LanguageModelingTask(Task):
         return loss
 
     def _measure(self, losses: Tensor, targets: Tensor, stage: str) -> None:
-        """Adds targets that count, (n,), and their losses to the totals of a stage."""
-        totals = self.totals[f"{stage}_totals"]
-        assert isinstance(totals, Totals)
-        totals.nll.update(losses)
+        """Adds losses, of the shape of their targets, to the totals of a stage."""
+        totals, counted = self.totals[f"{stage}_totals"], targets >= 0
+        # The other losses are left out, as torchmetrics 1.9 ignores weights under nan_strategy="disable".
+        totals["nll"].update(losses[counted])
         if self.token_bytes is not None:
             self.token_bytes = self.token_bytes.to(targets.device)
-            totals.bytes.update(self.token_bytes[targets])
+            totals["bytes"].update(self.token_bytes[targets[counted]])
 
     def _log_epoch(self, stage: str) -> None:
         totals = self.totals[f"{stage}_totals"]
-        assert isinstance(totals, Totals)
-        if not totals.nll.update_called:
-            return
-        nll = totals.nll.compute()
+        if not totals["nll"].update_called:
+            return  # A subclass has a step of its own.
+        nll = totals["nll"].compute()
         logged = {f"{stage}/loss": nll, f"{stage}/perplexity": nll.exp()}
-        if totals.bytes.update_called:
-            logged[f"{stage}/bits_per_byte"] = nll / (math.log(2) * totals.bytes.compute())
-        self.log_dict(logged, prog_bar=stage == "val", sync_dist=True, batch_size=1)  # equal on all ranks
-        with torch.inference_mode(False):  # a state made in it could not be updated by a later fit
-            totals.nll.reset()
-            totals.bytes.reset()
-
-    def _measure_batch(self, batch: Any, stage: str) -> None:
-        losses, counted = self.net(batch[0], batch[1]), batch[1] >= 0
-        # The losses of the others are left out, as torchmetrics 1.9 ignores weights under nan_strategy="disable".
-        self._measure(losses[counted], batch[1][counted], stage)
+        if totals["bytes"].update_called:
+            logged[f"{stage}/bits_per_byte"] = nll / (math.log(2) * totals["bytes"].compute())
+        self.log_dict(logged, prog_bar=stage == "val", sync_dist=True, batch_size=1)  # The ranks agree already.
+        with torch.inference_mode(False):  # A later fit could not update a state that was reset in inference mode.
+            totals.reset()
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        self._measure_batch(batch, "val")
+        self._measure(self.net(batch[0], batch[1]), batch[1], "val")
 
     def test_step(self, batch: Any, batch_idx: int) -> Logits | None:  # type: ignore[override]  # Lightning passes it on
         if net_offers(self.net).features is None or self.device_mesh is not None:
-            self._measure_batch(batch, "test")  # a sharded net gathers its weights in `forward` alone
+            # A sharded net gathers its weights in `forward` alone.
+            self._measure(self.net(batch[0], batch[1]), batch[1], "test")
             return None
         output, counted = logits_of(self.net, batch[0]), batch[1] >= 0
         targets = batch[1][counted]
-        for rows, log_probs in output.select(counted).log_probs():
-            self._measure(-log_probs.gather(-1, targets[rows, None]).squeeze(-1), targets[rows], "test")
+        parts = output.select(counted).log_probs()  # (n, V) each
+        losses = [F.nll_loss(log_probs, targets[rows], reduction="none") for rows, log_probs in parts]
+        self._measure(torch.cat(losses), targets, "test")
         return output
 
     def on_validation_epoch_end(self) -> None:
@@ -113,11 +112,3 @@ class LanguageModelingTask(Task):
 
     def on_test_epoch_end(self) -> None:
         self._log_epoch("test")
-
-
-class Totals(nn.Module):
-    """Means over all tokens of a split, on all devices: nats per token, and bytes per token."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.nll, self.bytes = MeanMetric("disable"), MeanMetric("disable")

@@ -1,7 +1,4 @@
-"""Dropout masks in training as a function of (seed, rank, epoch, batch), never of history.
-
-`seed_everything` gives every rank the same random state, so data-parallel replicas would drop the same units.
-"""
+"""Makes dropout masks in training a function of (seed, rank, epoch, batch), never of history."""
 
 from typing import Any
 
@@ -12,10 +9,12 @@ from thinned.models.dropout import derive_seed
 
 
 class StepSeed(Callback):
-    """Seeds torch before each training batch. Ranks and steps draw different masks; a resumed run draws the same.
+    """Seeds torch before each training batch, so that a resumed run draws the same masks.
+
+    Ranks draw different masks: After `seed_everything` alone, data-parallel replicas would drop the same units.
 
     Args:
-        seed: of the run.
+        seed: Seed of the run.
     """
 
     def __init__(self, seed: int = 0) -> None:
@@ -23,7 +22,7 @@ class StepSeed(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         seed = derive_seed(self.seed, trainer.global_rank, trainer.current_epoch, batch_idx)
-        # Not torch.manual_seed: where CUDA is not in use it formats a stack trace, which costs 0.4 ms.
+        # Not torch.manual_seed: If CUDA is not in use, that formats a stack trace, which costs 0.4 ms.
         torch.default_generator.manual_seed(seed)
         if pl_module.device.type != "cpu":
             torch.get_device_module(pl_module.device).manual_seed(seed)

@@ -1,9 +1,9 @@
-"""What every task shares: the net, its optimiser with decay groups, and a learning rate by step."""
+"""What all tasks share: the net, its optimiser with decay groups, and a learning rate by step."""
 
 import inspect
 import json
 import math
-from functools import cache, partial
+from functools import partial
 from pydoc import locate
 from typing import Any, ClassVar
 
@@ -22,10 +22,11 @@ from thinned.models.net import net_offers
 
 
 def warmup_cosine(step: int, warmup_steps: int, total_steps: float, final_fraction: float) -> float:
-    """The learning rate at a step, as a fraction of its peak.
+    """Returns the learning rate at a step, as a fraction of its peak.
 
-    Linear from 1 / (warmup_steps + 1) at step 0 to 1 at step `warmup_steps`, then half a cosine (Loshchilov and
-    Hutter 2017) to `final_fraction` at `total_steps`, and constant from there on. It stays at 1 if the total is inf.
+    It rises linearly from 1 / (warmup_steps + 1) at step 0 to 1 at step `warmup_steps`, falls by half a cosine
+    (Loshchilov and Hutter 2017) to `final_fraction` at `total_steps`, and stays there. If `total_steps` is inf, it
+    stays at 1.
     """
     if step < warmup_steps:
         return (step + 1) / (warmup_steps + 1)
@@ -34,17 +35,16 @@ def warmup_cosine(step: int, warmup_steps: int, total_steps: float, final_fracti
 
 
 def decay_groups(net: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """Trainable parameters that decay (matrices: two dimensions or more) and those that do not (gains and biases)."""
+    """Returns the trainable parameters that decay (of two dimensions or more) and the others (gains and biases)."""
     parameters = [p for p in net.parameters() if p.requires_grad]
     return [p for p in parameters if p.dim() >= 2], [p for p in parameters if p.dim() < 2]
 
 
-def class_spec(cls: Any, init_args: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Describes an object by its class and arguments, as configs do.
+def class_spec(cls: type, init_args: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Describes an object by the shortest path of its class and by its arguments, as configs do.
 
-    Returns:
-        The shortest path at which the class can be imported, and the arguments. None if there is no such path, or if
-        the arguments are not primitives: `weights_only=True` refuses a checkpoint with other objects.
+    Returns None if the class cannot be imported, or if the arguments are None or hold more than primitives:
+    `torch.load(weights_only=True)` would refuse them.
 
     >>> class_spec(torch.optim.SGD, {"lr": 0.1})
     {'class_path': 'torch.optim.SGD', 'init_args': {'lr': 0.1}}
@@ -62,35 +62,44 @@ def class_spec(cls: Any, init_args: dict[str, Any] | None) -> dict[str, Any] | N
 def optimizer_spec(optimizer: OptimizerCallable) -> dict[str, Any] | None:
     """Describes an optimiser given as a class or a `functools.partial` of one; None for any other function."""
     given = optimizer if isinstance(optimizer, partial) else partial(optimizer)
-    cls = (given.func, *given.args)[-1]  # jsonargparse's partial calls a function of its own, with the class last
+    cls = (given.func, *given.args)[-1]  # jsonargparse's partial calls a function of its own, with the class last.
     if not inspect.isclass(cls):
         return None
-    # With the defaults: jsonargparse would take those that are left out from AdamW, the default of `optimizer`.
+    # Defaults are stored too: jsonargparse would take missing ones from AdamW, the default of `optimizer`.
     parameters = inspect.signature(cls).parameters.values()
     return class_spec(cls, {p.name: p.default for p in parameters if p.default is not p.empty} | given.keywords)
+
+
+def of_all_ranks(own: Any) -> list[Any]:
+    """Returns what each rank passes in, by rank."""
+    if not torch.distributed.is_initialized():
+        return [own]
+    objects: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(objects, own)
+    return objects
 
 
 class Task(LightningModule):
     """A net with its optimiser and schedule. Subclasses add the loss and the metrics.
 
-    `load_from_checkpoint(path, weights_only=True)` builds the task again from its `hparams`. A subclass with arguments
-    of its own adds them in `__init__`: `self.hparams.update(margin=margin)`. Only primitives are stored: the class and
-    arguments of a net with `init_args`, and of an optimiser given as a class or a `functools.partial` of one. Pass any
-    other to `load_from_checkpoint` as `net=` or `optimizer=`, unless the command line has built it.
+    `load_from_checkpoint(path, weights_only=True)` builds the task again from its `hparams`, which hold primitives
+    alone. A subclass adds its own arguments in `__init__`: `self.hparams.update(margin=margin)`. Unless the command
+    line built the task, `load_from_checkpoint` needs `net=` for a net without `init_args`, and `optimizer=` for an
+    optimiser that is neither a class nor a `functools.partial` of one, or whose arguments are no primitives.
 
-    `test_step` may return the `Logits` of its batch, (B, K) or (B, T, V): evaluation then takes the deterministic
-    prediction from them, and the net runs once. If it returns None, evaluation runs the net itself.
+    `test_step` may return the `Logits` of its batch, (B, K) or (B, T, V), from which evaluation then takes the
+    deterministic prediction. If it returns None, evaluation runs the net again.
 
     Args:
-        net: maps inputs to logits. Any module; when it has `constrain_max_norm_`, that runs after each step.
-        optimizer: called with two parameter groups; the second, gains and biases, has weight_decay 0.
-        warmup_steps: optimiser steps of linear warm-up.
-        final_lr_fraction: of the peak learning rate, reached at the last step by a cosine; 1 keeps it constant.
-        compile: compile the net (not the LightningModule: torch 2.12 and later cannot log from compiled code).
+        net: Maps inputs to logits. Its `constrain_max_norm_`, if it has one, runs after each step.
+        optimizer: Called with two parameter groups; the second, gains and biases, has weight_decay 0.
+        warmup_steps: Optimiser steps of linear warm-up.
+        final_lr_fraction: Share of the peak learning rate that a cosine reaches at the last step; 1 is constant.
+        compile: Compile the net (not the LightningModule: torch 2.12 and later cannot log from compiled code).
     """
 
     net: nn.Module
-    test_scores: ClassVar[frozenset[str]] = frozenset()  # logged by the task under `test/`, so not by evaluation
+    test_scores: ClassVar[frozenset[str]] = frozenset()  # Logged under `test/` by the task, so not by evaluation.
 
     def __init__(
         self,
@@ -117,12 +126,12 @@ class Task(LightningModule):
         self.hparams["_instantiator"] = "lightning.pytorch.cli.instantiate_module"
 
     def forward(self, inputs: Any) -> Tensor:
-        """The logits."""
+        """Returns the logits."""
         logits: Tensor = self.net(inputs)
         return logits
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """The logits of the deterministic network; none where nobody is there to take them (`return_predictions`)."""
+        """Returns the logits of the deterministic network, or nothing if neither a writer nor the caller takes them."""
         writers = any(isinstance(callback, BasePredictionWriter) for callback in self.trainer.callbacks)  # type: ignore[attr-defined]
         inputs: Tensor = batch[0]
         return self(inputs) if writers or self.trainer.predict_loop.return_predictions else inputs.new_empty(0)
@@ -132,25 +141,22 @@ class Task(LightningModule):
             self.net.compile()
 
     def configure_model(self) -> None:
-        """Shards the net over all processes (FSDP2) where the strategy is a `ModelParallelStrategy`.
+        """Shards the net over all processes (FSDP2) under a `ModelParallelStrategy`.
 
-        The unit that is gathered at a time is one of `net.blocks`, where the net has them; else the whole net.
+        It gathers one of `net.blocks` at a time, or the whole net if it has none.
         """
         if self.device_mesh is None or isinstance(self.net, FSDPModule):
             return
         mesh = init_device_mesh(self.device_mesh.device_type, (torch.distributed.get_world_size(),))
         for unit in (*net_offers(self.net).blocks, self.net):
-            if self.compile_net and unit is not self.net:  # FSDP's own hooks break the graph of the whole
+            if self.compile_net and unit is not self.net:  # FSDP's hooks break the graph of the whole net.
                 unit.compile()
             fully_shard(unit, mesh=mesh)
 
     def configure_gradient_clipping(
-        self,
-        optimizer: Optimizer,
-        gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,
+        self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
-        # Lightning 2.6.6 refuses a fused optimiser in any mixed precision, though in bf16 nothing was scaled.
+        # Lightning 2.6.6 refuses a fused optimiser in any mixed precision, though bf16 scales nothing.
         fused = optimizer.defaults.get("fused") and self.trainer.precision == "bf16-mixed"
         if fused and gradient_clip_val and gradient_clip_algorithm in (None, "norm"):
             torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
@@ -165,14 +171,10 @@ class Task(LightningModule):
         if (constrain := net_offers(self.net).constrain_max_norm_) is not None:
             optimizer.register_step_post_hook(lambda *_: constrain())
 
-        @cache
-        def total_steps() -> float:
-            return self.trainer.estimated_stepping_batches
-
         def fraction(step: int) -> float:
-            # Step 0 does not depend on the total, which is asked for later: it builds the data loader, whose workers
-            # fetch at once, and a resumed run does not know yet where it is.
-            total = total_steps() if step else math.inf
+            # Asking for the total builds the data loader, whose workers fetch at once. At step 0 a resumed run does not
+            # know its position yet, and the total does not matter.
+            total = self.trainer.estimated_stepping_batches if step else math.inf
             return warmup_cosine(step, self.warmup_steps, total, self.final_lr_fraction)
 
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, fraction)

@@ -1,4 +1,4 @@
-"""How fast training is: tokens or examples per second, step time, model FLOPs utilisation, peak memory."""
+"""Measures the speed of training: tokens or examples per second, step time, FLOPs utilisation, peak memory."""
 
 import resource
 import sys
@@ -12,32 +12,30 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from thinned.models.net import net_offers
 from thinned.offers import task_offers
 
-DTYPES = {"32": torch.float32, "bf16": torch.bfloat16, "16": torch.float16}  # by the first part of `precision`
+DTYPES = {"32": torch.float32, "bf16": torch.bfloat16, "16": torch.float16}  # By the first part of `precision`.
 
 
 def is_logged(trainer: Trainer) -> bool:
-    """Whether Lightning logs the optimiser step that the batch has taken, to be asked at its end."""
+    """Returns, at the end of a batch, whether Lightning logs the optimiser step that it has taken."""
     every = trainer.log_every_n_steps  # type: ignore[attr-defined]
     return every > 0 and (trainer.global_step % every == 0 or trainer.should_stop)
 
 
 class Throughput(Callback):
-    """Logs the speed over the steps since it last did, without validation.
+    """Logs the speed since the last logged step, without validation.
 
-    `throughput/tokens_per_second` of all devices (of examples where a batch is no text), `throughput/step_ms` per
-    optimiser step, `throughput/peak_memory_mib` of this process's device, and where the net has `flops_per_token` and
-    the device's peak is known `throughput/mfu` (Chowdhery et al. 2022, appendix B). The progress bar has the rate.
+    Logs `throughput/tokens_per_second` of all devices (`examples_per_second` if batches are no text),
+    `throughput/step_ms` per optimiser step, `throughput/peak_memory_mib` of this process's device and, if the net has
+    `flops_per_token` and the device's peak is known, `throughput/mfu` (Chowdhery et al. 2022, appendix B).
     """
 
     _start: float | None = None
-    _paused = 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        kind = DTYPES.get(str(trainer.precision).partition("-")[0], torch.float32)
-        on_cpu = pl_module.device.type == "cpu"  # whose peak is not known
-        self._peak_flops = None if on_cpu else get_available_flops(pl_module.device, kind)
-        self._start = None  # not before the first step is done: compilation, warm-up
-        self._last_step = trainer.global_step
+        dtype = DTYPES.get(str(trainer.precision).partition("-")[0], torch.float32)
+        self._peak_flops = get_available_flops(pl_module.device, dtype)
+        self._start, self._items = None, 0  # The first step starts the clock: It may compile and warm up.
+        self._step = self._last_step = trainer.global_step
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._paused = time.perf_counter()
@@ -51,42 +49,37 @@ class Throughput(Callback):
     ) -> None:
         inputs = batch[0]
         text = not inputs.is_floating_point() and inputs.dim() == 2
-        stepped = trainer.global_step > self._last_step  # else this batch's gradients are accumulated
-        self._last_step = trainer.global_step
-        if self._start is None:
-            if stepped:
-                self._restart(trainer, pl_module)
-            return
         self._items += inputs.numel() if text else len(inputs)
-        if not stepped or not is_logged(trainer):
+        stepped = trainer.global_step > self._last_step  # False while gradients are accumulated.
+        self._last_step = trainer.global_step
+        if not stepped or not (self._start is None or is_logged(trainer)):
             return
-        _synchronize(pl_module)
-        seconds = time.perf_counter() - self._start
-        rate = self._items * trainer.world_size / seconds
-        unit = "tokens" if text else "examples"
-        metrics = {
-            "throughput/step_ms": 1000 * seconds / (trainer.global_step - self._step),
-            "throughput/peak_memory_mib": _peak_memory(pl_module) / 2**20,
-        }
-        flops_per_token = net_offers(task_offers(pl_module).net).flops_per_token
-        if text and flops_per_token is not None and self._peak_flops is not None:
-            metrics["throughput/mfu"] = rate * flops_per_token() / (self._peak_flops * trainer.world_size)
-        pl_module.log_dict(metrics | {f"throughput/{unit}_per_second": rate}, batch_size=1)
-        pl_module.log(f"{unit}/s", rate, prog_bar=True, logger=False, batch_size=1)
-        self._restart(trainer, pl_module)
-
-    def _restart(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        _synchronize(pl_module)
-        self._start, self._items, self._step = time.perf_counter(), 0, trainer.global_step
+        if self._start is not None:
+            seconds = _now(pl_module) - self._start
+            rate = self._items * trainer.world_size / seconds
+            unit = "tokens" if text else "examples"
+            metrics = {
+                f"throughput/{unit}_per_second": rate,
+                "throughput/step_ms": 1000 * seconds / (trainer.global_step - self._step),
+                "throughput/peak_memory_mib": _peak_memory(pl_module) / 2**20,
+            }
+            flops_per_token = net_offers(task_offers(pl_module).net).flops_per_token
+            if text and flops_per_token is not None and self._peak_flops is not None:
+                metrics["throughput/mfu"] = rate * flops_per_token() / (self._peak_flops * trainer.world_size)
+            pl_module.log_dict(metrics, batch_size=1)
+            pl_module.log(f"{unit}/s", rate, prog_bar=True, logger=False, batch_size=1)
+        self._start, self._items, self._step = _now(pl_module), 0, trainer.global_step
 
 
-def _synchronize(pl_module: LightningModule) -> None:
+def _now(pl_module: LightningModule) -> float:
+    """Returns the time in seconds, once the device has done its work."""
     if pl_module.device.type != "cpu":
         torch.accelerator.synchronize(pl_module.device)
+    return time.perf_counter()
 
 
 def _peak_memory(pl_module: LightningModule) -> float:
-    """Bytes: allocated on a CUDA device, else the resident size of the process."""
+    """Returns the peak in bytes: allocated on a CUDA device, else resident in the process."""
     if pl_module.device.type == "cuda":
         return torch.cuda.max_memory_allocated(pl_module.device)
     unit = 1 if sys.platform == "darwin" else 1024
