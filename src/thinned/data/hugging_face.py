@@ -21,7 +21,7 @@ def is_saved(folder: Path) -> bool:
 
 
 def read_hub(path: str, name: str | None, *, streaming: bool) -> Any:
-    """Returns a dataset of the hub by split, or its cached copy if the hub cannot be reached."""
+    """Returns the splits of a dataset of the hub, or its cached copy if the hub cannot be reached."""
     offline = datasets.config.HF_HUB_OFFLINE
     try:
         HfApi().dataset_info(path, timeout=5)

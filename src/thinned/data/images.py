@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -151,7 +151,6 @@ class ImageDataModule(SplitDataModule):
             ("cache_gib", cache_gib >= 0, "to be at least 0"),
         )
         self._images: dict[Split, StoredImages] = {}
-        self._statistics: tuple[list[float], list[float]] | None = None
 
     def setup(self, stage: str | None = None) -> None:
         """Reads and splits the dataset, once for all stages; images are decoded when first needed."""
@@ -199,20 +198,20 @@ class ImageDataModule(SplitDataModule):
         self._cached = num_bytes <= self.hparams["cache_gib"] * 2**30
         self._images = {split: images[source] for split, source in sources.items()}
 
+    @cached_property
+    def _statistics(self) -> tuple[list[float], list[float]]:
+        # Not computed in setup, which runs before a checkpoint is loaded.
+        return channel_statistics(self._pixels("train"), self.rows["train"])
+
     @property
     def mean(self) -> list[float]:
         """Mean of the training split per channel, of intensities in [0, 1]."""
-        return self._channel_statistics()[0]
+        return self._statistics[0]
 
     @property
     def std(self) -> list[float]:
         """Standard deviation of the training split per channel, of intensities in [0, 1]."""
-        return self._channel_statistics()[1]
-
-    def _channel_statistics(self) -> tuple[list[float], list[float]]:
-        if self._statistics is None:  # not computed in setup, which runs before a checkpoint is loaded
-            self._statistics = channel_statistics(self._pixels("train"), self.rows["train"])
-        return self._statistics
+        return self._statistics[1]
 
     def _pixels(self, split: Split) -> Tensor | StoredImages:
         return self._images[split].pixels if self._cached else self._images[split]
@@ -223,7 +222,7 @@ class ImageDataModule(SplitDataModule):
 
     def state_dict(self) -> dict[str, list[float]]:
         """Returns what a trained network relies on: mean and standard deviation."""
-        return {"mean": self.mean, "std": self.std} if self._images or self._statistics else {}
+        return {"mean": self.mean, "std": self.std} if self._images or "_statistics" in vars(self) else {}
 
     def load_state_dict(self, state_dict: dict[str, list[float]]) -> None:
         """Takes mean and standard deviation from a checkpoint, instead of computing them."""

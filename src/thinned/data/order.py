@@ -85,8 +85,7 @@ class EpochBatchSampler(DistributedSampler[tuple[int, list[int]]]):
         batches_per_step: int = 1,
         position: Callable[[], tuple[int | None, int]] = lambda: (None, 0),
     ) -> None:
-        examples = range(num_examples)
-        super().__init__(examples, world_size, rank, shuffle, seed, drop_last)  # type: ignore[arg-type]
+        super().__init__(range(num_examples), world_size, rank, shuffle, seed, drop_last)  # type: ignore[arg-type]
         if batch_size < 1:
             raise ValueError(f"Expected data.batch_size to be at least 1, but got {batch_size}")
         if num_examples < world_size:
