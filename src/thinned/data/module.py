@@ -49,68 +49,6 @@ def data_offers(trainer: Trainer) -> DataOffers:
     return cast(DataOffers, Offers(getattr(trainer, "datamodule", None), DataOffers))
 
 
-def batch_loader(
-    dataset: Dataset[Any],
-    batch_size: int,
-    *,
-    shuffle: bool,
-    seed: int,
-    num_workers: int,
-    trainer: Trainer | None,
-    start: int = 0,
-    stop: int | None = None,
-) -> DataLoader[Any]:
-    """Returns a loader for a dataset that makes a whole batch at once, as `dataset[epoch, indices]`.
-
-    Args:
-        dataset: The dataset; its length is its number of examples.
-        batch_size: Size of the global batch.
-        shuffle: Whether this is for training, which drops the examples that do not fill a last optimiser step.
-        seed: Seed of the order.
-        num_workers: Number of worker processes; 0 makes the batches in this one.
-        trainer: Knows the rank, the number of ranks and the position in training; None is rank 0 of 1 at the start.
-        start: First example of an evaluation.
-        stop: End of the examples of an evaluation; None for all.
-    """
-
-    def position() -> tuple[int | None, int]:
-        """Returns where a run resumes: Lightning restores its counters, but reads the loader from the start."""
-        if trainer is None or not shuffle:
-            return None, 0
-        loop = trainer.fit_loop
-        if loop.epoch_loop.batch_progress.is_last_batch:  # workers ask before Lightning begins the next epoch
-            return loop.epoch_progress.current.ready, 0
-        return None, loop.epoch_loop.batch_progress.current.ready
-
-    sampler = EpochBatchSampler(
-        len(dataset) if stop is None else stop,  # type: ignore[arg-type]
-        batch_size,
-        shuffle=shuffle,
-        start=start,
-        seed=seed,
-        rank=trainer.global_rank if trainer else 0,
-        world_size=trainer.world_size if trainer else 1,
-        drop_last=shuffle,
-        batches_per_step=trainer.accumulate_grad_batches if trainer else 1,
-        position=position,
-    )
-    order: Sampler[Any] | None = sampler
-    if trainer and trainer.overfit_batches:  # type: ignore[attr-defined]
-        # Lightning would replace any sampler by SequentialSampler(dataset), which yields no batches.
-        dataset, order = Subset(dataset, list(sampler)), None  # type: ignore[arg-type]
-    elif trainer:
-        # A resumed run's workers fetch their first batches before Lightning calls set_epoch.
-        sampler.set_epoch(trainer.current_epoch)
-    return DataLoader(
-        dataset,
-        sampler=order,
-        batch_size=None,
-        num_workers=num_workers,
-        persistent_workers=num_workers > 0,
-        pin_memory=torch.cuda.is_available(),
-    )
-
-
 class SplitDataModule(LightningDataModule, ABC):
     """Batches of three splits; a subclass has `hparams` and defines the dataset of a split."""
 
@@ -162,10 +100,7 @@ class SplitDataModule(LightningDataModule, ABC):
         return settings | {"predict_split": split, "examples": self._evaluated(split, limit_batches)}
 
     def _evaluated(self, split: Split, limit_batches: float) -> int:
-        world_size = self.trainer.world_size if self.trainer else 1
-        edges = EpochBatchSampler(
-            self.num_examples(split), self.hparams["eval_batch_size"], shuffle=False, world_size=world_size
-        ).edges
+        edges = self._sampler(self.num_examples(split)).edges
         last = len(edges) - 1
         return edges[min(limit_batches, last) if isinstance(limit_batches, int) else int(last * limit_batches)]
 
@@ -187,13 +122,49 @@ class SplitDataModule(LightningDataModule, ABC):
         stop = self._evaluated(self.predict_split, self.trainer.limit_predict_batches)
         return self._dataloader(self.predict_split, start=self.predict_start, stop=stop)
 
-    def _dataloader(self, split: Split, *, training: bool = False, **part: int) -> DataLoader[Any]:
-        return batch_loader(
-            self.batches(split, training=training),
+    def _dataloader(
+        self, split: Split, *, training: bool = False, start: int = 0, stop: int | None = None
+    ) -> DataLoader[Any]:
+        """Returns a loader of a split in whole batches, for training or of the examples from start to stop."""
+        dataset = self.batches(split, training=training)
+        num_examples = len(dataset) if stop is None else stop  # type: ignore[arg-type]
+        sampler = self._sampler(num_examples, training=training, start=start)
+        order: Sampler[Any] | None = sampler
+        if self.trainer and self.trainer.overfit_batches:  # type: ignore[attr-defined]
+            # Lightning would replace any sampler by SequentialSampler(dataset), which yields no batches.
+            dataset, order = Subset(dataset, list(sampler)), None  # type: ignore[arg-type]
+        elif self.trainer:
+            # A resumed run's workers fetch their first batches before Lightning calls set_epoch.
+            sampler.set_epoch(self.trainer.current_epoch)
+        num_workers = self.hparams["num_workers"]
+        return DataLoader(
+            dataset,
+            sampler=order,
+            batch_size=None,
+            num_workers=num_workers,
+            persistent_workers=num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+    def _sampler(self, num_examples: int, *, training: bool = False, start: int = 0) -> EpochBatchSampler:
+        trainer = self.trainer
+        return EpochBatchSampler(
+            num_examples,
             self.hparams["batch_size" if training else "eval_batch_size"],
             shuffle=training,
+            start=start,
             seed=self.hparams["seed"],
-            num_workers=self.hparams["num_workers"],
-            trainer=self.trainer,
-            **part,
+            rank=trainer.global_rank if trainer else 0,
+            world_size=trainer.world_size if trainer else 1,
+            drop_last=training,
+            batches_per_step=trainer.accumulate_grad_batches if trainer else 1,
+            position=self._position if training and trainer else None,
         )
+
+    def _position(self) -> tuple[int | None, int]:
+        """Returns where training resumes: Lightning restores its counters, but reads the loader from the start."""
+        assert self.trainer is not None
+        loop = self.trainer.fit_loop
+        if loop.epoch_loop.batch_progress.is_last_batch:  # workers ask before Lightning begins the next epoch
+            return loop.epoch_progress.current.ready, 0
+        return None, loop.epoch_loop.batch_progress.current.ready

@@ -65,7 +65,7 @@ class EpochBatchSampler(DistributedSampler[tuple[int, list[int]]]):
         batches_per_step: Number of batches whose gradients an optimiser step accumulates. With `drop_last`, batches
             that do not fill a last step are left out, unless there are no others.
         position: Called when iteration begins; returns the epoch (None for that of `set_epoch`) and how many of its
-            batches an interrupted run has trained on.
+            batches an interrupted run has trained on. None is the start of the epoch of `set_epoch`.
 
     Raises:
         ValueError: If training batches or examples cannot be divided among the ranks.
@@ -83,7 +83,7 @@ class EpochBatchSampler(DistributedSampler[tuple[int, list[int]]]):
         drop_last: bool = False,
         start: int = 0,
         batches_per_step: int = 1,
-        position: Callable[[], tuple[int | None, int]] = lambda: (None, 0),
+        position: Callable[[], tuple[int | None, int]] | None = None,
     ) -> None:
         super().__init__(range(num_examples), world_size, rank, shuffle, seed, drop_last)  # type: ignore[arg-type]
         if batch_size < 1:
@@ -115,7 +115,7 @@ class EpochBatchSampler(DistributedSampler[tuple[int, list[int]]]):
         del self.edges[: min(start // batch_size, len(self.edges) - 2)]
 
     def __iter__(self) -> Iterator[tuple[int, list[int]]]:
-        epoch, done = self.position()
+        epoch, done = self.position() if self.position else (None, 0)
         epoch = self.epoch if epoch is None else epoch
         order = np.arange(self.num_examples)
         if self.shuffle:
