@@ -178,7 +178,7 @@ class TextDataModule(SplitDataModule):
         if tokenizer:
             # A checkpoint is often used on its training text: if its tokenizer was made for it, so were the tokens.
             made = self._directory(source, key) / "tokenizer.json"
-            if not made.exists() or made.read_text(encoding="utf-8") != self._given:
+            if not made.exists() or made.read_text(encoding="utf-8", errors="replace") != self._given:
                 key = base | {"digest": hashlib.sha256(tokenizer.to_json().encode()).hexdigest()}
         directory = self._directory(source, key)
         make = partial(make_tokenizer, spec, source.splits, end, max_tokens)
@@ -198,14 +198,7 @@ class TextDataModule(SplitDataModule):
         return 1 - val - test, 1 - test
 
     def _ranges(self, counts: dict[str, int]) -> dict[Split, tuple[str, int, int]]:
-        """Returns for each split the stored one that holds it, its first token and the end of its tokens.
-
-        Args:
-            counts: Number of tokens in each stored split.
-
-        Raises:
-            ValueError: If there are too few.
-        """
+        """Returns the stored split, the first token and the end of each split; ValueError if it has too few tokens."""
         train, val = (int(end * counts["train"]) for end in self._ends(counts))
         ranges: dict[Split, tuple[str, int, int]] = {"train": ("train", 0, train)}
         ranges["val"] = ("val", 0, counts["val"]) if "val" in counts else ("train", train, val)
@@ -213,10 +206,11 @@ class TextDataModule(SplitDataModule):
         if "test" not in counts and not self.hparams["test_fraction"]:
             ranges["test"] = ranges["val"]
         for split, (name, start, stop) in ranges.items():
-            least, reason, change = 2, "an input and its target", f"larger data.{split}_fraction"
             if split == "train":
                 least, reason = self.context_length + 1, "one more than data.context_length"
                 change = "smaller data.context_length"
+            else:
+                least, reason, change = 2, "an input and its target", f"larger data.{split}_fraction"
             if stop - start < least:
                 raise ValueError(
                     f"Expected at least {least} tokens for {split} ({reason}), but got {stop - start} of the "

@@ -38,14 +38,13 @@ def make_tokenizer(
 
 def count_characters(documents: Iterable[str], max_tokens: int | None) -> int:
     """Returns the number of characters, at most those sure to fit in `max_tokens` tokens of a byte or more each."""
+    if max_tokens is None:
+        return sum(map(len, documents))
     count = 0
     for document in documents:
-        if max_tokens is None:
-            count += len(document)
-            continue
         content = document.encode()[:max_tokens]
         count += len(content.decode(errors="ignore"))
-        max_tokens -= len(content) + 1  # and one for the end of the document
+        max_tokens -= len(content) + 1  # one for the end of the document
         if max_tokens <= 0:
             break
     return count
