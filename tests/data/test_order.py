@@ -14,8 +14,8 @@ from lightning.pytorch.callbacks import LambdaCallback
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from thinned.data.module import batch_loader
-from thinned.data.order import EpochBatchSampler, stratified_split
+from thinned.data.module import SplitDataModule
+from thinned.data.order import EpochBatchSampler, Split, stratified_split
 
 WORLD_SIZES = [1, 2, 3]
 SIZES = [(12, 6), (13, 6), (17, 6), (7, 12), (5, 6), (3, 6), (100, 12)]  # (examples, batch size)
@@ -172,6 +172,22 @@ class Echo(Dataset[Any]):
         return torch.tensor([epoch, *indices])
 
 
+class Echoes(SplitDataModule):
+    """Is asked for loaders without being given to its trainer."""
+
+    def __init__(self, trainer: Any, batch_size: int, num_workers: int) -> None:
+        super().__init__()
+        settings = {"batch_size": batch_size, "eval_batch_size": batch_size, "num_workers": num_workers, "seed": 0}
+        self.save_hyperparameters(settings)
+        self.trainer = trainer
+
+    def batches(self, split: Split, *, training: bool) -> Echo:
+        return Echo()
+
+    def num_examples(self, split: Split) -> int:
+        return len(Echo())
+
+
 class Late(LightningDataModule):
     """Makes its loader when it is asked to, as by then a trainer knows where it resumes."""
 
@@ -226,7 +242,8 @@ def fake_trainer(rank: int = 0, world_size: int = 1, epoch: int = 0, done: int =
 
 
 def loader(trainer: Any, *, shuffle: bool, num_workers: int = 0, batch_size: int = 8) -> DataLoader[Any]:
-    return batch_loader(Echo(), batch_size, shuffle=shuffle, seed=0, num_workers=num_workers, trainer=trainer)
+    data = Echoes(trainer, batch_size, num_workers)
+    return data.train_dataloader() if shuffle else data.val_dataloader()
 
 
 def expected(epoch: int, batch_size: int = 8) -> list[list[int]]:

@@ -46,8 +46,7 @@ def counted(tmp_path: Path) -> Callable[[int], TokenShards]:
     """The numbers from 0 as tokens: each says where it is."""
 
     def write(count: int) -> TokenShards:
-        with ShardWriter(tmp_path, "train", "<u2") as writer:
-            writer.append(np.arange(count))
+        ShardWriter(tmp_path, "train", "<u2").append(np.arange(count))
         return TokenShards(OpenFiles([tmp_path / "train-00000.bin"]), [count], "<u2", 0, count)
 
     return write

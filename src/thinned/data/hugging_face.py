@@ -1,6 +1,6 @@
-"""Datasets of the Hugging Face libraries: saved by ``save_to_disk``, in a local folder, or on the hub.
+"""Reads Hugging Face datasets: saved by `save_to_disk`, in a local folder, or on the hub.
 
-What ``load_dataset`` cannot find or read becomes one error that names the setting.
+Whatever cannot be found or read becomes one error that names the setting.
 """
 
 from __future__ import annotations
@@ -16,25 +16,19 @@ Stored = datasets.Dataset | datasets.IterableDataset
 
 
 def is_saved(folder: Path) -> bool:
-    """Returns whether ``save_to_disk`` has written this folder."""
+    """Returns whether `save_to_disk` has written this folder."""
     return (folder / "dataset_dict.json").exists() or (folder / "state.json").exists()
 
 
-def read_hub(path: str, name: str | None = None, *, streaming: bool = False) -> Any:
-    """Returns a dataset of the hub by split, or its cached copy if the hub is out of reach.
-
-    Args:
-        path: The id of the dataset.
-        name: Which of its configurations; None if it has one, or a default.
-        streaming: Whether rows are downloaded when they are asked for, instead of all of them now.
-    """
+def read_hub(path: str, name: str | None, *, streaming: bool) -> Any:
+    """Returns the splits of a dataset of the hub, or its cached copy if the hub cannot be reached."""
     offline = datasets.config.HF_HUB_OFFLINE
     try:
         HfApi().dataset_info(path, timeout=5)
     except HfHubHTTPError:
         pass  # the hub answers; load_dataset says what is wrong
     except Exception:  # the type differs between versions of the client, which has had three HTTP libraries
-        # Left to itself, load_dataset repeats its requests for 23 seconds before it turns to the cache.
+        # Without this, load_dataset repeats its requests for 23 seconds before it turns to the cache.
         datasets.config.HF_HUB_OFFLINE = True
     try:
         return datasets.load_dataset(path, name, streaming=streaming)
@@ -43,16 +37,17 @@ def read_hub(path: str, name: str | None = None, *, streaming: bool = False) -> 
 
 
 def read_stored(path: str, expected: str, name: str | None = None, *, streaming: bool = False) -> dict[str, Any]:
-    """Returns the splits of the dataset at ``data.path`` by the names under which they are stored.
+    """Returns the stored splits of the dataset at `data.path`, "train" among them.
 
     Args:
         path: A folder, or the id of a dataset on the hub.
-        expected: What ``data.path`` may be, for the error.
+        expected: What `data.path` may be, for the error.
         name: Which of the dataset's configurations; None if it has one, or a default.
-        streaming: Whether to return datasets that are read row by row.
+        streaming: Whether rows are read when they are needed, instead of downloaded or converted all at once.
 
     Raises:
         FileNotFoundError: If there is no such dataset, or it cannot be read.
+        ValueError: If it has no split "train".
     """
     folder = Path(path).expanduser()
     try:
@@ -62,15 +57,12 @@ def read_stored(path: str, expected: str, name: str | None = None, *, streaming:
             stored = datasets.load_dataset(str(folder), name, streaming=streaming)
         else:
             stored = read_hub(path, name, streaming=streaming)
-    except Exception as error:  # whatever it is, the user wants to know which setting it is about
+    except Exception as error:  # of many types; the user needs to know which setting it is about
         cause = error.__cause__ or error
         raise FileNotFoundError(
             f"Expected data.path to be {expected}, but got {path!r} ({type(cause).__name__}: {cause})"
         ) from None
     splits = {"train": stored} if isinstance(stored, datasets.Dataset) else dict(stored)
-    if streaming:
-        return {
-            split: table.to_iterable_dataset() if isinstance(table, datasets.Dataset) else table
-            for split, table in splits.items()
-        }
+    if "train" not in splits:
+        raise ValueError(f"Expected data.path to have a split 'train', but got {list(splits)} in {path!r}")
     return splits

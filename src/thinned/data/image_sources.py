@@ -1,4 +1,4 @@
-"""Where images come from: scikit-learn's digits, a folder, or the Hugging Face hub; their columns and their pixels.
+"""Reads images from scikit-learn's digits, a folder or the Hugging Face hub: their columns, labels and pixels.
 
 Shapes: N examples, B of them in a batch, C channels, H height, W width.
 """
@@ -20,7 +20,7 @@ from thinned.data.hugging_face import read_stored
 
 
 def read_digits() -> datasets.Dataset:
-    """Returns scikit-learn's 1,797 digits of 8x8 pixels, their 17 grey levels scaled to 0..255."""
+    """Returns scikit-learn's 1,797 digits of 8x8 pixels, 17 grey levels scaled to 0..255."""
     digits = load_digits()
     images = np.rint(digits.images * (255 / 16)).astype(np.uint8)
     classes = datasets.ClassLabel(names=[str(name) for name in digits.target_names])
@@ -31,27 +31,22 @@ def read_digits() -> datasets.Dataset:
 
 
 def read_splits(path: str) -> dict[str, datasets.Dataset]:
-    """Returns the splits of the dataset at ``data.path`` by the names under which they are stored.
-
-    Raises:
-        FileNotFoundError: If there is no such dataset, or it cannot be read.
-    """
+    """Returns the stored splits of the dataset at `data.path`, "train" among them; errors as of `read_stored`."""
     if path == "digits":
         return {"train": read_digits()}
     return read_stored(path, "'digits', the folder of a dataset or its id on the Hugging Face Hub")
 
 
 def find_column(features: datasets.Features, kind: Literal["image", "label"], given: str | None) -> str:
-    """Returns the given column, or else the only one of its kind; ValueError if there is none or a choice."""
-    feature_type = datasets.Image if kind == "image" else datasets.ClassLabel
-    found = [name for name, feature in features.items() if isinstance(feature, feature_type)]
-    if kind == "label":
+    """Returns the given column, or the only one of its kind; ValueError if there is none or a choice."""
+    if kind == "image":
+        found = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
+    else:
         scalars = (datasets.ClassLabel, datasets.Value)
-        integers = [name for name, f in features.items() if isinstance(f, scalars) and "int" in f.dtype]
-        if given:
-            found = integers
-        elif not found:
-            found = [name for name in integers if name in ("label", "labels", "target")]
+        found = [name for name, feature in features.items() if isinstance(feature, scalars) and "int" in feature.dtype]
+        if not given:
+            classes = [name for name in found if isinstance(features[name], datasets.ClassLabel)]
+            found = classes or [name for name in found if name in ("label", "labels", "target")]
     if given in found or (given is None and len(found) == 1):
         return given or found[0]
     raise ValueError(
@@ -61,7 +56,7 @@ def find_column(features: datasets.Features, kind: Literal["image", "label"], gi
 
 
 def read_labels(stored: datasets.Dataset, column: str, split: str, num_classes: int | None) -> Tensor:
-    """Returns the labels of a stored split, shape (N,); without a number of classes, any from 0 on will do.
+    """Returns the labels of a stored split, int64 (N,). If `num_classes` is None, any label of at least 0 is valid.
 
     Raises:
         ValueError: If there are no labels, or one is missing or out of range.
@@ -72,7 +67,7 @@ def read_labels(stored: datasets.Dataset, column: str, split: str, num_classes: 
             f"but got {len(stored)} rows of {stored.column_names}"
         )
     table = stored.with_format("arrow", columns=[column])[:]
-    labels = table[column].to_numpy()  # where a label is missing, all are float and this one is nan
+    labels = table[column].to_numpy()  # if a label is missing, all are float and this one is nan
     if num_classes is None:
         num_classes = int(np.nanmax(labels, initial=0)) + 1
     wrong = labels[~((labels >= 0) & (labels < num_classes))]
@@ -86,16 +81,16 @@ def read_labels(stored: datasets.Dataset, column: str, split: str, num_classes: 
 
 @dataclass
 class StoredImages:
-    """The images of one stored split, decoded when asked for: ``images[rows]`` is uint8, (B, C, H, W)."""
+    """Images of one stored split, decoded when they are read: `images[rows]` is uint8 (B, C, H, W)."""
 
-    stored: datasets.Dataset  # with no column but the images
+    stored: datasets.Dataset  # the column of images alone
     split: str
     shape: tuple[int, int, int]  # (C, H, W)
     resize: bool
 
     @cached_property
     def pixels(self) -> Tensor:
-        """All images, decoded once and kept, uint8 (N, C, H, W)."""
+        """All images, uint8 (N, C, H, W); they are decoded once and kept."""
         pixels = torch.empty(len(self.stored), *self.shape, dtype=torch.uint8)
         for rows in torch.split(torch.arange(len(pixels)), 1024):
             pixels[rows] = self[rows]
@@ -107,7 +102,7 @@ class StoredImages:
         images = []
         try:
             stored = self.stored[rows.tolist()][column]
-        except OSError as error:  # a folder of images is read as they are needed
+        except OSError as error:  # the files of a folder are read only now
             raise OSError(f"Expected data.path to hold all its images while they are read, but got {error}") from None
         for row, image in zip(rows.tolist(), stored, strict=True):
             if image is None:
@@ -125,8 +120,8 @@ class StoredImages:
 
 
 def channel_statistics(images: Tensor | StoredImages, rows: Tensor) -> tuple[list[float], list[float]]:
-    """Returns mean and standard deviation (1 if there is none) per channel, of intensities in [0, 1]."""
-    counts = torch.zeros(images.shape[-3], 256, dtype=torch.int64)  # histograms: exact, in whatever order
+    """Returns mean and standard deviation (1 instead of 0) per channel, of intensities in [0, 1]."""
+    counts = torch.zeros(images.shape[-3], 256, dtype=torch.int64)  # histograms are exact in any order of rows
     for part in torch.split(rows, 1024):
         for channel, pixels in enumerate(images[part].unbind(1)):
             counts[channel] += torch.bincount(pixels.flatten(), minlength=256)

@@ -1,7 +1,6 @@
 """Images with classes: scikit-learn's digits, or a Hugging Face dataset from a folder or from the hub.
 
-Images stay uint8, as they are stored, until a batch is made, by a few operations on the whole batch: an epoch
-spends no time on single examples.
+Images stay uint8 until a batch is made, by a few operations on the whole batch.
 
 Shapes: N examples, B of them in a batch, C channels, H height, W width.
 """
@@ -11,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -25,7 +25,7 @@ from thinned.data.order import Split, stratified_split
 
 
 class Batch(NamedTuple):
-    """Images, their classes, and which examples of the split they are."""
+    """Images, their classes, and their rows in the split."""
 
     image: Tensor  # (B, C, H, W) float32, standardised
     target: Tensor  # (B,) int64
@@ -33,7 +33,7 @@ class Batch(NamedTuple):
 
 
 def rotate_and_shift(image: Tensor, angle: Tensor, shift: Tensor) -> Tensor:
-    """Rotates each image about its centre, then shifts it; bilinear, and black (0) comes in from outside.
+    """Rotates each image about its centre, then shifts it. Interpolation is bilinear, and the outside is black (0).
 
     Args:
         image: Shape (B, C, H, W), float.
@@ -45,31 +45,35 @@ def rotate_and_shift(image: Tensor, angle: Tensor, shift: Tensor) -> Tensor:
     """
     angle = angle.deg2rad()
     cos, sin = angle.cos(), angle.sin()
-    # A target pixel takes its value from back @ (target - shift), in pixels from the centre, y pointing down.
+    # A target pixel takes its value from back @ (target - shift), in pixels from the centre; y points down.
     back = torch.stack([cos, -sin, sin, cos], -1).view(-1, 2, 2)
     offset = -back @ shift[:, :, None]  # (B, 2, 1)
-    # affine_grid has an image reach from -1 to 1 both ways.
+    # In affine_grid, an image reaches from -1 to 1 along both axes.
     half = torch.tensor([image.shape[3] / 2, image.shape[2] / 2])
     theta = torch.cat([back * half, offset], -1) / half[:, None]  # (B, 2, 3)
     grid = F.affine_grid(theta, list(image.shape), align_corners=False)
     return F.grid_sample(image, grid, padding_mode="zeros", align_corners=False)
 
 
+@lru_cache(maxsize=1)
+def augmentation_draws(seed: int, epoch: int, num_examples: int) -> Tensor:
+    """Returns three draws from U(-1, 1) for each example, (N, 3), kept for one epoch."""
+    generator = np.random.default_rng((seed, epoch, 1))  # the order of examples is drawn from (seed, epoch)
+    return torch.from_numpy(generator.uniform(-1, 1, (num_examples, 3))).float()
+
+
 @dataclass
 class ImageBatches(Dataset[Batch]):
-    """A split as batches: ``split[epoch, indices]``. Augmentation is a function of (seed, epoch, index)."""
+    """A split as batches: `split[epoch, indices]`. Augmentation is a function of (seed, epoch, index)."""
 
     images: Tensor | StoredImages
-    rows: Tensor  # (N,) int64, where the split's images are
+    rows: Tensor  # (N,) int64, rows of the split in `images`
     target: Tensor  # (N,) int64
     mean: Tensor  # (C, 1, 1) float32, of intensities in [0, 255]
     std: Tensor  # (C, 1, 1)
     rotation: float  # largest angle in degrees
     shift: float  # largest shift in pixels
     seed: int
-
-    def __post_init__(self) -> None:
-        self._epoch_draws = (-1, torch.empty(0))
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -79,39 +83,31 @@ class ImageBatches(Dataset[Batch]):
         index = torch.tensor(indices)
         image = self.images[self.rows[index]].float()
         if self.rotation or self.shift:  # before standardisation, while black is 0
-            draws = self._draws(epoch)[index]
+            draws = augmentation_draws(self.seed, epoch, len(self))[index]
             image = rotate_and_shift(image, self.rotation * draws[:, 0], self.shift * draws[:, 1:])
         return Batch((image - self.mean) / self.std, self.target[index], index)
 
-    def _draws(self, epoch: int) -> Tensor:
-        """Returns three draws from U(-1, 1) for each example, (N, 3); those of a whole epoch cost little."""
-        if self._epoch_draws[0] != epoch:
-            generator = np.random.default_rng((self.seed, epoch, 1))  # the sampler has (seed, epoch)
-            self._epoch_draws = epoch, torch.from_numpy(generator.uniform(-1, 1, (len(self), 3))).float()
-        return self._epoch_draws[1]
-
 
 class ImageDataModule(SplitDataModule):
-    """Images and classes in standardised batches, shared out among the processes.
+    """Images and classes in standardised batches, divided among the processes.
 
-    The dataset has a split "train". Its "test", or for want of one its "validation" or "valid", is the test
-    split; if it has both, the latter is the validation split. What is missing is taken from "train",
-    stratified by class.
+    A stored "test" is the test split, and a stored "validation" or "valid" the validation split, or the test split if
+    there is no "test". A missing split is taken from "train", stratified by class.
 
     Args:
-        path: "digits" for scikit-learn's, a folder for ``datasets.load_dataset`` or ``load_from_disk``, or
-            the id of a dataset on the Hugging Face Hub.
+        path: "digits" for scikit-learn's, a folder for `datasets.load_dataset` or `load_from_disk`, or the id of a
+            dataset on the Hugging Face Hub.
         image_column: Column of the images; None if it is the only one of its kind.
         label_column: Column of the classes; None if it is the only one of its kind.
-        image_size: Height and width in pixels to which all images are resized; None keeps their size.
+        image_size: Height and width in pixels to which images are resized; None keeps their size.
         batch_size: Size of a training batch, over all processes.
         eval_batch_size: Size of a batch in validation, test and prediction, over all processes.
-        val_fraction: Part of the stored "train" for validation, where no split is stored for it.
-        test_fraction: Part of the stored "train" for the test, where no split is stored for it.
+        val_fraction: Fraction of the stored "train" for validation, if no split is stored for it.
+        test_fraction: Fraction of the stored "train" for the test, if no split is stored for it.
         predict_split: The split to predict.
-        shift: Training images are shifted by up to so many pixels along each axis, at random.
-        rotation: Training images are rotated by up to so many degrees either way, at random.
-        cache_gib: Memory in GiB for decoded images; where they do not fit, each batch is decoded anew.
+        shift: Largest random shift of training images along each axis, in pixels.
+        rotation: Largest random rotation of training images either way, in degrees.
+        cache_gib: Memory in GiB for decoded images; if they do not fit, they are decoded for each batch.
         num_workers: Number of worker processes that make batches; 0 makes them in the main process.
         seed: Seed of splits, order and augmentation.
 
@@ -146,39 +142,27 @@ class ImageDataModule(SplitDataModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters(logger=False)
-        for key, valid, expected in (
+        self.check_settings(
             ("path", path, "to be 'digits', a folder or an id"),
             ("image_size", image_size is None or image_size >= 1, "to be at least 1"),
-            ("batch_size", batch_size >= 1, "to be at least 1"),
-            ("eval_batch_size", eval_batch_size >= 1, "to be at least 1"),
-            ("val_fraction", 0 < val_fraction < 1, "in (0, 1)"),
             ("test_fraction", 0 < test_fraction < 1, "in (0, 1)"),
-            ("predict_split", predict_split in ("train", "val", "test"), "to be 'train', 'val' or 'test'"),
             ("shift", 0 <= shift < math.inf, "in [0, inf)"),
             ("rotation", 0 <= rotation <= 180, "in [0, 180]"),
             ("cache_gib", cache_gib >= 0, "to be at least 0"),
-            ("num_workers", num_workers >= 0, "to be at least 0"),
-            ("seed", 0 <= seed < 2**32, "in [0, 2**32)"),
-        ):
-            if not valid:
-                raise ValueError(f"Expected data.{key} {expected}, but got {self.hparams[key]!r}")
+        )
         self._images: dict[Split, StoredImages] = {}
-        self._statistics: tuple[list[float], list[float]] | None = None
 
     def setup(self, stage: str | None = None) -> None:
         """Reads and splits the dataset, once for all stages; images are decoded when first needed."""
         if self._images:
             return
-        path, image_size, seed = (self.hparams[key] for key in ("path", "image_size", "seed"))
-        stored = read_splits(path)
-        if "train" not in stored:
-            raise ValueError(f"Expected data.path to have a split 'train', but got {list(stored)} in {path!r}")
+        stored = read_splits(self.path)
         train = stored["train"]
         image_column = find_column(train.features, "image", self.hparams["image_column"])
         label_column = find_column(train.features, "label", self.hparams["label_column"])
         test = next((name for name in ("test", "validation", "valid") if name in stored), "train")
         val = next((name for name in ("validation", "valid") if name in stored and name != test), "train")
-        sources: dict[Split, str] = {"train": "train", "val": val, "test": test}
+        sources: dict[Split, str] = {"train": "train", "test": test, "val": val}
 
         names: list[str] | None = getattr(train.features[label_column], "names", None)
         labels = {"train": read_labels(train, label_column, "train", len(names) if names else None)}
@@ -188,13 +172,12 @@ class ImageDataModule(SplitDataModule):
             labels[source] = read_labels(stored[source], label_column, source, self.num_classes)
 
         self.rows = {split: torch.arange(len(labels[source])) for split, source in sources.items()}
-        held_out: tuple[Split, Split] = ("test", "val")
-        for split in held_out:
-            if sources[split] == "train":
+        for split, source in sources.items():
+            if split != "train" and source == "train":
                 fraction = self.hparams[f"{split}_fraction"]
                 size = round(fraction * len(train))
                 try:
-                    parts = stratified_split(labels["train"], self.rows["train"], size, seed)
+                    parts = stratified_split(labels["train"], self.rows["train"], size, self.hparams["seed"])
                 except ValueError as error:
                     raise ValueError(
                         f"Expected data.{split}_fraction to leave every class on both sides of the split, "
@@ -204,50 +187,45 @@ class ImageDataModule(SplitDataModule):
         self.target = {split: labels[source][self.rows[split]] for split, source in sources.items()}
 
         first = train[0][image_column]
+        image_size = self.hparams["image_size"]
         width, height = (image_size, image_size) if image_size else first.size
         self.image_shape = (1 if first.mode in ("1", "L") else 3, height, width)
         images = {
-            source: StoredImages(
-                stored[source].select_columns(image_column),
-                source,
-                self.image_shape,
-                resize=image_size is not None,
-            )
-            for source in labels
+            name: StoredImages(stored[name].select_columns(image_column), name, self.image_shape, bool(image_size))
+            for name in labels
         }
-        num_bytes = sum(len(stored[source]) for source in labels) * math.prod(self.image_shape)
+        num_bytes = sum(map(len, labels.values())) * math.prod(self.image_shape)
         self._cached = num_bytes <= self.hparams["cache_gib"] * 2**30
         self._images = {split: images[source] for split, source in sources.items()}
+
+    @cached_property
+    def _statistics(self) -> tuple[list[float], list[float]]:
+        # Not computed in setup, which runs before a checkpoint is loaded.
+        return channel_statistics(self._pixels("train"), self.rows["train"])
 
     @property
     def mean(self) -> list[float]:
         """Mean of the training split per channel, of intensities in [0, 1]."""
-        return self._channel_statistics()[0]
+        return self._statistics[0]
 
     @property
     def std(self) -> list[float]:
         """Standard deviation of the training split per channel, of intensities in [0, 1]."""
-        return self._channel_statistics()[1]
-
-    def _channel_statistics(self) -> tuple[list[float], list[float]]:
-        # Not in setup, which comes before a checkpoint is loaded.
-        if self._statistics is None:
-            self._statistics = channel_statistics(self._pixels("train"), self.rows["train"])
-        return self._statistics
+        return self._statistics[1]
 
     def _pixels(self, split: Split) -> Tensor | StoredImages:
         return self._images[split].pixels if self._cached else self._images[split]
 
     def raw_images(self, split: Split, indices: Sequence[int] | Tensor) -> Tensor:
-        """Returns images before standardisation, uint8 (n, C, H, W), by their ``Batch.index``."""
+        """Returns images before standardisation, uint8 (n, C, H, W), by their `Batch.index`."""
         return self._pixels(split)[self.rows[split][torch.as_tensor(indices, dtype=torch.int64, device="cpu")]]
 
     def state_dict(self) -> dict[str, list[float]]:
-        """Returns what a trained network takes for granted: mean and standard deviation."""
-        return {"mean": self.mean, "std": self.std} if self._images or self._statistics else {}
+        """Returns what a trained network relies on: mean and standard deviation."""
+        return {"mean": self.mean, "std": self.std} if self._images or "_statistics" in vars(self) else {}
 
     def load_state_dict(self, state_dict: dict[str, list[float]]) -> None:
-        """Takes mean and standard deviation from a checkpoint, so that they are not computed."""
+        """Takes mean and standard deviation from a checkpoint, instead of computing them."""
         self._statistics = state_dict["mean"], state_dict["std"]
 
     def num_examples(self, split: Split) -> int:

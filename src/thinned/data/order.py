@@ -1,7 +1,7 @@
-"""Which examples come when: splits, batches of indices computed from (seed, epoch, rank), and their loaders.
+"""Which examples come when: stratified splits, and batches of indices computed from (seed, epoch, rank).
 
-Nothing is drawn from a global generator or carried over from an earlier epoch, so a resumed epoch has the
-batches it would have had, and a training step sees the same examples however many processes share them.
+Nothing depends on a global generator or an earlier epoch. So a resumed epoch has the same batches, and a training step
+sees the same examples however many processes share them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Split = Literal["train", "val", "test"]
 
 
 def stratified_split(labels: Tensor, rows: Tensor, size: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Splits rows in two parts with the same proportions of classes.
+    """Splits rows into two parts with the same proportions of classes.
 
     Args:
         labels: Class of every example, shape (N,).
@@ -40,38 +40,35 @@ def stratified_split(labels: Tensor, rows: Tensor, size: int, seed: int) -> tupl
 
 
 class EpochBatchSampler(DistributedSampler[tuple[int, list[int]]]):
-    """Yields (epoch, indices) for this rank; a pure function of (seed, epoch, rank).
+    """Yields (epoch, indices) for this rank, a function of (seed, epoch, rank).
 
-    Global batch i is examples i * B to (i + 1) * B in the order of the epoch; of these, rank r of R takes
-    every R-th, beginning with the r-th. The epoch goes with the indices, as ``set_epoch`` does not reach
-    persistent workers.
+    Global batch i is examples i * B to (i + 1) * B in the order of the epoch; rank r of R takes every R-th of them from
+    the r-th on. The epoch comes with the indices, because `set_epoch` does not reach persistent workers.
 
-    - Training (``shuffle``): at each step all ranks have the same number of examples, and they take the same
-      number of steps. What cannot be shared out evenly is left out of the epoch.
-    - Evaluation: dataset order, every example exactly once. If there is an example for each rank, all ranks
-      take the same number of steps, for which a last batch of less than R examples joins the one before.
+    - Training: all ranks take the same number of steps, with the same number of examples in each. Examples that cannot
+      be divided evenly are left out of the epoch.
+    - Evaluation: dataset order, every example exactly once. If there is an example for each rank, all ranks take the
+      same number of steps; for this, a last batch of fewer than R examples joins the one before.
 
-    It is a ``DistributedSampler`` because Lightning would wrap any other sampler in one and shard the data
-    twice.
+    It is a `DistributedSampler` because Lightning would wrap any other sampler in one and shard the data twice.
 
     Args:
         num_examples: Size of the dataset.
-        batch_size: Size B of the global batch. Where there are fewer training examples than that, it is the
-            largest size that all ranks can share.
+        batch_size: Size B of the global batch. If there are fewer training examples, it is the largest size that
+            all ranks can share.
         shuffle: Whether this is for training, in a new order every epoch.
         seed: Seed of the orders, at least 0.
         rank: This process, in [0, world_size).
         world_size: Number R of processes.
-        drop_last: Whether a last training batch of less than B examples is left out.
-        start: First example of an evaluation that is wanted: whole global batches before it are left out, though never
-            the last one.
-        batches_per_step: Number of batches whose gradients an optimiser step accumulates. With ``drop_last`` the
-            batches that do not fill a last step are left out too, unless there is no other.
-        position: Says, when iteration begins, the epoch (None for that of ``set_epoch``) and how many of its batches
-            an interrupted run has behind it.
+        drop_last: Whether a last training batch of fewer than B examples is left out.
+        start: First example to evaluate: whole global batches before it are left out, except the last one.
+        batches_per_step: Number of batches whose gradients an optimiser step accumulates. With `drop_last`, batches
+            that do not fill a last step are left out, unless there are no others.
+        position: Called when iteration begins; returns the epoch (None for that of `set_epoch`) and how many of its
+            batches an interrupted run has trained on. None is the start of the epoch of `set_epoch`.
 
     Raises:
-        ValueError: If training batches or examples cannot be shared out among the ranks.
+        ValueError: If training batches or examples cannot be divided among the ranks.
     """
 
     def __init__(
@@ -86,10 +83,9 @@ class EpochBatchSampler(DistributedSampler[tuple[int, list[int]]]):
         drop_last: bool = False,
         start: int = 0,
         batches_per_step: int = 1,
-        position: Callable[[], tuple[int | None, int]] = lambda: (None, 0),
+        position: Callable[[], tuple[int | None, int]] | None = None,
     ) -> None:
-        examples = range(num_examples)
-        super().__init__(examples, world_size, rank, shuffle, seed, drop_last)  # type: ignore[arg-type]
+        super().__init__(range(num_examples), world_size, rank, shuffle, seed, drop_last)  # type: ignore[arg-type]
         if batch_size < 1:
             raise ValueError(f"Expected data.batch_size to be at least 1, but got {batch_size}")
         if num_examples < world_size:
@@ -119,7 +115,7 @@ class EpochBatchSampler(DistributedSampler[tuple[int, list[int]]]):
         del self.edges[: min(start // batch_size, len(self.edges) - 2)]
 
     def __iter__(self) -> Iterator[tuple[int, list[int]]]:
-        epoch, done = self.position()
+        epoch, done = self.position() if self.position else (None, 0)
         epoch = self.epoch if epoch is None else epoch
         order = np.arange(self.num_examples)
         if self.shuffle:

@@ -1,8 +1,7 @@
-"""Text as windows of tokens for language models: what each token of a window is followed by.
+"""Text as windows of tokens for language models, with the token that follows each.
 
-An epoch is one pass over the training tokens, in windows that do not overlap and begin somewhere else each epoch
-(as examples are drawn anew each epoch; nanoGPT's, github.com/karpathy/nanoGPT, are drawn with replacement instead). The
-split by position is nanoGPT's: the last tenth is for validation.
+An epoch is one pass over the training tokens, in windows that do not overlap and begin at another offset each epoch.
+(nanoGPT, github.com/karpathy/nanoGPT, draws them with replacement.) As in nanoGPT, the last tenth is for validation.
 
 Shapes: N tokens in a split, B windows in a batch, T tokens in a window.
 """
@@ -30,11 +29,11 @@ from thinned.data.token_shards import TokenShards, build_shards, open_shards
 from thinned.data.token_stream import make_tokenizer
 from thinned.data.tokenizer import Tokenizer, bpe_size
 
-NO_TARGET = -100  # what cross_entropy ignores
+NO_TARGET = -100  # cross_entropy ignores it
 
 
 class TokenBatch(NamedTuple):
-    """Windows of tokens, the tokens that follow, and which windows of the split they are."""
+    """Windows of tokens, the tokens that follow, and the numbers of the windows in the split."""
 
     input: Tensor  # (B, T) int64
     target: Tensor  # (B, T) int64, the token after each; -100 where there is none
@@ -43,10 +42,10 @@ class TokenBatch(NamedTuple):
 
 @dataclass
 class TokenBatches(Dataset[TokenBatch]):
-    """A split as batches: ``split[epoch, indices]``.
+    """A split as batches: `split[epoch, indices]`.
 
-    - Training: window j begins at j T plus an offset below T that is a function of (seed, epoch). The number of windows
-      is the same in every epoch, for which it leaves out what does not fit with the largest offset.
+    - Training: window j begins at j T plus an offset below T that is a function of (seed, epoch). Every epoch has the
+      windows that fit with the largest offset.
     - Evaluation: window j begins at j T, and each token but the first is a target once; the last window is padded.
     """
 
@@ -56,7 +55,7 @@ class TokenBatches(Dataset[TokenBatch]):
     training: bool
 
     def __len__(self) -> int:
-        pairs = len(self.tokens) - 1  # of a token and the next
+        pairs = len(self.tokens) - 1  # a token and the next
         if self.training:
             return max(pairs // self.context_length - 1, 1)
         return -(-pairs // self.context_length)
@@ -65,7 +64,7 @@ class TokenBatches(Dataset[TokenBatch]):
         """Returns where the first window of an epoch begins."""
         if not self.training or len(self.tokens) <= 2 * self.context_length:
             return 0
-        return int(np.random.default_rng((self.seed, epoch, 1)).integers(self.context_length))  # the order has (s, e)
+        return int(np.random.default_rng((self.seed, epoch, 1)).integers(self.context_length))  # order: (seed, epoch)
 
     def __getitem__(self, item: tuple[int, list[int]]) -> TokenBatch:
         epoch, indices = item
@@ -81,29 +80,29 @@ class TokenBatches(Dataset[TokenBatch]):
 
 
 class TextDataModule(SplitDataModule):
-    """Windows of tokens in batches, shared out among the processes.
+    """Windows of tokens in batches, divided among the processes.
 
-    Stored splits "train", "validation" (or "valid") and "test" are used as they are. Validation and test tokens that
-    are not stored are taken from the end of "train"; without any of its own, the test is on the validation split.
+    Stored splits "train", "validation" (or "valid") and "test" are used as they are. Missing ones are taken from the
+    end of "train". If the test has no tokens of its own, it is on the validation split.
 
-    The text is tokenised once, into files in ``cache_dir`` that later runs find again.
+    The text is tokenised once, into files in `cache_dir` that later runs find again.
 
     Args:
-        path: "pydocs" for the documentation of Python that comes with it, a text file, a folder of text files, a folder
-            for ``datasets.load_dataset`` or ``load_from_disk``, or the id of a dataset on the Hugging Face Hub.
+        path: "pydocs" for Python's own documentation, a text file, a folder of text files, a folder for
+            `datasets.load_dataset` or `load_from_disk`, or the id of a dataset on the Hugging Face Hub.
         name: Which of the dataset's configurations; None if it has one, or a default.
         text_column: Column of the text; None for "text", or the only one of strings.
-        tokenizer: "char" for characters, "bpe:<size>" for byte-level BPE with that many tokens trained on the training
-            text, or a pretrained one: a tokenizer.json, a folder with one, or the id of a model on the hub.
+        tokenizer: "char" for characters, "bpe:<size>" for byte-level BPE of that size trained on the training text, or
+            a pretrained one: a tokenizer.json, a folder with one, or the id of a model on the hub.
         context_length: Number of tokens in a window.
         batch_size: Number of windows in a training batch, over all processes.
         eval_batch_size: Number of windows in a batch in validation, test and prediction, over all processes.
-        val_fraction: Part of the stored "train" for validation, where no split is stored for it.
-        test_fraction: Part of the stored "train" for the test, where no split is stored for it.
+        val_fraction: Fraction of the stored "train" for validation, if no split is stored for it.
+        test_fraction: Fraction of the stored "train" for the test, if no split is stored for it.
         predict_split: The split to predict.
-        streaming: Whether a dataset is read row by row, so that ``max_tokens`` of a large one need no more of it. That
-            a dataset of the hub has changed since goes unnoticed.
-        max_tokens: The most tokens of each stored split; None for all of them.
+        streaming: Whether a dataset is read row by row, so that only the first `max_tokens` are downloaded. Later
+            changes of a dataset on the hub are not noticed.
+        max_tokens: The most tokens of each stored split; None for all.
         cache_dir: Folder for the tokens.
         num_workers: Number of worker processes that make batches; 0 makes them in the main process.
         seed: Seed of order and offsets.
@@ -137,23 +136,15 @@ class TextDataModule(SplitDataModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters(logger=False)
-        for key, valid, expected in (
+        self.check_settings(
             ("path", path, f"to be {EXPECTED}"),
             ("context_length", context_length >= 1, "to be at least 1"),
-            ("batch_size", batch_size >= 1, "to be at least 1"),
-            ("eval_batch_size", eval_batch_size >= 1, "to be at least 1"),
-            ("val_fraction", 0 < val_fraction < 1, "in (0, 1)"),
             ("test_fraction", 0 <= test_fraction < 1, "in [0, 1)"),
             ("test_fraction", val_fraction + test_fraction < 1, f"below 1 - {val_fraction}, data.val_fraction,"),
-            ("predict_split", predict_split in ("train", "val", "test"), "to be 'train', 'val' or 'test'"),
             ("max_tokens", max_tokens is None or max_tokens >= 1, "to be at least 1"),
             ("cache_dir", cache_dir, "to be a folder"),
-            ("num_workers", num_workers >= 0, "to be at least 0"),
-            ("seed", 0 <= seed < 2**32, "in [0, 2**32)"),
-        ):
-            if not valid:
-                raise ValueError(f"Expected data.{key} {expected}, but got {self.hparams[key]!r}")
-        bpe_size(tokenizer)  # or an error
+        )
+        bpe_size(tokenizer)  # raises an error if it is invalid
         self.tokens = {}
         self._given: str | None = None  # JSON of a checkpoint's tokenizer
         self._shards: tuple[Tokenizer, dict[str, TokenShards]] | None = None
@@ -163,37 +154,32 @@ class TextDataModule(SplitDataModule):
         self._prepare()
 
     def setup(self, stage: str | None = None) -> None:
-        """Maps the tokens, once for all stages."""
+        """Opens the tokens, once for all stages."""
         if not self.tokens:
             self.tokenizer, stored = self._prepare()
             ranges = self._ranges({split: len(tokens) for split, tokens in stored.items()})
             self.tokens = {split: stored[name].part(start, stop) for split, (name, start, stop) in ranges.items()}
 
     def _prepare(self) -> tuple[Tokenizer, dict[str, TokenShards]]:
-        """Returns the tokenizer and the tokens of the stored splits, which it writes if need be."""
+        """Returns the tokenizer and the tokens of the stored splits, which it writes if they are missing."""
         if self._shards:
             return self._shards
         spec, max_tokens = self.hparams["tokenizer"], self.hparams["max_tokens"]
         names = ("path", "name", "text_column", "streaming")
         source = read_text(**{name: self.hparams[name] for name in names})
         end = self._ends(source.splits)[0]
-        key: dict[str, Any] = {"content": source.content, "tokenizer": spec, "max_tokens": max_tokens}
         tokenizer = None
         if self._given:
             tokenizer = Tokenizer.from_json(self._given)
         elif spec != "char" and not bpe_size(spec):
             tokenizer = Tokenizer.pretrained(spec)
-        own = key | ({"training_part": end} if bpe_size(spec) else {})
+        base: dict[str, Any] = {"content": source.content, "tokenizer": spec, "max_tokens": max_tokens}
+        key = base | ({"training_part": end} if bpe_size(spec) else {})
         if tokenizer:
-            key["digest"] = hashlib.sha256(tokenizer.to_json().encode()).hexdigest()
-            if self._given and (directory := self._directory(source, own)).exists():
-                # A checkpoint is often used on the text that it was trained on, for which its tokenizer was made.
-                shards = open_shards(directory, own)
-                if shards[0].to_json() == tokenizer.to_json():
-                    self._shards = shards
-                    return shards
-        else:
-            key = own
+            # A checkpoint is often used on its training text: if its tokenizer was made for it, so were the tokens.
+            made = self._directory(source, key) / "tokenizer.json"
+            if not made.exists() or made.read_text(encoding="utf-8", errors="replace") != self._given:
+                key = base | {"digest": hashlib.sha256(tokenizer.to_json().encode()).hexdigest()}
         directory = self._directory(source, key)
         make = partial(make_tokenizer, spec, source.splits, end, max_tokens)
         build_shards(directory, key, lambda: tokenizer or make(), source.splits, max_tokens, self._ranges)
@@ -206,20 +192,13 @@ class TextDataModule(SplitDataModule):
         return Path(self.hparams["cache_dir"]).expanduser() / f"{label}-{digest[:12]}"
 
     def _ends(self, stored: Iterable[str]) -> tuple[float, float]:
-        """Returns where the parts of the stored "train" end that are for training and for validation, in [0, 1]."""
+        """Returns the fractions of the stored "train" at which its training part and its validation part end."""
         test = 0.0 if "test" in stored else self.hparams["test_fraction"]
         val = 0.0 if "val" in stored else self.hparams["val_fraction"]
         return 1 - val - test, 1 - test
 
     def _ranges(self, counts: dict[str, int]) -> dict[Split, tuple[str, int, int]]:
-        """Returns for each split in which stored one it is, from which token to which.
-
-        Args:
-            counts: Number of tokens in each stored split.
-
-        Raises:
-            ValueError: If there are too few.
-        """
+        """Returns the stored split, the first token and the end of each split; ValueError if it has too few tokens."""
         train, val = (int(end * counts["train"]) for end in self._ends(counts))
         ranges: dict[Split, tuple[str, int, int]] = {"train": ("train", 0, train)}
         ranges["val"] = ("val", 0, counts["val"]) if "val" in counts else ("train", train, val)
@@ -227,17 +206,15 @@ class TextDataModule(SplitDataModule):
         if "test" not in counts and not self.hparams["test_fraction"]:
             ranges["test"] = ranges["val"]
         for split, (name, start, stop) in ranges.items():
-            least = self.hparams["context_length"] + 1 if split == "train" else 2
+            if split == "train":
+                least, reason = self.context_length + 1, "one more than data.context_length"
+                change = "smaller data.context_length"
+            else:
+                least, reason, change = 2, "an input and its target", f"larger data.{split}_fraction"
             if stop - start < least:
-                reason = "one more than data.context_length" if split == "train" else "an input and its target"
-                change = (
-                    "choose a smaller data.context_length or"
-                    if split == "train"
-                    else f"a larger data.{split}_fraction or"
-                )
                 raise ValueError(
                     f"Expected at least {least} tokens for {split} ({reason}), but got {stop - start} of the "
-                    f"{counts[name]} in data.path: {change} a longer text (data.max_tokens)"
+                    f"{counts[name]} in data.path: choose a {change} or a longer text (data.max_tokens)"
                 )
         return ranges
 
@@ -252,11 +229,11 @@ class TextDataModule(SplitDataModule):
         return self.hparams["context_length"]
 
     def net_arguments(self) -> dict[str, int]:
-        """Returns what only the data knows of a network: its vocabulary, and the length of its context."""
-        return {"vocab_size": self._prepare()[0].vocab_size, "context_length": self.hparams["context_length"]}
+        """Returns the arguments of a network that only the data knows."""
+        return {"vocab_size": self._prepare()[0].vocab_size, "context_length": self.context_length}
 
     def state_dict(self) -> dict[str, str]:
-        """Returns what a trained network takes for granted: its tokenizer."""
+        """Returns what a trained network relies on: its tokenizer."""
         given = self._shards[0].to_json() if self._shards else self._given
         return {"tokenizer": given, "spec": self.hparams["tokenizer"]} if given else {}
 
@@ -275,9 +252,9 @@ class TextDataModule(SplitDataModule):
                 self.setup()
 
     def num_examples(self, split: Split) -> int:
-        """Returns the number of windows for the evaluation of a split, after setup."""
+        """Returns the number of windows in the evaluation of a split, after setup."""
         return len(self.batches(split, training=False))
 
     def batches(self, split: Split, *, training: bool) -> TokenBatches:
-        """Returns a split as windows; for training, somewhere else each epoch."""
-        return TokenBatches(self.tokens[split], self.hparams["context_length"], self.hparams["seed"], training)
+        """Returns a split as windows; those for training begin at another offset each epoch."""
+        return TokenBatches(self.tokens[split], self.context_length, self.hparams["seed"], training)

@@ -1,7 +1,7 @@
-"""Where text comes from: Python's own documentation, text files, or a Hugging Face dataset; always as documents.
+"""Reads documents from Python's own documentation, text files or a Hugging Face dataset.
 
-"pydocs" are the topics of the language reference that ``help()`` shows, ``pydoc_data.topics`` in CPython: about
-half a megabyte of English that every installation has.
+"pydocs" is the text of `help()` topics, `pydoc_data.topics` in CPython: half a megabyte of English that every
+installation has.
 """
 
 from __future__ import annotations
@@ -18,12 +18,10 @@ import datasets
 
 from thinned.data.hugging_face import Stored, is_saved, read_stored
 
-PROSE = ("txt", "text", "md", "rst", "tex", "org", "html", "htm", "xml")
-CODE = (
-    "py", "pyi", "c", "h", "cc", "cpp", "hpp", "cu", "rs", "go", "java", "kt", "js", "ts", "css", "sh", "sql", "lua",
-)  # fmt: skip
-SETTINGS = ("toml", "yaml", "yml", "ini", "cfg")
-TEXT_SUFFIXES = frozenset(f".{name}" for name in (*PROSE, *CODE, *SETTINGS))
+PROSE = ".txt .text .md .rst .tex .org .html .htm .xml"
+CODE = ".py .pyi .c .h .cc .cpp .hpp .cu .rs .go .java .kt .js .ts .css .sh .sql .lua"
+SETTINGS = ".toml .yaml .yml .ini .cfg"
+TEXT_SUFFIXES = frozenset(f"{PROSE} {CODE} {SETTINGS}".split())
 DATASET_SUFFIXES = (".parquet", ".arrow", ".jsonl")
 STORED_NAMES = {"train": ("train",), "val": ("validation", "valid", "val"), "test": ("test",)}
 EXPECTED = "'pydocs', a text file, a folder of text files, the folder of a dataset or its id on the Hugging Face Hub"
@@ -33,9 +31,9 @@ EXPECTED = "'pydocs', a text file, a folder of text files, the folder of a datas
 class TextSource:
     """Documents by split."""
 
-    splits: dict[str, Iterable[str]]  # "train", and "val" and "test" if they are stored; can be read repeatedly
-    content: str  # differs between sources that hold different text
-    label: str  # for people, fit for the name of a file
+    splits: dict[str, Iterable[str]]  # "train", and "val" and "test" if they are stored; each can be read again
+    content: str  # differs between sources of different text
+    label: str  # for people; it can be part of a file name
 
 
 @dataclass(frozen=True)
@@ -67,7 +65,7 @@ class TextFiles:
 
 def _read(path: Path) -> bytes:
     try:
-        return path.read_bytes()  # as text, it would have other newlines than the file
+        return path.read_bytes()  # reading as text would change the newlines
     except OSError as error:
         raise OSError(f"Expected data.path to hold files that can be read, but got {error}") from None
 
@@ -103,25 +101,24 @@ class TextColumn:
 def read_text(
     path: str, name: str | None = None, text_column: str | None = None, *, streaming: bool = False
 ) -> TextSource:
-    """Returns the documents at ``data.path``; for the other arguments see ``TextDataModule``.
+    """Returns the documents at `data.path`; the arguments are those of `TextDataModule`.
 
     Raises:
-        FileNotFoundError: If there is nothing that can be read.
-        ValueError: If there is no text in it, or an argument does not apply to it.
+        FileNotFoundError: If nothing can be read.
+        ValueError: If there is no text, or an argument does not apply to it.
     """
     folder = Path(path).expanduser()
+    if folder.suffix in DATASET_SUFFIXES and folder.is_file():
+        raise ValueError(f"Expected data.path to be the folder of a dataset, not one of its files, but got {path!r}")
     if path == "pydocs":
         topics = pydoc_data.topics.topics
         documents = [topics[key] for key in sorted(topics)]
         source = TextSource({"train": documents}, hashlib.sha256(json.dumps(documents).encode()).hexdigest(), path)
-    elif folder.is_file():
-        if folder.suffix in DATASET_SUFFIXES:
-            raise ValueError(
-                f"Expected data.path to be the folder of a dataset, not one of its files, but got {path!r}"
-            )
-        source = _file_source([folder], folder)
-    elif folder.is_dir() and (files := _text_files(folder)):
-        source = _file_source(files, folder)
+    elif paths := _text_files(folder):
+        if not any(file.stat().st_size for file in paths):
+            raise ValueError(f"Expected text in data.path, but got nothing in {str(folder)!r}")
+        files = TextFiles(paths)
+        source = TextSource({"train": files}, files.digest(folder), folder.resolve().stem)
     else:
         return _dataset_source(path, name, text_column, streaming=streaming)
     for key, value in (("name", name), ("text_column", text_column), ("streaming", streaming)):
@@ -133,65 +130,51 @@ def read_text(
     return source
 
 
-def _file_source(paths: list[Path], root: Path) -> TextSource:
-    if not any(path.stat().st_size for path in paths):
-        raise ValueError(f"Expected text in data.path, but got nothing in {str(root)!r}")
-    files = TextFiles(paths)
-    return TextSource({"train": files}, files.digest(root), root.resolve().stem)
-
-
 def _text_files(folder: Path) -> list[Path]:
-    """Returns the text files below a folder, by relative path; none if it is a dataset's."""
+    """Returns the text files below a folder by relative path, or the path if it is a file; none if it is a dataset."""
+    if folder.is_file():
+        return [folder]
     paths = [path for path in folder.rglob("*") if path.is_file()]
     if is_saved(folder) or any(path.suffix in DATASET_SUFFIXES for path in paths):
         return []
-    visible = (path.relative_to(folder) for path in paths if path.suffix.lower() in TEXT_SUFFIXES)
-    shown = [path for path in visible if not any(part.startswith(".") for part in path.parts)]
-    return [folder / path for path in sorted(shown, key=Path.as_posix)]
+    texts = (path.relative_to(folder) for path in paths if path.suffix.lower() in TEXT_SUFFIXES)
+    visible = [path for path in texts if not any(part.startswith(".") for part in path.parts)]
+    return [folder / path for path in sorted(visible, key=Path.as_posix)]
 
 
 def _dataset_source(path: str, name: str | None, text_column: str | None, *, streaming: bool) -> TextSource:
     stored = read_stored(path, EXPECTED, name, streaming=streaming)
-    if "train" not in stored:
-        raise ValueError(f"Expected data.path to have a split 'train', but got {list(stored)} in {path!r}")
     column = _text_column(stored["train"], text_column)
-    names = {
-        split: next(name for name in names if name in stored)
-        for split, names in STORED_NAMES.items()
-        if any(name in stored for name in names)
-    }
-    for stored_name in names.values():
-        found = _string_columns(stored[stored_name])
-        if column not in found:
-            raise ValueError(f"Expected a column {column!r} in split {stored_name!r} of data.path, but got {found}")
-    content: Any = [streaming, column, name]
+    columns = {}
+    for split, stored_names in STORED_NAMES.items():
+        stored_name = next((each for each in stored_names if each in stored), None)
+        if stored_name:
+            columns[split] = TextColumn(stored[stored_name], column, stored_name)
+            found = _string_columns(stored[stored_name])
+            if column not in found:
+                raise ValueError(f"Expected a column {column!r} in split {stored_name!r} of data.path, but got {found}")
     folder = Path(path).expanduser()
+    content: list[Any] = [streaming, column, name]
     if not streaming:
-        content += [[split, stored[stored_name]._fingerprint] for split, stored_name in names.items()]
+        content += [[split, documents.stored._fingerprint] for split, documents in columns.items()]
     elif folder.is_dir():
         files = sorted(file for file in folder.rglob("*") if file.is_file())
         content += [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
-    else:  # what the hub has at the moment is known only to the hub
+    else:  # only the hub knows its current content
         content += [path]
-    return TextSource(
-        {split: TextColumn(stored[stored_name], column, stored_name) for split, stored_name in names.items()},
-        json.dumps(content),
-        "-".join(filter(None, [folder.resolve().stem if folder.is_dir() else path.replace("/", "-"), name])),
-    )
+    label = folder.resolve().stem if folder.is_dir() else path.replace("/", "-")
+    return TextSource(dict(columns), json.dumps(content), f"{label}-{name}" if name else label)
 
 
 def _string_columns(stored: Stored) -> list[str]:
-    if stored.features is None:  # of a stream whose file does not say; the first row has to
+    if stored.features is None:  # a stream of JSON, for example: its first row shows them
         return [name for name, value in next(iter(stored), {}).items() if isinstance(value, str)]
-    return [
-        name
-        for name, feature in stored.features.items()
-        if isinstance(feature, datasets.Value) and feature.dtype in ("string", "large_string")
-    ]
+    values = {name: feature for name, feature in stored.features.items() if isinstance(feature, datasets.Value)}
+    return [name for name, value in values.items() if value.dtype in ("string", "large_string")]
 
 
 def _text_column(stored: Stored, given: str | None) -> str:
-    """Returns the given column, or else the one called "text", or the only one of strings."""
+    """Returns the given column, or "text", or the only column of strings."""
     found = _string_columns(stored)
     if given is None and len(found) > 1 and "text" in found:
         return "text"

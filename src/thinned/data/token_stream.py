@@ -1,4 +1,4 @@
-"""From documents to tokens: the tokenizer that is made for a text, and its tokens one after another."""
+"""Documents to tokens: makes the tokenizer of a text, and yields its tokens in order."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ import numpy as np
 
 from thinned.data.tokenizer import Tokenizer, bpe_size
 
-PIECE = 2**16  # characters that are encoded as one; threads share the pieces out
-GROUP = 2**20  # characters that are encoded at a time, for which a character tokenizer takes 300 MB
-SEPARATOR = "\n\n"  # between documents, where the tokenizer has no token for it
+PIECE = 2**16  # characters that are encoded as one text; threads share the pieces
+GROUP = 2**20  # characters that are encoded by one call; a character tokenizer takes 300 MB for them
+SEPARATOR = "\n\n"  # between documents, if the tokenizer has no token for it
 LINE_BREAK = re.compile(r"(?<=\S)\r?\n(?=\S)")
 
 
 def make_tokenizer(
     spec: str, splits: Mapping[str, Iterable[str]], training_part: float, max_tokens: int | None
 ) -> Tokenizer:
-    """Returns the tokenizer for some text, which depends on nothing but what is kept of it.
+    """Returns a tokenizer for text. It depends only on the text that is kept.
 
     Args:
         spec: "char" or "bpe:<size>".
-        splits: The documents.
-        training_part: BPE is trained on so much of "train", by characters.
-        max_tokens: The most tokens that are kept of a split, so the most characters to look at; None for all.
+        splits: Documents of each split.
+        training_part: Fraction of the characters of "train" on which BPE is trained.
+        max_tokens: The most tokens kept of a split; None for all.
     """
     size = bpe_size(spec)
     if size:
@@ -37,22 +37,21 @@ def make_tokenizer(
 
 
 def count_characters(documents: Iterable[str], max_tokens: int | None) -> int:
-    """Returns the number of characters; at most those that surely fit in so many tokens, of a byte or more each."""
+    """Returns the number of characters, at most those sure to fit in `max_tokens` tokens of a byte or more each."""
+    if max_tokens is None:
+        return sum(map(len, documents))
     count = 0
     for document in documents:
-        if max_tokens is None:
-            count += len(document)
-            continue
         content = document.encode()[:max_tokens]
         count += len(content.decode(errors="ignore"))
-        max_tokens -= len(content) + 1  # and what separates it from the next
+        max_tokens -= len(content) + 1  # one for the end of the document
         if max_tokens <= 0:
             break
     return count
 
 
 def first_characters(documents: Iterable[str], limit: int | None) -> Iterator[str]:
-    """Yields documents up to so many characters, the last one cut off; None is no limit."""
+    """Yields documents up to a number of characters, the last one cut off; None is no limit."""
     for document in documents:
         if limit is not None and limit <= len(document):
             yield document[:limit]
@@ -62,17 +61,16 @@ def first_characters(documents: Iterable[str], limit: int | None) -> Iterator[st
 
 
 def pieces(document: str, tokenizer: Tokenizer) -> Iterator[str]:
-    """Cuts a long document at line breaks, where both sides have the tokens that they have as one.
+    """Yields the pieces of a long document, cut only at line breaks where the cut does not change the tokens.
 
-    A tokenizer such as GPT-2's has no token that reaches beyond a line break between two lines; others have, or begin
-    every text with a space. So it is tried out at each cut, on the text around it.
+    GPT-2 has no token that spans a line break between two lines, but other tokenizers have, or begin every text with a
+    space. So each cut is tried on the text around it.
     """
     start = 0
     while len(document) - start > PIECE:
         stop = start + PIECE
         if not tokenizer.by_character:
-            tries = zip(range(4), LINE_BREAK.finditer(document, stop), strict=False)
-            ends = (match.end() for _, match in tries)
+            ends = (match.end() for match in islice(LINE_BREAK.finditer(document, stop), 4))
             stop = next((end for end in ends if _separable(document, end, tokenizer)), 0)
             if not stop:
                 break
@@ -98,17 +96,23 @@ def _texts(documents: Iterable[str], tokenizer: Tokenizer) -> Iterator[tuple[str
         yield last, True
 
 
-def token_arrays(documents: Iterable[str], tokenizer: Tokenizer) -> Iterator[np.ndarray]:
-    """Yields the tokens of documents one after another, with what separates them; empty documents are left out."""
-    end = [] if tokenizer.end_of_text is None else [tokenizer.end_of_text]
-    group: list[tuple[str, bool]] = []
-    size = 0
-    for item in chain(_texts(documents, tokenizer), [None]):
-        if item:
-            group.append(item)
-            size += len(item[0])
-        if group and (item is None or size >= GROUP):
-            encoded = tokenizer.encode_documents([text for text, _ in group])
-            for ids, (_, last) in zip(encoded, group, strict=True):
-                yield np.array(ids + end if last else ids, np.int64)
+def _groups(texts: Iterator[tuple[str, bool]]) -> Iterator[list[tuple[str, bool]]]:
+    """Yields lists of texts, of about `GROUP` characters in all."""
+    group, size = [], 0
+    for text in texts:
+        group.append(text)
+        size += len(text[0])
+        if size >= GROUP:
+            yield group
             group, size = [], 0
+    if group:
+        yield group
+
+
+def token_arrays(documents: Iterable[str], tokenizer: Tokenizer) -> Iterator[np.ndarray]:
+    """Yields the tokens of all documents in order, each followed by what separates them; leaves out empty ones."""
+    end = [] if tokenizer.end_of_text is None else [tokenizer.end_of_text]
+    for group in _groups(_texts(documents, tokenizer)):
+        encoded = tokenizer.encode_documents([text for text, _ in group])
+        tokens = (ids + end if last else ids for ids, (_, last) in zip(encoded, group, strict=True))
+        yield np.fromiter(chain.from_iterable(tokens), np.int64)

@@ -1,8 +1,7 @@
-"""Text to token ids and back, by the Hugging Face ``tokenizers`` library whichever the kind.
+"""Text to token ids and back, by the Hugging Face `tokenizers` library.
 
-Characters are a word-level model whose words are single characters. Byte-level BPE follows GPT-2 (Radford et al.,
-"Language Models are Unsupervised Multitask Learners", 2019): it begins with the 256 bytes, so no text is outside
-its vocabulary.
+Character tokens are a word-level model whose words are single characters. Byte-level BPE follows GPT-2 (Radford et al.,
+"Language Models are Unsupervised Multitask Learners", 2019): its vocabulary has the 256 bytes, so it covers all text.
 
 Shapes: V tokens in the vocabulary.
 """
@@ -25,29 +24,26 @@ from torch import Tensor
 END_OF_TEXT = "<|endoftext|>"
 ENDS_OF_TEXT = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")  # of GPT-2, Llama 3, Llama 2 and Gemma
 MIN_BPE_SIZE = 257  # the bytes and the end of text
+EXPECTED = (
+    f"'char', 'bpe:<size>' with a size of at least {MIN_BPE_SIZE}, a tokenizer.json, a folder with one, or the id of a "
+    "model on the Hugging Face Hub that has one"
+)
 
 
 def bpe_size(spec: str) -> int | None:
-    """Returns the vocabulary size in "bpe:<size>"; None for "char" or the name of a pretrained tokenizer.
-
-    Raises:
-        ValueError: If it is none of these.
-    """
+    """Returns the size in "bpe:<size>", or None for "char" or a pretrained tokenizer; ValueError if it is invalid."""
     kind, _, size = spec.partition(":")
     if spec and kind != "bpe":
         return None
     if size.isdecimal() and int(size) >= MIN_BPE_SIZE:
         return int(size)
-    raise ValueError(
-        f"Expected data.tokenizer to be 'char', 'bpe:<size>' with a size of at least {MIN_BPE_SIZE}, a tokenizer.json "
-        f"or an id on the Hugging Face Hub, but got {spec!r}"
-    )
+    raise ValueError(f"Expected data.tokenizer to be {EXPECTED}, but got {spec!r}")
 
 
 class Tokenizer:
     """Encodes text as ids and decodes them.
 
-    Names of special tokens inside a text are text like any other, so that a document cannot end itself.
+    Names of special tokens in a text are encoded as ordinary text, so a document cannot end itself.
 
     Args:
         tokenizer: The tokenizer of the library.
@@ -59,22 +55,20 @@ class Tokenizer:
         tokenizer.encode_special_tokens = True
         self._tokenizer = tokenizer
         vocabulary = tokenizer.get_vocab(with_added_tokens=True)
-        added = tokenizer.get_added_tokens_decoder()
-        self._added = {index: token.content for index, token in added.items()}
-        self._special = {index for index, token in added.items() if token.special}
+        self._added = tokenizer.get_added_tokens_decoder()
+        self._special = {index for index, token in self._added.items() if token.special}
         self._names = [""] * (max(vocabulary.values(), default=-1) + 1)  # ids may have gaps
         for name, index in vocabulary.items():
             self._names[index] = name
-        self._vocabulary = frozenset(vocabulary)
         word_level = isinstance(tokenizer.model, models.WordLevel) and isinstance(tokenizer.decoder, decoders.Fuse)
-        self.by_character = word_level and all(len(name) == 1 for name in vocabulary)  # whether each is one character
+        self.by_character = word_level and all(len(name) == 1 for name in vocabulary)
 
     @classmethod
     def characters(cls, documents: Iterable[str]) -> Tokenizer:
-        """Returns the tokenizer whose tokens are the characters of the documents, in the order of Unicode."""
+        """Returns the tokenizer whose tokens are the characters of the documents, in Unicode order."""
         characters = sorted(set().union(*documents))
         tokenizer = tokenizers.Tokenizer(models.WordLevel({name: index for index, name in enumerate(characters)}))
-        # A dot matches a newline as well under (?m), as this syntax of regular expressions has it.
+        # In this syntax of regular expressions, a dot under (?m) also matches a newline.
         tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("(?m)."), "isolated")
         tokenizer.decoder = decoders.Fuse()
         return cls(tokenizer)
@@ -85,10 +79,10 @@ class Tokenizer:
 
         Args:
             documents: The text.
-            vocab_size: Number of tokens; less if the text is too short for so many.
+            vocab_size: Number of tokens; a short text may give fewer.
 
         Raises:
-            ValueError: If there would be no room for the 256 bytes and the end of text.
+            ValueError: If the 256 bytes and the end of text do not fit.
         """
         if vocab_size < MIN_BPE_SIZE:
             raise ValueError(f"Expected a BPE vocabulary of at least {MIN_BPE_SIZE} tokens, but got {vocab_size}")
@@ -106,13 +100,11 @@ class Tokenizer:
 
     @classmethod
     def pretrained(cls, name: str) -> Tokenizer:
-        """Returns the tokenizer of a tokenizer.json, of a folder with one, or of a model on the hub.
-
-        The hub is asked only for what is not in its cache.
+        """Returns the tokenizer of a tokenizer.json, of a folder with one, or of a model on the hub or in its cache.
 
         Raises:
             FileNotFoundError: If there is no such tokenizer.
-            ValueError: If the file is no tokenizer.
+            ValueError: If the file holds no tokenizer.
         """
         path = Path(name).expanduser()
         if path.is_dir():
@@ -120,11 +112,10 @@ class Tokenizer:
         try:
             if not path.is_file():
                 path = Path(_cached_or_downloaded(name))
-        except Exception as error:  # of the client, which has had three HTTP libraries
+        except Exception as error:  # the type differs between versions of the client
             cause = " ".join(str(error).split())
             raise FileNotFoundError(
-                "Expected data.tokenizer to be 'char', 'bpe:<size>', a tokenizer.json, a folder with one or the id of "
-                f"a model on the Hugging Face Hub that has one, but got {name!r} ({type(error).__name__}: {cause})"
+                f"Expected data.tokenizer to be {EXPECTED}, but got {name!r} ({type(error).__name__}: {cause})"
             ) from None
         try:
             return cls.from_json(path.read_text(encoding="utf-8"))
@@ -133,14 +124,14 @@ class Tokenizer:
 
     @classmethod
     def from_json(cls, text: str) -> Tokenizer:
-        """Returns the tokenizer that ``to_json`` wrote; ValueError if it did not."""
+        """Returns the tokenizer in the JSON of `to_json`; ValueError if there is none."""
         try:
             return cls(tokenizers.Tokenizer.from_str(text))
         except Exception as error:  # the library raises bare Exceptions
             raise ValueError(f"Expected the JSON of a tokenizer, but got {text[:40]!r} ({error})") from None
 
     def to_json(self) -> str:
-        """Returns all there is to know of the tokenizer, in the format of tokenizer.json."""
+        """Returns the whole tokenizer in the format of tokenizer.json."""
         return self._tokenizer.to_str()
 
     @property
@@ -148,27 +139,24 @@ class Tokenizer:
         """Number V of tokens."""
         return len(self._names)
 
-    @property
+    @cached_property
     def end_of_text(self) -> int | None:
         """The id that separates documents; None if the vocabulary has none."""
-        return next((self._names.index(name) for name in ENDS_OF_TEXT if name in self._vocabulary), None)
+        ids = map(self._tokenizer.token_to_id, ENDS_OF_TEXT)
+        return next((index for index in ids if index is not None), None)
 
     def encode(self, text: str) -> list[int]:
         """Returns the ids of a text; ValueError if it has characters outside the vocabulary."""
         return self.encode_documents([text])[0]
 
     def encode_documents(self, documents: list[str]) -> list[list[int]]:
-        """Returns the ids of each document, encoded in threads.
-
-        Raises:
-            ValueError: If there are characters outside the vocabulary.
-        """
+        """Returns the ids of each document, encoded in threads; ValueError as for `encode`."""
         if self.by_character:
-            self._refuse(set().union(*documents) - self._vocabulary)
+            self._refuse(set().union(*documents).difference(self._names))
         encodings = self._tokenizer.encode_batch_fast(documents, add_special_tokens=False)
         ids = [encoding.ids for encoding in encodings]
         if self._unknown is not None and any(self._unknown in document for document in ids):
-            encodings = self._tokenizer.encode_batch(documents, add_special_tokens=False)  # now with offsets
+            encodings = self._tokenizer.encode_batch(documents, add_special_tokens=False)  # this time with offsets
             self._refuse(
                 {
                     document[slice(*offsets)]
@@ -189,11 +177,11 @@ class Tokenizer:
             )
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Returns the text of some ids, special tokens by name."""
+        """Returns the text of ids; special tokens appear by name."""
         return self._tokenizer.decode(list(ids), skip_special_tokens=False)
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
-        r"""Returns the text of each token by itself; bytes that are no characters by themselves as ``\xe2``."""
+        r"""Returns the text of each token by itself; bytes that are not a whole character appear as `\xe2`."""
         return [
             self._names[index] if index in self._special else self._bytes[index].decode(errors="backslashreplace")
             for index in ids
@@ -201,35 +189,34 @@ class Tokenizer:
 
     @cached_property
     def token_bytes(self) -> Tensor:
-        """Number of bytes of UTF-8 that each token stands for, 0 for a special one, (V,) int64."""
+        """Number of UTF-8 bytes of each token, 0 for a special one, (V,) int64."""
         return torch.tensor([len(token) for token in self._bytes], dtype=torch.int64)
 
     @cached_property
     def _bytes(self) -> list[bytes]:
-        """What each token stands for, as UTF-8; nothing if it is special."""
+        """The text of each token as UTF-8; empty for a special one."""
         if self.by_character:
             found = [name.encode() for name in self._names]
         elif _holds(self._json["decoder"], "ByteLevel"):
             alphabet = _byte_alphabet()
             found = [bytes(alphabet.get(character, 0) for character in name) for name in self._names]
         else:
-            # What a token adds to another: by itself, it may lose the space with which it begins.
+            # The text that a token adds to another; alone, it may lose the space with which it begins.
             anchor = (self._tokenizer.encode("a", add_special_tokens=False).ids or [0])[-1]
             skip = len(self.decode([anchor]))
-            both = self._tokenizer.decode_batch(
-                [[anchor, i] for i in range(self.vocab_size)], skip_special_tokens=False
-            )
+            pairs = [[anchor, index] for index in range(self.vocab_size)]
+            both = self._tokenizer.decode_batch(pairs, skip_special_tokens=False)
             found = [text[skip:].encode() for text in both]
             if _holds(self._json["decoder"], "ByteFallback"):
                 fallback = {f"<0x{byte:02X}>": bytes([byte]) for byte in range(256)}
                 found = [fallback.get(name, text) for name, text in zip(self._names, found, strict=True)]
-        for index, content in self._added.items():
-            found[index] = b"" if index in self._special else content.encode()
+        for index, token in self._added.items():
+            found[index] = b"" if token.special else token.content.encode()
         return found
 
     @cached_property
     def _unknown(self) -> int | None:
-        """The id that stands for whatever is outside the vocabulary; None if there is none."""
+        """The id of text outside the vocabulary; None if there is none."""
         model = self._json["model"]
         if model.get("byte_fallback") or _holds(self._json["pre_tokenizer"], "ByteLevel"):
             return None
@@ -244,19 +231,19 @@ def _cached_or_downloaded(name: str) -> str:
     try:
         return hf_hub_download(name, "tokenizer.json", local_files_only=True)
     except LocalEntryNotFoundError:
-        HfApi().model_info(name, timeout=5)  # out of reach, this fails at once; a download tries for 23 seconds
+        HfApi().model_info(name, timeout=5)  # fails at once if the hub is out of reach; a download tries for 23 seconds
         return hf_hub_download(name, "tokenizer.json")
 
 
 def _holds(part: Any, kind: str) -> bool:
-    """Returns whether a part of a tokenizer.json is of this kind, or one of its own parts is."""
+    """Returns whether a part of a tokenizer.json, or a part of it, has this type."""
     if isinstance(part, dict):
         return part.get("type") == kind or any(_holds(value, kind) for value in part.values())
     return isinstance(part, list) and any(_holds(value, kind) for value in part)
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """Returns the byte for each of the characters with which byte-level tokenizers write them."""
+    """Returns the byte for each character of byte-level tokens."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = sorted(set(range(256)) - set(printable))
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
