@@ -1,5 +1,6 @@
 """What all tests share: the same start, caches of their own, small datasets in the hub's layout, runs of scripts."""
 
+import gc
 import io
 import logging
 import os
@@ -106,6 +107,8 @@ def same_start() -> Iterator[None]:
             for read, write, value in found:
                 if read() != value:
                     write(value)
+            if _children() - children:
+                gc.collect()  # a data loader's workers end with it, but it may be in a cycle
             left = [f"process {pid}" for pid in _children() - children]
             for thread in set(threading.enumerate()) - threads:
                 if not thread.daemon or isinstance(thread, threading.Timer):
