@@ -133,7 +133,8 @@ class ThinnedCLI(LightningCLI):
     @property
     def best(self) -> str | None:
         """Path of the best checkpoint of this run; None if it saved none (fast_dev_run)."""
-        return getattr(self.trainer.checkpoint_callback, "best_model_path", None) or None
+        checkpoints = self.trainer.checkpoint_callback
+        return checkpoints.best_model_path or None if isinstance(checkpoints, Checkpoints) else None
 
     @rank_zero_only
     def print_results(self) -> None:

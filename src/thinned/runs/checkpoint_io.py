@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import yaml
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_warn
 
@@ -81,7 +82,9 @@ def newest_checkpoint(directory: Path) -> Path | None:
 def last_checkpoint(trainer: Trainer) -> str | Path | None:
     """Returns the path of this run's newest checkpoint, or else of the one that it resumed from."""
     # Not what ModelCheckpoint remembers: a test loads its memory again from the checkpoint that is tested.
-    folder = Path(getattr(trainer.checkpoint_callback, "dirpath", None) or trainer.default_root_dir)
+    checkpoints = trainer.checkpoint_callback
+    dirpath = checkpoints.dirpath if isinstance(checkpoints, ModelCheckpoint) else None
+    folder = Path(dirpath or trainer.default_root_dir)
     paths = sorted(folder.glob("[!.]*.ckpt"), key=lambda path: (path.stat().st_mtime_ns, path.name))
     return paths[-1] if paths else trainer.ckpt_path
 
