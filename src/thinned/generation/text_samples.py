@@ -5,7 +5,6 @@ from functools import partial
 from pathlib import Path
 from statistics import fmean
 
-import torch
 import wandb
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
@@ -30,8 +29,7 @@ class TextSamples(Callback):
     Args:
         prompt: Text with which each begins.
         num_samples: Number of continuations.
-        ensemble: Size of the ensemble of thinned networks that continues it; null, or a net in which nothing drops,
-            is as in `sample_texts`.
+        ensemble: Number of thinned networks whose mean continues it; null takes one network for each continuation.
         max_new_tokens: Length of each.
         temperature: Divides the logits.
         top_k: Only the k most probable tokens can follow; null is all.
@@ -62,7 +60,6 @@ class TextSamples(Callback):
             except ValueError as error:  # known at once, not after the training
                 raise ValueError(f"{error} in the prompt {self.prompt!r} (trainer.callbacks.prompt)") from None
 
-    @torch.no_grad()
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         net, tokenizer = task_offers(pl_module).net, data_offers(trainer).tokenizer
         if not trainer.is_global_zero or trainer.fast_dev_run or tokenizer is None or not isinstance(net, GPT):  # type: ignore[attr-defined]

@@ -4,7 +4,7 @@ A unit is kept with probability 1 - p and scaled by 1 / (1 - p) in training, so 
 """
 
 import hashlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -92,18 +92,19 @@ class Dropout(nn.Module):
     Args:
         p: Probability of zeroing an element, in [0, 1]; else a ValueError.
         site: Where this module stands, one of `SITES`; else a ValueError.
+        shape: Shape of a mask that all examples share, without a batch dimension: `sample_masks` needs it.
     """
 
-    def __init__(self, p: float, site: str) -> None:
+    def __init__(self, p: float, site: str, shape: tuple[int, ...] | None = None) -> None:
         super().__init__()
         check_sites([site])
         self.p = check_rate(p, f"dropout.{site}")
-        self.site = site
+        self.site, self.shape = site, shape
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.p == 0:
             return x
-        if x.is_cpu and not torch.compiler.is_compiling() and self.p < 1:
+        if x.is_cpu and not torch.compiler.is_compiling():
             return x * dropout_mask(tuple(x.shape), self.p, x.dtype)
         return F.dropout(x, self.p)
 
@@ -118,7 +119,6 @@ def sites_in(net: nn.Module) -> tuple[str, ...]:
 
 def sample_masks(
     net: nn.Module,
-    shapes: Mapping[str, tuple[int, ...]],
     seed: int,
     sample: int,
     sites: Collection[str] | None = None,
@@ -131,8 +131,7 @@ def sample_masks(
     network.
 
     Args:
-        net: The net, whose `Dropout` modules know their rates and sites.
-        shapes: Shape of each mask, without a batch dimension, by module name.
+        net: The net, whose `Dropout` modules know their shapes.
         seed: Seed of the whole ensemble.
         sample: Which network of the ensemble, 0 <= sample < S.
         sites: The sites that drop; None is all.
@@ -143,6 +142,7 @@ def sample_masks(
     masks = {}
     for name, module in net.named_modules():
         if isinstance(module, Dropout) and module.p * scale > 0 and module.site in chosen:
+            assert module.shape is not None, f"Expected a shape of the mask of {name}"
             p = check_rate(scale * module.p, f"scale * dropout.{module.site}")
-            masks[name] = dropout_mask(shapes[name], p, dtype, derive_seed(seed, sample, name))
+            masks[name] = dropout_mask(module.shape, p, dtype, derive_seed(seed, sample, name))
     return masks

@@ -43,9 +43,10 @@ class Attention(nn.Module):
         super().__init__()
         self.num_heads, self.context_length = num_heads, context_length
         self.qkv = nn.Linear(width, 3 * width, bias=bias)
-        self.attention_dropout: nn.Module = Dropout(dropout.attention, "attention")
+        mask_shape = (num_heads, context_length, context_length)
+        self.attention_dropout: nn.Module = Dropout(dropout.attention, "attention", mask_shape)
         self.projection = nn.Linear(width, width, bias=bias)
-        self.residual_dropout: nn.Module = Dropout(dropout.residual, "residual")
+        self.residual_dropout: nn.Module = Dropout(dropout.residual, "residual", (width,))
 
     def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
         B, T, C = x.shape
@@ -95,9 +96,9 @@ class FeedForward(nn.Module):
         super().__init__()
         self.up = nn.Linear(width, 4 * width, bias=bias)
         self.gelu = nn.GELU("tanh" if gelu == "tanh" else "none")
-        self.mlp_dropout: nn.Module = Dropout(dropout.mlp, "mlp")
+        self.mlp_dropout: nn.Module = Dropout(dropout.mlp, "mlp", (4 * width,))
         self.down = nn.Linear(4 * width, width, bias=bias)
-        self.residual_dropout: nn.Module = Dropout(dropout.residual, "residual")
+        self.residual_dropout: nn.Module = Dropout(dropout.residual, "residual", (width,))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.residual_dropout(self.down(self.mlp_dropout(self.gelu(self.up(x)))))
@@ -181,7 +182,7 @@ class GPT(nn.Module):
 
         self.token_embedding = nn.Embedding(-(-self.vocab_size // 64) * 64, width)
         self.position_embedding = nn.Embedding(self.context_length, width)
-        self.embedding_dropout: nn.Module = Dropout(dropout.embedding, "embedding")
+        self.embedding_dropout: nn.Module = Dropout(dropout.embedding, "embedding", (width,))
         blocks = [Block(width, num_heads, self.context_length, bias, gelu, dropout) for _ in range(num_layers)]
         self.blocks = nn.ModuleList(blocks)
         self.norm = nn.LayerNorm(width, bias=bias)
@@ -266,10 +267,7 @@ class GPT(nn.Module):
 
         But for attention (H, P, P), all positions share them as well: (C,) or (4 C,).
         """
-        C, H, P = self.init_args["width"], self.init_args["num_heads"], self.context_length
-        shape_at: dict[str, tuple[int, ...]] = {"attention": (H, P, P), "mlp": (4 * C,)}
-        shapes = {name: shape_at.get(m.site, (C,)) for name, m in self.named_modules() if isinstance(m, Dropout)}
-        return sample_masks(self, shapes, seed, sample, sites, scale, self.norm.weight.dtype)
+        return sample_masks(self, seed, sample, sites, scale, self.norm.weight.dtype)
 
     @torch.no_grad()
     def thin(self, seed: int, sample: int, sites: Collection[str] | None = None, scale: float = 1.0) -> "GPT":

@@ -69,17 +69,20 @@ class MLP(nn.Module):
         self.input_shape, self.num_classes, self.max_norm = tuple(input_shape), num_classes, max_norm
 
         size = width or math.prod(input_shape)
+        embedded: tuple[int, ...] = (size,)
         stages: OrderedDict[str, nn.Module] = OrderedDict()
         if patch_size is not None:
-            stages["embedding"] = PatchEmbedding(input_shape, patch_size, size)
+            stages["embedding"] = embedding = PatchEmbedding(input_shape, patch_size, size)
+            embedded = tuple(embedding.position.shape)  # (P, E)
         else:
             stages["flatten"] = nn.Flatten()
             if width is not None:
                 stages["embedding"] = nn.Linear(math.prod(input_shape), width)
-        stages["embedding_dropout"] = Dropout(dropout.embedding, "embedding")
+        stages["embedding_dropout"] = Dropout(dropout.embedding, "embedding", embedded)
         if patch_size is not None:
             query, key_value = nn.Parameter(torch.randn(size)), nn.Linear(size, 2 * size)
-            stages["pooling"] = AttentionPooling(query, key_value, Dropout(dropout.attention, "attention"))
+            attention_dropout = Dropout(dropout.attention, "attention", embedded[:1])
+            stages["pooling"] = AttentionPooling(query, key_value, attention_dropout)
         for i, units in enumerate(hidden):
             if residual:
                 stages[f"block{i}"] = Residual(_residual_sublayer(size, units, activation, layer_norm, dropout))
@@ -88,7 +91,7 @@ class MLP(nn.Module):
                 if layer_norm:
                     stages[f"norm{i}"] = nn.LayerNorm(units)
                 stages[f"activation{i}"] = ACTIVATIONS[activation]()
-                stages[f"mlp_dropout{i}"] = Dropout(dropout.mlp, "mlp")
+                stages[f"mlp_dropout{i}"] = Dropout(dropout.mlp, "mlp", (units,))
                 size = units
         if residual and layer_norm:
             stages["norm"] = nn.LayerNorm(size)
@@ -114,17 +117,7 @@ class MLP(nn.Module):
         self, seed: int, sample: int, sites: Collection[str] | None = None, scale: float = 1.0
     ) -> dict[str, Tensor]:
         """Returns the masks of a thinned network, which all examples share: see `sample_masks`."""
-        shapes: dict[str, tuple[int, ...]] = {}
-        size = math.prod(self.input_shape)
-        for name, module in self.named_modules():
-            if isinstance(module, nn.Linear):
-                size = module.out_features
-            elif isinstance(module, Dropout):
-                shapes[name] = (size,)
-        if self.init_args["patch_size"] is not None:
-            patches = self.get_parameter("stages.embedding.position").shape  # (P, E)
-            shapes |= {"stages.embedding_dropout": patches, "stages.pooling.attention_dropout": patches[:1]}
-        return sample_masks(self, shapes, seed, sample, sites, scale)
+        return sample_masks(self, seed, sample, sites, scale)
 
     @torch.no_grad()
     def thin(self, seed: int, sample: int, sites: Collection[str] | None = None, scale: float = 1.0) -> nn.Sequential:
@@ -140,9 +133,9 @@ def _residual_sublayer(size: int, units: int, activation: str, layer_norm: bool,
     stages: OrderedDict[str, nn.Module] = OrderedDict(norm=nn.LayerNorm(size)) if layer_norm else OrderedDict()
     stages["up"] = nn.Linear(size, units)
     stages["activation"] = ACTIVATIONS[activation]()
-    stages["mlp_dropout"] = Dropout(dropout.mlp, "mlp")
+    stages["mlp_dropout"] = Dropout(dropout.mlp, "mlp", (units,))
     stages["down"] = nn.Linear(units, size)
-    stages["residual_dropout"] = Dropout(dropout.residual, "residual")
+    stages["residual_dropout"] = Dropout(dropout.residual, "residual", (size,))
     return nn.Sequential(stages)
 
 
