@@ -78,10 +78,9 @@ def generate(
     finished: Callable[[list[int]], bool] = lambda tokens: False,
     cached: bool = True,
 ) -> list[Continuation]:
-    """Continues each prompt, token by token.
+    """Continues each prompt, token by token, and returns the B continuations.
 
-    A prompt longer than the context is cropped to its end. If the context is full, its last half is kept. One warning
-    says both.
+    A prompt longer than the context is cropped to its end. A full context is cropped to its last half. Both warn once.
 
     Args:
         nets: The S networks, without active dropout.
@@ -91,9 +90,6 @@ def generate(
         generator: Source of randomness; None is the global one.
         finished: Says of the new tokens of a continuation whether it ends with them.
         cached: Whether keys and values are kept; without, each token costs a pass over the whole context.
-
-    Returns:
-        The B continuations.
     """
     if prompt.shape[1] == 0:
         raise ValueError("Expected a prompt of at least one token, but got none")

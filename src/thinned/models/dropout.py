@@ -127,8 +127,7 @@ def sample_masks(
 ) -> dict[str, Tensor]:
     """Returns the masks of thinned network `sample`: one per `Dropout` of the net that acts, by module name.
 
-    A mask is a function of (seed, sample, module name, p) alone, and on the CPU, so that every device sees the same
-    network.
+    They lie on the CPU and depend on (seed, sample, module name, p) alone, so every device sees the same network.
 
     Args:
         net: The net, whose `Dropout` modules know their shapes.
@@ -136,7 +135,7 @@ def sample_masks(
         sample: Which network of the ensemble, 0 <= sample < S.
         sites: The sites that drop; None is all.
         scale: Factor on each rate.
-        dtype: The masks' dtype; which units are dropped does not depend on it.
+        dtype: The masks' dtype, on which the units that are dropped do not depend.
     """
     chosen = SITES if sites is None else check_sites(sites)
     masks = {}

@@ -263,10 +263,7 @@ class GPT(nn.Module):
     def masks(
         self, seed: int, sample: int, sites: Collection[str] | None = None, scale: float = 1.0
     ) -> dict[str, Tensor]:
-        """Returns the masks of a thinned network, which all sequences share: see `sample_masks`.
-
-        But for attention (H, P, P), all positions share them as well: (C,) or (4 C,).
-        """
+        """Returns the masks of a thinned network, which all sequences share: see `sample_masks`."""
         return sample_masks(self, seed, sample, sites, scale, self.norm.weight.dtype)
 
     @torch.no_grad()

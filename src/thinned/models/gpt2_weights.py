@@ -7,23 +7,23 @@ from torch import nn
 
 from thinned.models.gpt import GPT
 
-NAMES = {  # ours to theirs, within a block
+NAMES = {  # ours to theirs, in the order of their replacement
+    "token_embedding": "wte",
+    "position_embedding": "wpe",
+    "blocks": "h",
     "attention_norm": "ln_1",
     "attention.qkv": "attn.c_attn",
     "attention.projection": "attn.c_proj",
     "mlp_norm": "ln_2",
     "mlp.up": "mlp.c_fc",
     "mlp.down": "mlp.c_proj",
+    "norm": "ln_f",
 }
 GELUS = {"gelu": "exact", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}
 
 
 def load_gpt2(net: nn.Module, path: str) -> None:
-    """Loads a GPT-2 checkpoint into a net of the same shape, which may have fewer positions.
-
-    Args:
-        net: The net.
-        path: A hub id (gpt2, gpt2-medium, ...) or a folder.
+    """Loads a GPT-2, a hub id (gpt2, gpt2-medium, ...) or a folder, into a net of its shape or with fewer positions.
 
     Raises:
         ValueError: `transformers` is not installed, there is no such checkpoint, or the net has another shape.
@@ -59,14 +59,8 @@ def copy_gpt2(source: nn.Module, net: nn.Module) -> None:
         raise ValueError(f"Expected {expected}, as in model.init_from, but got {got}")
     state = source.get_submodule("transformer").state_dict()
     for name, parameter in net.named_parameters():
-        if name == "token_embedding.weight":
-            parameter[: net.vocab_size] = state["wte.weight"]
-        elif name == "position_embedding.weight":
-            parameter.copy_(state["wpe.weight"][: net.context_length])
-        elif name.startswith("norm."):
-            parameter.copy_(state[name.replace("norm", "ln_f")])
-        else:
-            _, layer, inner = name.split(".", 2)
-            module, kind = inner.rsplit(".", 1)
-            weight = state[f"h.{layer}.{NAMES[module]}.{kind}"]
-            parameter.copy_(weight.T if weight.dim() == 2 else weight)  # theirs are stored (in, out)
+        for ours, its in NAMES.items():
+            name = name.replace(ours, its)
+        weight = state[name].t() if name.startswith("h.") else state[name]  # its linear layers are stored (in, out)
+        rows = min(len(parameter), len(weight))  # our vocabulary is filled up, and our positions may be fewer
+        parameter[:rows] = weight[:rows]

@@ -60,8 +60,7 @@ class Mask(nn.Module):
 
     def __init__(self, mask: Tensor) -> None:
         super().__init__()
-        self.mask: Tensor
-        self.register_buffer("mask", mask)
+        self.mask = nn.Buffer(mask)
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.mask
