@@ -252,10 +252,9 @@ class GPT(nn.Module):
         return F.cross_entropy(logits, targets.flatten(), reduction="none").view_as(targets)
 
     def flops_per_token(self) -> int:
-        """Returns the floating point operations of a training step, per token, at the full context.
+        """Returns the floating point operations of a training step, per token (Chowdhery et al. 2022, appendix B).
 
-        They are 6 per weight, except those of positions, and 12 C P for attention in each block (Chowdhery et al. 2022,
-        appendix B).
+        They are 6 per weight, except those of positions, and 12 C P for attention in each block: at the full context.
         """
         weights = sum(p.numel() for p in self.parameters()) - self.position_embedding.weight.numel()
         return 6 * weights + 12 * len(self.blocks) * self.norm.normalized_shape[0] * self.context_length

@@ -1,6 +1,6 @@
 """A multi-layer perceptron with up to four dropout sites, and its thinned networks.
 
-The plain network is Srivastava et al. 2014 (sections 4, 6 and appendix A); residual blocks are the transformer's
+The plain network is Srivastava et al. 2014 (sections 4 to 6 and appendix A); residual blocks are the transformer's
 (Vaswani et al. 2017) without its attention; attention pooling is a softmax over image patches for one learned query.
 
 Shapes: B batch, C channels, H x W image, P patches, E width, K classes.
@@ -37,8 +37,7 @@ class MLP(nn.Module):
         width: Project the input to this width first; None reads the raw input. The next two need it.
         residual: Each hidden layer becomes a block x + W2 act(W1 x) on a stream of `width`.
         patch_size: Embed square patches of this size and pool them by attention; None takes the image whole.
-        max_norm: Bound on the L2 norm of each hidden unit's incoming weights (Srivastava et al. 2014, section 5.1),
-            which the training task applies after each optimiser step; None is no bound.
+        max_norm: Bound on the L2 norm of each hidden unit's incoming weights after each step; None is no bound.
         dropout: Rates per site. embedding: on the raw input, or on its projection or patches; mlp: on hidden
             activations; residual: on a block's output; attention: on the softmax over patches.
 

@@ -17,8 +17,7 @@ LOGITS_AT_ONCE = 2**22  # 16 MiB in fp32, which stay in the cache
 class NetOffers(Protocol):
     """Attributes of a net that others look for. All are optional: these are the defaults."""
 
-    # Arguments of `__init__`, as primitives: a checkpoint rebuilds the net from them and its class path.
-    init_args: dict[str, Any] | None = None
+    init_args: dict[str, Any] | None = None  # of `__init__`, as primitives: a checkpoint rebuilds the net from them
     # Shape of one example, K, V and the number of positions: compared with the data before training.
     input_shape: tuple[int, ...] | None = None
     num_classes: int | None = None
@@ -29,12 +28,9 @@ class NetOffers(Protocol):
     # `features(inputs)`, (B, T, C), and `logits(features)`, (n, C) -> (n, V), so that not all logits exist at once.
     features: Callable[[Any], Tensor] | None = None
     logits: Callable[[Tensor], Tensor] | None = None
-    # Runs after each optimiser step (Srivastava et al. 2014, section 5.1).
-    constrain_max_norm_: Callable[[], None] | None = None
-    # Units that a sharded net gathers one at a time; without them, the whole net.
-    blocks: Sequence[nn.Module] = ()
-    # Floating point operations of a training step, per token, for the utilisation of the device.
-    flops_per_token: Callable[[], int] | None = None
+    constrain_max_norm_: Callable[[], None] | None = None  # runs after each optimiser step
+    blocks: Sequence[nn.Module] = ()  # a sharded net gathers one at a time; without them, the whole net
+    flops_per_token: Callable[[], int] | None = None  # of a training step, for the utilisation of the device
 
 
 def net_offers(net: object) -> NetOffers:

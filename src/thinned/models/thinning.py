@@ -67,12 +67,9 @@ class Mask(nn.Module):
 
 
 def kept_units(mask: Tensor) -> Tensor:
-    """Returns the indices of the kept units, filled up with dropped ones (whose mask is 0) to a multiple of 16.
-
-    A matrix product over an odd size, such as 921, takes longer than over 1024.
-    """
+    """Returns the indices of the kept units, filled up with dropped ones (whose mask is 0) to a multiple of 16."""
     kept, dropped = mask.nonzero().squeeze(1), (mask == 0).nonzero().squeeze(1)
-    size = -(-max(len(kept), 1) // 16) * 16  # never 0: torch warns of empty layers
+    size = -(-max(len(kept), 1) // 16) * 16  # other sizes are slower, and torch warns of 0
     return torch.cat([kept, dropped])[:size]
 
 
@@ -101,11 +98,11 @@ def thin_linear(
         bias = None if bias is None else bias * scale_out.to(bias)
     if weight is linear.weight:
         return linear
-    thinned = replace_modules(linear)  # a new linear layer would draw initial weights
+    thinned = nn.Linear.__new__(nn.Linear)  # its __init__ would draw initial weights
+    nn.Module.__init__(thinned)
     thinned.out_features, thinned.in_features = weight.shape
     thinned.weight = nn.Parameter(weight, requires_grad=False)
-    if bias is not None:
-        thinned.bias = nn.Parameter(bias, requires_grad=False)
+    thinned.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
     return thinned
 
 
