@@ -158,28 +158,29 @@ def test_sites_of_a_net_are_those_with_a_rate() -> None:
     assert sites_in(net) == ("embedding", "mlp")
 
 
-NET = nn.ModuleDict({"a": Dropout(0.5, "mlp"), "b": Dropout(0.5, "mlp"), "c": Dropout(0.3, "residual")})
-SHAPES = {"a": (12,), "b": (12,), "c": (2, 6)}
+NET = nn.ModuleDict(
+    {"a": Dropout(0.5, "mlp", (12,)), "b": Dropout(0.5, "mlp", (12,)), "c": Dropout(0.3, "residual", (2, 6))}
+)
 
 
 def test_sampled_masks_are_a_function_of_seed_sample_and_name() -> None:
     """False failure: 2^-12 a pair for another seed, excluded by the seeds chosen here."""
-    masks = sample_masks(NET, SHAPES, 0, 0)
+    masks = sample_masks(NET, 0, 0)
     torch.manual_seed(1)
     state = torch.get_rng_state()
-    again = sample_masks(NET, SHAPES, 0, 0, ["residual"])
+    again = sample_masks(NET, 0, 0, ["residual"])
     assert masks.keys() == {"a", "b", "c"}
     assert again.keys() == {"c"}
     assert torch.equal(masks["c"], again["c"])
-    others = [masks["b"], sample_masks(NET, SHAPES, 1, 0)["a"], sample_masks(NET, SHAPES, 0, 1)["a"]]
+    others = [masks["b"], sample_masks(NET, 1, 0)["a"], sample_masks(NET, 0, 1)["a"]]
     assert not any(torch.equal(masks["a"], other) for other in others)
     assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_sampled_masks_are_float64_and_need_a_shape() -> None:
-    assert sample_masks(NET, SHAPES, 0, 0)["a"].dtype == torch.float64
-    with pytest.raises(KeyError, match="b"):
-        sample_masks(NET, {"a": (12,), "c": (2, 6)}, 0, 0)
+    assert sample_masks(NET, 0, 0)["a"].dtype == torch.float64
+    with pytest.raises(AssertionError, match="shape of the mask of b"):
+        sample_masks(nn.ModuleDict({"a": NET["a"], "b": Dropout(0.5, "mlp")}), 0, 0)
 
 
 def test_derived_seeds_are_known_and_keep_parts_apart() -> None:
@@ -193,8 +194,8 @@ def test_derived_seeds_are_known_and_keep_parts_apart() -> None:
 def test_masks_are_equal_in_every_process() -> None:
     code = (
         "from torch import nn; from thinned.models.dropout import *;"
-        "net = nn.ModuleDict({'a': Dropout(0.5, 'mlp')});"
-        "print(derive_seed(7, 'x'), *sample_masks(net, {'a': (12,)}, 0, 3)['a'].int().tolist())"
+        "net = nn.ModuleDict({'a': Dropout(0.5, 'mlp', (12,))});"
+        "print(derive_seed(7, 'x'), *sample_masks(net, 0, 3)['a'].int().tolist())"
     )
     environment = {**os.environ, "PYTHONHASHSEED": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     printed = subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True)

@@ -26,20 +26,20 @@ Point at a token for its figures.</p>
 
 
 def measure(samples: Sequence[Sample]) -> str:
-    """Which column colours them: mutual information where several networks spoke, else entropy."""
+    """Returns what colours the samples: mutual information if several networks spoke, else entropy."""
     spread = any(value > 0 for sample in samples for value in sample.mutual_information)
     return "mutual_information" if spread else "entropy"
 
 
 def full_scale(samples: Sequence[Sample]) -> float:
-    """The value with the strongest colour, in nats: the 95th percentile of all tokens."""
+    """Returns the value with the strongest colour, in nats: the 95th percentile of all tokens."""
     name = measure(samples)
     values = sorted(value for sample in samples for value in getattr(sample, name))
     return values[int(0.95 * (len(values) - 1))] or 1.0
 
 
 def highlighted(sample: Sample, measure: str, top: float) -> Text:
-    """The prompt in bold, then each token on a background from white (0) to orange (top nats)."""
+    """Returns the prompt in bold, then each token on a background from white (0) to orange (top nats)."""
     text = Text(sample.prompt, style="bold")
     for piece, value in zip(sample.pieces, getattr(sample, measure), strict=True):
         text.append(piece, style=f"not bold #111111 on {_colour(value / top)}")
@@ -47,16 +47,15 @@ def highlighted(sample: Sample, measure: str, top: float) -> Text:
 
 
 def highlighted_page(samples: Sequence[Sample], title: str) -> str:
-    """A page of HTML with all samples; pointing at a token shows its entropy and mutual information."""
+    """Returns a page of HTML with all samples; pointing at a token shows its entropy and mutual information."""
     name, top = measure(samples), full_scale(samples)
     parts = []
     for sample in samples:
+        columns = (sample.pieces, getattr(sample, name), sample.entropy, sample.mutual_information)
         spans = [
             f'<span style="background:{_colour(value / top)}" title="entropy {e:.3f}, mutual information {i:.3f} nats">'
             f"{html.escape(piece)}</span>"
-            for piece, value, e, i in zip(
-                sample.pieces, getattr(sample, name), sample.entropy, sample.mutual_information, strict=True
-            )
+            for piece, value, e, i in zip(*columns, strict=True)
         ]
         parts.append(f"<pre><b>{html.escape(sample.prompt)}</b>{''.join(spans)}</pre>")
     return PAGE.format(

@@ -1,7 +1,6 @@
 """Text from one or several networks, and how sure they were of each token.
 
-With several, the next-token distribution is the mean of theirs, and each keeps its own keys and values: what a
-thinned network said before stays what it attends to.
+With several networks, the next token is drawn from their mean distribution; each keeps its own KV cache.
 
 Shapes: B continuations, T tokens, S networks, V vocabulary.
 """
@@ -9,11 +8,11 @@ Shapes: B continuations, T tokens, S networks, V vocabulary.
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
 from torch import Generator, Tensor
 
+from thinned.data.tokenizer import Tokenizer
 from thinned.models.dropout import derive_seed, sites_in
 from thinned.models.gpt import GPT, KVCache
 from thinned.uncertainty.statistics import entropy
@@ -24,12 +23,12 @@ class Sampling:
     """How the next token is drawn.
 
     Args:
-        temperature: logits are divided by it; 0 takes the most probable token.
-        top_k: the k most probable tokens alone are left.
-        top_p: the most probable tokens alone are left, as few as have this probability together (Holtzman et al. 2020).
+        temperature: Divides the logits; 0 takes the most probable token.
+        top_k: Only the k most probable tokens are left.
+        top_p: Only the fewest most probable tokens with this joint probability are left (Holtzman et al. 2020).
 
     Raises:
-        ValueError: a setting outside its range.
+        ValueError: A setting is outside its range.
     """
 
     temperature: float = 1.0
@@ -46,7 +45,7 @@ class Sampling:
                 raise ValueError(f"Expected {name} {expected}, but got {getattr(self, name)}")
 
     def draw(self, probs: Tensor, generator: Generator | None) -> Tensor:
-        """One token for each distribution (B, V): (B,)."""
+        """Draws one token (B,) from each distribution (B, V)."""
         if self.temperature == 0:
             return probs.argmax(-1)
         probs = torch.softmax(probs.log() / self.temperature, dim=-1)
@@ -79,34 +78,28 @@ def generate(
     finished: Callable[[list[int]], bool] = lambda tokens: False,
     cached: bool = True,
 ) -> list[Continuation]:
-    """Continues each prompt, token by token.
+    """Continues each prompt, token by token, and returns the B continuations.
 
-    Where the context is full, the networks go on with its last half; a longer prompt is cropped to the context. Both
-    are said once, by a warning.
+    A prompt longer than the context is cropped to its end. A full context is cropped to its last half. Both warn once.
 
     Args:
-        nets: the S networks, without active dropout.
+        nets: The S networks, without active dropout.
         prompt: (B, T) int64, at least one token.
-        max_new_tokens: at most so many new tokens each.
-        sampling: how a token is drawn; entropies are those of the distribution before that.
-        generator: the source of randomness; the global one when None.
-        finished: told the new tokens of a continuation, says whether it ends with them.
-        cached: whether keys and values are kept; without, each token costs a pass over the whole context.
-
-    Returns:
-        The B continuations.
+        max_new_tokens: The most new tokens of each continuation.
+        sampling: How a token is drawn; entropies are those of the distribution before that.
+        generator: Source of randomness; None is the global one.
+        finished: Says of the new tokens of a continuation whether it ends with them.
+        cached: Whether keys and values are kept; without, each token costs a pass over the whole context.
     """
     if prompt.shape[1] == 0:
         raise ValueError("Expected a prompt of at least one token, but got none")
     context_length = nets[0].context_length
     if prompt.shape[1] + max_new_tokens - 1 > context_length:
-        warnings.warn(
-            f"The text is longer than the context of {context_length} tokens: what is before is cropped.", stacklevel=2
-        )
-    text, new = prompt[:, -context_length:], prompt[:, -context_length:]
+        warnings.warn(f"The text exceeds the context of {context_length} tokens: its start is cropped.", stacklevel=2)
+    text = new = prompt[:, -context_length:]
     caches = [KVCache() for _ in nets]
     continuations = [Continuation() for _ in prompt]
-    running = [True] * len(prompt)
+    running = [*enumerate(continuations)]
     for _ in range(max_new_tokens):
         if not cached or caches[0].length + new.shape[1] > context_length:
             if text.shape[1] > context_length:
@@ -117,32 +110,23 @@ def generate(
             probs = torch.softmax(net(new, cache=cache)[:, -1].float(), dim=-1)  # (B, V)
             mean, expected = mean + probs / len(nets), expected + entropy(probs) / len(nets)
         predictive = entropy(mean)
-        information = (predictive - expected).clamp_min(0) if len(nets) > 1 else torch.zeros_like(predictive)
+        information = (predictive - expected).clamp_min(0)
         token = sampling.draw(mean, generator)
-        for i, continuation in enumerate(continuations):
-            if running[i]:
-                continuation.tokens.append(int(token[i]))
-                continuation.entropy.append(float(predictive[i]))
-                continuation.mutual_information.append(float(information[i]))
-                running[i] = not finished(continuation.tokens)
-        if not any(running):
+        for i, continuation in running:
+            continuation.tokens.append(int(token[i]))
+            continuation.entropy.append(float(predictive[i]))
+            continuation.mutual_information.append(float(information[i]))
+        running = [(i, continuation) for i, continuation in running if not finished(continuation.tokens)]
+        if not running:
             break
         new = token[:, None]
         text = torch.cat([text, new], dim=1)
     return continuations
 
 
-class TextTokenizer(Protocol):
-    """What generation needs of a tokenizer."""
-
-    def encode(self, text: str) -> list[int]: ...
-    def decode(self, ids: Sequence[int]) -> str: ...
-    def pieces(self, ids: Sequence[int]) -> list[str]: ...
-
-
 @dataclass(frozen=True)
 class Sample:
-    """A prompt and its continuation, in pieces of text with the uncertainty of each."""
+    """A prompt and its continuation, in pieces of text with the uncertainty of each in nats."""
 
     prompt: str
     pieces: list[str]
@@ -153,7 +137,7 @@ class Sample:
 
 def sample_texts(
     net: GPT,
-    tokenizer: TextTokenizer,
+    tokenizer: Tokenizer,
     prompt: str,
     *,
     num_samples: int = 1,
@@ -164,33 +148,31 @@ def sample_texts(
     stop: str | None = None,
     seed: int = 0,
 ) -> list[Sample]:
-    """Several continuations of a prompt.
-
-    By default each comes from a thinned network of its own: continuation i from `net.thin(seed, i)`.
+    """Continues a prompt several times: by default, continuation i comes from `net.thin(seed, i)`.
 
     Args:
-        net: in evaluation mode.
-        tokenizer: of the net.
-        prompt: at least one token of text.
-        num_samples: how many continuations.
+        net: The network, in evaluation mode.
+        tokenizer: The net's tokenizer.
+        prompt: At least one token of text.
+        num_samples: Number of continuations.
         ensemble: S, at least 2: every continuation comes from the mean of S thinned networks instead.
-        deterministic: every continuation comes from the network without dropout instead.
-        max_new_tokens: of each continuation.
-        sampling: how tokens are drawn.
-        stop: text with which a continuation ends.
-        seed: of networks and tokens.
+        deterministic: Every continuation comes from the network without dropout instead.
+        max_new_tokens: The most new tokens of each continuation.
+        sampling: How tokens are drawn.
+        stop: Text with which a continuation ends.
+        seed: Seed of networks and tokens.
 
     Raises:
-        ValueError: a prompt that the tokenizer does not know, or an ensemble of a net in which nothing drops.
+        ValueError: The tokenizer does not know the prompt, or nothing drops in the net of an ensemble.
     """
-    for name, value, least in (("num_samples", num_samples, 1), ("max_new_tokens", max_new_tokens, 1)):
-        if value < least:
-            raise ValueError(f"Expected {name} to be at least {least}, but got {value}")
-    if ensemble is not None and (ensemble < 2 or deterministic or not sites_in(net)):
-        raise ValueError(
-            f"Expected an ensemble of at least 2 thinned networks of a net with dropout rates above 0, and not "
-            f"deterministic, but got ensemble={ensemble}, deterministic={deterministic}, dropout at {sites_in(net)}"
-        )
+    for name, value in (("num_samples", num_samples), ("max_new_tokens", max_new_tokens)):
+        if value < 1:
+            raise ValueError(f"Expected {name} to be at least 1, but got {value}")
+    sites = sites_in(net)
+    if ensemble is not None and (ensemble < 2 or deterministic or not sites):
+        expected = "an ensemble of at least 2 thinned networks, of a net with rates above 0, and not deterministic"
+        got = f"ensemble={ensemble}, deterministic={deterministic}, dropout at {sites}"
+        raise ValueError(f"Expected {expected}, but got {got}")
     device = next(net.parameters()).device
     ids = torch.tensor([tokenizer.encode(prompt)], dtype=torch.int64, device=device)
     tail = 4 * len(stop or "") + 8  # tokens that surely hold the stop text, whatever their bytes
@@ -204,7 +186,7 @@ def sample_texts(
 
     if ensemble is not None:
         continuations = run([net.thin(seed, s) for s in range(ensemble)], num_samples, 0)
-    elif deterministic or not sites_in(net):
+    elif deterministic or not sites:
         continuations = run([net], num_samples, 0)
     else:
         continuations = [c for i in range(num_samples) for c in run([net.thin(seed, i)], 1, i)]

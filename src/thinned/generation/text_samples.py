@@ -1,9 +1,10 @@
 """Continuations of a prompt at the end of training, coloured by uncertainty: in the terminal, as HTML, in W&B."""
 
 import warnings
+from functools import partial
 from pathlib import Path
+from statistics import fmean
 
-import torch
 import wandb
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
@@ -26,14 +27,13 @@ class TextSamples(Callback):
     Prints the continuations, writes `samples.html` to the run's directory, and logs a table `samples` to W&B.
 
     Args:
-        prompt: with which each begins.
-        num_samples: how many continuations.
-        ensemble: from the mean of so many thinned networks; null, or a net in which nothing drops: from the network
-            itself.
-        max_new_tokens: of each.
-        temperature: by which logits are divided.
-        top_k: the k most probable tokens alone can follow; null for all.
-        seed: of networks and tokens.
+        prompt: Text with which each begins.
+        num_samples: Number of continuations.
+        ensemble: Number of thinned networks whose mean continues it; null takes one network for each continuation.
+        max_new_tokens: Length of each.
+        temperature: Divides the logits.
+        top_k: Only the k most probable tokens can follow; null is all.
+        seed: Seed of networks and tokens.
     """
 
     def __init__(
@@ -46,8 +46,11 @@ class TextSamples(Callback):
         top_k: int | None = None,
         seed: int = 0,
     ) -> None:
-        self.prompt, self.num_samples, self.ensemble = prompt, num_samples, ensemble
-        self.max_new_tokens, self.sampling, self.seed = max_new_tokens, Sampling(temperature, top_k), seed
+        self.prompt, self.ensemble = prompt, ensemble
+        self.sample = partial(
+            sample_texts, prompt=prompt, num_samples=num_samples, max_new_tokens=max_new_tokens,
+            sampling=Sampling(temperature, top_k), seed=seed,
+        )  # fmt: skip
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         tokenizer = data_offers(trainer).tokenizer
@@ -57,44 +60,34 @@ class TextSamples(Callback):
             except ValueError as error:  # known at once, not after the training
                 raise ValueError(f"{error} in the prompt {self.prompt!r} (trainer.callbacks.prompt)") from None
 
-    @torch.no_grad()
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         net, tokenizer = task_offers(pl_module).net, data_offers(trainer).tokenizer
         if not trainer.is_global_zero or trainer.fast_dev_run or tokenizer is None or not isinstance(net, GPT):  # type: ignore[attr-defined]
             return
-        if pl_module.device_mesh is not None:  # which this process has a part of
+        if pl_module.device_mesh is not None:  # this process has only a part of the net
             rank_zero_info("No samples of a net that is sharded: scripts/sample.py takes them from its checkpoint.")
             return
-        ensemble = self.ensemble if sites_in(net) else None
-        with warnings.catch_warnings(
-            action="ignore", category=UserWarning
-        ):  # that the context is shorter than a sample
-            samples = sample_texts(
-                net, tokenizer, self.prompt, num_samples=self.num_samples, ensemble=ensemble,
-                max_new_tokens=self.max_new_tokens, sampling=self.sampling, seed=self.seed,
-            )  # fmt: skip
+        with warnings.catch_warnings(action="ignore", category=UserWarning):  # a sample may exceed the context
+            samples = self.sample(net=net, tokenizer=tokenizer, ensemble=self.ensemble if sites_in(net) else None)
         print_samples(samples)
         page = Path(trainer.default_root_dir, "samples.html")
         content = highlighted_page(samples, f"Samples of {page.parent.name}")
         with whole_file(page) as temporary:
             temporary.write_text(content, encoding="utf-8")
+        columns = ["prompt", "text", "mean entropy", "mean mutual information"]
+        rows = [[s.prompt, s.text, fmean(s.entropy), fmean(s.mutual_information)] for s in samples]
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
-                columns = ["prompt", "text", "mean entropy", "mean mutual information"]
-                rows = [
-                    [s.prompt, s.text, *(sum(v) / len(v) for v in (s.entropy, s.mutual_information))] for s in samples
-                ]
                 logger.log_table("samples", columns, rows, step=trainer.global_step)
                 html = wandb.Html(content, inject=False)
                 logger.log_metrics({"samples_page": html}, step=trainer.global_step)  # type: ignore[dict-item]
 
 
 def print_samples(samples: list[Sample]) -> None:
-    """The samples with a colour per token, a rule above each."""
+    """Prints the samples with a colour per token, a rule above each."""
     console = Console(highlight=False)
     name, top = measure(samples), full_scale(samples)
     console.print(f"Background: {name.replace('_', ' ')} of each token, 0 (white) to {top:.2f} nats (orange).")
-    for i, sample in enumerate(samples):
-        mean = sum(getattr(sample, name)) / len(sample.pieces)
-        console.print(Rule(f"sample {i + 1}: {mean:.3f} nats a token", align="left"))
+    for i, sample in enumerate(samples, 1):
+        console.print(Rule(f"sample {i}: {fmean(getattr(sample, name)):.3f} nats a token", align="left"))
         console.print(highlighted(sample, name, top))

@@ -4,7 +4,7 @@ A unit is kept with probability 1 - p and scaled by 1 / (1 - p) in training, so 
 """
 
 import hashlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-WORDS_AT_ONCE = 2**15  # of random bits: 256 KiB
+WORDS_AT_ONCE = 2**15  # 256 KiB of random bits, which stay in the cache
 SITES = ("embedding", "attention", "residual", "mlp")
 
 
 def check_sites(sites: Collection[str]) -> tuple[str, ...]:
-    """The given sites in canonical order; ValueError for a name that is not in `SITES`."""
+    """Returns the sites in canonical order; ValueError for a name that is not in `SITES`."""
     unknown = [site for site in sites if site not in SITES]
     if unknown or isinstance(sites, str):
         raise ValueError(f"Expected sites among {list(SITES)}, but got {sites if isinstance(sites, str) else unknown}")
@@ -25,7 +25,7 @@ def check_sites(sites: Collection[str]) -> tuple[str, ...]:
 
 
 def check_rate(p: float, name: str) -> float:
-    """p as a float; ValueError when it is no probability."""
+    """Returns p as a float; ValueError if it is no probability."""
     if isinstance(p, bool) or not isinstance(p, int | float) or not 0 <= p <= 1:  # also False for NaN
         raise ValueError(f"Expected {name} to be a probability in [0, 1], but got {p!r}")
     return float(p)
@@ -36,10 +36,10 @@ class DropoutRates:
     """The probability of dropping a unit, per site.
 
     Args:
-        embedding: on the embedded input.
-        attention: on attention probabilities, after the softmax and before the product with the values.
-        residual: on a sub-layer's output, before it is added back.
-        mlp: on hidden activations, after the non-linearity.
+        embedding: On the embedded input.
+        attention: On attention probabilities, after the softmax and before the product with the values.
+        residual: On a sub-layer's output, before it is added back.
+        mlp: On hidden activations, after the non-linearity.
     """
 
     embedding: float = 0.0
@@ -53,24 +53,23 @@ class DropoutRates:
 
 
 def derive_seed(*parts: int | str) -> int:
-    """A 63-bit seed from any parts: equal parts give equal seeds, on every machine and in every process."""
+    """Returns a 63-bit seed: equal parts give equal seeds, on every machine and in every process."""
     digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
 def dropout_mask(shape: tuple[int, ...], p: float, dtype: torch.dtype | None = None, seed: int | None = None) -> Tensor:
-    """A scaled mask on the CPU: 0 with probability p, else 1 / (1 - p), independently per element.
+    """Returns a scaled mask on the CPU: 0 with probability p, else 1 / (1 - p), independently per element.
 
-    `bernoulli_` costs 8 to 20 ns an element on a CPU. 64 random bits read as 4 small integers cost a tenth of that;
-    as 8 where p is a multiple of 1/256, as 2 where p is below 0.001 or above 0.5. The probability is met to 2^-17,
-    then exactly, then to 2^-33. They come from SFC64 (Doty-Humphrey 2010), which costs less than torch's Mersenne
-    twister, as many at a time as stay in the cache.
+    `bernoulli_` costs 8 to 20 ns an element on a CPU. A threshold on small random integers costs a tenth: 8 bits
+    meet a p that is a multiple of 1/256 exactly, 16 bits meet p to 2^-17, and 32 bits, for p below 0.001 or above 0.5,
+    to 2^-33. SFC64 (Doty-Humphrey 2010) draws the bits faster than torch's Mersenne twister.
 
     Args:
-        shape: of the mask.
-        p: probability of a zero, in [0, 1].
-        dtype: of the mask; the default dtype when None.
-        seed: of the mask; drawn from torch's global generator when None.
+        shape: Shape of the mask.
+        p: Probability of a zero, in [0, 1].
+        dtype: The mask's dtype; None is torch's default dtype.
+        seed: Seed of the mask; None draws one from torch's global generator.
     """
     mask = torch.empty(shape, dtype=dtype or torch.get_default_dtype())
     if p == 1:
@@ -88,28 +87,24 @@ def dropout_mask(shape: tuple[int, ...], p: float, dtype: torch.dtype | None = N
 
 
 class Dropout(nn.Module):
-    """Zeroes each element with probability p and scales the others by 1 / (1 - p), while `training` is set.
-
-    Each call draws a fresh mask; the backward pass uses the same one. p = 1 gives zeros.
+    """Multiplies by a fresh mask in each call, while `training` is set.
 
     Args:
-        p: probability of zeroing an element.
-        site: which of the four `SITES` this module stands at.
-
-    Raises:
-        ValueError: p outside [0, 1] or NaN; unknown site.
+        p: Probability of zeroing an element, in [0, 1]; else a ValueError.
+        site: Where this module stands, one of `SITES`; else a ValueError.
+        shape: Shape of a mask that all examples share, without a batch dimension: `sample_masks` needs it.
     """
 
-    def __init__(self, p: float, site: str) -> None:
+    def __init__(self, p: float, site: str, shape: tuple[int, ...] | None = None) -> None:
         super().__init__()
         check_sites([site])
         self.p = check_rate(p, f"dropout.{site}")
-        self.site = site
+        self.site, self.shape = site, shape
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.p == 0:
             return x
-        if x.is_cpu and not torch.compiler.is_compiling() and self.p < 1:
+        if x.is_cpu and not torch.compiler.is_compiling():
             return x * dropout_mask(tuple(x.shape), self.p, x.dtype)
         return F.dropout(x, self.p)
 
@@ -118,42 +113,35 @@ class Dropout(nn.Module):
 
 
 def sites_in(net: nn.Module) -> tuple[str, ...]:
-    """The sites of a net at which something can be dropped (p > 0), in canonical order."""
+    """Returns the sites of a net at which something can be dropped (p > 0), in canonical order."""
     return check_sites({m.site for m in net.modules() if isinstance(m, Dropout) and m.p > 0})
 
 
 def sample_masks(
     net: nn.Module,
-    shapes: Mapping[str, tuple[int, ...]],
     seed: int,
     sample: int,
     sites: Collection[str] | None = None,
     scale: float = 1.0,
     dtype: torch.dtype = torch.float64,
 ) -> dict[str, Tensor]:
-    """The masks of thinned network `sample`: one per `Dropout` of the net that acts, by module name.
+    """Returns the masks of thinned network `sample`: one per `Dropout` of the net that acts, by module name.
+
+    They lie on the CPU and depend on (seed, sample, module name, p) alone, so every device sees the same network.
 
     Args:
-        net: whose `Dropout` modules are asked for their rates and sites.
-        shapes: of one mask (without a batch dimension) by module name; a `Dropout` without one is an error.
-        seed: of the whole ensemble.
-        sample: which network of the ensemble, 0 <= sample < S.
-        sites: that drop; all when None.
-        scale: by which each rate is multiplied.
-        dtype: of the masks; what is dropped does not depend on it.
-
-    Returns:
-        Scaled masks on the CPU, so that every device sees the same network. A mask is a function of
-        (seed, sample, module name, p) alone.
+        net: The net, whose `Dropout` modules know their shapes.
+        seed: Seed of the whole ensemble.
+        sample: Which network of the ensemble, 0 <= sample < S.
+        sites: The sites that drop; None is all.
+        scale: Factor on each rate.
+        dtype: The masks' dtype, on which the units that are dropped do not depend.
     """
     chosen = SITES if sites is None else check_sites(sites)
-    return {
-        name: dropout_mask(
-            shapes[name],
-            check_rate(scale * module.p, f"scale * dropout.{module.site}"),
-            dtype,
-            derive_seed(seed, sample, name),
-        )
-        for name, module in net.named_modules()
-        if isinstance(module, Dropout) and module.p * scale > 0 and module.site in chosen
-    }
+    masks = {}
+    for name, module in net.named_modules():
+        if isinstance(module, Dropout) and module.p * scale > 0 and module.site in chosen:
+            assert module.shape is not None, f"Expected a shape of the mask of {name}"
+            p = check_rate(scale * module.p, f"scale * dropout.{module.site}")
+            masks[name] = dropout_mask(module.shape, p, dtype, derive_seed(seed, sample, name))
+    return masks

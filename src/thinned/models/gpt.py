@@ -7,7 +7,7 @@ Shapes: B batch, T time (tokens), P positions (the context length), C width, H h
 
 import math
 from collections.abc import Collection
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from thinned.models.dropout import Dropout, DropoutRates, sample_masks
 from thinned.models.thinning import Mask, kept_units, replace_modules, thin_linear
 
-NO_TARGET = -100  # a position whose loss is 0
-LOGITS_AT_ONCE = 2**24  # of which the loss holds no more: 64 MiB in fp32
+LOGITS_AT_ONCE = 2**24  # the loss holds no more of them: 64 MiB in fp32
 
 
 class KVCache:
@@ -29,7 +28,7 @@ class KVCache:
         self._layers: dict[nn.Module, Tensor] = {}
 
     def extend(self, layer: nn.Module, new: Tensor, capacity: int) -> Tensor:
-        """Adds a layer's keys and values (2, B, H, T, D) and returns all that it has, (2, B, H, length + T, D)."""
+        """Adds a layer's keys and values (2, B, H, T, D) and returns all of the layer's, (2, B, H, length + T, D)."""
         if layer not in self._layers:
             self._layers[layer] = new.new_empty((*new.shape[:3], capacity, new.shape[4]))
         end = self.length + new.shape[3]
@@ -44,9 +43,10 @@ class Attention(nn.Module):
         super().__init__()
         self.num_heads, self.context_length = num_heads, context_length
         self.qkv = nn.Linear(width, 3 * width, bias=bias)
-        self.attention_dropout: nn.Module = Dropout(dropout.attention, "attention")
+        mask_shape = (num_heads, context_length, context_length)
+        self.attention_dropout: nn.Module = Dropout(dropout.attention, "attention", mask_shape)
         self.projection = nn.Linear(width, width, bias=bias)
-        self.residual_dropout: nn.Module = Dropout(dropout.residual, "residual")
+        self.residual_dropout: nn.Module = Dropout(dropout.residual, "residual", (width,))
 
     def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
         B, T, C = x.shape
@@ -58,64 +58,57 @@ class Attention(nn.Module):
         return self.residual_dropout(self.projection(mixed.transpose(1, 2).reshape(B, T, C)))
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """softmax(q k / sqrt(D)) with dropout, times v; the queries are the last T of S >= T positions."""
+        """Returns softmax(q k / sqrt(D)) v, with dropout after the softmax; queries are the last T of S positions."""
         (B, H, T, D), S = query.shape, key.shape[2]
         drop = self.attention_dropout
-        active = isinstance(drop, Mask) or (isinstance(drop, Dropout) and drop.training and drop.p > 0)
-        fused = isinstance(drop, Dropout) and query.is_cuda and drop.p < 1  # SDPA's dropout is slow on the CPU
-        if not active or fused:
-            p = drop.p if active and isinstance(drop, Dropout) else 0.0  # SDPA itself does not look at `training`
-            if T in (1, S):
-                return F.scaled_dot_product_attention(query, key, value, dropout_p=p, is_causal=T > 1)
-            seen = torch.ones(T, S, dtype=torch.bool, device=query.device).tril(S - T)
-            return F.scaled_dot_product_attention(query, key, value, seen, p)
+        p = drop.p if isinstance(drop, Dropout) and drop.training else 0.0
+        if not isinstance(drop, Mask) and (p == 0 or (p < 1 and query.is_cuda)):  # SDPA's dropout is slow on the CPU
+            seen = None if T in (1, S) else torch.ones(T, S, dtype=torch.bool, device=query.device).tril(S - T)
+            return F.scaled_dot_product_attention(query, key, value, seen, p, is_causal=T == S)
         future = torch.full((T, S), -torch.inf, dtype=query.dtype, device=query.device).triu(S - T + 1)
-        scores = torch.baddbmm(  # (B H, T, S)
-            future.expand(B * H, T, S), query.reshape(B * H, T, D), key.reshape(B * H, S, D).mT, alpha=D**-0.5
-        )
+        scores = torch.baddbmm(future, query.flatten(0, 1), key.flatten(0, 1).mT, alpha=D**-0.5)  # (B H, T, S)
         probs = torch.softmax(scores, dim=-1).view(B, H, T, S)
-        if not isinstance(drop, Mask):
+        if isinstance(drop, Mask):
+            mask = drop.mask[:, S - T : S, :S]
+            probs = probs * mask if torch.is_grad_enabled() else probs.mul_(mask)  # fresh memory is slow
+        else:
             probs = drop(probs)
-        elif torch.is_grad_enabled():
-            probs = probs * drop.mask[:, S - T : S, :S]
-        else:  # fresh memory costs more than the product
-            probs.mul_(drop.mask[:, S - T : S, :S])
         return probs.to(value.dtype) @ value
 
-    def thin(self, attention: Tensor | None, residual: Tensor | None) -> "Attention":
-        """This layer under given masks: (H, P, P) stays, its scale and the residual mask (C,) go into weights."""
+    def thin(self, masks: dict[str, Tensor], path: str) -> "Attention":
+        """Returns this layer, at `path`, under its masks: (H, P, P) stays; its scale and (C,) go into weights."""
         qkv: nn.Linear = self.qkv
         drop: nn.Module = nn.Identity()
+        attention = masks.get(f"{path}.attention_dropout")
         if attention is not None:
             values = torch.ones(3, self.qkv.in_features, dtype=attention.dtype)
             values[2] = attention.amax()  # 1 / (1 - p)
             qkv = thin_linear(qkv, scale_out=values.flatten())
             drop = Mask((attention > 0).to(qkv.weight.device))
-        projection = thin_linear(self.projection, scale_out=residual)
-        return replace_modules(
-            self, qkv=qkv, attention_dropout=drop, projection=projection, residual_dropout=nn.Identity()
-        )
+        out = thin_linear(self.projection, scale_out=masks.get(f"{path}.residual_dropout"))
+        return replace_modules(self, qkv=qkv, attention_dropout=drop, projection=out, residual_dropout=nn.Identity())
 
 
 class FeedForward(nn.Module):
-    """Two linear layers with a GELU, on each token alone: dropout after the GELU and on the output."""
+    """Two linear layers with a GELU, on each token alone: dropout after the GELU, and on the output."""
 
     def __init__(self, width: int, bias: bool, gelu: str, dropout: DropoutRates) -> None:
         super().__init__()
         self.up = nn.Linear(width, 4 * width, bias=bias)
         self.gelu = nn.GELU("tanh" if gelu == "tanh" else "none")
-        self.mlp_dropout: nn.Module = Dropout(dropout.mlp, "mlp")
+        self.mlp_dropout: nn.Module = Dropout(dropout.mlp, "mlp", (4 * width,))
         self.down = nn.Linear(4 * width, width, bias=bias)
-        self.residual_dropout: nn.Module = Dropout(dropout.residual, "residual")
+        self.residual_dropout: nn.Module = Dropout(dropout.residual, "residual", (width,))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.residual_dropout(self.down(self.mlp_dropout(self.gelu(self.up(x)))))
 
-    def thin(self, mlp: Tensor | None, residual: Tensor | None) -> "FeedForward":
-        """This layer under given masks: dropped hidden units are cut out, the residual mask goes into weights."""
+    def thin(self, masks: dict[str, Tensor], path: str) -> "FeedForward":
+        """Returns this layer, at `path`, under its masks: dropped units are cut out, (C,) goes into weights."""
+        mlp = masks.get(f"{path}.mlp_dropout")
         kept = None if mlp is None else kept_units(mlp)
         up = thin_linear(self.up, kept_out=kept)
-        down = thin_linear(self.down, kept_in=kept, mask_in=mlp, scale_out=residual)
+        down = thin_linear(self.down, kept_in=kept, mask_in=mlp, scale_out=masks.get(f"{path}.residual_dropout"))
         return replace_modules(self, up=up, mlp_dropout=nn.Identity(), down=down, residual_dropout=nn.Identity())
 
 
@@ -135,25 +128,27 @@ class Block(nn.Module):
         x = x + self.attention(self.attention_norm(x), cache)
         return x + self.mlp(self.mlp_norm(x))
 
+    def thin(self, masks: dict[str, Tensor], path: str) -> "Block":
+        attention = self.attention.thin(masks, f"{path}.attention")
+        return replace_modules(self, attention=attention, mlp=self.mlp.thin(masks, f"{path}.mlp"))
+
 
 class GPT(nn.Module):
     """A causal language model. Logits carry no dropout.
 
     Args:
-        vocab_size: V, filled up inside to a multiple of 64, which matrix products like; null takes it from the data.
+        vocab_size: V, filled up inside to a multiple of 64 for fast matrix products; null takes it from the data.
         context_length: P, the number of positions; null takes it from the data.
-        num_layers: blocks.
+        num_layers: Number of blocks.
         num_heads: H, which divides the width.
         width: C of the residual stream; hidden layers have 4 C.
-        bias: whether linear layers and layer norms have one. GPT-2 has.
+        bias: Whether linear layers and layer norms have one, as in GPT-2.
         gelu: exact, or tanh, the approximation that GPT-2's weights expect.
-        activation_checkpointing: keep a block's input alone and compute the rest again in the backward pass, with
-            the same masks: less memory, a third more time.
-        dropout: rates per site. embedding: on token plus position; attention: on probabilities after the softmax;
-            residual: on the output of both sub-layers; mlp: on hidden activations after the GELU.
+        activation_checkpointing: Keep only each block's input and recompute the rest: less memory, a third more time.
+        dropout: Rates per site. embedding is on the sum of token and position; residual is on both sub-layers.
 
     Raises:
-        ValueError: a setting outside its range.
+        ValueError: A setting is outside its range.
     """
 
     def __init__(
@@ -182,17 +177,14 @@ class GPT(nn.Module):
             raise ValueError(f"Expected net.num_heads to divide net.width {width}, but got {num_heads}")
         if gelu not in ("exact", "tanh"):
             raise ValueError(f"Expected net.gelu to be exact or tanh, but got {gelu!r}")
-        assert vocab_size is not None
-        assert context_length is not None
-        self.vocab_size, self.context_length = vocab_size, context_length
+        self.vocab_size, self.context_length = cast(int, vocab_size), cast(int, context_length)
         self.activation_checkpointing = activation_checkpointing
 
-        self.token_embedding = nn.Embedding(-(-vocab_size // 64) * 64, width)
-        self.position_embedding = nn.Embedding(context_length, width)
-        self.embedding_dropout: nn.Module = Dropout(dropout.embedding, "embedding")
-        self.blocks = nn.ModuleList(
-            Block(width, num_heads, context_length, bias, gelu, dropout) for _ in range(num_layers)
-        )
+        self.token_embedding = nn.Embedding(-(-self.vocab_size // 64) * 64, width)
+        self.position_embedding = nn.Embedding(self.context_length, width)
+        self.embedding_dropout: nn.Module = Dropout(dropout.embedding, "embedding", (width,))
+        blocks = [Block(width, num_heads, self.context_length, bias, gelu, dropout) for _ in range(num_layers)]
+        self.blocks = nn.ModuleList(blocks)
         self.norm = nn.LayerNorm(width, bias=bias)
         self.head = nn.Linear(width, len(self.token_embedding.weight), bias=False)
         self.head.weight = self.token_embedding.weight
@@ -208,7 +200,7 @@ class GPT(nn.Module):
                 nn.init.zeros_(parameter)
 
     def features(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
-        """What the head reads of tokens (B, T): (B, T, C)."""
+        """Returns what the head reads of tokens (B, T): (B, T, C)."""
         start = 0 if cache is None else cache.length
         end = start + tokens.shape[1]
         if end > self.context_length:
@@ -216,14 +208,13 @@ class GPT(nn.Module):
         if tokens.is_cpu and not torch.compiler.is_compiling() and tokens.numel():
             lowest, highest = tokens.aminmax()
             if lowest < 0 or highest >= self.vocab_size:
-                raise ValueError(
-                    f"Expected tokens in [0, {self.vocab_size}) (net.vocab_size), but got {lowest} to {highest}"
-                )
+                expected = f"tokens in [0, {self.vocab_size}) (net.vocab_size)"
+                raise ValueError(f"Expected {expected}, but got {lowest} to {highest}")
         position = torch.arange(start, end, device=tokens.device)
         x = self.embedding_dropout(self.token_embedding(tokens) + self.position_embedding(position))  # (B, T, C)
         for block in self.blocks:
             if self.activation_checkpointing and cache is None and torch.is_grad_enabled():
-                x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=True)
+                x = checkpoint(block, x, use_reentrant=False)
             else:
                 x = block(x, cache)
         if cache is not None:
@@ -231,23 +222,19 @@ class GPT(nn.Module):
         return self.norm(x)
 
     def logits(self, features: Tensor) -> Tensor:
-        """What the head says of features (..., C): (..., V), without what fills up its rows."""
+        """Returns the logits (..., V) of features (..., C), without those of the rows that fill up the vocabulary."""
         return self.head(features)[..., : self.vocab_size]
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
-        """Logits, or the loss where there are targets.
+        """Returns the logits (B, T, V), or with targets their negative log-likelihoods (B, T) in nats, 0 for -100.
 
         Args:
             tokens: (B, T) int64.
-            targets: (B, T) int64, the token after each, or -100 where there is none.
-            cache: of the tokens before these; they are added to it.
-
-        Returns:
-            The logits (B, T, V); with targets their negative log-likelihoods (B, T) in nats, 0 where there is none,
-            computed for as many tokens at once as give 2^24 logits.
+            targets: (B, T) int64, the token after each, or -100 if there is none.
+            cache: Keys and values of the tokens before these, which are added to it.
 
         Raises:
-            ValueError: more tokens than positions; on the CPU, a token outside the vocabulary.
+            ValueError: More tokens than positions; on the CPU, a token outside the vocabulary.
         """
         x = self.features(tokens, cache)
         if targets is None:
@@ -260,16 +247,14 @@ class GPT(nn.Module):
         return torch.cat(parts).view_as(targets)
 
     def _nll(self, x: Tensor, targets: Tensor) -> Tensor:
-        logits = self.logits(x)
-        logits = logits if logits.dtype == torch.float64 else logits.float()
-        losses = F.cross_entropy(logits.flatten(0, -2), targets.flatten(), ignore_index=NO_TARGET, reduction="none")
-        return losses.view_as(targets)
+        logits = self.logits(x).flatten(0, -2)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return F.cross_entropy(logits, targets.flatten(), reduction="none").view_as(targets)
 
     def flops_per_token(self) -> int:
-        """Floating point operations of a training step, per token, at the full context.
+        """Returns the floating point operations of a training step, per token (Chowdhery et al. 2022, appendix B).
 
-        6 N for products with the N weights (those of positions take part in none), 12 C P for attention in each
-        block (Chowdhery et al. 2022, appendix B).
+        They are 6 per weight, except those of positions, and 12 C P for attention in each block: at the full context.
         """
         weights = sum(p.numel() for p in self.parameters()) - self.position_embedding.weight.numel()
         return 6 * weights + 12 * len(self.blocks) * self.norm.normalized_shape[0] * self.context_length
@@ -277,40 +262,18 @@ class GPT(nn.Module):
     def masks(
         self, seed: int, sample: int, sites: Collection[str] | None = None, scale: float = 1.0
     ) -> dict[str, Tensor]:
-        """The masks of thinned network (seed, sample): one per acting `Dropout`, by module name, to look at.
-
-        They are shared by all sequences and, but for attention (H, P, P), by all positions: (C,) or (4 C,).
-        """
-        width, hidden = self.init_args["width"], 4 * self.init_args["width"]
-        attention = (self.init_args["num_heads"], self.context_length, self.context_length)
-        shape_at: dict[str, tuple[int, ...]] = {"attention": attention, "mlp": (hidden,)}
-        shapes = {n: shape_at.get(m.site, (width,)) for n, m in self.named_modules() if isinstance(m, Dropout)}
-        return sample_masks(self, shapes, seed, sample, sites, scale, self.norm.weight.dtype)
+        """Returns the masks of a thinned network, which all sequences share: see `sample_masks`."""
+        return sample_masks(self, seed, sample, sites, scale, self.norm.weight.dtype)
 
     @torch.no_grad()
     def thin(self, seed: int, sample: int, sites: Collection[str] | None = None, scale: float = 1.0) -> "GPT":
-        """Thinned network `sample` of the ensemble `seed`: a GPT without dropout.
+        """Returns a thinned network: a GPT without dropout that equals this one under `masks` of the same arguments.
 
         Dropped hidden units are cut out; embedding and residual masks scale columns and rows; attention alone keeps
-        a mask. Equal to the network with `masks(seed, sample, sites, scale)` applied at its dropout modules. What no
-        mask touches is shared with this network, not copied.
-
-        Args:
-            seed: of the ensemble.
-            sample: which network of it.
-            sites: at which dropout acts; all when None.
-            scale: by which all rates are multiplied.
+        a mask. Weights that no mask touches are shared, not copied.
         """
         masks = self.masks(seed, sample, sites, scale)
-        blocks = []
-        for i, block in enumerate(self.blocks):
-            assert isinstance(block, Block)
-            at = f"blocks.{i}"
-            attention_masks = (masks.get(f"{at}.attention.{site}_dropout") for site in ("attention", "residual"))
-            mlp_masks = (masks.get(f"{at}.mlp.{site}_dropout") for site in ("mlp", "residual"))
-            blocks.append(
-                replace_modules(block, attention=block.attention.thin(*attention_masks), mlp=block.mlp.thin(*mlp_masks))
-            )
+        blocks = [cast(Block, block).thin(masks, f"blocks.{i}") for i, block in enumerate(self.blocks)]
         changed: dict[str, nn.Module] = {"blocks": nn.ModuleList(blocks), "embedding_dropout": nn.Identity()}
         if "embedding_dropout" in masks:
             for name in ("token_embedding", "position_embedding"):

@@ -7,21 +7,23 @@ from torch import nn
 
 from thinned.models.gpt import GPT
 
-NAMES = {  # ours to theirs, within a block
+NAMES = {  # ours to theirs, in the order of their replacement
+    "token_embedding": "wte",
+    "position_embedding": "wpe",
+    "blocks": "h",
     "attention_norm": "ln_1",
     "attention.qkv": "attn.c_attn",
     "attention.projection": "attn.c_proj",
     "mlp_norm": "ln_2",
     "mlp.up": "mlp.c_fc",
     "mlp.down": "mlp.c_proj",
+    "norm": "ln_f",
 }
 GELUS = {"gelu": "exact", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}
 
 
 def load_gpt2(net: nn.Module, path: str) -> None:
-    """Loads a GPT-2 checkpoint, a hub id (gpt2, gpt2-medium, ...) or a folder, into a net of the same shape.
-
-    Positions may be fewer than the checkpoint has: its first ones are taken.
+    """Loads a GPT-2, a hub id (gpt2, gpt2-medium, ...) or a folder, into a net of its shape or with fewer positions.
 
     Raises:
         ValueError: `transformers` is not installed, there is no such checkpoint, or the net has another shape.
@@ -42,7 +44,7 @@ def load_gpt2(net: nn.Module, path: str) -> None:
 
 @torch.no_grad()
 def copy_gpt2(source: nn.Module, net: nn.Module) -> None:
-    """Copies a `transformers.GPT2LMHeadModel` into a GPT; ValueError where the shapes differ."""
+    """Copies a `transformers.GPT2LMHeadModel` into a GPT; ValueError if the shapes differ."""
     if not isinstance(net, GPT):
         raise ValueError(f"Expected model.net to be a GPT for model.init_from, but got {type(net).__name__}")
     theirs: Any = source.config  # GPT-2's names for sizes
@@ -53,20 +55,13 @@ def copy_gpt2(source: nn.Module, net: nn.Module) -> None:
         if net.init_args[key] != wanted:
             raise ValueError(f"Expected net.{key} to be {wanted}, as in model.init_from, but got {net.init_args[key]}")
     if net.context_length > theirs.n_positions or theirs.n_inner not in (None, 4 * theirs.n_embd):
-        raise ValueError(
-            f"Expected net.context_length of at most {theirs.n_positions} and hidden layers of 4 net.width, as in "
-            f"model.init_from, but got {net.context_length} and {theirs.n_inner}"
-        )
+        expected = f"net.context_length of at most {theirs.n_positions} and hidden layers of 4 net.width"
+        got = f"{net.context_length} and {theirs.n_inner}"
+        raise ValueError(f"Expected {expected}, as in model.init_from, but got {got}")
     state = source.get_submodule("transformer").state_dict()
     for name, parameter in net.named_parameters():
-        if name == "token_embedding.weight":
-            parameter[: net.vocab_size] = state["wte.weight"]
-        elif name == "position_embedding.weight":
-            parameter.copy_(state["wpe.weight"][: net.context_length])
-        elif name.startswith("norm."):
-            parameter.copy_(state[f"ln_f.{name.removeprefix('norm.')}"])
-        else:
-            _, layer, inner = name.split(".", 2)
-            module, _, kind = inner.rpartition(".")
-            weight = state[f"h.{layer}.{NAMES[module]}.{kind}"]
-            parameter.copy_(weight.T if weight.dim() == 2 else weight)  # theirs are stored (in, out)
+        for ours, its in NAMES.items():
+            name = name.replace(ours, its)
+        weight = state[name].t() if name.startswith("h.") else state[name]  # its linear layers are stored (in, out)
+        rows = min(len(parameter), len(weight))  # our vocabulary is filled up, and our positions may be fewer
+        parameter[:rows] = weight[:rows]

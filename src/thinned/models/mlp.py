@@ -1,9 +1,9 @@
 """A multi-layer perceptron with up to four dropout sites, and its thinned networks.
 
-The plain network is Srivastava et al. 2014 (sections 4, 6 and appendix A); residual blocks are the transformer's
+The plain network is Srivastava et al. 2014 (sections 4 to 6 and appendix A); residual blocks are the transformer's
 (Vaswani et al. 2017) without its attention; attention pooling is a softmax over image patches for one learned query.
 
-Shapes: B batch, C channels, H x W image, K classes.
+Shapes: B batch, C channels, H x W image, P patches, E width, K classes.
 """
 
 import math
@@ -29,21 +29,20 @@ class MLP(nn.Module):
     """A classifier for images or feature vectors. Logits carry no dropout.
 
     Args:
-        input_shape: of one example, (C, H, W) for images or (D,) for features.
+        input_shape: Shape of one example, (C, H, W) for images or (D,) for features.
         num_classes: K.
-        hidden: width of each hidden layer (with `residual`: of each block's hidden layer).
-        activation: relu, gelu, silu or tanh.
-        layer_norm: normalise before each non-linearity (with `residual`: at each block's start and at the end).
-        width: project the input to this width first; None reads the raw input. Needed by the next two.
-        residual: each hidden layer becomes a block x + W2 act(W1 x) on a stream of `width`.
-        patch_size: embed square patches of this size and pool them by attention; None takes the image whole.
-        max_norm: bound on the L2 norm of each hidden unit's incoming weights; None for no bound. The training
-            task applies it after each optimiser step (Srivastava et al. 2014, section 5.1).
-        dropout: rates per site. embedding: on the raw input, or on its projection or patches; mlp: on hidden
+        hidden: Width of each hidden layer, or with `residual` of each block's hidden layer.
+        activation: The non-linearity.
+        layer_norm: Normalise before each non-linearity, or with `residual` at each block's start and at the end.
+        width: Project the input to this width first; None reads the raw input. The next two need it.
+        residual: Each hidden layer becomes a block x + W2 act(W1 x) on a stream of `width`.
+        patch_size: Embed square patches of this size and pool them by attention; None takes the image whole.
+        max_norm: Bound on the L2 norm of each hidden unit's incoming weights after each step; None is no bound.
+        dropout: Rates per site. embedding: on the raw input, or on its projection or patches; mlp: on hidden
             activations; residual: on a block's output; attention: on the softmax over patches.
 
     Raises:
-        ValueError: a setting outside its range, or a rate for a site that this architecture lacks.
+        ValueError: A setting is outside its range, or a rate is for a site that this architecture lacks.
     """
 
     def __init__(
@@ -68,19 +67,21 @@ class MLP(nn.Module):
         _check(self.init_args)
         self.input_shape, self.num_classes, self.max_norm = tuple(input_shape), num_classes, max_norm
 
-        size = math.prod(input_shape)
+        size = width or math.prod(input_shape)
+        embedded: tuple[int, ...] = (size,)
         stages: OrderedDict[str, nn.Module] = OrderedDict()
-        if patch_size is None:
+        if patch_size is not None:
+            stages["embedding"] = embedding = PatchEmbedding(input_shape, patch_size, size)
+            embedded = tuple(embedding.position.shape)  # (P, E)
+        else:
             stages["flatten"] = nn.Flatten()
             if width is not None:
-                stages["embedding"], size = nn.Linear(size, width), width
-        else:
-            assert width is not None
-            stages["embedding"], size = PatchEmbedding(input_shape, patch_size, width), width
-        stages["embedding_dropout"] = Dropout(dropout.embedding, "embedding")
+                stages["embedding"] = nn.Linear(math.prod(input_shape), width)
+        stages["embedding_dropout"] = Dropout(dropout.embedding, "embedding", embedded)
         if patch_size is not None:
             query, key_value = nn.Parameter(torch.randn(size)), nn.Linear(size, 2 * size)
-            stages["pooling"] = AttentionPooling(query, key_value, Dropout(dropout.attention, "attention"))
+            attention_dropout = Dropout(dropout.attention, "attention", embedded[:1])
+            stages["pooling"] = AttentionPooling(query, key_value, attention_dropout)
         for i, units in enumerate(hidden):
             if residual:
                 stages[f"block{i}"] = Residual(_residual_sublayer(size, units, activation, layer_norm, dropout))
@@ -89,7 +90,7 @@ class MLP(nn.Module):
                 if layer_norm:
                     stages[f"norm{i}"] = nn.LayerNorm(units)
                 stages[f"activation{i}"] = ACTIVATIONS[activation]()
-                stages[f"mlp_dropout{i}"] = Dropout(dropout.mlp, "mlp")
+                stages[f"mlp_dropout{i}"] = Dropout(dropout.mlp, "mlp", (units,))
                 size = units
         if residual and layer_norm:
             stages["norm"] = nn.LayerNorm(size)
@@ -97,10 +98,9 @@ class MLP(nn.Module):
         self.stages = nn.Sequential(stages)
 
     def forward(self, x: Tensor) -> Tensor:
-        if tuple(x.shape[1:]) != self.input_shape:
-            raise ValueError(
-                f"Expected inputs of shape {self.input_shape} (net.input_shape), but got {tuple(x.shape[1:])}"
-            )
+        shape = tuple(x.shape[1:])
+        if shape != self.input_shape:
+            raise ValueError(f"Expected inputs of shape {self.input_shape} (net.input_shape), but got {shape}")
         return self.stages(x)  # (B, K)
 
     @torch.no_grad()
@@ -115,75 +115,52 @@ class MLP(nn.Module):
     def masks(
         self, seed: int, sample: int, sites: Collection[str] | None = None, scale: float = 1.0
     ) -> dict[str, Tensor]:
-        """The masks of thinned network (seed, sample): one per acting `Dropout`, by module name, to look at.
-
-        Each has the shape of one example at its place and is shared by all examples.
-        """
-        shapes: dict[str, tuple[int, ...]] = {}
-        for path, chain in self.named_modules():
-            size: tuple[int, ...] = (math.prod(self.input_shape),)
-            for name, module in chain.named_children() if isinstance(chain, nn.Sequential) else ():
-                if isinstance(module, nn.Linear):
-                    size = (module.out_features,)
-                elif isinstance(module, PatchEmbedding):
-                    size = tuple(module.position.shape)
-                elif isinstance(module, AttentionPooling):
-                    shapes[f"{path}.{name}.attention_dropout"] = size[:1]
-                elif isinstance(module, Dropout):
-                    shapes[f"{path}.{name}"] = size
-        return sample_masks(self, shapes, seed, sample, sites, scale)
+        """Returns the masks of a thinned network, which all examples share: see `sample_masks`."""
+        return sample_masks(self, seed, sample, sites, scale)
 
     @torch.no_grad()
     def thin(self, seed: int, sample: int, sites: Collection[str] | None = None, scale: float = 1.0) -> nn.Sequential:
-        """Thinned network `sample` of the ensemble `seed`: an ordinary module without dropout.
+        """Returns a thinned network: a module without dropout that equals this one under `masks` of the same arguments.
 
-        Dropped hidden units are cut out of the weight matrices; embedding and residual masks scale rows or columns;
-        only the masks on patches and on attention, which no weight can carry, stay as buffers. Equal to the
-        network with `masks(seed, sample, sites, scale)` applied at its dropout modules. What no mask touches (uncut
-        layers, norms) is shared with this network, not copied.
+        Dropped hidden units are cut out; embedding and residual masks scale rows or columns; masks on patches and on
+        attention stay, since no weight can carry them. Layers that no mask touches are shared, not copied.
         """
-        return _thin_chain(self.stages, _within(self.masks(seed, sample, sites, scale), "stages."))
+        return _thin_chain(self.stages, "stages.", self.masks(seed, sample, sites, scale))
 
 
 def _residual_sublayer(size: int, units: int, activation: str, layer_norm: bool, dropout: DropoutRates) -> nn.Module:
     stages: OrderedDict[str, nn.Module] = OrderedDict(norm=nn.LayerNorm(size)) if layer_norm else OrderedDict()
     stages["up"] = nn.Linear(size, units)
     stages["activation"] = ACTIVATIONS[activation]()
-    stages["mlp_dropout"] = Dropout(dropout.mlp, "mlp")
+    stages["mlp_dropout"] = Dropout(dropout.mlp, "mlp", (units,))
     stages["down"] = nn.Linear(units, size)
-    stages["residual_dropout"] = Dropout(dropout.residual, "residual")
+    stages["residual_dropout"] = Dropout(dropout.residual, "residual", (size,))
     return nn.Sequential(stages)
 
 
-def _thin_chain(chain: nn.Sequential, masks: dict[str, Tensor]) -> nn.Sequential:
-    """The chain without dropout, each mask folded into the linear layer before or after its place."""
+def _thin_chain(chain: nn.Module, prefix: str, masks: dict[str, Tensor]) -> nn.Sequential:
+    """Returns the chain without dropout, each mask folded into a linear layer before or after it if there is one."""
     names, modules = zip(*chain.named_children(), strict=True)
-    activations = (nn.ReLU, nn.GELU, nn.SiLU, nn.Tanh)
     weights = next(chain.parameters())
+    pending = {i: masks[prefix + name] for i, name in enumerate(names) if prefix + name in masks}
     thinned: OrderedDict[str, nn.Module] = OrderedDict()
     kept: Tensor | None = None  # hidden units that the last linear layer still has; None for all
-    mask_in: Tensor | None = None  # on the inputs of the next linear layer
 
     for i, (name, module) in enumerate(zip(names, modules, strict=True)):
-        following = (*zip(names[i + 1 :], modules[i + 1 :], strict=True), ("", None), ("", None))
         if isinstance(module, nn.Linear):
-            scale_out = masks.get(following[0][0])  # a dropout right behind this layer scales its rows
-            hidden = masks.get(following[1][0]) if isinstance(following[0][1], activations) else None
+            scale_out = pending.pop(i + 1, None)  # a dropout right behind this layer scales its rows
+            hidden = pending.get(i + 2)  # one behind its activation cuts rows here, and columns of the next layer
             kept_out = None if hidden is None else kept_units(hidden)
+            mask_in = pending.get(i - 1)
             thinned[name] = thin_linear(module, kept_in=kept, mask_in=mask_in, kept_out=kept_out, scale_out=scale_out)
-            kept, mask_in = kept_out, None
+            kept = kept_out
         elif isinstance(module, Dropout):
-            if name not in masks or (i and isinstance(modules[i - 1], nn.Linear)):
-                continue
-            if isinstance(following[0][1], nn.Linear):
-                mask_in = masks[name]
-            else:
-                thinned[name] = Mask(masks[name].to(weights))
+            if i in pending and not isinstance(modules[i + 1], nn.Linear):
+                thinned[name] = Mask(pending[i].to(weights))
         elif isinstance(module, Residual):
-            assert isinstance(module.sublayer, nn.Sequential)
-            thinned[name] = Residual(_thin_chain(module.sublayer, _within(masks, f"{name}.sublayer.")))
+            thinned[name] = Residual(_thin_chain(module.sublayer, f"{prefix}{name}.sublayer.", masks))
         elif isinstance(module, AttentionPooling):
-            mask = masks.get(f"{name}.attention_dropout")
+            mask = masks.get(f"{prefix}{name}.attention_dropout")
             attention_dropout = nn.Identity() if mask is None else Mask(mask.to(weights))
             thinned[name] = AttentionPooling(module.query, module.key_value, attention_dropout)
         else:
@@ -191,42 +168,30 @@ def _thin_chain(chain: nn.Sequential, masks: dict[str, Tensor]) -> nn.Sequential
     return nn.Sequential(thinned)
 
 
-def _within(masks: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The masks whose names start with the prefix, named without it."""
-    return {name.removeprefix(prefix): mask for name, mask in masks.items() if name.startswith(prefix)}
-
-
 def _check(config: dict[str, Any]) -> None:
     """Raises ValueError for a setting outside its range, and for a rate at a site that is not there."""
     shape, hidden, width, patch_size = (config[key] for key in ("input_shape", "hidden", "width", "patch_size"))
-    needs_width = config["residual"] or patch_size is not None
     divides = patch_size is None or (
         patch_size >= 1 and len(shape) == 3 and not any(size % patch_size for size in shape[1:])
     )
-    max_norm = config["max_norm"]
     for key, valid, expected in (
-        ("input_shape", shape and min(shape) >= 1, "to hold positive sizes"),
+        ("input_shape", min(shape, default=0) >= 1, "to hold positive sizes"),
         ("num_classes", config["num_classes"] >= 2, "to be at least 2"),
-        ("hidden", not hidden or min(hidden) >= 1, "to hold positive widths"),
+        ("hidden", min(hidden, default=1) >= 1, "to hold positive widths"),
         ("activation", config["activation"] in ACTIVATIONS, f"to be one of {list(ACTIVATIONS)}"),
         ("width", width is None or width >= 1, "to be positive or null"),
-        ("width", width is not None or not needs_width, "to be set where net.residual or net.patch_size is"),
+        ("width", width or not (config["residual"] or patch_size), "to be set if net.residual or net.patch_size is"),
         ("patch_size", divides, f"to divide the height and width of net.input_shape (C, H, W) {shape}"),
-        ("max_norm", max_norm is None or max_norm > 0, "to be positive or null"),
+        ("max_norm", config["max_norm"] is None or config["max_norm"] > 0, "to be positive or null"),
     ):
         if not valid:
             raise ValueError(f"Expected net.{key} {expected}, but got {config[key]!r}")
-    lacking = {
-        "attention": "" if patch_size is not None else "set net.patch_size and net.width",
-        "residual": ""
-        if config["residual"] and hidden
-        else "set net.residual and net.width, with at least one net.hidden",
-        "mlp": "" if hidden else "give at least one width in net.hidden",
-    }
-    for site, remedy in lacking.items():
+    for site, exists, remedy in (
+        ("attention", patch_size, "set net.patch_size and net.width"),
+        ("residual", config["residual"] and hidden, "set net.residual and net.width, with at least one net.hidden"),
+        ("mlp", hidden, "give at least one width in net.hidden"),
+    ):
         rate = config["dropout"][site]
-        if remedy and rate > 0:
-            raise ValueError(
-                f"Expected net.dropout.{site} to be 0 for an MLP without that site, but got {rate}: "
-                f"{remedy} to create it"
-            )
+        if rate > 0 and not exists:
+            expected = f"net.dropout.{site} to be 0 for an MLP without that site"
+            raise ValueError(f"Expected {expected}, but got {rate}: {remedy} to create it")

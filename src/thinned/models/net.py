@@ -1,4 +1,4 @@
-"""What a net may offer besides `forward`, and its logits, of a large vocabulary some rows at a time.
+"""What a net may offer besides `forward`, and logits that are computed some rows at a time.
 
 Shapes: B batch, N targets, C features, K classes (for text the vocabulary V).
 """
@@ -11,45 +11,40 @@ from torch import Tensor, nn
 
 from thinned.offers import Offers
 
-LOGITS_AT_ONCE = 2**22  # 16 MiB in fp32, which stay in the cache while they are summed up
+LOGITS_AT_ONCE = 2**22  # 16 MiB in fp32, which stay in the cache
 
 
 class NetOffers(Protocol):
     """Attributes of a net that others look for. All are optional: these are the defaults."""
 
-    # Arguments of `__init__`, as primitives: a checkpoint builds the net again from them and its class path.
-    init_args: dict[str, Any] | None = None
-    # Shape of one example, and K: compared with the data before training.
+    init_args: dict[str, Any] | None = None  # of `__init__`, as primitives: a checkpoint rebuilds the net from them
+    # Shape of one example, K, V and the number of positions: compared with the data before training.
     input_shape: tuple[int, ...] | None = None
     num_classes: int | None = None
-    # V and the number of positions of a language model: likewise.
     vocab_size: int | None = None
     context_length: int | None = None
-    # `thin(seed, sample, sites, scale)`: a thinned network, for masks that all inputs share.
+    # `thin(seed, sample, sites, scale)`: a thinned network, with masks that all inputs share.
     thin: Callable[..., nn.Module] | None = None
-    # `features(inputs)`, (B, T, C), and `logits(features)`, (n, C) -> (n, V): so that all logits never exist at once.
+    # `features(inputs)`, (B, T, C), and `logits(features)`, (n, C) -> (n, V), so that not all logits exist at once.
     features: Callable[[Any], Tensor] | None = None
     logits: Callable[[Tensor], Tensor] | None = None
-    # Runs after each optimiser step (Srivastava et al. 2014, section 5.1).
-    constrain_max_norm_: Callable[[], None] | None = None
-    # Units that a sharded net gathers one at a time; the whole net if there are none.
-    blocks: Sequence[nn.Module] = ()
-    # Floating point operations of a training step, per token: for the utilisation of the device.
-    flops_per_token: Callable[[], int] | None = None
+    constrain_max_norm_: Callable[[], None] | None = None  # runs after each optimiser step
+    blocks: Sequence[nn.Module] = ()  # a sharded net gathers one at a time; without them, the whole net
+    flops_per_token: Callable[[], int] | None = None  # of a training step, for the utilisation of the device
 
 
 def net_offers(net: object) -> NetOffers:
-    """The optional attributes of a net, with the defaults for those that it lacks."""
+    """Returns the optional attributes of a net, with the defaults for those that it lacks."""
     return cast(NetOffers, Offers(net, NetOffers))
 
 
 class Logits:
-    """Unnormalised log-probabilities of N targets, computed when rows of them are asked for.
+    """Unnormalised log-probabilities of N targets, computed when they are indexed.
 
     Args:
-        x: logits (N, K); with a head, what it reads: (N, C).
-        head: maps (n, C) to logits (n, K); None if `x` are the logits.
-        num_classes: K; None asks the head about one row.
+        x: Logits (N, K), or what the head reads: (N, C).
+        head: Maps (n, C) to logits (n, K); None if `x` holds the logits.
+        num_classes: K; None computes one row to see it.
     """
 
     def __init__(
@@ -63,16 +58,16 @@ class Logits:
         return len(self.x)
 
     def __getitem__(self, rows: slice | Tensor) -> Tensor:
-        """The logits of some rows, (n, K), in fp32 or fp64."""
+        """Returns the logits of some rows, (n, K), in fp32 or fp64."""
         logits = self.x[rows] if self.head is None else self.head(self.x[rows])
-        return logits if logits.dtype == torch.float64 else logits.float()
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def select(self, chosen: Tensor | slice) -> "Logits":
-        """Those at which a mask over the leading dimensions of `x` is true, or in a slice of the first."""
+        """Returns those at which a mask over the leading dimensions of `x` is true, or in a slice of the first."""
         return Logits(self.x[chosen], self.head, self.num_classes)
 
     def log_probs(self) -> Iterator[tuple[slice, Tensor]]:
-        """Log-probabilities (n, K) of a few rows at a time, with the rows that they are of."""
+        """Yields a few rows at a time and their log-probabilities (n, K)."""
         at_once = max(1, LOGITS_AT_ONCE // self.num_classes)
         for start in range(0, max(1, len(self)), at_once):
             rows = slice(start, start + at_once)
@@ -80,7 +75,7 @@ class Logits:
 
 
 def logits_of(net: nn.Module, inputs: Any) -> Logits:
-    """What a net says of inputs: with `features`, the logits are computed when they are asked for."""
+    """Returns a net's logits of inputs, which are computed when they are indexed if the net offers `features`."""
     offers = net_offers(net)
     if offers.features is None or offers.logits is None:
         return Logits(net(inputs))

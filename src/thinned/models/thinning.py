@@ -1,9 +1,8 @@
-"""What networks are built of beside torch's own layers, before and after thinning.
+"""Parts of networks that torch lacks, and how a mask becomes a part of the weights.
 
 Shapes: B batch, C channels, P patches, E width of the embedding.
 """
 
-import copy
 import math
 from collections.abc import Sequence
 from typing import TypeVar
@@ -21,9 +20,9 @@ class PatchEmbedding(nn.Module):
         super().__init__()
         channels, height, image_width = input_shape
         self.patch_size = patch_size
-        self.num_patches = (height // patch_size) * (image_width // patch_size)
+        num_patches = (height // patch_size) * (image_width // patch_size)
         self.projection = nn.Linear(channels * patch_size**2, width)
-        self.position = nn.Parameter(0.02 * torch.randn(self.num_patches, width))
+        self.position = nn.Parameter(0.02 * torch.randn(num_patches, width))
 
     def forward(self, x: Tensor) -> Tensor:
         patches = nn.functional.unfold(x, self.patch_size, stride=self.patch_size)  # (B, C * size^2, P)
@@ -57,34 +56,20 @@ class Residual(nn.Module):
 
 
 class Mask(nn.Module):
-    """Multiplies by a fixed mask: what is left of a dropout that cannot be folded into weights."""
+    """Multiplies by a fixed mask, in place of a dropout that cannot be folded into weights."""
 
     def __init__(self, mask: Tensor) -> None:
         super().__init__()
-        self.mask: Tensor
-        self.register_buffer("mask", mask)
+        self.mask = nn.Buffer(mask)
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.mask
 
 
-class GivenLinear(nn.Linear):
-    """A linear layer with given weights, which draws no initial ones."""
-
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        nn.Module.__init__(self)
-        self.out_features, self.in_features = weight.shape
-        self.weight = nn.Parameter(weight, False)
-        self.register_parameter("bias", None if bias is None else nn.Parameter(bias, False))
-
-
 def kept_units(mask: Tensor) -> Tensor:
-    """Indices of the kept units, filled up with dropped ones (whose mask is 0) to a multiple of 16.
-
-    Matrix products over odd sizes are slower than over the next multiple of a cache line: 921 takes longer than 1024.
-    """
+    """Returns the indices of the kept units, filled up with dropped ones (whose mask is 0) to a multiple of 16."""
     kept, dropped = mask.nonzero().squeeze(1), (mask == 0).nonzero().squeeze(1)
-    size = -(-max(len(kept), 1) // 16) * 16  # never 0: torch warns of empty layers
+    size = -(-max(len(kept), 1) // 16) * 16  # other sizes are slower, and torch warns of 0
     return torch.cat([kept, dropped])[:size]
 
 
@@ -96,7 +81,7 @@ def thin_linear(
     kept_out: Tensor | None = None,
     scale_out: Tensor | None = None,
 ) -> nn.Linear:
-    """A linear layer with rows and columns cut (indices) or scaled (masks); the original where nothing is asked."""
+    """Returns the layer with rows and columns cut (indices) or scaled (masks); itself if nothing is given."""
     weight: Tensor = linear.weight
     bias: Tensor | None = linear.bias
     if kept_out is not None:
@@ -106,18 +91,26 @@ def thin_linear(
     if mask_in is not None:
         if kept_in is not None:
             weight, mask_in = weight.index_select(1, kept_in.to(weight.device)), mask_in[kept_in]
-        # In place where the weights are a copy already: a fresh block of memory costs more than the product.
+        # In place if the weights are a copy already: fresh memory costs more than the product.
         weight = torch.mul(weight, mask_in.to(weight), out=None if weight is linear.weight else weight)
     if scale_out is not None:
         weight = torch.mul(weight, scale_out.to(weight)[:, None], out=None if weight is linear.weight else weight)
         bias = None if bias is None else bias * scale_out.to(bias)
-    return linear if weight is linear.weight else GivenLinear(weight, bias)
+    if weight is linear.weight:
+        return linear
+    thinned = nn.Linear.__new__(nn.Linear)  # its __init__ would draw initial weights
+    nn.Module.__init__(thinned)
+    thinned.out_features, thinned.in_features = weight.shape
+    thinned.weight = nn.Parameter(weight, requires_grad=False)
+    thinned.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
+    return thinned
 
 
 def replace_modules(module: M, **changed: nn.Module) -> M:
-    """Returns a copy of a module that shares everything with it but the given submodules."""
-    copied = copy.copy(module)
-    vars(copied).update({name: value.copy() for name, value in vars(copied).items() if isinstance(value, dict)})
-    for name, submodule in changed.items():  # into the copy's own dict of submodules
+    """Returns a copy of a module that shares all parts with it but the given submodules."""
+    copied = type(module).__new__(type(module))
+    for name, value in vars(module).items():
+        vars(copied)[name] = value.copy() if isinstance(value, dict) else value
+    for name, submodule in changed.items():
         setattr(copied, name, submodule)
     return copied
