@@ -27,7 +27,7 @@ Images = Callable[[list[int]], Tensor]  # rows of the split -> (n, C, H, W) uint
 
 
 def scores_table(metrics: Mapping[str, Mapping[str, Any]], labels: Labels, split: str = "test") -> Table:
-    """One column per way to predict, one line per score."""
+    """Returns a table with a column per way to predict and a line per score."""
     table = Table(title=TITLES.get(split, split), title_justify="left")
     table.add_column("")
     for way in metrics:
@@ -40,7 +40,7 @@ def scores_table(metrics: Mapping[str, Mapping[str, Any]], labels: Labels, split
 
 
 def figures(rows: Rows, labels: Labels, images: Images | None, names: list[str] | None) -> dict[str, Figure]:
-    """All pictures that the rows allow, by name."""
+    """Draws all pictures that the rows allow, by name."""
     result = {"reliability": reliability_diagram(rows, labels), "entropy": entropy_histograms(rows, labels)}
     if images is not None:
         result["uncertain"] = uncertain_images(rows, labels, images, names)
@@ -48,7 +48,7 @@ def figures(rows: Rows, labels: Labels, images: Images | None, names: list[str] 
 
 
 def reliability_diagram(rows: Rows, labels: Labels) -> Figure:
-    """Accuracy against confidence in equal bins; on the diagonal, 90 % sure means 90 % right."""
+    """Draws accuracy against confidence in equal bins; on the diagonal, 90 % sure means 90 % right."""
     figure = Figure(figsize=(5, 4.6), layout="constrained")
     axes, counts = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
     axes.plot([0, 1], [0, 1], color="black", linewidth=0.8, linestyle=":")
@@ -71,7 +71,7 @@ def reliability_diagram(rows: Rows, labels: Labels) -> Figure:
 
 
 def entropy_histograms(rows: Rows, labels: Labels) -> Figure:
-    """Density of each way's predictive entropy, split by right and wrong predictions; apart is good."""
+    """Draws the density of each way's predictive entropy, of right and of wrong predictions; apart is good."""
     figure = Figure(figsize=(1 + 3.6 * len(labels), 3.4), layout="constrained")
     panels = figure.subplots(1, len(labels), sharex=True, sharey=True, squeeze=False).ravel()
     columns = {way: (rows[f"{way}_predictive_entropy"], rows[f"{way}_correct"]) for way in labels}
@@ -89,7 +89,7 @@ def entropy_histograms(rows: Rows, labels: Labels) -> Figure:
 
 
 def uncertain_images(rows: Rows, labels: Labels, images: Images, names: list[str] | None, count: int = 24) -> Figure:
-    """The examples of highest predictive entropy with prediction, target and entropy; red if wrong."""
+    """Draws the examples of highest predictive entropy with prediction, target and entropy; red if wrong."""
     way = list(labels)[-1]
     order = _most_uncertain_first(rows, way, count)
     index, target, prediction, entropy = (
@@ -111,7 +111,7 @@ def uncertain_images(rows: Rows, labels: Labels, images: Images, names: list[str
 def most_uncertain(
     rows: Rows, labels: Labels, images: Images, names: list[str] | None, count: int = 64
 ) -> tuple[list[str], list[list[Any]]]:
-    """Columns and rows of the table of most uncertain examples, pictures as arrays in its first column."""
+    """Returns names and rows of a table of the most uncertain examples, with pictures as arrays in its first column."""
     order = _most_uncertain_first(rows, list(labels)[-1], count)
     index = rows["index"][order].tolist()
     columns: dict[str, list[Any]] = {
@@ -133,7 +133,7 @@ def _most_uncertain_first(rows: Rows, way: str, count: int) -> Tensor:
 
 
 def _picture(image: Tensor) -> npt.NDArray[np.uint8]:
-    """(C, H, W) as (H, W) for one channel, else (H, W, C)."""
+    """Turns (C, H, W) into (H, W) for one channel, else into (H, W, C)."""
     array: npt.NDArray[np.uint8] = (image[0] if len(image) == 1 else image.permute(1, 2, 0)).numpy()
     return array
 

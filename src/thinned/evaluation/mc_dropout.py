@@ -42,15 +42,15 @@ class MCDropout(Callback):
 
     Args:
         num_samples: S, at least 2. None leaves Monte-Carlo dropout out: the deterministic network alone is reported.
-        masks: shared (thinned networks), independent (per element), or auto: shared if the net can be thinned.
-        sites: at which dropout acts: all; a list of sites; or auto, the combination, at its rates or scaled ones, with
-            the lowest NLL on the validation split (on its first 25,600 targets, if it has more).
-        seed: of the ensemble.
-        dirpath: the folder of the files; the trainer's `default_root_dir` when None.
-        ways: more ways to predict.
+        masks: Shared (thinned networks), independent (per element), or auto: shared if the net can be thinned.
+        sites: Where dropout acts: all; a list of sites; or auto, the combination, at its rates or scaled ones, with the
+            lowest NLL on the validation split (on its first 25,600 targets, if it has more).
+        seed: Seed of the ensemble.
+        dirpath: Folder of the files; the trainer's `default_root_dir` if None.
+        ways: More ways to predict.
 
     Raises:
-        ValueError: a setting outside its range; no dropout in the network that acts; an interrupted prediction with
+        ValueError: A setting is outside its range, no dropout acts in the network, or an interrupted prediction has
             other settings.
     """
 
@@ -112,8 +112,11 @@ class MCDropout(Callback):
                 way.fit(validation)
             else:
                 way.load_state_dict(learned.get(way.name, {}))
-        checkpoint = trainer.ckpt_path or self.checkpoint
-        self._provenance = provenance(trainer, pl_module, checkpoint and str(checkpoint), split, self.ways)
+        self._provenance: dict[str, Any] = {}
+        if trainer.is_global_zero:  # another process may have other shards of the weights
+            checkpoint = trainer.ckpt_path or self.checkpoint
+            self._provenance = provenance(trainer, pl_module, checkpoint and str(checkpoint), split, self.ways)
+        self._provenance = trainer.strategy.broadcast(self._provenance)
         self._store.begin(self._provenance, {way.name: way.state_dict() for way in ways}, trainer.strategy.barrier)
 
     def on_test_batch_end(
@@ -155,7 +158,7 @@ class MCDropout(Callback):
             logger.log_metrics(logged, step=trainer.global_step)
 
     def _finish(self, trainer: Trainer) -> dict[str, float]:
-        """Merges the rows of all processes and reports them; returns what is to be logged, the same to all."""
+        """Merges and reports the rows of all processes, and returns to each of them what is to be logged."""
         assert self._store is not None
         self._store.flush()
         trainer.strategy.barrier("predictions end")
@@ -174,6 +177,6 @@ class MCDropout(Callback):
         }
 
     def table(self) -> Table | None:
-        """The latest scores, a column for each way; None if there are none."""
+        """Returns the latest scores, a column for each way; None if there are none."""
         labels = {way.name: f"{way.label}, {way.details}" if way.details else way.label for way in self.ways}
         return scores_table(self.metrics, labels, self.split) if self.metrics else None

@@ -27,8 +27,8 @@ class PredictionStore:
     """Rows of a prediction on their way to the files.
 
     Args:
-        directory: of the files.
-        rank: of this process.
+        directory: Folder of the files.
+        rank: Rank of this process.
     """
 
     def __init__(self, directory: Path, rank: int = 0) -> None:
@@ -39,10 +39,10 @@ class PredictionStore:
         self._writers: dict[str, ChunkWriter] = {}  # once it has begun
 
     def find_interrupted(self, broadcast: Callable[[Any], Any]) -> int:
-        """The first example that an interrupted prediction lacks; 0 if there is none.
+        """Returns the first example that an interrupted prediction lacks, or 0 if there is no such prediction.
 
         Args:
-            broadcast: returns to all processes what the first one gives it.
+            broadcast: Returns to all processes what the first one gives it.
         """
         found, start = None, 0
         if self.rank == 0 and self._settings.exists() and self.chunks("predictions"):
@@ -52,19 +52,19 @@ class PredictionStore:
 
     @property
     def learned(self) -> dict[str, Any] | None:
-        """What the ways of the interrupted prediction had learned, by their names; None if there is none."""
+        """What the ways of the interrupted prediction had learned, by their names."""
         return self._found and self._found["learned"]
 
     def begin(self, provenance: dict[str, Any], learned: dict[str, Any], barrier: Callable[[str], None]) -> None:
         """Says what the chunks will be rows of.
 
         Args:
-            provenance: all that decides the rows, as JSON.
-            learned: what ways have learned, as JSON by their names.
-            barrier: waits for all processes.
+            provenance: All that decides the rows, as JSON, the same on all processes.
+            learned: What ways have learned, as JSON by their names.
+            barrier: Waits for all processes.
 
         Raises:
-            ValueError: another provenance than that of the interrupted prediction that was found.
+            ValueError: The interrupted prediction that was found has another provenance.
         """
         attempt = 0
         if self._found:
@@ -83,14 +83,14 @@ class PredictionStore:
         self._writers = {name: ChunkWriter(self.parts, f"{name}-{attempt:03d}-{self.rank:05d}") for name in NAMES}
 
     def _first_missing(self) -> int:
-        """The first example, or window of a text, of which the chunks do not hold everything."""
+        """Returns the first example, or window of a text, that the chunks do not hold as a whole."""
         sequences, predictions = map(self.chunks, reversed(NAMES))
         if not sequences and "position" in pq.read_schema(predictions[0]).names:
             return 0  # tokens of windows, of which none is complete
         return first_missing(sequences or predictions)
 
     def write(self, rows: dict[str, Tensor], sequences: dict[str, Tensor]) -> None:
-        """Takes the rows of a batch, and those of its sequences where it is text."""
+        """Takes the rows of a batch, and those of its sequences if it is text."""
         self._writers["predictions"].write(rows)
         if sequences:
             self._writers["sequences"].write(sequences)
@@ -103,11 +103,11 @@ class PredictionStore:
             writer.flush()
 
     def chunks(self, name: str) -> list[Path]:
-        """All chunks of one of the files, of any process and attempt."""
+        """Returns all chunks of one of the files, from any process and attempt."""
         return sorted(self.parts.glob(f"{name}-*.parquet"))
 
     def merge(self, provenance: dict[str, Any]) -> None:
-        """Merges all chunks in the files; they stay until they are discarded."""
+        """Merges all chunks into the files. The chunks stay until they are discarded."""
         for name in NAMES:
             if chunks := self.chunks(name):
                 merge(chunks, self.directory / f"{name}.parquet", {"thinned": provenance})

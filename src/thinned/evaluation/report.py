@@ -23,10 +23,10 @@ def write_report(trainer: Trainer, directory: Path, ways: Sequence[Way], split: 
     """Scores the rows that lie in a directory, and writes the scores and pictures beside them.
 
     Args:
-        trainer: whose loggers get the pictures.
-        directory: of `predictions.parquet`.
-        ways: whose rows they are.
-        split: that they are of.
+        trainer: Its loggers get the pictures.
+        directory: Folder of `predictions.parquet`.
+        ways: Those that have columns in it.
+        split: The split that was predicted.
 
     Returns:
         The scores of each way by its name, with the settings that it predicted with; empty without targets.

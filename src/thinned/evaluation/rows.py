@@ -27,12 +27,12 @@ Rows = dict[str, Tensor]
 
 @torch.no_grad()
 def predicted_rows(batch: Batch, trained: nn.Module, ways: Sequence[Way]) -> tuple[Rows, Rows]:
-    """The rows of a batch, and of text those of its sequences.
+    """Returns the rows of a batch, and of text those of its sequences.
 
     Args:
-        batch: of examples, whose row is at `index`; or of sequences, whose tokens are at `index` * T + position.
-        trained: the trained net.
-        ways: to predict, each by its name before its columns.
+        batch: Examples, whose row is at `index`; or sequences, whose tokens are at `index` * T + position.
+        trained: The trained net.
+        ways: Those that predict; the name of each stands before its columns.
 
     Returns:
         Columns of examples or tokens, and of sequences (empty if there are none): index, tokens, and of each way what

@@ -25,10 +25,11 @@ class Way(ABC):
     """A way to predict.
 
     Attributes:
-        name: an identifier that no other way has: before its columns, in files and in metric keys.
-        label: for tables and pictures.
-        nets: that predict. The trained net, unless a subclass has its own; on the device, in evaluation mode.
-        builds_on: ways that learn before this one does, such as the one whose `Batch.mean` it changes.
+        name: An identifier that no other way has. It stands before its columns, in files and in metric keys.
+        label: What tables and pictures call it.
+        nets: The nets that predict: the trained one, unless a subclass has its own. They are on the device, in
+            evaluation mode.
+        builds_on: Ways that learn before this one does, such as the one whose `Batch.mean` it changes.
     """
 
     name: str
@@ -179,13 +180,13 @@ class SampledNetworks(Way):
 def standard_ways(
     num_samples: int | None, masks: Masks, sites: Literal["all", "auto"] | list[str], seed: int
 ) -> list[Way]:
-    """The deterministic network and, unless `num_samples` is None, Monte-Carlo dropout."""
+    """Returns the deterministic network and, unless `num_samples` is None, Monte-Carlo dropout."""
     sampled = [] if num_samples is None else [SampledNetworks(num_samples, masks, sites, seed)]
     return [Deterministic(), *sampled]
 
 
 def learning_order(ways: Sequence[Way]) -> list[Way]:
-    """The ways and all that they build on, each after those that it builds on."""
+    """Returns the ways and all that they build on, each after those that it builds on."""
     order: list[Way] = []
     for way in ways:
         order += [each for each in (*learning_order(way.builds_on), way) if each not in order]

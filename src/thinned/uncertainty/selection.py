@@ -26,8 +26,8 @@ def select_sites(net: nn.Module, nll: Callable[[Acting], float]) -> dict[Acting,
     """Scores every combination of the sites that drop in a net, then the best one at other rates; best first.
 
     Args:
-        net: whose sites with a rate above 0 are combined, at most 2^4 - 1 ways.
-        nll: the negative log-likelihood on held-out data when dropout acts in the given way, in nats.
+        net: Its sites with a rate above 0 are combined in all ways, at most 2^4 - 1.
+        nll: Returns the negative log-likelihood on held-out data if dropout acts in the given way, in nats.
     """
     sites = sites_in(net)
     if not sites:

@@ -20,8 +20,8 @@ class TokenStatistics:
     """Accumulates sampled distributions of N tokens.
 
     Args:
-        target: (N,), the token that came.
-        sequence: (N,), the sequence of each token, in [0, B).
+        target: The token that came, (N,).
+        sequence: The sequence of each token, in [0, B), (N,).
         num_sequences: B.
     """
 
@@ -51,11 +51,11 @@ class TokenStatistics:
         self.num_samples += 1
 
     def _by_sequence(self, column: Tensor) -> Tensor:
-        """Sums over the tokens of each sequence, (B,)."""
+        """Adds up the tokens of each sequence, (B,)."""
         return column.new_zeros(self.num_sequences).index_add_(0, self.sequence, column)
 
     def tokens(self) -> dict[str, Tensor]:
-        """The columns of the mean prediction, (N,) each; with two samples or more, of their spread too."""
+        """Returns the columns of the mean prediction, (N,) each; with two samples or more, of their spread too."""
         probs = self.mean
         confidence, prediction = probs.max(-1)
         own = probs.gather(-1, self.target[:, None])
@@ -77,10 +77,10 @@ class TokenStatistics:
         return columns
 
     def sequences(self, tokens: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The columns of the sequences, (B,) each.
+        """Returns the columns of the sequences, (B,) each.
 
         Args:
-            tokens: what `tokens` returned.
+            tokens: What `tokens` returned.
 
         Returns:
             log_likelihood: sum over tokens of the log of the mean probability. With two samples or more also
