@@ -105,13 +105,13 @@ def test_checkpoint_alone_rebuilds_the_task(make_trainer: MakeTrainer, tmp_path:
     twin = ClassificationTask.load_from_checkpoint(tmp_path / "task.ckpt", weights_only=True)
     assert torch.equal(twin.net.eval()(x), task.net.eval()(x))
     assert str(twin.net) == str(task.net)
-    assert (twin.warmup_steps, twin.label_smoothing, twin.num_classes) == (1, 0.1, 10)
+    assert (twin.warmup_steps, twin.label_smoothing) == (1, 0.1)
     assert twin.hparams == task.hparams
 
 
 def test_checkpoint_of_a_foreign_net_is_given_the_net(make_trainer: MakeTrainer, tmp_path: Path) -> None:
     x, y = digits(32)
-    task, trainer = ClassificationTask(batch_norm_net(), num_classes=10, optimizer=SGD), make_trainer(max_epochs=1)
+    task, trainer = ClassificationTask(batch_norm_net(), optimizer=SGD), make_trainer(max_epochs=1)
     trainer.fit(task, loader(x, y, 16))
     trainer.save_checkpoint(tmp_path / "task.ckpt")
     with pytest.raises(ArgumentError, match=r"required: module\.net"):
@@ -141,7 +141,7 @@ def test_overfits_one_batch(make_trainer: MakeTrainer) -> None:
 
 def test_trains_a_net_with_batch_norm(make_trainer: MakeTrainer) -> None:
     x, y = digits(64)
-    task = ClassificationTask(batch_norm_net(), num_classes=10, optimizer=partial(torch.optim.SGD, lr=0.5))
+    task = ClassificationTask(batch_norm_net(), optimizer=partial(torch.optim.SGD, lr=0.5))
     norm, trainer = task.net[2], make_trainer(max_epochs=5)
     before = F.cross_entropy(task.net(x), y).item()
     norm.reset_running_stats()
@@ -209,11 +209,6 @@ def test_data_that_does_not_fit_the_net_is_refused(key: str, found: Any, said: s
 def test_label_smoothing_outside_its_range_is_refused(share: float) -> None:
     with pytest.raises(ValueError, match=rf"model\.label_smoothing in \[0, 1\), but got {share}"):
         ClassificationTask(net(), label_smoothing=share)
-
-
-def test_foreign_net_needs_its_number_of_classes() -> None:
-    with pytest.raises(ValueError, match=r"model\.num_classes for a Sequential, but got null"):
-        ClassificationTask(batch_norm_net())
 
 
 def test_training_metrics_resume_though_no_batch_is_left(make_trainer: MakeTrainer) -> None:

@@ -24,7 +24,6 @@ class ClassificationTask(Task):
 
     Args:
         net: Maps inputs to logits (B, K).
-        num_classes: K; taken from the net if None.
         optimizer, warmup_steps, final_lr_fraction, compile: As in `Task`.
         label_smoothing: Share of the target's probability that is spread over all classes, in [0, 1).
     """
@@ -34,7 +33,6 @@ class ClassificationTask(Task):
     def __init__(
         self,
         net: nn.Module,
-        num_classes: int | None = None,
         optimizer: OptimizerCallable = torch.optim.AdamW,
         warmup_steps: int = 0,
         final_lr_fraction: float = 0.0,
@@ -44,11 +42,7 @@ class ClassificationTask(Task):
         super().__init__(net, optimizer, warmup_steps, final_lr_fraction, compile)
         if not 0 <= label_smoothing < 1:
             raise ValueError(f"Expected model.label_smoothing in [0, 1), but got {label_smoothing}")
-        num_classes = num_classes or net_offers(net).num_classes
-        if num_classes is None:
-            raise ValueError(f"Expected model.num_classes for a {type(net).__name__}, but got null")
-        self.hparams.update(num_classes=num_classes, label_smoothing=label_smoothing)
-        self.num_classes = num_classes
+        self.hparams.update(label_smoothing=label_smoothing)
         self.label_smoothing = label_smoothing
         self._unmeasured: dict[str, list[tuple[Tensor, Tensor]]] = {"train": [], "val": [], "test": []}
         self._measured: dict[str, list[Tensor]] = {"train": [], "val": [], "test": []}
