@@ -16,9 +16,9 @@ from thinned.uncertainty import classification_scores, mc_predict
 from thinned.uncertainty.scores import scores
 
 K, S = 3, 6
-OF_EACH = {"prediction", "confidence", "predictive_entropy", "nll", "correct", "brier", "probs"}
+OF_EACH = {"prediction", "confidence", "predictive_entropy", "nll", "correct", "brier", "rank", "probs"}
 OF_SAMPLES = {"expected_entropy", "mutual_information", "variation_ratio", "std"}
-OF_TARGETS = {"nll", "correct", "brier"}
+OF_TARGETS = {"nll", "correct", "brier", "rank"}
 
 
 @pytest.fixture(autouse=True)
@@ -62,6 +62,8 @@ def assert_describe(rows: dict[str, Tensor], way: str, probs: Tensor, targets: T
     torch.testing.assert_close(rows[f"{way}_nll"], -probs[torch.arange(len(probs)), targets].log())
     target_probs = nn.functional.one_hot(targets, K)
     torch.testing.assert_close(rows[f"{way}_brier"], ((probs - target_probs) ** 2).sum(-1))
+    order = probs.argsort(descending=True)
+    assert rows[f"{way}_rank"].tolist() == [1 + order[i].tolist().index(y) for i, y in enumerate(targets.tolist())]
     assert rows[f"{way}_prediction"].equal(probs.argmax(-1))
     assert rows[f"{way}_correct"].equal(probs.argmax(-1) == targets)
 

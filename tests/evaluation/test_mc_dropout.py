@@ -21,7 +21,7 @@ from thinned.uncertainty.scores import nll
 from thinned.uncertainty.selection import Acting
 
 SCORES = ["accuracy", "nll", "ece", "auroc_error", "aurc", "brier"]
-OF_EACH_WAY = ["prediction", "confidence", "predictive_entropy", "nll", "correct", "brier", "probs"]
+OF_EACH_WAY = ["prediction", "confidence", "predictive_entropy", "nll", "correct", "brier", "rank", "probs"]
 DETERMINISTIC = {"index", "target", *(f"deterministic_{name}" for name in OF_EACH_WAY)}
 OF_SAMPLES = ["expected_entropy", "mutual_information", "variation_ratio", "std"]
 COLUMNS = DETERMINISTIC | {f"mc_dropout_{name}" for name in OF_EACH_WAY + OF_SAMPLES}
@@ -131,7 +131,7 @@ def test_index_in_the_batch_decides_the_row(run: Callable[..., Any]) -> None:
 def test_inputs_without_targets_can_be_predicted(wrap: Callable[..., Any], run: Callable[..., Any]) -> None:
     x, net = torch.randn(10, 4), thinnable()
     rows = run("predict", net, wrap(x, batch_size=4))
-    named = ("nll", "correct", "brier")
+    named = ("nll", "correct", "brier", "rank")
     of_targets = {"target", *(f"{way}_{name}" for way in ("mc_dropout", "deterministic") for name in named)}
     assert rows.keys() == COLUMNS - of_targets
     torch.testing.assert_close(rows["mc_dropout_probs"], mc_predict(net, x, num_samples=8, seed=3).mean)

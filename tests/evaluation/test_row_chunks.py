@@ -172,6 +172,7 @@ def test_columns_are_read_one_at_a_time(tmp_path: Path) -> None:
     assert list(columns) == ["index", "std", "correct", "probs"]
     assert columns["std"].equal(torch.arange(6) / 4)
     assert columns["correct"].equal(torch.arange(6) % 3 == 0)
+    assert columns["probs"].tolist() == pq.ParquetFile(columns.path).read(["probs"])["probs"].to_pylist()
     assert "lr" not in columns
     with pytest.raises(KeyError):
         columns["lr"]

@@ -115,13 +115,13 @@ def test_prediction_that_fails_restores_the_modes_at_once() -> None:
 
 
 def held_out(*values: list[float]) -> tuple[Callable[[], Iterator[Batch]], list[int]]:
-    """Batches whose inputs are the values, and the sizes of those that were asked for."""
+    """Batches, one value a part, whose inputs are the values, and the sizes of those that were asked for."""
     asked: list[int] = []
 
-    def batches() -> Iterator[Batch]:
+    def batches() -> Iterator[list[Batch]]:
         for of_batch in values:
             asked.append(len(of_batch))
-            yield Batch(torch.tensor(of_batch), torch.arange(len(of_batch)), torch.zeros(len(of_batch)))
+            yield [Batch(torch.tensor([value]), torch.zeros(1), torch.zeros(1)) for value in of_batch]
 
     return batches, asked
 
@@ -167,7 +167,8 @@ def test_mean_holds_no_graph() -> None:
 def test_mean_of_two_processes_is_over_the_targets_of_both(enough: int, number: int, mean: float) -> None:
     """Two threads stand for the processes: a sum waits for both, so that it fails if one asks more often.
 
-    After each batch of both there are 3, 7 and 10 targets, whose sums are 15, 28 and 30.
+    After each batch of both there are 3, 7 and 10 targets, whose sums are 15, 28 and 30. A batch has as many parts as
+    targets, so that the processes have other numbers of parts.
     """
     meeting, held = Barrier(2, timeout=20), {}
     batches = {0: held_out([5.0], [4.0, 4.0, 5.0], [0.0]), 1: held_out([4.0, 6.0], [0.0], [1.0, 1.0])}
@@ -257,7 +258,7 @@ def test_settings_name_the_sites_that_were_chosen() -> None:
 
 def validation_of(*batches: Batch) -> Validation:
     """New batches each time, as a loader has them."""
-    return Validation(lambda: (Batch(b.inputs, b.index, b.targets) for b in batches), of_one_process)
+    return Validation(lambda: ([Batch(b.inputs, b.index, b.targets)] for b in batches), of_one_process)
 
 
 def fitted(net: nn.Module, **settings: Any) -> tuple[SampledNetworks, list[Batch]]:

@@ -211,6 +211,16 @@ def test_label_smoothing_outside_its_range_is_refused(share: float) -> None:
         ClassificationTask(net(), label_smoothing=share)
 
 
+def test_rank_without_examples_takes_part_in_the_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a change of their number, the first rank may have the only examples: the others must gather too."""
+    task, logged = ClassificationTask(net()), {}
+    other = torch.tensor([[1.0, 0.0], [0.5, 0.75], [0.25, 1.0], [0.5, 1.5]])  # correct, confidence, nll, brier
+    monkeypatch.setattr("thinned.tasks.classification.of_all_ranks", lambda own: [other, own])
+    monkeypatch.setattr(task, "log_dict", lambda scores, **_: logged.update(scores))
+    task._log_epoch("train")
+    assert (logged["train/accuracy"], logged["train/nll"], logged["train/brier"]) == (0.5, 0.625, 1.0)
+
+
 def test_training_metrics_resume_though_no_batch_is_left(make_trainer: MakeTrainer) -> None:
     """As many batches as are measured at once, then a checkpoint, then the end of the epoch."""
     x, y = digits(UNMEASURED_BATCHES)

@@ -3,6 +3,7 @@
 Shapes: B examples or sequences, T tokens of a sequence, N targets (B, or the tokens that count), K classes.
 """
 
+import math
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
 from typing import Any, Protocol
@@ -47,7 +48,7 @@ class Batch:
         self.inputs, self.index, self.targets = inputs, index, targets
         self.counted = targets >= 0 if targets is not None and targets.dim() == 2 else None  # of text, (B, T)
         self._output = output
-        self._statistics: dict[Streams, MCStatistics | TokenStatistics] = {}
+        self._statistics: dict[int, MCStatistics | TokenStatistics] = {}  # by the id of a way
 
     @property
     def target(self) -> Tensor:
@@ -55,9 +56,9 @@ class Batch:
         assert self.targets is not None
         return self.targets if self.counted is None else self.targets[self.counted]
 
-    def logits(self, net: nn.Module) -> Logits:
-        """Returns what a net says of the N targets."""
-        return self._of_targets(logits_of(net, self.inputs))
+    def logits(self, net: nn.Module, inputs: Any = None) -> Logits:
+        """Returns what a net says of the N targets, given the batch's inputs or others of the same shape."""
+        return self._of_targets(logits_of(net, self.inputs if inputs is None else inputs))
 
     def output(self, trained: nn.Module) -> Logits:
         """Returns what the trained net says of the N targets, from the test step if that has asked it."""
@@ -67,11 +68,11 @@ class Batch:
         return logits if self.counted is None else logits.select(self.counted)
 
     def statistics(self, way: Streams) -> MCStatistics | TokenStatistics:
-        """Returns the statistics of all that a way streams. It is asked once."""
-        if way not in self._statistics:
+        """Returns the statistics of all that a way streams. The first call computes them."""
+        if id(way) not in self._statistics:
             with closing(way.stream(self)) as stream:  # closed on an exception, which restores the modes at once
-                self._statistics[way] = self._summed_up(stream)
-        return self._statistics[way]
+                self._statistics[id(way)] = self._summed_up(stream)
+        return self._statistics[id(way)]
 
     def _summed_up(self, stream: Iterable[Logits]) -> MCStatistics | TokenStatistics:
         if self.counted is None:
@@ -104,21 +105,22 @@ class Batch:
 
 
 class Validation:
-    """Held-out examples from which a way learns, the same on all processes, which have as many batches each.
+    """Held-out examples from which a way learns, the same on all processes.
 
     Args:
-        batches: Yields them, whenever it is called.
+        batches: Yields the parts of each batch, whenever it is called. All processes have as many batches, but maybe
+            not as many parts.
         total: Adds up a tensor over all processes.
     """
 
-    def __init__(self, batches: Callable[[], Iterable[Batch]], total: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, batches: Callable[[], Iterable[Iterable[Batch]]], total: Callable[[Tensor], Tensor]) -> None:
         self._batches, self._total = batches, total
 
     @classmethod
     def of(cls, trainer: Trainer, task: LightningModule, num_ways: int) -> "Validation":
-        """The validation split of a trainer's data module."""
+        """Returns the validation split of a trainer's data module."""
 
-        def batches() -> Iterator[Batch]:
+        def batches() -> Iterator[Iterator[Batch]]:
             loader = data_offers(trainer).val_dataloader
             if loader is None:
                 raise ValueError("Expected a data module, from whose validation split to learn, but got none")
@@ -128,22 +130,23 @@ class Validation:
                 index = torch.arange(seen, seen + len(targets), device=targets.device)
                 seen += len(index)
                 with trainer.precision_plugin.forward_context():
-                    yield from Batch(inputs, index, targets).parts(trained_net(task), num_ways)
+                    yield Batch(inputs, index, targets).parts(trained_net(task), num_ways)
 
         return cls(batches, lambda x: trainer.strategy.reduce(x.clone(), reduce_op="sum"))
 
     @torch.no_grad()
-    def mean(self, values: Callable[[Batch], Tensor], enough: float = float("inf")) -> Tensor:
-        """Returns the mean over all targets of what `values` gives for those of a batch.
+    def mean(self, values: Callable[[Batch], Tensor], enough: float = math.inf) -> Tensor:
+        """Returns the mean over all targets of what `values` gives for those of a part.
 
         Args:
-            values: Returns (N,) or (N, ...) for the N targets of a batch.
+            values: Returns (N,) or (N, ...) for the N targets of a part.
             enough: So many targets of all processes suffice; the last batch counts as a whole.
         """
         total, count = torch.zeros(()), torch.zeros((), dtype=torch.int64)
-        for batch in self._batches():
-            of_batch = values(batch).float()  # half precision cannot count
-            total, count = total.to(of_batch.device) + of_batch.sum(0), count.to(of_batch.device) + len(of_batch)
-            if self._total(count) >= enough:
+        for parts in self._batches():
+            for part in parts:
+                of_part = values(part).float()  # half precision cannot count
+                total, count = total.to(of_part.device) + of_part.sum(0), count.to(of_part.device) + len(of_part)
+            if enough < math.inf and self._total(count) >= enough:
                 break
         return self._total(total) / self._total(count)

@@ -64,7 +64,7 @@ class MCDropout(Callback):
         ways: Sequence[Way] | None = None,
     ) -> None:
         self.ways = [*standard_ways(num_samples, masks, sites, seed), *(ways or ())]
-        names = [way.name for way in self.ways]
+        names = [way.name for way in learning_order(self.ways)]
         if not all(name.isidentifier() for name in names) or len(set(names)) < len(names):
             raise ValueError(f"Expected mc_dropout.ways to have names, identifiers all different, but got {names}")
         self.dirpath = dirpath
@@ -110,12 +110,12 @@ class MCDropout(Callback):
         for way in ways:
             if learned is None:
                 way.fit(validation)
-            else:
-                way.load_state_dict(learned.get(way.name, {}))
+            elif way.name in learned:  # else the store refuses the other settings
+                way.load_state_dict(learned[way.name])
         self._provenance: dict[str, Any] = {}
         if trainer.is_global_zero:  # another process may have other shards of the weights
             checkpoint = trainer.ckpt_path or self.checkpoint
-            self._provenance = provenance(trainer, pl_module, checkpoint and str(checkpoint), split, self.ways)
+            self._provenance = provenance(trainer, pl_module, checkpoint and str(checkpoint), split, ways)
         self._provenance = trainer.strategy.broadcast(self._provenance)
         self._store.begin(self._provenance, {way.name: way.state_dict() for way in ways}, trainer.strategy.barrier)
 

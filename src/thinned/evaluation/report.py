@@ -34,7 +34,7 @@ def write_report(trainer: Trainer, directory: Path, ways: Sequence[Way], split: 
     rows = Columns(directory / "predictions.parquet")
     if "target" not in rows:
         return {}
-    metrics = {way.name: scores(rows, f"{way.name}_") | way.settings for way in ways}
+    metrics = {way.name: way.settings | scores(rows, f"{way.name}_") for way in ways}
     clean = {way: {k: None if v != v else v for k, v in scored.items()} for way, scored in metrics.items()}
     with whole_file(directory / "metrics.json") as temporary:  # in which a NaN is null
         temporary.write_text(json.dumps(clean, indent=2) + "\n")

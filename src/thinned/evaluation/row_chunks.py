@@ -113,7 +113,7 @@ def first_missing(chunks: Sequence[Path]) -> int:
 
 
 class Columns(Mapping[str, Tensor]):
-    """The columns of numbers in a parquet file, (N,) each. They are read when they are asked for, and not kept."""
+    """The columns of a parquet file, (N,) or (N, K) for lists. They are read when they are asked for, and not kept."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -122,7 +122,10 @@ class Columns(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._names:
             raise KeyError(name)
-        return torch.from_numpy(_read(self.path, [name])[name].to_numpy().copy())  # its own may not be written to
+        column = _read(self.path, [name])[name].combine_chunks()
+        is_list = pa.types.is_list(column.type)
+        values = torch.from_numpy((column.flatten() if is_list else column).to_numpy(zero_copy_only=False).copy())
+        return values.view(len(column), -1) if is_list else values
 
     def __contains__(self, name: object) -> bool:
         return name in self._names

@@ -2,7 +2,7 @@
 
 Columns that ways share: index (place in the split) and target; of tokens also position (tokens of context, 1 to T).
 Of each way, after its name and an underscore (`mc_dropout_nll`): prediction, confidence and predictive_entropy, with
-targets nll and correct; of examples probs (K numbers) and brier; of tokens rank (1 if the target is the most probable).
+targets nll, correct and rank (1 if the target is the most probable); of examples probs (K numbers) and brier.
 A way that streams several distributions also has expected_entropy and mutual_information, and of examples
 variation_ratio and std, of the predicted class's probability. Entropies and nll are in nats.
 
@@ -69,6 +69,7 @@ def _example_columns(statistics: MCStatistics, targets: Tensor | None) -> Rows:
     columns = {"prediction": prediction, "confidence": confidence, "predictive_entropy": entropy(probs)}
     if targets is not None:
         columns |= {"nll": nll(probs, targets), "correct": prediction == targets, "brier": brier(probs, targets)}
+        columns["rank"] = 1 + (probs > probs.gather(-1, targets[:, None])).sum(-1)
     if statistics.num_samples > 1:
         spread = statistics.compute()
         columns |= {

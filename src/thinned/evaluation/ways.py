@@ -1,4 +1,4 @@
-"""Ways to predict: the deterministic network and Monte-Carlo dropout. No other file names one.
+"""Ways to predict: the deterministic network and Monte-Carlo dropout.
 
 A way streams distributions, and their mean is its prediction. To add one, write a class and give it to
 `MCDropout(ways=[...])` or `--mc_dropout.ways`: its rows, scores, tables, pictures and metrics come by themselves.
@@ -42,7 +42,7 @@ class Way(ABC):
         self.nets = [trained]
 
     def fit(self, validation: Validation) -> None:
-        """Learns from held-out examples, if there is something to learn."""
+        """Learns from held-out examples, if there is something to learn; without gradients, as in a test."""
         return
 
     @abstractmethod
@@ -68,7 +68,7 @@ class Way(ABC):
         return
 
     def metric_prefix(self, split: str) -> str:
-        """What stands before the `/` of its metric keys."""
+        """Returns what stands before the `/` in the keys of this way's scores of a split, such as `mc` of `mc/nll`."""
         return self.name
 
 
@@ -132,8 +132,8 @@ class SampledNetworks(Way):
         rank_zero_info(f"MC dropout at {best}: lowest validation NLL, {self.selection[best]:.4f} nats")
 
     def stream(self, batch: Batch) -> Generator[Logits, None, None]:
-        (net,) = self.nets
-        settings = {key: self.settings[key] for key in ("num_samples", "masks", "scale")}
+        (net,), found = self.nets, self.settings
+        settings = {key: found[key] for key in ("num_samples", "masks", "scale")}
         # Its first example seeds the independent masks of a batch, or all batches would draw the same.
         seed = self.seed if settings["masks"] == "shared" else derive_seed(self.seed, int(batch.index[0]))
         sites = None if self._acting is None else self._acting.sites

@@ -88,10 +88,11 @@ class ClassificationTask(Task):
         return self._measured[stage]
 
     def _log_epoch(self, stage: str) -> None:
-        if not self._measure(stage):
-            return  # A subclass has a step of its own.
-        columns = torch.cat(of_all_ranks(torch.cat(self._measured[stage], -1).cpu()), -1)
+        own = torch.cat([torch.empty(len(COLUMNS), 0), *(part.cpu() for part in self._measure(stage))], -1)
         self._measured[stage].clear()
+        columns = torch.cat(of_all_ranks(own), -1)  # A rank may have seen nothing, if their number has changed.
+        if columns.shape[1] == 0:
+            return  # A subclass has a step of its own.
         logged = {f"{stage}/{name}": score for name, score in scores(dict(zip(COLUMNS, columns, strict=True))).items()}
         if stage != "train":
             # Lightning 2.6.6 rounds the number of examples down when it takes a mean over ranks.
