@@ -16,9 +16,11 @@ from thinned.offers import Offers
 
 
 class DataOffers(Protocol):
-    """Attributes of a data module that others look for. All are optional, with these defaults.
+    """Attributes of a data module that others look for. All are optional: these are the defaults.
 
-    Those that come from the data are available after `setup`.
+    Those that come from the data are there after `setup`. Its batches are (inputs, targets, index): `index` (B,) int64,
+    the place of each example in its split, names the row of a prediction. Without it, examples are counted as
+    Lightning's own samplers share them out.
     """
 
     path: str | None = None  # named in messages
