@@ -95,4 +95,4 @@ def test_private_names_of_others_stand_in_one_file() -> None:
         defined |= {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
         private = {n for n in used - defined if n.startswith("_") and not n.endswith("__")}
         found |= {(name.split(".")[-1], n) for n in private if name != f"{SOURCE.name}.runs.internals"}
-    assert found == known
+    assert found <= known
