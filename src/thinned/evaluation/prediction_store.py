@@ -86,7 +86,7 @@ class PredictionStore:
         """Returns the first example, or window of a text, that the chunks do not hold as a whole."""
         sequences, predictions = map(self.chunks, reversed(NAMES))
         if not sequences and "position" in pq.read_schema(predictions[0]).names:
-            return 0  # tokens of windows, of which none is complete
+            return 0  # no window is complete
         return first_missing(sequences or predictions)
 
     def write(self, rows: dict[str, Tensor], sequences: dict[str, Tensor]) -> None:
@@ -115,9 +115,9 @@ class PredictionStore:
     def keep(self) -> None:
         """Writes what this process holds, if it still can, for a later attempt; without any rows, nothing stays."""
         if self._writers:
-            with suppress(OSError):  # a full disk, say, of which the exception at hand tells
+            with suppress(OSError):  # such as a full disk, which the exception at hand tells of
                 self.flush()
-            if not any(map(self.chunks, NAMES)):
+            if self.rank == 0 and not any(map(self.chunks, NAMES)):
                 self._remove()
 
     def discard(self) -> None:

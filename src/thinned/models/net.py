@@ -25,7 +25,7 @@ class NetOffers(Protocol):
     context_length: int | None = None
     # `thin(seed, sample, sites, scale)`: a thinned network, with masks that all inputs share.
     thin: Callable[..., nn.Module] | None = None
-    # `features(inputs)`, (B, T, C), and `logits(features)`, (n, C) -> (n, V), so that not all logits exist at once.
+    # `features(inputs)`, (B, T, C), and `logits(features)`, (n, C) -> (n, V): with V, not all logits exist at once.
     features: Callable[[Any], Tensor] | None = None
     logits: Callable[[Tensor], Tensor] | None = None
     constrain_max_norm_: Callable[[], None] | None = None  # runs after each optimiser step
@@ -77,6 +77,6 @@ class Logits:
 def logits_of(net: nn.Module, inputs: Any) -> Logits:
     """Returns a net's logits of inputs, which are computed when they are indexed if the net offers `features`."""
     offers = net_offers(net)
-    if offers.features is None or offers.logits is None:
+    if offers.features is None or offers.logits is None or offers.vocab_size is None:  # not a language model of ours
         return Logits(net(inputs))
     return Logits(offers.features(inputs), offers.logits, offers.vocab_size)

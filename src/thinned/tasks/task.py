@@ -133,7 +133,7 @@ class Task(LightningModule):
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Returns the logits of the deterministic network, or nothing if neither a writer nor the caller takes them."""
         writers = any(isinstance(callback, BasePredictionWriter) for callback in self.trainer.callbacks)  # type: ignore[attr-defined]
-        inputs: Tensor = batch[0]
+        inputs: Tensor = batch if isinstance(batch, Tensor) else batch[0]
         return self(inputs) if writers or self.trainer.predict_loop.return_predictions else inputs.new_empty(0)
 
     def setup(self, stage: str) -> None:
