@@ -77,8 +77,8 @@ class ThinnedCLI(LightningCLI):
         parser.add_argument("--run_id", type=str | None, help="Name of the run's folder; the time of day if null.")
         parser.add_argument("--resume", type=str | None, help="Run to resume: a folder, a checkpoint in it, or latest.")
         parser.add_lightning_class_args(Checkpoints, "checkpoint")
-        parser.set_defaults({"checkpoint.filename": "best", "checkpoint.enable_version_counter": False})
-        parser.set_defaults({"checkpoint.monitor": "val/loss"})
+        defaults = {"filename": "best", "monitor": "val/loss", "enable_version_counter": False}
+        parser.set_defaults({f"checkpoint.{key}": value for key, value in defaults.items()})
         parser.add_lightning_class_args(StepSeed, "step_seed")
         parser.link_arguments("seed_everything", "step_seed.seed")
         parser.add_lightning_class_args(FiniteSteps, "finite_steps")
@@ -138,7 +138,7 @@ class ThinnedCLI(LightningCLI):
 
     @rank_zero_only
     def print_results(self) -> None:
-        """Prints the table of scores, deterministic against MC dropout, and the files of the run."""
+        """Prints the table of scores, with a column for each way to predict, and the files of the run."""
         wandb.finish()  # before the table, which should stand last
         console = Console()
         if table := self.config_init.mc_dropout.table():

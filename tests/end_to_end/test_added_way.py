@@ -16,7 +16,7 @@ from thinned.evaluation import figures
 from thinned.evaluation.batch import Batch, Validation
 from thinned.evaluation.ways import Way
 from thinned.models.net import Logits
-from thinned.runs.loggers import wandb_history
+from thinned.runs.internals import wandb_history
 from thinned.uncertainty.scores import SCORES, nll, scores
 
 ROOT = Path(__file__).parents[2]

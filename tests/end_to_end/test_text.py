@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 
-from thinned.runs.loggers import wandb_history
+from thinned.runs.internals import wandb_history
 from thinned.uncertainty.scores import scores
 
 Script = Callable[..., Any]

@@ -1,4 +1,4 @@
-"""Where the rows of a prediction come from: all that decides them, and nothing that does not."""
+"""Provenance: what decides the rows of a prediction, and nothing else."""
 
 import hashlib
 import platform

@@ -141,7 +141,7 @@ class SampledNetworks(Way):
 
     @property
     def _acting(self) -> Acting | None:
-        """Where dropout acts; None for everywhere."""
+        """The sites at which dropout acts, and the scale of their rates; None if it acts everywhere."""
         if self.selection:
             return next(iter(self.selection))
         return None if isinstance(self.sites, str) else Acting(self.sites)
