@@ -1,0 +1,58 @@
+"""Which stored split is which, by its name: the same table for datasets, folders and files, of images and of text."""
+
+from collections.abc import Iterable
+from typing import TypeVar
+
+from thinned.data.order import Split
+
+SPLIT_NAMES: dict[str, Split] = {
+    "train": "train", "training": "train",
+    "validation": "val", "valid": "val", "val": "val", "dev": "val", "eval": "val", "evaluation": "val",
+    "test": "test", "testing": "test",
+}  # fmt: skip
+
+Name = TypeVar("Name", bound=str)
+
+
+def split_of(name: str) -> Split | None:
+    """Returns the split that a name stands for, in any case; None if it is not the name of a split.
+
+    >>> split_of("Dev"), split_of("unsupervised")
+    ('val', None)
+    """
+    return SPLIT_NAMES.get(name.lower())
+
+
+def assign_splits(names: Iterable[Name], leave_out: Iterable[str] = ()) -> tuple[dict[Split, Name], list[Name]]:
+    """Assigns stored names to splits.
+
+    Args:
+        names: Names of what is stored.
+        leave_out: Names that are not to be used.
+
+    Returns:
+        The stored name of each split, and the names that are of no split.
+
+    Raises:
+        ValueError: If two names stand for one split, or a name to leave out is not there.
+
+    >>> assign_splits(["Train", "dev", "extra"])
+    ({'train': 'Train', 'val': 'dev'}, ['extra'])
+    """
+    names, others = list(names), list[Name]()
+    splits: dict[Split, Name] = {}
+    for name in leave_out:
+        if name not in names:
+            raise ValueError(f"Expected data.leave_out to name stored splits {names}, but got {name!r}")
+    for name in names:
+        split = split_of(name)
+        if name in leave_out or split is None:
+            others.append(name)
+        elif split in splits:
+            raise ValueError(
+                f"Expected one stored split for {split} in data.path, but got {splits[split]!r} and {name!r}: name the "
+                "one that is not to be used in data.leave_out"
+            )
+        else:
+            splits[split] = name
+    return splits, others
