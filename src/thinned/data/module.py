@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Protocol, cast, get_args
 
 import torch
@@ -18,9 +18,9 @@ from thinned.offers import Offers
 class DataOffers(Protocol):
     """Attributes of a data module that others look for. All are optional: these are the defaults.
 
-    Those that come from the data are there after `setup`. Its batches are (inputs, targets, index): `index` (B,) int64,
-    the place of each example in its split, names the row of a prediction. Without it, examples are counted as
-    Lightning's own samplers share them out.
+    Those that come from the data are there after `setup`. Its batches are (inputs, targets, index): targets may be None
+    if they are not known; `index` (B,) int64, the place of each example in its split, names the row of a prediction.
+    Without it, examples are counted as Lightning's own samplers share them out.
     """
 
     path: str | None = None  # named in messages
@@ -29,8 +29,9 @@ class DataOffers(Protocol):
     num_classes: int | None = None
     vocab_size: int | None = None
     context_length: int | None = None
-    # Arguments of the net that only the data knows; the command line fills in those that are null.
-    net_arguments: Callable[[], dict[str, Any]] | None = None
+    # `net_arguments(names)`: those of the arguments of a net that only the data know. The command line asks for those
+    # that are null.
+    net_arguments: Callable[[Collection[str]], dict[str, Any]] | None = None
     class_names: list[str] | None = None
     # `raw_images(split, indices)`: uint8 (n, C, H, W), for pictures.
     raw_images: Callable[[Split, Sequence[int]], Tensor] | None = None
@@ -38,6 +39,8 @@ class DataOffers(Protocol):
     val_dataloader: Callable[[], Iterable[Any]] | None = None
     # Turns text to tokens and back; its `token_bytes` (V,) gives bits per byte.
     tokenizer: Any = None
+    # `sources(split, indices)`: the file, or the stored split and row, from which each example comes.
+    sources: Callable[[Split, Sequence[int]], list[str]] | None = None
     # The split to predict, and the first example that is not yet predicted. Without the latter, an interrupted
     # prediction begins again.
     predict_split: Split = "test"
@@ -49,6 +52,16 @@ class DataOffers(Protocol):
 def data_offers(trainer: Trainer) -> DataOffers:
     """Returns the optional attributes of a trainer's data module, with defaults for those that it lacks."""
     return cast(DataOffers, Offers(getattr(trainer, "datamodule", None), DataOffers))
+
+
+def as_primitives(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns settings with int and float for jsonargparse's restricted numbers, which checkpoints cannot hold."""
+    plain = dict(settings)
+    for key, value in settings.items():
+        for kind in (int, float):
+            if isinstance(value, kind) and not isinstance(value, bool):
+                plain[key] = kind(value)
+    return plain
 
 
 class SplitDataModule(LightningDataModule, ABC):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -228,9 +228,12 @@ class TextDataModule(SplitDataModule):
         """Number T of tokens in a window."""
         return self.hparams["context_length"]
 
-    def net_arguments(self) -> dict[str, int]:
-        """Returns the arguments of a network that only the data knows."""
-        return {"vocab_size": self._prepare()[0].vocab_size, "context_length": self.context_length}
+    def net_arguments(self, names: Collection[str]) -> dict[str, int]:
+        """Returns the sizes of the vocabulary and the context, if they are among the names."""
+        known = {"context_length": self.context_length}
+        if "vocab_size" in names:
+            known["vocab_size"] = self._prepare()[0].vocab_size
+        return {name: value for name, value in known.items() if name in names}
 
     def state_dict(self) -> dict[str, str]:
         """Returns what a trained network relies on: its tokenizer."""

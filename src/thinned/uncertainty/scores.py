@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torchmetrics.functional.classification import binary_auroc, binary_calibration_error
 
+from thinned.uncertainty.per_class import balanced_accuracy
 from thinned.uncertainty.statistics import entropy
 
 ECE_BINS = 15
@@ -73,6 +74,10 @@ class Score:
 # By their names in metrics.json, in metric keys and in this order in tables. An entry here adds a score.
 SCORES = {
     "accuracy": Score("accuracy ↑", lambda correct: correct.double().mean()),
+    "balanced_accuracy": Score(
+        "balanced accuracy ↑",
+        lambda target, correct, brier: balanced_accuracy(target, correct),  # tokens have no Brier score
+    ),
     "nll": Score("NLL, nats ↓", lambda nll: nll.double().mean()),
     "bits_per_byte": Score("bits per byte ↓", lambda nll, bytes: nll.double().sum() / math.log(2) / bytes.sum()),
     "brier": Score("Brier ↓", lambda brier: brier.double().mean()),
