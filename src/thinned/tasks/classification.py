@@ -46,12 +46,6 @@ class ClassificationTask(Task):
         self.hparams.update(label_smoothing=label_smoothing)
         self.label_smoothing = label_smoothing
 
-    @property  # type: ignore[misc]
-    def example_input_array(self) -> Any:
-        """An image in the dtype of the weights, from which the model summary takes sizes and FLOPs."""
-        shape = net_offers(self.net).input_shape
-        return None if shape is None else torch.zeros(1, *shape, dtype=next(self.net.parameters()).dtype)
-
     def setup(self, stage: str) -> None:
         super().setup(stage)
         net, data = net_offers(self.net), data_offers(self.trainer)
@@ -79,7 +73,8 @@ class ClassificationTask(Task):
         logits, targets = self(batch[0]).float().detach(), batch[1]
         probs = logits.softmax(-1)
         confidence, prediction = probs.max(-1)
-        self.keep((prediction == targets).float(), confidence, nll(probs, targets), brier(probs, targets))
+        columns = (prediction == targets).float(), confidence, nll(probs, targets), brier(probs, targets)
+        self.kept.append(torch.stack(columns))
         return logits
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:

@@ -71,9 +71,8 @@ class LanguageModelingTask(Task):
         counted = targets >= 0
         sums = [losses[counted].float().sum(), counted.sum()]
         if self.token_bytes is not None:
-            self.token_bytes = self.token_bytes.to(targets.device)
-            sums.append(self.token_bytes[targets[counted]].sum())
-        self.keep(*(total[None] for total in sums))
+            sums.append(self.token_bytes.to(targets.device)[targets[counted]].sum())
+        self.kept.append(torch.stack(sums)[:, None])
 
     def scores(self, kept: Tensor) -> dict[str, Any]:
         nats, tokens, *num_bytes = kept.double().sum(-1)
