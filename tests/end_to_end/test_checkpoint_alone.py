@@ -8,10 +8,10 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import torch
+from scoring import classification_scores
 
 from thinned.data import ImageDataModule
 from thinned.tasks import ClassificationTask
-from thinned.uncertainty import classification_scores
 
 Script = Callable[..., Any]
 

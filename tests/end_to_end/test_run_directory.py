@@ -10,8 +10,8 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from scoring import classification_scores
 
-from thinned.uncertainty import classification_scores
 from thinned.uncertainty.scores import SCORES
 
 SCORE_NAMES = {"accuracy", "nll", "brier", "ece", "auroc_error", "aurc"}

@@ -21,8 +21,8 @@ Script = Callable[..., Any]
 CONFIGS = Path(__file__).parents[2] / "configs"
 SCORES = ("accuracy", "nll", "brier", "ece")
 KEYS = {
-    "epoch", "train/loss", "val/loss", "test/loss", "lr-AdamW/pg1", "lr-AdamW/pg2",
-    *(f"{stage}/{score}" for stage in ("train", "val", "test", "mc") for score in SCORES),
+    "epoch", "train/loss", "train/accuracy", "val/loss", "test/loss", "lr-AdamW/pg1", "lr-AdamW/pg2",
+    *(f"{stage}/{score}" for stage in ("val", "test", "mc") for score in SCORES),
     *(f"{stage}/{score}" for stage in ("test", "mc") for score in ("auroc_error", "aurc")),
     *(f"throughput/{name}" for name in ("examples_per_second", "step_ms", "peak_memory_mib")),
 }  # fmt: skip
@@ -32,7 +32,7 @@ STEPS = {  # of 57, three times 19, counted from 0; the test comes after them
     "lr-AdamW/pg1": [9, 19, 29, 39, 49],
     "throughput/examples_per_second": [9, 19, 29, 39, 49],
     "throughput/step_ms": [9, 19, 29, 39, 49],
-    "train/accuracy": [18, 37, 56],
+    "train/accuracy": [9, 19, 29, 39, 49],
     "val/nll": [18, 37, 56],
     "test/nll": [57],
     "mc/nll": [57],

@@ -5,6 +5,7 @@ from collections.abc import Generator
 
 import pytest
 import torch
+from scoring import classification_scores
 from torch import Tensor, nn
 
 from thinned.evaluation.batch import Batch
@@ -12,7 +13,7 @@ from thinned.evaluation.rows import predicted_rows
 from thinned.evaluation.ways import SampledNetworks, Way, standard_ways
 from thinned.models import MLP, DropoutRates
 from thinned.models.net import Logits
-from thinned.uncertainty import classification_scores, mc_predict
+from thinned.uncertainty import mc_predict
 from thinned.uncertainty.scores import scores
 
 K, S = 3, 6

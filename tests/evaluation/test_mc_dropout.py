@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from scoring import classification_scores
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -16,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from thinned.evaluation import MCDropout
 from thinned.models import MLP, DropoutRates
 from thinned.models.net import Logits
-from thinned.uncertainty import classification_scores, mc_predict
+from thinned.uncertainty import mc_predict
 from thinned.uncertainty.scores import nll
 from thinned.uncertainty.selection import Acting
 

@@ -21,6 +21,7 @@ def recall_per_class(target: Tensor, correct: Tensor, num_classes: int) -> tuple
     >>> recall_per_class(torch.tensor([0, 0, 1]), torch.tensor([True, False, True]), 2)
     (tensor([0.5000, 1.0000], dtype=torch.float64), tensor([2, 1]))
     """
+    target = target.long()
     count = torch.bincount(target, minlength=num_classes)
     return torch.bincount(target, correct.double(), num_classes) / count, count
 

@@ -13,7 +13,6 @@ from torch import Tensor
 from torchmetrics.functional.classification import binary_auroc, binary_calibration_error
 
 from thinned.uncertainty.per_class import balanced_accuracy
-from thinned.uncertainty.statistics import entropy
 
 ECE_BINS = 15
 
@@ -97,14 +96,3 @@ def scores(rows: Mapping[str, Tensor], prefix: str = "") -> dict[str, float]:
         if not any(column is None for column in columns):
             values[name] = score.of(*columns).item()
     return values
-
-
-def classification_scores(probs: Tensor, targets: Tensor) -> dict[str, float]:
-    """All scores of predicted distributions (N, K) against targets (N,)."""
-    confidence, prediction = probs.max(-1)
-    return scores(
-        {
-            "confidence": confidence, "correct": prediction == targets, "predictive_entropy": entropy(probs),
-            "nll": nll(probs, targets), "brier": brier(probs, targets),
-        }
-    )  # fmt: skip
