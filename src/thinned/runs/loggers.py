@@ -21,7 +21,6 @@ class ResumableLogger:
     """A logger that writes `metrics.csv`, and has to know from which step a run resumes."""
 
     _first_step: int | None = None  # None for a new run
-    _writer: "_MetricsWriter | None" = None
 
     def resume_from(self, step: int) -> None:
         """Keeps what has been logged of the steps before this one."""
@@ -31,17 +30,14 @@ class ResumableLogger:
 class CSVLogger(loggers.CSVLogger, ResumableLogger):
     """Lightning's `CSVLogger`, whose file keeps its rows when the run resumes."""
 
+    _experiment: "_MetricsWriter | None"
+
     @property
     @rank_zero_experiment
     def experiment(self) -> ExperimentWriter:
-        if self._writer is None:
-            self._writer = _MetricsWriter(self.log_dir, self._first_step or 0)
-        return self._writer
-
-    @rank_zero_only
-    def finalize(self, status: str) -> None:
-        if self._writer is not None:
-            self.save()
+        if self._experiment is None:
+            self._experiment = _MetricsWriter(self.log_dir, self._first_step or 0)
+        return self._experiment
 
 
 class WandbLogger(loggers.WandbLogger, ResumableLogger):
@@ -51,6 +47,8 @@ class WandbLogger(loggers.WandbLogger, ResumableLogger):
     gets all rows, so the newest file holds the whole run, and syncing all of them repeats points at their places.
     Online, the server tells how many rows it has, and those that come again are left out.
     """
+
+    _writer: "_MetricsWriter | None" = None
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
@@ -100,23 +98,24 @@ class _MetricsWriter(ExperimentWriter):
         # Of the step before, a run that resumes may log again what an earlier process has logged.
         self._step: int | None = first_step - 1
         self._earlier = {key for row in kept if int(row["step"]) == self._step for key in row}
-        self._numbers: dict[str, float] = {}  # of the latest step
+        self._numbers: dict[str, str] = {}  # of the latest step, as text, in which NaN equals NaN
 
     def add(self, row: Mapping[str, Any], step: int | None) -> dict[str, Any]:
         """Records the numbers of a row and returns the row, both without what has been recorded at this step.
 
-        Lightning logs the learning rate of each batch whose gradients are accumulated. The epoch is in every row.
+        Lightning logs the learning rate of each batch whose gradients are accumulated, and `Checkpoints` logs a row
+        before Lightning does. The epoch is in every row.
         """
         if step != self._step:
             self._step, self._earlier, self._numbers = step, set(), {}
-        numbers = {key: value for key, value in row.items() if isinstance(value, int | float)}
+        numbers = {key: str(value) for key, value in row.items() if isinstance(value, int | float)}
         seen = {key for key, value in numbers.items() if key in self._earlier or self._numbers.get(key) == value}
         self._numbers |= numbers
         new = {key: value for key, value in row.items() if key == "epoch" or key not in seen}
         if not new.keys() - {"epoch"}:
             return {}
-        if numbers := {key: value for key, value in new.items() if key in numbers}:
-            super().log_metrics(numbers, step)
+        if recorded := {key: value for key, value in new.items() if key in numbers}:
+            super().log_metrics(recorded, step)
         return new
 
     def log_metrics(self, metrics_dict: dict[str, float], step: int | None = None) -> None:
