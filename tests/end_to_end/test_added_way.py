@@ -11,12 +11,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from torch import Tensor, nn
+from wandb_file import wandb_history
 
 from thinned.evaluation import figures
 from thinned.evaluation.batch import Batch, Validation
 from thinned.evaluation.ways import Way
 from thinned.models.net import Logits
-from thinned.runs.internals import wandb_history
 from thinned.uncertainty.scores import SCORES, nll, scores
 
 ROOT = Path(__file__).parents[2]

@@ -9,8 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
+from wandb_file import wandb_history
 
-from thinned.runs.internals import wandb_history
 from thinned.uncertainty.scores import scores
 
 Script = Callable[..., Any]

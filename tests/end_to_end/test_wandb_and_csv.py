@@ -13,8 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
-
-from thinned.runs.internals import wandb_history, wandb_records
+from wandb_file import wandb_history, wandb_records
 
 Script = Callable[..., Any]
 
