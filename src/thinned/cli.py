@@ -161,7 +161,8 @@ def _fill_in_from_data(config: Any) -> LightningDataModule | None:
         return None
     data = data_class(**config.data.init_args.as_dict())
     known = cast(DataOffers, Offers(data, DataOffers)).net_arguments(missing)  # type: ignore[misc]
-    net.update(known)
+    for key, value in known.items():
+        net[key] = value
     return data if known else None
 
 

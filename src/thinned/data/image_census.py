@@ -85,7 +85,7 @@ def _stored(images: StoredImages) -> Iterator[tuple[int, dict[str, Any] | None]]
 
 def _examine(images: StoredImages, row: int, stored: dict[str, Any] | None) -> tuple[int, int]:
     if stored is None:
-        raise ValueError(f"Expected images in data.path, but got None in {images.name(row)}")
+        raise ValueError(f"Expected images in data.path, but got None in {images.names([row])[0]}")
     try:
         content = Path(stored["path"]).read_bytes() if stored["bytes"] is None else stored["bytes"]
         return content_hash(content), header(content)

@@ -6,6 +6,7 @@ Shapes: N examples, B of them in a batch, C channels, H height, W width.
 from __future__ import annotations
 
 import math
+import os
 from bisect import bisect_right
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,6 +16,8 @@ from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from sklearn.datasets import load_digits
 from torch import Tensor
@@ -123,21 +126,30 @@ class StoredImages:
         except ValueError as error:
             _, height, width = self.shape
             change = f"{width}x{height} or data.image_size" if image.size != (width, height) else "grey and finite"
-            raise ValueError(f"Expected all images of data.path to be {change}, but {self.name(row)} {error}") from None
+            raise ValueError(
+                f"Expected all images of data.path to be {change}, but {self.names([row])[0]} {error}"
+            ) from None
 
     def unreadable(self, row: int, error: Exception) -> OSError:
         """Returns the error for an image that PIL cannot read, since PIL names neither file nor row."""
         cause = str(error).partition(" <_io")[0]
-        return OSError(f"Expected images in data.path that can be decoded, but got {self.name(row)} ({cause})")
+        return OSError(f"Expected images in data.path that can be decoded, but got {self.names([row])[0]} ({cause})")
 
-    def name(self, row: int) -> str:
-        """Returns the name of the image's file, relative to `data.path`, or its split and row."""
-        stored = self.stored[row]["image"]
-        if stored and (path := stored["path"]) and Path(path).is_relative_to(self.root):
-            return Path(path).relative_to(self.root).as_posix()
-        ends = list(accumulate(self.parts.values()))
-        part = bisect_right(ends, row)
-        return f"{[*self.parts][part]}[{row - (ends[part - 1] if part else 0)}]"
+    @cached_property
+    def _paths(self) -> pa.ChunkedArray:
+        return pc.struct_field(self.stored.with_format("arrow")[:]["image"], "path")
+
+    def names(self, rows: list[int]) -> list[str]:
+        """Returns the names of the images' files, relative to `data.path`, or their stored splits and rows."""
+        root, ends = f"{self.root}{os.sep}", list(accumulate(self.parts.values(), initial=0))
+        names = []
+        for row, path in zip(rows, self._paths.take(pa.array(rows, pa.int64())).to_pylist(), strict=True):
+            if path and path.startswith(root):
+                names.append(Path(path.removeprefix(root)).as_posix())
+            else:
+                part = bisect_right(ends, row) - 1
+                names.append(f"{[*self.parts][part]}[{row - ends[part]}]")
+        return names
 
 
 class Statistics(NamedTuple):

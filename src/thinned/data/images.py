@@ -251,7 +251,7 @@ class ImageDataModule(SplitDataModule):
 
     def sources(self, split: Split, indices: Sequence[int] | Tensor) -> list[str]:
         """Returns where images come from: a file relative to `data.path`, or a stored split and its row."""
-        return [self._images[split].name(row) for row in self.rows[split][torch.as_tensor(indices)].tolist()]
+        return self._images[split].names(self.rows[split][torch.as_tensor(indices)].tolist())
 
     def provenance(self, split: Split, limit_batches: float) -> dict[str, Any]:
         split_facts = {key: value for key, value in (self._facts or {}).items() if key != "sketch"}

@@ -16,7 +16,7 @@ from typing import Any
 
 import datasets
 
-from thinned.data.hugging_face import Stored, is_saved, read_stored
+from thinned.data.hugging_face import Stored, fingerprint, is_saved, read_stored
 
 PROSE = ".txt .text .md .rst .tex .org .html .htm .xml"
 CODE = ".py .pyi .c .h .cc .cpp .hpp .cu .rs .go .java .kt .js .ts .css .sh .sql .lua"
@@ -156,7 +156,7 @@ def _dataset_source(path: str, name: str | None, text_column: str | None, *, str
     folder = Path(path).expanduser()
     content: list[Any] = [streaming, column, name]
     if not streaming:
-        content += [[split, documents.stored._fingerprint] for split, documents in columns.items()]
+        content += [[split, fingerprint(documents.stored)] for split, documents in columns.items()]
     elif folder.is_dir():
         files = sorted(file for file in folder.rglob("*") if file.is_file())
         content += [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]

@@ -37,9 +37,9 @@ class ChunkWriter:
         self._held: list[pa.Table] = []
         self._number = 0
 
-    def write(self, rows: Mapping[str, Tensor]) -> None:
-        """Adds rows, given by column: (B,) for numbers, (B, K) for lists."""
-        self._held.append(pa.table({name: _array(column.cpu()) for name, column in rows.items()}))
+    def write(self, rows: Mapping[str, Tensor | list[str]]) -> None:
+        """Adds rows, given by column: (B,) for numbers, (B, K) for lists, or B texts."""
+        self._held.append(pa.table({name: _array(column) for name, column in rows.items()}))
 
     @property
     def full(self) -> bool:
@@ -115,7 +115,10 @@ class Columns(Mapping[str, Tensor]):
         return len(self._names)
 
 
-def _array(column: Tensor) -> pa.Array:
+def _array(column: Tensor | list[str]) -> pa.Array:
+    if isinstance(column, list):
+        return pa.array(column, pa.string())
+    column = column.cpu()
     if column.dim() == 1:
         return pa.array(column.numpy())
     offsets = np.arange(0, column.numel() + 1, column.shape[1], dtype=np.int32)

@@ -13,15 +13,15 @@ from thinned.tasks.task import Task
 from thinned.tasks.throughput import is_logged
 from thinned.uncertainty.scores import brier, nll, scores
 
-COLUMNS = ("target", "correct", "confidence", "nll", "brier")  # The numbers of each example from which scores are computed.
+COLUMNS = ("target", "correct", "confidence", "nll", "brier")  # Of each example, for its scores.
 
 
 class ClassificationTask(Task):
     """Trains a classifier by cross-entropy.
 
     Batches are tuples whose first two elements are inputs and targets (B,). Logs `train/loss` and `train/accuracy` of
-    single batches, and `loss`, `accuracy`, `nll`, `brier` and `ece` of a whole split under `val/` and `test/`. Labels
-    are smoothed in the training loss alone.
+    single batches, and `loss`, `accuracy`, `balanced_accuracy`, `nll`, `brier` and `ece` of a whole split under `val/`
+    and `test/`. Labels are smoothed in the training loss alone.
 
     Args:
         net: Maps inputs to logits (B, K).
