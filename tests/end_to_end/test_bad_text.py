@@ -99,6 +99,14 @@ def test_no_such_tokenizer(spec: str, train: Script) -> None:
     assert_said(train("--data.tokenizer", spec), "data.tokenizer", spec)
 
 
+@pytest.mark.parametrize(("key", "value"), [("context_length", 0), ("val_fraction", 1), ("max_tokens", 0)])
+def test_numbers_out_of_range(key: str, value: int, train: Script) -> None:
+    error = train(f"--data.{key}", value)
+    assert_said(error, f'"{key}"', "does not conform to restriction")
+    assert str(value) in error.partition("Not of type")[2]
+    assert error.count("(") == error.count(")")
+
+
 NETS = {
     "heads that do not divide the width": ({"num_heads": 3}, ["net.num_heads", "16", "3"]),
     "no heads": ({"num_heads": 0}, ["net.num_heads", "at least 1", "0"]),

@@ -135,9 +135,9 @@ class TestVanishedData:
     ) -> None:
         cache = ("--data.cache_dir", tmp_path / "data")
         assert run_script("train", *text, *cache).status == 0
-        (shard,) = (tmp_path / "data").glob("*/*.bin")
-        finished = run_script("train", *text, *cache, *vanishing(shard, cut=True), "--data.num_workers", workers)
+        (file,) = (tmp_path / "data").glob("*/*.bin")
+        finished = run_script("train", *text, *cache, *vanishing(file, cut=True), "--data.num_workers", workers)
         error = error_of(finished)
-        assert f"but got a shorter file {shard}; delete {shard.parent} to have them made anew" in error
+        assert f"but got a shorter file {file}; delete {file.parent} to have them made anew" in error
         again = run_script("train", *text, *cache)  # which looks at the size before it trains
         assert "has 0 bytes instead of" in error_of(again)

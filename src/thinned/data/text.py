@@ -19,15 +19,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, OpenUnitInterval, PositiveInt
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from thinned.data.module import SplitDataModule
 from thinned.data.order import Split
 from thinned.data.text_sources import EXPECTED, TextSource, read_text
-from thinned.data.token_shards import TokenShards, build_shards, open_shards
 from thinned.data.token_stream import make_tokenizer
 from thinned.data.tokenizer import Tokenizer, bpe_size
+from thinned.data.tokens import FORMAT, Tokens, open_tokens, write_tokens
 
 NO_TARGET = -100  # cross_entropy ignores it
 
@@ -49,7 +50,7 @@ class TokenBatches(Dataset[TokenBatch]):
     - Evaluation: window j begins at j T, and each token but the first is a target once; the last window is padded.
     """
 
-    tokens: TokenShards
+    tokens: Tokens
     context_length: int
     seed: int
     training: bool
@@ -98,7 +99,7 @@ class TextDataModule(SplitDataModule):
         batch_size: Number of windows in a training batch, over all processes.
         eval_batch_size: Number of windows in a batch in validation, test and prediction, over all processes.
         val_fraction: Fraction of the stored "train" for validation, if no split is stored for it.
-        test_fraction: Fraction of the stored "train" for the test, if no split is stored for it.
+        test_fraction: ClosedUnitInterval of the stored "train" for the test, if no split is stored for it.
         predict_split: The split to predict.
         streaming: Whether a dataset is read row by row, so that only the first `max_tokens` are downloaded. Later
             changes of a dataset on the hub are not noticed.
@@ -108,13 +109,13 @@ class TextDataModule(SplitDataModule):
         seed: Seed of order and offsets.
 
     Raises:
-        ValueError: If an argument is out of range.
+        ValueError: If an argument is out of range, or the two fractions leave nothing for training.
     """
 
     INDIFFERENT = SplitDataModule.INDIFFERENT | {"cache_dir", "seed"}
     # Available after setup:
     tokenizer: Tokenizer
-    tokens: dict[Split, TokenShards]
+    tokens: dict[Split, Tokens]
 
     def __init__(
         self,
@@ -122,32 +123,32 @@ class TextDataModule(SplitDataModule):
         name: str | None = None,
         text_column: str | None = None,
         tokenizer: str = "char",
-        context_length: int = 256,
-        batch_size: int = 64,
-        eval_batch_size: int = 64,
-        val_fraction: float = 0.1,
-        test_fraction: float = 0.0,
+        context_length: PositiveInt = 256,
+        batch_size: PositiveInt = 64,
+        eval_batch_size: PositiveInt = 64,
+        val_fraction: OpenUnitInterval = 0.1,
+        test_fraction: ClosedUnitInterval = 0.0,
         predict_split: Split = "test",
         streaming: bool = False,
-        max_tokens: int | None = None,
+        max_tokens: PositiveInt | None = None,
         cache_dir: str = "data",
-        num_workers: int = 0,
-        seed: int = 0,
+        num_workers: NonNegativeInt = 0,
+        seed: NonNegativeInt = 0,
     ) -> None:
         super().__init__()
         self.save_hyperparameters(logger=False)
-        self.check_settings(
-            ("path", path, f"to be {EXPECTED}"),
-            ("context_length", context_length >= 1, "to be at least 1"),
-            ("test_fraction", 0 <= test_fraction < 1, "in [0, 1)"),
-            ("test_fraction", val_fraction + test_fraction < 1, f"below 1 - {val_fraction}, data.val_fraction,"),
-            ("max_tokens", max_tokens is None or max_tokens >= 1, "to be at least 1"),
-            ("cache_dir", cache_dir, "to be a folder"),
-        )
+        # A checkpoint holds int and float, but jsonargparse's numbers are of its own types.
+        self.hparams.update(json.loads(json.dumps(self.hparams)))
+        if not path:
+            raise ValueError(f"Expected data.path to be {EXPECTED}, but got {path!r}")
+        if val_fraction + test_fraction >= 1:
+            raise ValueError(
+                f"Expected data.test_fraction below 1 - {val_fraction}, data.val_fraction, but got {test_fraction}"
+            )
         bpe_size(tokenizer)  # raises an error if it is invalid
         self.tokens = {}
         self._given: str | None = None  # JSON of a checkpoint's tokenizer
-        self._shards: tuple[Tokenizer, dict[str, TokenShards]] | None = None
+        self._prepared: tuple[Tokenizer, dict[str, Tokens]] | None = None
 
     def prepare_data(self) -> None:
         """Tokenises the text, unless an earlier run has."""
@@ -160,10 +161,10 @@ class TextDataModule(SplitDataModule):
             ranges = self._ranges({split: len(tokens) for split, tokens in stored.items()})
             self.tokens = {split: stored[name].part(start, stop) for split, (name, start, stop) in ranges.items()}
 
-    def _prepare(self) -> tuple[Tokenizer, dict[str, TokenShards]]:
+    def _prepare(self) -> tuple[Tokenizer, dict[str, Tokens]]:
         """Returns the tokenizer and the tokens of the stored splits, which it writes if they are missing."""
-        if self._shards:
-            return self._shards
+        if self._prepared:
+            return self._prepared
         spec, max_tokens = self.hparams["tokenizer"], self.hparams["max_tokens"]
         names = ("path", "name", "text_column", "streaming")
         source = read_text(**{name: self.hparams[name] for name in names})
@@ -173,7 +174,12 @@ class TextDataModule(SplitDataModule):
             tokenizer = Tokenizer.from_json(self._given)
         elif spec != "char" and not bpe_size(spec):
             tokenizer = Tokenizer.pretrained(spec)
-        base: dict[str, Any] = {"content": source.content, "tokenizer": spec, "max_tokens": max_tokens}
+        base: dict[str, Any] = {
+            "format": FORMAT,
+            "content": source.content,
+            "tokenizer": spec,
+            "max_tokens": max_tokens,
+        }
         key = base | ({"training_part": end} if bpe_size(spec) else {})
         if tokenizer:
             # A checkpoint is often used on its training text: if its tokenizer was made for it, so were the tokens.
@@ -182,9 +188,9 @@ class TextDataModule(SplitDataModule):
                 key = base | {"digest": hashlib.sha256(tokenizer.to_json().encode()).hexdigest()}
         directory = self._directory(source, key)
         make = partial(make_tokenizer, spec, source.splits, end, max_tokens)
-        build_shards(directory, key, lambda: tokenizer or make(), source.splits, max_tokens, self._ranges)
-        self._shards = open_shards(directory, key)
-        return self._shards
+        write_tokens(directory, lambda: tokenizer or make(), source.splits, max_tokens, self._ranges)
+        self._prepared = open_tokens(directory)
+        return self._prepared
 
     def _directory(self, source: TextSource, key: dict[str, Any]) -> Path:
         digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
@@ -234,7 +240,7 @@ class TextDataModule(SplitDataModule):
 
     def state_dict(self) -> dict[str, str]:
         """Returns what a trained network relies on: its tokenizer."""
-        given = self._shards[0].to_json() if self._shards else self._given
+        given = self._prepared[0].to_json() if self._prepared else self._given
         return {"tokenizer": given, "spec": self.hparams["tokenizer"]} if given else {}
 
     def load_state_dict(self, state_dict: dict[str, str]) -> None:
@@ -245,8 +251,8 @@ class TextDataModule(SplitDataModule):
                 f"Expected data.tokenizer to be {spec!r}, as the checkpoint has, but got {self.hparams['tokenizer']!r}"
             )
         self._given = given
-        if self._shards and self._shards[0].to_json() != given:
-            self._shards = None
+        if self._prepared and self._prepared[0].to_json() != given:
+            self._prepared = None
             if self.tokens:  # Lightning loads a checkpoint after setup
                 self.tokens = {}
                 self.setup()

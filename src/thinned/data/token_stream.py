@@ -11,7 +11,7 @@ import numpy as np
 from thinned.data.tokenizer import Tokenizer, bpe_size
 
 PIECE = 2**16  # characters that are encoded as one text; threads share the pieces
-GROUP = 2**20  # characters that are encoded by one call; a character tokenizer takes 300 MB for them
+GROUP = 2**20  # characters that are encoded by one call
 SEPARATOR = "\n\n"  # between documents, if the tokenizer has no token for it
 LINE_BREAK = re.compile(r"(?<=\S)\r?\n(?=\S)")
 
@@ -82,7 +82,7 @@ def pieces(document: str, tokenizer: Tokenizer) -> Iterator[str]:
 def _separable(document: str, cut: int, tokenizer: Tokenizer) -> bool:
     left, right = document[max(cut - 256, 0) : cut], document[cut : cut + 256]
     whole, *parts = tokenizer.encode_documents([left + right, left, right])
-    return whole == parts[0] + parts[1]
+    return np.array_equal(whole, np.concatenate(parts))
 
 
 def _texts(documents: Iterable[str], tokenizer: Tokenizer) -> Iterator[tuple[str, bool]]:
@@ -111,8 +111,9 @@ def _groups(texts: Iterator[tuple[str, bool]]) -> Iterator[list[tuple[str, bool]
 
 def token_arrays(documents: Iterable[str], tokenizer: Tokenizer) -> Iterator[np.ndarray]:
     """Yields the tokens of all documents in order, each followed by what separates them; leaves out empty ones."""
-    end = [] if tokenizer.end_of_text is None else [tokenizer.end_of_text]
+    end = np.array([] if tokenizer.end_of_text is None else [tokenizer.end_of_text], np.int64)
     for group in _groups(_texts(documents, tokenizer)):
         encoded = tokenizer.encode_documents([text for text, _ in group])
-        tokens = (ids + end if last else ids for ids, (_, last) in zip(encoded, group, strict=True))
-        yield np.fromiter(chain.from_iterable(tokens), np.int64)
+        yield np.concatenate(
+            [part for ids, (_, last) in zip(encoded, group, strict=True) for part in (ids, end[:last])]
+        )

@@ -41,7 +41,7 @@ def plain(message: str) -> str:
     noise = "Does not validate|Subtypes:|Errors:|- Expected a <class 'NoneType'>"
     said, _, given = message.partition("Given value type:")
     lines = [line.strip().removeprefix("- ") for line in said.splitlines() if not re.match(rf"\s*({noise})", line)]
-    value = given.partition("Given value: ")[2].strip()
+    value = given.partition("Given value: ")[2].strip().partition("\n")[0]  # the rest is of the other subtypes
     if value and not value.startswith(("Namespace(", "NestedArg(")):
         lines.append(f"(got {value})")
     return " ".join(line for line in lines if line)
