@@ -7,7 +7,7 @@ import os
 import pickle
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,11 @@ from thinned.data.tokens import Tokens, open_tokens, write_tokens
 Build = Callable[..., dict[str, Tokens]]
 
 
+def labelled(documents: Iterable[str], split: Any = "train") -> Iterator[Any]:
+    """Documents as they come from a stored split."""
+    return ((split, text) for text in documents)
+
+
 @pytest.fixture
 def directory(tmp_path: Path) -> Path:
     return tmp_path / "new" / "cache" / "tokens"
@@ -34,12 +39,17 @@ def directory(tmp_path: Path) -> Path:
 def build(directory: Path) -> Build:
     """Writes tokens of characters and opens them."""
 
-    def run(max_tokens: int | None = None, check: Any = lambda _: None, **splits: Any) -> dict[str, Tokens]:
+    def run(max_tokens: int | None = None, check: Any = lambda _: {}, **splits: Any) -> dict[str, Tokens]:
         make = Tokenizer.characters
-        write_tokens(directory, lambda: make(["abcdefghij\n"]), splits, max_tokens, check)
-        return open_tokens(directory)[1]
+        stored = {split: labelled(documents, split) for split, documents in splits.items()}
+        write_tokens(directory, lambda: make(["abcdefghij\n"]), stored, stored, max_tokens, check)
+        return open_tokens(directory).tokens
 
     return run
+
+
+def joined(arrays: Iterable[tuple[str, np.ndarray]]) -> np.ndarray:
+    return np.concatenate([tokens for _, tokens in arrays])
 
 
 def text(tokens: Tokens) -> str:
@@ -91,8 +101,9 @@ class TestReading:
     def test_tokens_are_as_wide_as_the_vocabulary_needs(self, directory: Path, vocab_size: int, dtype: str) -> None:
         characters = "".join(map(chr, range(0xE000, 0xE000 + vocab_size)))
         tokenizer = Tokenizer.characters([characters])
-        write_tokens(directory, lambda: tokenizer, {"train": [characters[::-1]]}, None, lambda _: None)
-        tokens = open_tokens(directory)[1]["train"]
+        stored = {"train": labelled([characters[::-1]])}
+        write_tokens(directory, lambda: tokenizer, stored, stored, None, lambda _: {})
+        tokens = open_tokens(directory).tokens["train"]
         assert tokens.dtype == dtype
         assert tokens.path.stat().st_size == vocab_size * int(dtype[-1])
         assert tokens.read(0, vocab_size).tolist() == list(range(vocab_size))[::-1]
@@ -106,7 +117,7 @@ class TestDocuments:
 
     def test_end_of_text_is_after_each(self) -> None:
         bpe = Tokenizer.bpe(["ab"], 257)
-        tokens = np.concatenate(list(token_arrays(["ab", "", "c"], bpe)))
+        tokens = joined(token_arrays(labelled(["ab", "", "c"]), bpe))
         assert tokens.tolist() == [*bpe.encode("ab"), 0, *bpe.encode("c"), 0]
 
     def test_max_tokens_is_exact_and_reads_no_further(self, build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,7 +142,7 @@ class TestDocuments:
         assert len(cut) > 30
         assert "".join(cut) == document
         end = [] if kind == "char" else [0]
-        assert np.concatenate(list(token_arrays([document], tokenizer))).tolist() == tokenizer.encode(document) + end
+        assert joined(token_arrays(labelled([document]), tokenizer)).tolist() == tokenizer.encode(document) + end
 
     def test_a_tokenizer_that_marks_the_start_of_a_text_gets_it_whole(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(tokenisation_module, "PIECE", 4)
@@ -143,28 +154,44 @@ class TestDocuments:
         assert len(list(pieces(document, Tokenizer.bpe(["a"], 257)))) == 6
 
 
+class Stored:
+    """Documents that can be read again, each with its split: the name, unless another is given."""
+
+    def __init__(self, documents: list[str], *splits: str) -> None:
+        self.pairs = list(zip(splits or ["train"] * len(documents), documents, strict=True))
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.pairs)
+
+
 class TestTokenizers:
     def test_bpe_sees_the_training_part_alone(self) -> None:
-        documents = ["abab" * 20, "cdcd" * 60]  # half of it is 160 characters
-        splits = {"train": documents, "val": ["efef" * 99]}
-        names = make_tokenizer("bpe:400", splits, 0.25, None).pieces(range(257, 262))
+        stored: Any = {"train": Stored(["abab" * 20, "cdcd" * 60]), "val": Stored(["efef" * 99], "val")}
+        names = make_tokenizer("bpe:400", stored, 0.25, None).pieces(range(257, 262))
         assert set("".join(names)) == set("ab")
-        assert set("".join(make_tokenizer("bpe:400", splits, 0.5, None).pieces(range(257, 265)))) == set("abcd")
+        # half of it is 160 characters
+        assert set("".join(make_tokenizer("bpe:400", stored, 0.5, None).pieces(range(257, 265)))) == set("abcd")
+
+    def test_bpe_sees_the_training_documents_alone(self) -> None:
+        stored: Any = {"train": Stored(["abab" * 20, "cdcd" * 20, "efef" * 20], "train", "val", "train")}
+        tokenizer = make_tokenizer("bpe:400", stored, 1, None)
+        assert set("".join(tokenizer.pieces(range(257, tokenizer.vocab_size)))) == set("abef")
 
     def test_bpe_sees_no_more_than_the_tokens_that_are_kept(self) -> None:
-        splits = {"train": ["é" * 50, "ab" * 50]}
-        tokenizer = make_tokenizer("bpe:400", splits, 1.0, 100)  # bytes, if nothing is merged
+        stored: Any = {"train": Stored(["é" * 50, "ab" * 50])}
+        tokenizer = make_tokenizer("bpe:400", stored, 1.0, 100)  # bytes, if nothing is merged
         assert set("".join(tokenizer.pieces(range(257, tokenizer.vocab_size)))) == {"é"}
 
     def test_characters_are_those_of_all_text_that_is_kept(self) -> None:
-        splits = {"train": ["ab", "c"], "val": ["xyz"]}
-        assert make_tokenizer("char", splits, 0.5, None).decode(range(7)) == "\nabcxyz"
-        assert make_tokenizer("char", splits, 0.5, 2).decode(range(5)) == "\nabxy"
-        assert make_tokenizer("char", {"train": ["ab", ""]}, 0.5, None).vocab_size == 2  # nothing to separate
+        stored: Any = {"train": Stored(["ab", "c"]), "val": Stored(["xyz"], "val")}
+        assert make_tokenizer("char", stored, 0.5, None).decode(range(7)) == "\nabcxyz"
+        assert make_tokenizer("char", stored, 0.5, 2).decode(range(5)) == "\nabxy"
+        nothing_to_separate: Any = {"train": Stored(["ab", ""])}
+        assert make_tokenizer("char", nothing_to_separate, 0.5, None).vocab_size == 2
 
     def test_first_characters(self) -> None:
-        assert list(first_characters(["ab", "cd", "ef"], 3)) == ["ab", "c"]
-        assert list(first_characters(["ab"], None)) == ["ab"]
+        assert [text for _, text in first_characters(labelled(["ab", "cd", "ef"]), 3)] == ["ab", "c"]
+        assert [text for _, text in first_characters(labelled(["ab"]), None)] == ["ab"]
 
 
 class TestFailures:
@@ -258,7 +285,7 @@ class TestReuse:
     def test_manifest(self, build: Build, directory: Path) -> None:
         build(train=["abc"], val=["a"])
         manifest = json.loads((directory / "manifest.json").read_text())
-        assert manifest == {"dtype": "<u2", "tokens": {"train": 3, "val": 1}}
+        assert manifest == {"dtype": "<u2", "tokens": {"train": 3, "val": 1}, "digests": {}}
 
 
 def slow_build(directory: Path, log: Path, fail_first: bool) -> None:
@@ -272,8 +299,9 @@ def slow_build(directory: Path, log: Path, fail_first: bool) -> None:
             raise ValueError("the first one fails")
         return Tokenizer.characters(["abc"])
 
-    write_tokens(directory, tokenizer, {"train": ["abc"]}, None, lambda _: None)
-    assert open_tokens(directory)[1]["train"].read(0, 3).tolist() == [0, 1, 2]
+    stored = {"train": labelled(["abc"])}
+    write_tokens(directory, tokenizer, stored, stored, None, lambda _: {})
+    assert open_tokens(directory).tokens["train"].read(0, 3).tolist() == [0, 1, 2]
 
 
 @pytest.mark.filterwarnings("ignore:This process.*is multi-threaded:DeprecationWarning")

@@ -2,7 +2,8 @@
 
 from thinned.data.images import Batch, ImageDataModule
 from thinned.data.order import EpochBatchSampler
-from thinned.data.text import TextDataModule, TokenBatch
+from thinned.data.text import TextDataModule
+from thinned.data.token_windows import TokenBatch
 from thinned.data.tokenizer import Tokenizer
 
 __all__ = ["Batch", "EpochBatchSampler", "ImageDataModule", "TextDataModule", "TokenBatch", "Tokenizer"]

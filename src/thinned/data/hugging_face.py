@@ -12,6 +12,8 @@ import datasets
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 
+from thinned.data.split_names import split_of
+
 Stored = datasets.Dataset | datasets.IterableDataset
 
 
@@ -63,6 +65,6 @@ def read_stored(path: str, expected: str, name: str | None = None, *, streaming:
             f"Expected data.path to be {expected}, but got {path!r} ({type(cause).__name__}: {cause})"
         ) from None
     splits = {"train": stored} if isinstance(stored, datasets.Dataset) else dict(stored)
-    if "train" not in splits:
+    if not any(split_of(name) == "train" for name in splits):
         raise ValueError(f"Expected data.path to have a split 'train', but got {list(splits)} in {path!r}")
     return splits

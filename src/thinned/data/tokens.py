@@ -11,15 +11,19 @@ import os
 import shutil
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
+from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from filelock import FileLock
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from xxhash import xxh3_128
 
-from thinned.data.token_stream import first_characters, token_arrays
+from thinned.data.order import Split
+from thinned.data.token_stream import Document, first_characters, token_arrays
 from thinned.data.tokenizer import Tokenizer
 
 FORMAT = 2  # of the files; another one has other directories
@@ -35,11 +39,12 @@ class Tokens:
         dtype: Their type in the file.
         start: The first of them in the file.
         stop: The one after the last.
+        descriptor: The open file; None opens it.
     """
 
-    def __init__(self, path: Path, dtype: str, start: int, stop: int) -> None:
+    def __init__(self, path: Path, dtype: str, start: int, stop: int, descriptor: int | None = None) -> None:
         self.path, self.dtype, self.start, self.stop = path, dtype, start, stop
-        self._descriptor = os.open(path, os.O_RDONLY)
+        self._descriptor = os.open(path, os.O_RDONLY) if descriptor is None else descriptor
         weakref.finalize(self, os.close, self._descriptor)
 
     def __reduce__(self) -> tuple[type[Tokens], tuple[Path, str, int, int]]:
@@ -51,7 +56,7 @@ class Tokens:
     def part(self, start: int, stop: int) -> Tokens:
         """Returns the tokens from start to stop, without reading them."""
         self._check(start, stop)
-        return Tokens(self.path, self.dtype, self.start + start, self.start + stop)
+        return Tokens(self.path, self.dtype, self.start + start, self.start + stop, os.dup(self._descriptor))
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Returns the tokens from start to stop, int64 (stop - start,); ValueError if the file has become shorter."""
@@ -63,6 +68,14 @@ class Tokens:
             raise _damaged(self.path.parent, f"a shorter file {self.path}")
         return np.frombuffer(content, self.dtype).astype(np.int64)
 
+    @cached_property
+    def digest(self) -> str:
+        """Tells other tokens apart, by what they are and how many."""
+        digest, step = xxh3_128(), 2**22
+        for start in range(0, len(self), step):
+            digest.update(self.read(start, min(start + step, len(self))).astype("<u4").tobytes())
+        return digest.hexdigest()
+
     def _check(self, start: int, stop: int) -> None:
         if not 0 <= start <= stop <= len(self):
             raise IndexError(f"Expected tokens in [0, {len(self)}], but got [{start}, {stop})")
@@ -71,18 +84,21 @@ class Tokens:
 def write_tokens(
     directory: Path,
     tokenizer: Callable[[], Tokenizer],
-    splits: Mapping[str, Iterable[str]],
+    stored: Mapping[Split, Iterable[Document]],
+    splits: Iterable[Split],
     max_tokens: int | None,
-    check: Callable[[dict[str, int]], object],
+    digests: Callable[[dict[Split, int]], dict[Split, str]],
 ) -> None:
     """Tokenises documents into a directory, unless it exists. One of several processes does it; the others wait.
 
     Args:
         directory: Directory to make; an error leaves nothing of it.
         tokenizer: Makes the tokenizer.
-        splits: Documents of each split.
-        max_tokens: The most tokens of a split; None for all.
-        check: Called with the number of tokens of each split; it raises an error if they will not do.
+        stored: Documents of each stored split, with the splits to which they go.
+        splits: All of these.
+        max_tokens: The most tokens of a stored split; None for all.
+        digests: Called with the number of tokens of each split. Returns digests to keep, or raises an error if the
+            tokens will not do.
 
     Raises:
         OSError: If the files cannot be written.
@@ -95,28 +111,28 @@ def write_tokens(
             return
         made = tokenizer()
         dtype = "<u2" if made.vocab_size <= 2**16 else "<u4"
-        counts = {}
         columns = SpinnerColumn(), TextColumn("Tokenising data.path: {task.completed:,.0f} tokens"), TimeElapsedColumn()
-        with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        progress = Progress(*columns, console=Console(stderr=True), transient=True)
+        with progress, ExitStack() as stack:
             task = progress.add_task("")
-            for split, documents in splits.items():
+            files = {split: stack.enter_context((folder / f"{split}.bin").open("wb")) for split in splits}
+            for name, documents in stored.items():
                 if made.by_character:  # it may lack characters of the text that is not kept
                     documents = first_characters(documents, max_tokens)
-                counts[split] = 0
+                remaining = max_tokens
                 try:
-                    with (folder / f"{split}.bin").open("wb") as file:
-                        for tokens in token_arrays(documents, made):
-                            tokens = tokens if max_tokens is None else tokens[: max_tokens - counts[split]]
-                            file.write(tokens.astype(dtype).tobytes())
-                            counts[split] += len(tokens)
-                            progress.advance(task, len(tokens))
-                            if counts[split] == max_tokens:
+                    for split, tokens in token_arrays(documents, made):
+                        files[split].write(tokens[:remaining].astype(dtype).tobytes())
+                        progress.advance(task, len(tokens[:remaining]))
+                        if remaining is not None:
+                            remaining -= len(tokens[:remaining])
+                            if not remaining:
                                 break
                 except ValueError as error:
-                    raise ValueError(f"{error} (data.path, split {split!r})") from None
-        check(counts)
+                    raise ValueError(f"{error} (data.path, split {name!r})") from None
+            counts = {split: file.tell() // np.dtype(dtype).itemsize for split, file in files.items()}
+        manifest = {"dtype": dtype, "tokens": counts, "digests": digests(counts)}
         (folder / "tokenizer.json").write_text(made.to_json(), encoding="utf-8")
-        manifest = {"dtype": dtype, "tokens": counts}
         (folder / "manifest.json").write_text(json.dumps(manifest, indent=2), encoding="utf-8")
 
 
@@ -151,13 +167,21 @@ def _new_directory(directory: Path) -> Iterator[Path | None]:
         raise
 
 
-def open_tokens(directory: Path) -> tuple[Tokenizer, dict[str, Tokens]]:
-    """Returns the tokenizer and the tokens of each split; ValueError if a file is not as it was written."""
+class Tokenised(NamedTuple):
+    """Text as tokens."""
+
+    tokenizer: Tokenizer
+    tokens: dict[Split, Tokens]
+    digests: dict[Split, str]  # of the splits that consist of whole documents
+
+
+def open_tokens(directory: Path) -> Tokenised:
+    """Returns what `write_tokens` has written; ValueError if a file is not as it was."""
     tokens = {}
     try:
         manifest = json.loads((directory / "manifest.json").read_text(encoding="utf-8"))
         tokenizer = Tokenizer.from_json((directory / "tokenizer.json").read_text(encoding="utf-8"))
-        dtype = manifest["dtype"]
+        dtype, digests = manifest["dtype"], manifest["digests"]
         for split, count in manifest["tokens"].items():
             path, expected = directory / f"{split}.bin", count * np.dtype(dtype).itemsize
             if (size := path.stat().st_size) != expected:
@@ -165,7 +189,7 @@ def open_tokens(directory: Path) -> tuple[Tokenizer, dict[str, Tokens]]:
             tokens[split] = Tokens(path, dtype, 0, count)
     except (KeyError, OSError, TypeError, ValueError) as error:
         raise _damaged(directory, f"{type(error).__name__}: {error}") from None
-    return tokenizer, tokens
+    return Tokenised(tokenizer, tokens, digests)
 
 
 def _damaged(directory: Path, found: str) -> ValueError:
