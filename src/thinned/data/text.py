@@ -153,7 +153,7 @@ class TextDataModule(SplitDataModule):
         check_sizes(self._ranges, counts, None if self._kept else self.context_length)
         self.tokens = {split: files[file].part(start, stop) for split, (file, start, stop) in self._ranges.items()}
         if self._kept and ranges:
-            said += differences(self._kept, self.hparams, ranges, counts)
+            said += differences(self._kept, self._facts(), self.hparams, counts)
             self.hparams.update({key: self._kept[key] for key in ("val_fraction", "test_fraction", "split_seed")})
         for line in said:
             rank_zero_info(line)
@@ -243,6 +243,10 @@ class TextDataModule(SplitDataModule):
     def net_arguments(self) -> dict[str, int]:
         """Returns the arguments of a network that only the data knows."""
         return {"vocab_size": self._prepare().tokenised.tokenizer.vocab_size, "context_length": self.context_length}
+
+    def provenance(self, split: Split, limit_batches: float) -> dict[str, Any]:
+        """Adds what tells the tokens of the split apart from others."""
+        return super().provenance(split, limit_batches) | {"digest": self.tokens[split].digest}
 
     def state_dict(self) -> dict[str, Any]:
         """Returns what a trained network relies on: its tokenizer, and which text was for training."""

@@ -157,8 +157,8 @@ def _read_files(paths: list[Path], *, streaming: bool) -> Stored:
     """Returns the rows of files of one kind."""
     kinds = sorted({suffix(path) for path in paths})
     options: dict[str, Any] = {}
-    if ROWS[kinds[0]] == "csv":  # "NA" is text, and no row depends on those around it
-        options = {"keep_default_na": False, "low_memory": False, "sep": "\t" if kinds[0] == ".tsv" else ","}
+    if ROWS[kinds[0]] == "csv":  # where "NA" is text
+        options = {"keep_default_na": False, "sep": "\t" if kinds[0] == ".tsv" else ","}
     try:
         if len({ROWS[kind] for kind in kinds}) > 1 or kinds == [".csv", ".tsv"]:
             raise ValueError(f"files of several kinds, {kinds}: name those not to be used in data.leave_out")

@@ -163,6 +163,9 @@ def kept_ranges(kept: Mapping[str, Any], path: str, tokens: Mapping[Split, Token
         ValueError: If it cannot be known which part of the text was trained on.
     """
     parts: dict[Split, dict[str, Any]] = kept["parts"]
+    for split, stored in tokens.items():
+        if split != "train" and stored.digest == parts["train"]["digest"]:
+            raise ValueError(f"Expected a {split} split in data.path that was not trained on, but got that of train")
     start, stop = parts["train"]["start"], parts["train"]["stop"]
     same = kept["by_document"] or (
         len(tokens["train"]) >= stop and tokens["train"].part(start, stop).digest == parts["train"]["digest"]
@@ -181,25 +184,22 @@ def kept_ranges(kept: Mapping[str, Any], path: str, tokens: Mapping[Split, Token
         if file not in tokens:
             raise ValueError(f"Expected data.path to have a stored split {file!r}, as in training, but got {[*tokens]}")
         if file == "train" and by_position:
-            ranges[split] = file, part["start"], min(part["stop"], len(tokens[file]))
+            start, stop = (min(part[end], len(tokens[file])) for end in ("start", "stop"))
+            ranges[split] = file, start, stop
         else:
             ranges[split] = file, 0, len(tokens[file])
-        if file != "train" and tokens[file].digest == parts["train"]["digest"]:
-            raise ValueError(
-                f"Expected data.path to have a {split} split that was not trained on, but got that of train"
-            )
     return ranges
 
 
 def differences(
-    kept: Mapping[str, Any], settings: Mapping[str, Any], ranges: Mapping[Split, Range], counts: Mapping[Split, int]
+    kept: Mapping[str, Any], now: Mapping[str, Any], settings: Mapping[str, Any], counts: Mapping[Split, int]
 ) -> list[str]:
     """Returns what is to be said of settings and text that are not those of the checkpoint.
 
     Args:
         kept: The `split` in the state of a `TextDataModule`.
+        now: The same of the text as it is now, split as the checkpoint has it.
         settings: The settings of the data now.
-        ranges: The tokens of each split now.
         counts: The number of tokens of each file now.
     """
     keys = [f"{split}_fraction" for split in ("val", "test") if split not in kept["stored"]]
@@ -208,16 +208,15 @@ def differences(
         for key in [*keys, *["split_seed"] * kept["by_document"]]
         if kept[key] != settings[key]
     ]
-    before = {split: part["stop"] - part["start"] for split, part in kept["parts"].items()}
-    changes = [
-        f"{split} has {stop - start:,} tokens instead of {before[split]:,}"
-        for split, (_, start, stop) in ranges.items()
-        if stop - start != before[split]
-    ]
-    end = max((stop for file, _, stop in ranges.values() if file == "train"), default=0)
-    if counts["train"] > end:
-        changes.append(f"the {counts['train'] - end:,} tokens at its end are in no split")
-    changes += [
-        f"its stored split {file} is not used" for file in counts if file not in {r[0] for r in ranges.values()}
-    ]
+    changes, ends = [], dict.fromkeys(counts, 0)
+    for split, part in now["parts"].items():
+        before, after = (each["stop"] - each["start"] for each in (kept["parts"][split], part))
+        if before != after:
+            changes.append(f"{split} has {after:,} tokens instead of {before:,}")
+        elif part["digest"] != kept["parts"][split]["digest"]:
+            changes.append(f"{split} has other text")
+        ends[part["file"]] = max(ends[part["file"]], part["stop"])
+    if counts["train"] > ends["train"]:
+        changes.append(f"the {counts['train'] - ends['train']:,} tokens at its end are in no split")
+    changes += [f"its stored split {file} is not used" for file, end in ends.items() if not end]
     return said + ([f"data.path has changed since training: {'; '.join(changes)}"] if changes else [])
