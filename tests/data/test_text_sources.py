@@ -89,18 +89,16 @@ class TestFiles:
         (tmp_path / "a.txt").write_text("a")
         ((key, value),) = argument.items()
         for path in (str(tmp_path / "a.txt"), str(tmp_path), "pydocs"):
-            message = rf"data\.path to be the folder of a dataset or .*, as data\.{key} is {value!r}, but got '{path}'"
+            message = rf"data\.path to be files of rows or .*, as data\.{key} is {value!r}, but got '{path}'"
             with pytest.raises(ValueError, match=message):
                 read_text(path, **argument)
 
-    def test_that_belong_to_a_dataset(self, tmp_path: Path) -> None:
+    def test_of_rows_have_a_readme_beside_them(self, tmp_path: Path) -> None:
         (tmp_path / "a.jsonl").write_text(json.dumps({"text": "a"}))
-        with pytest.raises(
-            ValueError, match=r"data\.path to be the folder of a dataset, not one of its files, but got"
-        ):
-            read_text(str(tmp_path / "a.jsonl"))
         (tmp_path / "README.md").write_text("not this")
-        assert documents(read_text(str(tmp_path))) == {"train": ["a"]}
+        source = read_text(str(tmp_path))
+        assert documents(source) == {"train": ["a"]}
+        assert source.left_out == ["README.md"]
 
 
 @pytest.mark.parametrize("streaming", [False, True])

@@ -64,14 +64,15 @@ class TestRoundTrips:
         ids = lossless.encode(text)
         assert lossless.decode(ids) == text
         assert lossless.token_bytes[ids].sum() == len(text.encode())
-        assert lossless.encode_documents([text, "the", text]) == [ids, lossless.encode("the"), ids]
+        several = lossless.encode_documents([text, "the", text])
+        assert [document.tolist() for document in several] == [ids, lossless.encode("the"), ids]
 
     def test_json_holds_all_of_it(self, lossless: Tokenizer) -> None:
         again = Tokenizer.from_json(lossless.to_json())
         assert again.to_json() == lossless.to_json()
         assert again.vocab_size == lossless.vocab_size
         assert again.end_of_text == lossless.end_of_text
-        assert again.encode_documents(TEXTS) == lossless.encode_documents(TEXTS)
+        assert all(again.encode(text) == lossless.encode(text) for text in TEXTS)
         assert torch.equal(again.token_bytes, lossless.token_bytes)
 
 

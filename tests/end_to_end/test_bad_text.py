@@ -47,12 +47,11 @@ def assert_said(error: str, *said: str) -> None:
         assert text in error
 
 
-TEXTS = {
+TEXTS: dict[str, tuple[bytes, list[str]]] = {
     "empty": (b"", ["data.path"]),
     "not UTF-8": (b"abc" * 100 + b"\xff" + b"abc" * 100, ["data.path", "UTF-8", "0xff", "offset 300"]),
     "cut off within a character": (b"abc" * 100 + "é".encode()[:1], ["data.path", "UTF-8", "0xc3", "offset 300"]),
-    "shorter than a window": (b"abc" * 10, ["data.path", "data.context_length", "at least 33", "train"]),
-    "without a test": (b"abc" * 4, ["data.path", "at least"]),
+    "one character": (b"a", ["data.path", "at least"]),
 }
 
 
@@ -64,6 +63,14 @@ def test_text(kind: str, script: str, cache: Path, tmp_path: Path, request: pyte
     path = tmp_path / "text.txt"
     path.write_bytes(content)
     assert_said(request.getfixturevalue(script)("--data.path", path), *said)
+    assert not list(cache.iterdir())
+
+
+def test_text_that_is_shorter_than_a_window(train: Script, cache: Path, tmp_path: Path) -> None:
+    """It can be predicted, but there is no training."""
+    path = tmp_path / "text.txt"
+    path.write_bytes(b"abc" * 10)
+    assert_said(train("--data.path", path), "data.path", "data.context_length", "at least 33", "train")
     assert not list(cache.iterdir())
 
 
@@ -97,6 +104,14 @@ def test_another_tokenizer_than_that_of_the_checkpoint(spec: str, predict: Scrip
 @pytest.mark.parametrize("spec", ["words", "bpe:20", "bpe:many", "missing.json"])
 def test_no_such_tokenizer(spec: str, train: Script) -> None:
     assert_said(train("--data.tokenizer", spec), "data.tokenizer", spec)
+
+
+@pytest.mark.parametrize(("key", "value"), [("context_length", 0), ("val_fraction", 1), ("max_tokens", 0)])
+def test_numbers_out_of_range(key: str, value: int, train: Script) -> None:
+    error = train(f"--data.{key}", value)
+    assert_said(error, f'"{key}"', "does not conform to restriction")
+    assert str(value) in error.partition("Not of type")[2]
+    assert error.count("(") == error.count(")")
 
 
 NETS = {

@@ -114,7 +114,7 @@ class TestVanishedData:
         gone = tmp_path / "gone.txt"
         options = ("--resume" if script == "train" else "--ckpt_path", run / "checkpoints/last.ckpt")
         finished = run_script(script, *(text if script == "train" else ()), *options, "--data.path", gone)
-        assert "Expected data.path to be 'pydocs', a text file" in error_of(finished)
+        assert "Expected data.path to be 'pydocs', a file" in error_of(finished)
         assert str(gone) in error_of(finished)
         assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
 
@@ -135,9 +135,9 @@ class TestVanishedData:
     ) -> None:
         cache = ("--data.cache_dir", tmp_path / "data")
         assert run_script("train", *text, *cache).status == 0
-        (shard,) = (tmp_path / "data").glob("*/*.bin")
-        finished = run_script("train", *text, *cache, *vanishing(shard, cut=True), "--data.num_workers", workers)
+        (file,) = (tmp_path / "data").glob("*/*.bin")
+        finished = run_script("train", *text, *cache, *vanishing(file, cut=True), "--data.num_workers", workers)
         error = error_of(finished)
-        assert f"but got a shorter file {shard}; delete {shard.parent} to have them made anew" in error
+        assert f"but got a shorter file {file}; delete {file.parent} to have them made anew" in error
         again = run_script("train", *text, *cache)  # which looks at the size before it trains
         assert "has 0 bytes instead of" in error_of(again)

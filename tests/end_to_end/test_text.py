@@ -102,20 +102,50 @@ def test_batch_size_changes_nothing(batch_size: int, trained_text: Any, checkpoi
 
 
 @pytest.mark.parametrize("split", ["test", "val"])
-def test_another_text_is_read_with_the_vocabulary_of_the_checkpoint(
+def test_all_of_another_text_is_read_with_the_vocabulary_of_the_checkpoint(
     split: str, checkpoint: Path, text_file: Path, run_script: Script, tmp_path: Path
 ) -> None:
-    """The other text has fewer characters, which by themselves would have other numbers; its tenths are read."""
+    """The other text has fewer characters, which by themselves would have other numbers."""
     other = "some more words of mine" * 40
     assert set(other) < set(text_file.read_text())
     (tmp_path / "other.txt").write_text(other)
-    run = run_script(
+    finished = run_script(
         "predict", "--ckpt_path", checkpoint, "--data.path", tmp_path / "other.txt", "--data.predict_split", split
-    ).run
-    part = other[int(0.9 * len(other)) :] if split == "test" else other[int(0.8 * len(other)) : int(0.9 * len(other))]
-    assert spelled(read(run)["target"], text_file.read_text()) == part[1:]
-    assert (run / "sequences.parquet").exists()
-    assert (run / "metrics.json").exists()
+    )
+    assert spelled(read(finished.run)["target"], text_file.read_text()) == other[1:]
+    assert (finished.run / "sequences.parquet").exists()
+    assert (finished.run / "metrics.json").exists()
+    assert finished.err.count("another text than that of the checkpoint, so all of it is predicted") == 1
+
+
+def test_what_was_trained_on_is_not_tested_when_the_text_has_grown(
+    trained_text: Any, checkpoint: Path, text_file: Path, run_script: Script, tmp_path: Path
+) -> None:
+    """Nor if other fractions are asked for. The rows are those of the run."""
+    (tmp_path / "grown.txt").write_text(text_file.read_text() + "a lazy fox.\n" * 99)
+    options = ("--data.path", tmp_path / "grown.txt", "--data.val_fraction", 0.3, "--data.test_fraction", 0.4)
+    finished = run_script("predict", "--ckpt_path", checkpoint, *options, "--trainer.accelerator", "cpu")
+    rows, expected = read(finished.run), read(trained_text.run)
+    assert all(rows[column].equal(values) for column, values in expected.items())
+    for said in (
+        "Kept data.val_fraction 0.1 of the checkpoint, instead of 0.3",
+        "Kept data.test_fraction 0.1 of the checkpoint, instead of 0.4",
+        "data.path has changed since training: the 1,188 tokens at its end are in no split",
+    ):
+        assert finished.err.count(said) == 1
+
+
+def test_a_text_that_has_changed_where_it_was_trained_on_is_refused(
+    checkpoint: Path, text_file: Path, run_script: Script, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    text, cache = text_file.read_text(), tmp_path_factory.mktemp("cache")
+    try:
+        text_file.write_text(text[1:])
+        error = run_script("predict", "--ckpt_path", checkpoint, "--data.cache_dir", cache).error
+    finally:
+        text_file.write_text(text)
+    assert "Expected data.path to begin with the" in error
+    assert str(text_file) in error
 
 
 def test_wandb_has_scores_and_samples(trained_text: Any) -> None:

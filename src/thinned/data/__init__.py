@@ -3,7 +3,8 @@
 from thinned.data.image_batches import Batch
 from thinned.data.images import ImageDataModule
 from thinned.data.order import EpochBatchSampler
-from thinned.data.text import TextDataModule, TokenBatch
+from thinned.data.text import TextDataModule
+from thinned.data.token_windows import TokenBatch
 from thinned.data.tokenizer import Tokenizer
 
 __all__ = ["Batch", "EpochBatchSampler", "ImageDataModule", "TextDataModule", "TokenBatch", "Tokenizer"]

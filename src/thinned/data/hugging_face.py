@@ -12,6 +12,8 @@ import datasets
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 
+from thinned.data.split_names import split_of
+
 Stored = datasets.Dataset | datasets.IterableDataset
 
 
@@ -72,6 +74,6 @@ def read_stored(
             f"Expected data.path to be {expected}, but got {path!r} ({type(cause).__name__}: {cause})"
         ) from None
     splits = {"train": stored} if isinstance(stored, datasets.Dataset) else dict(stored)
-    if needs_train and "train" not in splits:
+    if needs_train and not any(split_of(name) == "train" for name in splits):
         raise ValueError(f"Expected data.path to have a split 'train', but got {list(splits)} in {path!r}")
     return splits

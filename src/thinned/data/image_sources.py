@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import datasets
 import numpy as np
@@ -152,7 +152,8 @@ class StoredImages:
         return names
 
 
-class Statistics(NamedTuple):
+@dataclass(frozen=True)
+class Statistics:
     """Of the intensities of each channel, (C,). The range is that of pictures: all of it for 8 bits."""
 
     mean: list[float]

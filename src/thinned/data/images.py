@@ -8,6 +8,7 @@ Shapes: N examples, C channels, H height, W width, K classes.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from thinned.data.image_batches import ImageBatches
 from thinned.data.image_census import take_census
 from thinned.data.image_sources import Statistics, StoredImages, channel_statistics, image_column, read_splits
 from thinned.data.labels import Labels, label_column, match_names, read_labels, shortened
-from thinned.data.module import SplitDataModule, as_primitives
+from thinned.data.module import SplitDataModule
 from thinned.data.order import Split
 from thinned.data.pixels import COLOUR, DEPTH, FRAMES, SCALES, open_image
 from thinned.data.split_names import assign_splits
@@ -94,7 +95,8 @@ class ImageDataModule(SplitDataModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters(logger=False)
-        self.hparams.update(as_primitives(self.hparams))
+        # A checkpoint holds int and float, but jsonargparse's numbers are of its own types.
+        self.hparams.update(json.loads(json.dumps(self.hparams)))
         self._trained: dict[str, Any] | None = None  # the state of a checkpoint
         self._stored: dict[str, StoredImages] = {}  # these three by the name of a stored split
         self._census: dict[str, np.ndarray] = {}
@@ -266,7 +268,7 @@ class ImageDataModule(SplitDataModule):
             "channels": self.image_shape[0],
             "scale": self._scale,
             "background": (self._trained or self.hparams)["background"],
-            "statistics": self.statistics._asdict(),
+            "statistics": vars(self.statistics),
             "split": self._facts,
         }
 

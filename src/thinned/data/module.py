@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import Any, ClassVar, Protocol, cast, get_args
+from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import Any, ClassVar, Protocol, cast
 
 import torch
 from lightning.pytorch import LightningDataModule, Trainer
@@ -54,37 +54,12 @@ def data_offers(trainer: Trainer) -> DataOffers:
     return cast(DataOffers, Offers(getattr(trainer, "datamodule", None), DataOffers))
 
 
-def as_primitives(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns settings with int and float for jsonargparse's restricted numbers, which checkpoints cannot hold."""
-    plain = dict(settings)
-    for key, value in settings.items():
-        for kind in (int, float):
-            if isinstance(value, kind) and not isinstance(value, bool):
-                plain[key] = kind(value)
-    return plain
-
-
 class SplitDataModule(LightningDataModule, ABC):
     """Batches of three splits; a subclass has `hparams` and defines the dataset of a split."""
 
     # Hyperparameters that do not change the rows of a prediction.
     INDIFFERENT: ClassVar[frozenset[str]] = frozenset({"batch_size", "eval_batch_size", "num_workers"})
     predict_start = 0  # the first example that is not yet predicted
-
-    def check_settings(self, *own: tuple[str, object, str]) -> None:
-        """Raises a ValueError for the first invalid setting; `own` are (name, whether valid, what is expected)."""
-        given = self.hparams
-        for key, valid, expected in (
-            ("batch_size", given["batch_size"] >= 1, "to be at least 1"),
-            ("eval_batch_size", given["eval_batch_size"] >= 1, "to be at least 1"),
-            ("val_fraction", 0 < given["val_fraction"] < 1, "in (0, 1)"),
-            ("predict_split", given["predict_split"] in get_args(Split), "to be 'train', 'val' or 'test'"),
-            ("num_workers", given["num_workers"] >= 0, "to be at least 0"),
-            ("seed", 0 <= given["seed"] < 2**32, "in [0, 2**32)"),
-            *own,
-        ):
-            if not valid:
-                raise ValueError(f"Expected data.{key} {expected}, but got {given[key]!r}")
 
     @property
     def path(self) -> str:

@@ -1,6 +1,8 @@
 """Which stored split is which, by its name: the same table for datasets, folders and files, of images and of text."""
 
+import re
 from collections.abc import Iterable
+from pathlib import PurePath
 from typing import TypeVar
 
 from thinned.data.order import Split
@@ -10,6 +12,9 @@ SPLIT_NAMES: dict[str, Split] = {
     "validation": "val", "valid": "val", "val": "val", "dev": "val", "eval": "val", "evaluation": "val",
     "test": "test", "testing": "test",
 }  # fmt: skip
+
+# A part of a file name, its last one or before the number of a shard: wiki.train.tokens, train-00000-of-00002.csv
+IN_FILE_NAME = re.compile(rf"(?:^|[-_.])({'|'.join(SPLIT_NAMES)})(?:[-_.]?\d+(?:-of-\d+)?)?(?:\.|$)", re.IGNORECASE)
 
 Name = TypeVar("Name", bound=str)
 
@@ -21,6 +26,19 @@ def split_of(name: str) -> Split | None:
     ('val', None)
     """
     return SPLIT_NAMES.get(name.lower())
+
+
+def stored_split(path: PurePath) -> str | None:
+    """Returns the name of a split in the path of a file: of the outermost folder that has one, or else of the file.
+
+    >>> [stored_split(PurePath(path)) for path in ("data/Valid/a.txt", "ptb.train.txt", "dev-00000-of-00002.jsonl")]
+    ['valid', 'train', 'dev']
+    >>> stored_split(PurePath("train_a_dog.txt"))
+    """
+    in_name = IN_FILE_NAME.search(path.name)
+    folders = (part for part in path.parts[:-1] if split_of(part))
+    found = next(folders, in_name and in_name[1])
+    return found and found.lower()
 
 
 def assign_splits(names: Iterable[Name], leave_out: Iterable[str] = ()) -> tuple[dict[Split, Name], list[Name]]:

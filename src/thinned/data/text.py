@@ -3,7 +3,7 @@
 An epoch is one pass over the training tokens, in windows that do not overlap and begin at another offset each epoch.
 (nanoGPT, github.com/karpathy/nanoGPT, draws them with replacement.) As in nanoGPT, the last tenth is for validation.
 
-Shapes: N tokens in a split, B windows in a batch, T tokens in a window.
+Shapes: T tokens in a window.
 """
 
 from __future__ import annotations
@@ -11,85 +11,61 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-import torch
-from torch import Tensor
-from torch.utils.data import Dataset
+from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, OpenUnitInterval, PositiveInt
+from lightning.pytorch.utilities import rank_zero_info
 
 from thinned.data.module import SplitDataModule
 from thinned.data.order import Split
 from thinned.data.text_sources import EXPECTED, TextSource, read_text
-from thinned.data.token_shards import TokenShards, build_shards, open_shards
+from thinned.data.text_split import (
+    SplitDocuments,
+    SplitRule,
+    check_sizes,
+    differences,
+    enough_documents,
+    kept_ranges,
+    new_ranges,
+    shares_documents,
+    whole_ranges,
+)
 from thinned.data.token_stream import make_tokenizer
+from thinned.data.token_windows import TokenBatches
 from thinned.data.tokenizer import Tokenizer, bpe_size
-
-NO_TARGET = -100  # cross_entropy ignores it
-
-
-class TokenBatch(NamedTuple):
-    """Windows of tokens, the tokens that follow, and the numbers of the windows in the split."""
-
-    input: Tensor  # (B, T) int64
-    target: Tensor  # (B, T) int64, the token after each; -100 where there is none
-    index: Tensor  # type: ignore[assignment]  # (B,) int64, window of the split
+from thinned.data.tokens import FORMAT, Tokenised, Tokens, open_tokens, write_tokens
 
 
-@dataclass
-class TokenBatches(Dataset[TokenBatch]):
-    """A split as batches: `split[epoch, indices]`.
+class Prepared(NamedTuple):
+    """Text that is tokenised."""
 
-    - Training: window j begins at j T plus an offset below T that is a function of (seed, epoch). Every epoch has the
-      windows that fit with the largest offset.
-    - Evaluation: window j begins at j T, and each token but the first is a target once; the last window is padded.
-    """
-
-    tokens: TokenShards
-    context_length: int
-    seed: int
-    training: bool
-
-    def __len__(self) -> int:
-        pairs = len(self.tokens) - 1  # a token and the next
-        if self.training:
-            return max(pairs // self.context_length - 1, 1)
-        return -(-pairs // self.context_length)
-
-    def offset(self, epoch: int) -> int:
-        """Returns where the first window of an epoch begins."""
-        if not self.training or len(self.tokens) <= 2 * self.context_length:
-            return 0
-        return int(np.random.default_rng((self.seed, epoch, 1)).integers(self.context_length))  # order: (seed, epoch)
-
-    def __getitem__(self, item: tuple[int, list[int]]) -> TokenBatch:
-        epoch, indices = item
-        length, offset = self.context_length, self.offset(epoch)
-        inputs = np.zeros((len(indices), length), np.int64)
-        targets = np.full((len(indices), length), NO_TARGET, np.int64)
-        for row, index in enumerate(indices):
-            start = offset + index * length
-            window = self.tokens.read(start, min(start + length + 1, len(self.tokens)))
-            inputs[row, : len(window) - 1] = window[:-1]
-            targets[row, : len(window) - 1] = window[1:]
-        return TokenBatch(torch.from_numpy(inputs), torch.from_numpy(targets), torch.tensor(indices))
+    source: TextSource
+    rule: SplitRule
+    tokenised: Tokenised
+    may_be_kept: bool  # whether it may be the text of the checkpoint
 
 
 class TextDataModule(SplitDataModule):
     """Windows of tokens in batches, divided among the processes.
 
-    Stored splits "train", "validation" (or "valid") and "test" are used as they are. Missing ones are taken from the
-    end of "train". If the test has no tokens of its own, it is on the validation split.
+    Stored splits are used as they are: those of a dataset, or files or folders that are named train and valid or test,
+    in any usual way. Missing ones are taken from "train", by document if each of them can expect ten documents, as it
+    does for 100 documents and a tenth. Otherwise they are the end of the text. If the test has no tokens of its own, it
+    is on the validation split.
+
+    A checkpoint keeps the split, whatever the settings say later: in the same text, which may have grown, no token is
+    tested that was trained on. All of another text is predicted.
 
     The text is tokenised once, into files in `cache_dir` that later runs find again.
 
     Args:
-        path: "pydocs" for Python's own documentation, a text file, a folder of text files, a folder for
-            `datasets.load_dataset` or `load_from_disk`, or the id of a dataset on the Hugging Face Hub.
+        path: "pydocs" for Python's own documentation, a file, the id of a dataset on the Hugging Face Hub, or a folder:
+            of text, of rows (CSV, JSON, parquet), or written by `datasets`. A file of text is a document, and so is a
+            row. Both may be compressed (.gz, .bz2, .xz).
         name: Which of the dataset's configurations; None if it has one, or a default.
         text_column: Column of the text; None for "text", or the only one of strings.
         tokenizer: "char" for characters, "bpe:<size>" for byte-level BPE of that size trained on the training text, or
@@ -98,7 +74,7 @@ class TextDataModule(SplitDataModule):
         batch_size: Number of windows in a training batch, over all processes.
         eval_batch_size: Number of windows in a batch in validation, test and prediction, over all processes.
         val_fraction: Fraction of the stored "train" for validation, if no split is stored for it.
-        test_fraction: Fraction of the stored "train" for the test, if no split is stored for it.
+        test_fraction: ClosedUnitInterval of the stored "train" for the test, if no split is stored for it.
         predict_split: The split to predict.
         streaming: Whether a dataset is read row by row, so that only the first `max_tokens` are downloaded. Later
             changes of a dataset on the hub are not noticed.
@@ -108,13 +84,13 @@ class TextDataModule(SplitDataModule):
         seed: Seed of order and offsets.
 
     Raises:
-        ValueError: If an argument is out of range.
+        ValueError: If an argument is out of range, or the two fractions leave nothing for training.
     """
 
     INDIFFERENT = SplitDataModule.INDIFFERENT | {"cache_dir", "seed"}
     # Available after setup:
     tokenizer: Tokenizer
-    tokens: dict[Split, TokenShards]
+    tokens: dict[Split, Tokens]
 
     def __init__(
         self,
@@ -122,32 +98,35 @@ class TextDataModule(SplitDataModule):
         name: str | None = None,
         text_column: str | None = None,
         tokenizer: str = "char",
-        context_length: int = 256,
-        batch_size: int = 64,
-        eval_batch_size: int = 64,
-        val_fraction: float = 0.1,
-        test_fraction: float = 0.0,
+        context_length: PositiveInt = 256,
+        batch_size: PositiveInt = 64,
+        eval_batch_size: PositiveInt = 64,
+        val_fraction: OpenUnitInterval = 0.1,
+        test_fraction: ClosedUnitInterval = 0.0,
+        split_seed: NonNegativeInt = 0,
+        leave_out: list[str] | None = None,
         predict_split: Split = "test",
         streaming: bool = False,
-        max_tokens: int | None = None,
+        max_tokens: PositiveInt | None = None,
         cache_dir: str = "data",
-        num_workers: int = 0,
-        seed: int = 0,
+        num_workers: NonNegativeInt = 0,
+        seed: NonNegativeInt = 0,
     ) -> None:
         super().__init__()
         self.save_hyperparameters(logger=False)
-        self.check_settings(
-            ("path", path, f"to be {EXPECTED}"),
-            ("context_length", context_length >= 1, "to be at least 1"),
-            ("test_fraction", 0 <= test_fraction < 1, "in [0, 1)"),
-            ("test_fraction", val_fraction + test_fraction < 1, f"below 1 - {val_fraction}, data.val_fraction,"),
-            ("max_tokens", max_tokens is None or max_tokens >= 1, "to be at least 1"),
-            ("cache_dir", cache_dir, "to be a folder"),
-        )
+        # A checkpoint holds int and float, but jsonargparse's numbers are of its own types.
+        self.hparams.update(json.loads(json.dumps(self.hparams)))
+        if not path:
+            raise ValueError(f"Expected data.path to be {EXPECTED}, but got {path!r}")
+        if val_fraction + test_fraction >= 1:
+            raise ValueError(
+                f"Expected data.test_fraction below 1 - {val_fraction}, data.val_fraction, but got {test_fraction}"
+            )
         bpe_size(tokenizer)  # raises an error if it is invalid
         self.tokens = {}
         self._given: str | None = None  # JSON of a checkpoint's tokenizer
-        self._shards: tuple[Tokenizer, dict[str, TokenShards]] | None = None
+        self._kept: dict[str, Any] | None = None  # how a checkpoint's text is split
+        self._prepared: Prepared | None = None
 
     def prepare_data(self) -> None:
         """Tokenises the text, unless an earlier run has."""
@@ -155,68 +134,101 @@ class TextDataModule(SplitDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         """Opens the tokens, once for all stages."""
-        if not self.tokens:
-            self.tokenizer, stored = self._prepare()
-            ranges = self._ranges({split: len(tokens) for split, tokens in stored.items()})
-            self.tokens = {split: stored[name].part(start, stop) for split, (name, start, stop) in ranges.items()}
+        if self.tokens:
+            return
+        source, rule, tokenised, may_be_kept = self._prepare()
+        self.tokenizer, files, _ = tokenised
+        counts = {split: len(tokens) for split, tokens in files.items()}
+        said = [f"Left out of data.path: {_shortened(source.left_out)}"] if source.left_out else []
+        ranges = kept_ranges(self._kept, self.path, files) if self._kept and may_be_kept else None
+        if self._kept and not ranges:
+            said.append("data.path is another text than that of the checkpoint")
+            if self._fits:
+                self._kept = None
+                rule = rule if rule.by_document else SplitRule.of(self.hparams, source.splits, by_document=False)
+                self._prepared = Prepared(source, rule, tokenised, may_be_kept)
+            else:
+                said[-1] += ", so all of it is predicted" if len(counts) == 1 else ", whose splits are predicted whole"
+        self._ranges = ranges or (whole_ranges(counts) if self._kept else new_ranges(rule, counts))
+        check_sizes(self._ranges, counts, None if self._kept else self.context_length)
+        self.tokens = {split: files[file].part(start, stop) for split, (file, start, stop) in self._ranges.items()}
+        if self._kept and ranges:
+            said += differences(self._kept, self._facts(), self.hparams, counts)
+            self.hparams.update({key: self._kept[key] for key in ("val_fraction", "test_fraction", "split_seed")})
+        for line in said:
+            rank_zero_info(line)
 
-    def _prepare(self) -> tuple[Tokenizer, dict[str, TokenShards]]:
-        """Returns the tokenizer and the tokens of the stored splits, which it writes if they are missing."""
-        if self._shards:
-            return self._shards
+    @property
+    def _fits(self) -> bool:
+        """Whether this is for training."""
+        return self.trainer is not None and self.trainer.state.fn == "fit"
+
+    def _prepare(self) -> Prepared:
+        """Returns the text, how it is split, and its tokens, which it writes if they are missing."""
+        if self._prepared:
+            return self._prepared
         spec, max_tokens = self.hparams["tokenizer"], self.hparams["max_tokens"]
-        names = ("path", "name", "text_column", "streaming")
-        source = read_text(**{name: self.hparams[name] for name in names})
-        end = self._ends(source.splits)[0]
+        given = self.hparams
+        options = given["name"], given["text_column"], given["leave_out"] or []
+        source = read_text(given["path"], *options, streaming=given["streaming"])
+        rule, may_be_kept = self._rule(source)
+        if self._kept and rule.by_document and may_be_kept:
+            # A split that the checkpoint takes from "train" does not mix with one that is stored now.
+            splits = {split: source.splits[split] for split in source.splits if split in self._kept["stored"]}
+            extra = [f"the stored split {split}" for split in source.splits if split not in splits]
+            source = replace(source, splits=splits, left_out=[*source.left_out, *extra])
+        stored = {split: SplitDocuments(split, texts, rule) for split, texts in source.splits.items()}
         tokenizer = None
         if self._given:
             tokenizer = Tokenizer.from_json(self._given)
         elif spec != "char" and not bpe_size(spec):
             tokenizer = Tokenizer.pretrained(spec)
-        base: dict[str, Any] = {"content": source.content, "tokenizer": spec, "max_tokens": max_tokens}
-        key = base | ({"training_part": end} if bpe_size(spec) else {})
+        key: dict[str, Any] = {"format": FORMAT, "content": source.content}
+        key |= {"tokenizer": spec, "max_tokens": max_tokens}
+        if rule.by_document:
+            key["split"] = [rule.val, rule.test, rule.seed]
+        elif bpe_size(spec):
+            key["training_part"] = rule.ends[0]
         if tokenizer:
             # A checkpoint is often used on its training text: if its tokenizer was made for it, so were the tokens.
             made = self._directory(source, key) / "tokenizer.json"
             if not made.exists() or made.read_text(encoding="utf-8", errors="replace") != self._given:
-                key = base | {"digest": hashlib.sha256(tokenizer.to_json().encode()).hexdigest()}
+                key.pop("training_part", None)
+                key["digest"] = hashlib.sha256(tokenizer.to_json().encode()).hexdigest()
+
+        def digests(counts: dict[Split, int]) -> dict[Split, str]:
+            if self._kept and not self._fits:
+                check_sizes(whole_ranges(counts), counts, None)
+            else:
+                check_sizes(new_ranges(rule, counts), counts, self.context_length)
+            return stored["train"].digests
+
         directory = self._directory(source, key)
-        make = partial(make_tokenizer, spec, source.splits, end, max_tokens)
-        build_shards(directory, key, lambda: tokenizer or make(), source.splits, max_tokens, self._ranges)
-        self._shards = open_shards(directory, key)
-        return self._shards
+        make = partial(make_tokenizer, spec, stored, rule.ends[0], max_tokens)
+        files = dict.fromkeys([*stored, *rule.taken])
+        write_tokens(directory, lambda: tokenizer or make(), stored, files, max_tokens, digests)
+        self._prepared = Prepared(source, rule, open_tokens(directory), may_be_kept)
+        return self._prepared
+
+    def _rule(self, source: TextSource) -> tuple[SplitRule, bool]:
+        """Returns how the stored "train" is split, and whether this may be the text of the checkpoint.
+
+        Documents are split as the checkpoint's if they have some in common. Otherwise the tokens show whether the text
+        is that of the checkpoint.
+        """
+        train = source.splits["train"]
+        if self._kept:
+            kept = SplitRule.of(self._kept, self._kept["stored"], by_document=self._kept["by_document"])
+            if not kept.by_document or shares_documents(self._kept["parts"]["train"]["digest"], train, kept):
+                return kept, True
+        rule = SplitRule.of(self.hparams, source.splits, by_document=True)
+        several = enough_documents(train, rule, self.hparams["max_tokens"])
+        return replace(rule, by_document=several and (not self._kept or self._fits)), False
 
     def _directory(self, source: TextSource, key: dict[str, Any]) -> Path:
         digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
         label = re.sub(r"[^\w.-]+", "-", f"{source.label}-{Path(self.hparams['tokenizer']).stem}").strip(".-")[:80]
         return Path(self.hparams["cache_dir"]).expanduser() / f"{label}-{digest[:12]}"
-
-    def _ends(self, stored: Iterable[str]) -> tuple[float, float]:
-        """Returns the fractions of the stored "train" at which its training part and its validation part end."""
-        test = 0.0 if "test" in stored else self.hparams["test_fraction"]
-        val = 0.0 if "val" in stored else self.hparams["val_fraction"]
-        return 1 - val - test, 1 - test
-
-    def _ranges(self, counts: dict[str, int]) -> dict[Split, tuple[str, int, int]]:
-        """Returns the stored split, the first token and the end of each split; ValueError if it has too few tokens."""
-        train, val = (int(end * counts["train"]) for end in self._ends(counts))
-        ranges: dict[Split, tuple[str, int, int]] = {"train": ("train", 0, train)}
-        ranges["val"] = ("val", 0, counts["val"]) if "val" in counts else ("train", train, val)
-        ranges["test"] = ("test", 0, counts["test"]) if "test" in counts else ("train", val, counts["train"])
-        if "test" not in counts and not self.hparams["test_fraction"]:
-            ranges["test"] = ranges["val"]
-        for split, (name, start, stop) in ranges.items():
-            if split == "train":
-                least, reason = self.context_length + 1, "one more than data.context_length"
-                change = "smaller data.context_length"
-            else:
-                least, reason, change = 2, "an input and its target", f"larger data.{split}_fraction"
-            if stop - start < least:
-                raise ValueError(
-                    f"Expected at least {least} tokens for {split} ({reason}), but got {stop - start} of the "
-                    f"{counts[name]} in data.path: choose a {change} or a longer text (data.max_tokens)"
-                )
-        return ranges
 
     @property
     def vocab_size(self) -> int:
@@ -232,27 +244,51 @@ class TextDataModule(SplitDataModule):
         """Returns the sizes of the vocabulary and the context, if they are among the names."""
         known = {"context_length": self.context_length}
         if "vocab_size" in names:
-            known["vocab_size"] = self._prepare()[0].vocab_size
+            known["vocab_size"] = self._prepare().tokenised.tokenizer.vocab_size
         return {name: value for name, value in known.items() if name in names}
 
-    def state_dict(self) -> dict[str, str]:
-        """Returns what a trained network relies on: its tokenizer."""
-        given = self._shards[0].to_json() if self._shards else self._given
-        return {"tokenizer": given, "spec": self.hparams["tokenizer"]} if given else {}
+    def provenance(self, split: Split, limit_batches: float) -> dict[str, Any]:
+        """Adds what tells the tokens of the split apart from others."""
+        return super().provenance(split, limit_batches) | {"digest": self.tokens[split].digest}
 
-    def load_state_dict(self, state_dict: dict[str, str]) -> None:
-        """Takes the tokenizer from a checkpoint, whatever the text; ValueError if another kind is configured."""
-        spec, given = state_dict["spec"], state_dict["tokenizer"]
+    def state_dict(self) -> dict[str, Any]:
+        """Returns what a trained network relies on: its tokenizer, and which text was for training."""
+        given = self._prepared.tokenised.tokenizer.to_json() if self._prepared else self._given
+        if not given:
+            return {}
+        state = {"tokenizer": given, "spec": self.hparams["tokenizer"]}
+        if split := self._kept or (self._facts() if self.tokens else None):
+            state["split"] = split
+        return state
+
+    def _facts(self) -> dict[str, Any]:
+        """Returns how the text is split, for a checkpoint."""
+        source, rule, tokenised, _ = self._prepare()
+        return {
+            "path": self.path,
+            "stored": list(source.splits),
+            "by_document": rule.by_document,
+            **{key: self.hparams[key] for key in ("val_fraction", "test_fraction", "split_seed")},
+            "parts": {
+                split: {"file": file, "start": start, "stop": stop}
+                | {"digest": tokenised.digests.get(file) or self.tokens[split].digest}
+                for split, (file, start, stop) in self._ranges.items()
+            },
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes tokenizer and split from a checkpoint, whatever the text; ValueError for another kind of tokenizer."""
+        spec = state_dict["spec"]
         if spec != self.hparams["tokenizer"]:
             raise ValueError(
                 f"Expected data.tokenizer to be {spec!r}, as the checkpoint has, but got {self.hparams['tokenizer']!r}"
             )
-        self._given = given
-        if self._shards and self._shards[0].to_json() != given:
-            self._shards = None
-            if self.tokens:  # Lightning loads a checkpoint after setup
-                self.tokens = {}
-                self.setup()
+        if self.tokens and state_dict == self.state_dict():
+            return
+        self._given, self._kept, self._prepared = state_dict["tokenizer"], state_dict.get("split"), None
+        if self.tokens:  # Lightning loads a checkpoint after setup
+            self.tokens = {}
+            self.setup()
 
     def num_examples(self, split: Split) -> int:
         """Returns the number of windows in the evaluation of a split, after setup."""
@@ -261,3 +297,8 @@ class TextDataModule(SplitDataModule):
     def batches(self, split: Split, *, training: bool) -> TokenBatches:
         """Returns a split as windows; those for training begin at another offset each epoch."""
         return TokenBatches(self.tokens[split], self.context_length, self.hparams["seed"], training)
+
+
+def _shortened(names: Sequence[str]) -> str:
+    """Shows the first names of many."""
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -1,4 +1,4 @@
-"""Reads documents from Python's own documentation, text files or a Hugging Face dataset.
+"""Reads documents from Python's own documentation, text files, files of rows or a Hugging Face dataset.
 
 "pydocs" is the text of `help()` topics, `pydoc_data.topics` in CPython: half a megabyte of English that every
 installation has.
@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import pydoc_data.topics
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,57 +18,21 @@ from typing import Any
 import datasets
 
 from thinned.data.hugging_face import Stored, fingerprint, is_saved, read_stored
+from thinned.data.order import Split
+from thinned.data.split_names import assign_splits
+from thinned.data.text_files import ROWS, Layout, TextFiles, layout, suffix
 
-PROSE = ".txt .text .md .rst .tex .org .html .htm .xml"
-CODE = ".py .pyi .c .h .cc .cpp .hpp .cu .rs .go .java .kt .js .ts .css .sh .sql .lua"
-SETTINGS = ".toml .yaml .yml .ini .cfg"
-TEXT_SUFFIXES = frozenset(f"{PROSE} {CODE} {SETTINGS}".split())
-DATASET_SUFFIXES = (".parquet", ".arrow", ".jsonl")
-STORED_NAMES = {"train": ("train",), "val": ("validation", "valid", "val"), "test": ("test",)}
-EXPECTED = "'pydocs', a text file, a folder of text files, the folder of a dataset or its id on the Hugging Face Hub"
+EXPECTED = "'pydocs', a file of text or rows, a folder of them, or the id of a dataset on the Hugging Face Hub"
 
 
 @dataclass(frozen=True)
 class TextSource:
     """Documents by split."""
 
-    splits: dict[str, Iterable[str]]  # "train", and "val" and "test" if they are stored; each can be read again
+    splits: Mapping[Split, Iterable[str]]  # "train", and "val" and "test" if they are stored; each can be read again
     content: str  # differs between sources of different text
     label: str  # for people; it can be part of a file name
-
-
-@dataclass(frozen=True)
-class TextFiles:
-    """Each file is a document."""
-
-    paths: list[Path]
-
-    def __iter__(self) -> Iterator[str]:
-        for path in self.paths:
-            content = _read(path)
-            try:
-                yield content.decode()
-            except UnicodeDecodeError as error:
-                raise ValueError(
-                    f"Expected data.path to hold UTF-8, but got the byte 0x{content[error.start]:02x} at offset "
-                    f"{error.start} of {path}"
-                ) from None
-
-    def digest(self, root: Path) -> str:
-        """Returns a digest of names and contents."""
-        digest = hashlib.sha256()
-        for path in self.paths:
-            content = _read(path)
-            digest.update(f"{path.relative_to(root).as_posix()}\0{len(content)}\0".encode())
-            digest.update(content)
-        return digest.hexdigest()
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()  # reading as text would change the newlines
-    except OSError as error:
-        raise OSError(f"Expected data.path to hold files that can be read, but got {error}") from None
+    left_out: Sequence[str] = ()  # stored splits or files that are not used
 
 
 @dataclass(frozen=True)
@@ -99,7 +64,12 @@ class TextColumn:
 
 
 def read_text(
-    path: str, name: str | None = None, text_column: str | None = None, *, streaming: bool = False
+    path: str,
+    name: str | None = None,
+    text_column: str | None = None,
+    leave_out: Sequence[str] = (),
+    *,
+    streaming: bool = False,
 ) -> TextSource:
     """Returns the documents at `data.path`; the arguments are those of `TextDataModule`.
 
@@ -108,62 +78,96 @@ def read_text(
         ValueError: If there is no text, or an argument does not apply to it.
     """
     folder = Path(path).expanduser()
-    if folder.suffix in DATASET_SUFFIXES and folder.is_file():
-        raise ValueError(f"Expected data.path to be the folder of a dataset, not one of its files, but got {path!r}")
+    files = None
     if path == "pydocs":
         topics = pydoc_data.topics.topics
         documents = [topics[key] for key in sorted(topics)]
         source = TextSource({"train": documents}, hashlib.sha256(json.dumps(documents).encode()).hexdigest(), path)
-    elif paths := _text_files(folder):
-        if not any(file.stat().st_size for file in paths):
-            raise ValueError(f"Expected text in data.path, but got nothing in {str(folder)!r}")
-        files = TextFiles(paths)
-        source = TextSource({"train": files}, files.digest(folder), folder.resolve().stem)
     else:
-        return _dataset_source(path, name, text_column, streaming=streaming)
-    for key, value in (("name", name), ("text_column", text_column), ("streaming", streaming)):
+        if folder.exists() and not is_saved(folder) and not _declares_its_files(folder):
+            files = layout(folder, leave_out)
+        if not files or files.rows:
+            return _rows(path, name, text_column, leave_out, None if name else files, streaming=streaming)
+        splits: dict[Split, TextFiles] = {split: TextFiles(paths) for split, paths in files.splits.items()}
+        if not any(path.stat().st_size for text in splits.values() for path in text.paths):
+            raise ValueError(f"Expected text in data.path, but got nothing in {str(folder)!r}")
+        content = json.dumps({split: text.digest(folder) for split, text in splits.items()})
+        source = TextSource(splits, content, _label(folder), files.left_out)
+    settings = {"name": name, "text_column": text_column, "streaming": streaming}
+    for key, value in (settings if files else settings | {"leave_out": leave_out}).items():
         if value:
             raise ValueError(
-                f"Expected data.path to be the folder of a dataset or its id on the Hugging Face Hub, as data.{key} is "
-                f"{value!r}, but got {path!r}"
+                f"Expected data.path to be files of rows or the id of a dataset on the Hugging Face Hub, as data.{key} "
+                f"is {value!r}, but got {path!r}"
             )
     return source
 
 
-def _text_files(folder: Path) -> list[Path]:
-    """Returns the text files below a folder by relative path, or the path if it is a file; none if it is a dataset."""
-    if folder.is_file():
-        return [folder]
-    paths = [path for path in folder.rglob("*") if path.is_file()]
-    if is_saved(folder) or any(path.suffix in DATASET_SUFFIXES for path in paths):
-        return []
-    texts = (path.relative_to(folder) for path in paths if path.suffix.lower() in TEXT_SUFFIXES)
-    visible = [path for path in texts if not any(part.startswith(".") for part in path.parts)]
-    return [folder / path for path in sorted(visible, key=Path.as_posix)]
+def _label(folder: Path) -> str:
+    return folder.resolve().name.partition(".")[0] if folder.is_file() else folder.resolve().stem
 
 
-def _dataset_source(path: str, name: str | None, text_column: str | None, *, streaming: bool) -> TextSource:
-    stored = read_stored(path, EXPECTED, name, streaming=streaming)
+def _declares_its_files(folder: Path) -> bool:
+    """Returns whether the README of a dataset says which files are in which split, as `datasets` reads it."""
+    readme = folder / "README.md"
+    if not readme.is_file():
+        return False
+    return re.match(r"---\n(?:(?!---).*\n)*?configs:", readme.read_text(encoding="utf-8", errors="replace")) is not None
+
+
+def _rows(
+    path: str,
+    name: str | None,
+    text_column: str | None,
+    leave_out: Sequence[str],
+    files: Layout | None,
+    *,
+    streaming: bool,
+) -> TextSource:
+    """Returns the documents of a dataset, or of files of rows."""
+    if files:
+        names: dict[Split, str] = {split: split for split in files.splits}
+        stored = {split: _read_files(paths, streaming=streaming) for split, paths in files.splits.items()}
+        left_out = files.left_out
+    else:
+        found = read_stored(path, EXPECTED, name, streaming=streaming)
+        names, left_out = assign_splits(found, leave_out)
+        stored = {split: found[stored_name] for split, stored_name in names.items()}
+        if "train" not in stored:
+            raise ValueError(f"Expected data.leave_out to leave a split 'train', but got {list(leave_out)}")
     column = _text_column(stored["train"], text_column)
-    columns = {}
-    for split, stored_names in STORED_NAMES.items():
-        stored_name = next((each for each in stored_names if each in stored), None)
-        if stored_name:
-            columns[split] = TextColumn(stored[stored_name], column, stored_name)
-            found = _string_columns(stored[stored_name])
-            if column not in found:
-                raise ValueError(f"Expected a column {column!r} in split {stored_name!r} of data.path, but got {found}")
+    columns = {split: TextColumn(rows, column, names[split]) for split, rows in stored.items()}
+    for split, rows in stored.items():
+        if column not in (strings := _string_columns(rows)):
+            raise ValueError(f"Expected a column {column!r} in split {names[split]!r} of data.path, but got {strings}")
     folder = Path(path).expanduser()
     content: list[Any] = [streaming, column, name]
     if not streaming:
-        content += [[split, fingerprint(documents.stored)] for split, documents in columns.items()]
-    elif folder.is_dir():
-        files = sorted(file for file in folder.rglob("*") if file.is_file())
-        content += [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+        content += [[split, fingerprint(rows)] for split, rows in stored.items()]
+    elif folder.exists():
+        below = [folder] if folder.is_file() else sorted(file for file in folder.rglob("*") if file.is_file())
+        content += [list(names.items()), [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in below]]
     else:  # only the hub knows its current content
-        content += [path]
-    label = folder.resolve().stem if folder.is_dir() else path.replace("/", "-")
-    return TextSource(dict(columns), json.dumps(content), f"{label}-{name}" if name else label)
+        content += [path, list(names.items())]
+    label = _label(folder) if folder.exists() else path.replace("/", "-")
+    return TextSource(columns, json.dumps(content), f"{label}-{name}" if name else label, left_out)
+
+
+def _read_files(paths: list[Path], *, streaming: bool) -> Stored:
+    """Returns the rows of files of one kind."""
+    kinds = sorted({suffix(path) for path in paths})
+    options: dict[str, Any] = {}
+    if ROWS[kinds[0]] == "csv":  # where "NA" is text
+        options = {"keep_default_na": False, "sep": "\t" if kinds[0] == ".tsv" else ","}
+    try:
+        if len({ROWS[kind] for kind in kinds}) > 1 or kinds == [".csv", ".tsv"]:
+            raise ValueError(f"files of several kinds, {kinds}: name those not to be used in data.leave_out")
+        data_files = {"train": [str(path.resolve()) for path in paths]}
+        return datasets.load_dataset(ROWS[kinds[0]], data_files=data_files, streaming=streaming, **options)["train"]
+    except Exception as error:  # of many types; the user needs to know which setting it is about
+        cause = " ".join(str(error.__cause__ or error).split())
+        shown = ", ".join(map(str, paths[:3])) + ", ..." * (len(paths) > 3)
+        raise ValueError(f"Expected data.path to hold rows of one kind, but got {cause} ({shown})") from None
 
 
 def _string_columns(stored: Stored) -> list[str]:

@@ -1,63 +1,75 @@
-"""Documents to tokens: makes the tokenizer of a text, and yields its tokens in order."""
+"""Documents to tokens: makes the tokenizer of a text, and yields its tokens in order.
+
+Each document comes with the name of its split.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from itertools import chain, islice
+from itertools import chain, groupby, islice
 
 import numpy as np
 
+from thinned.data.order import Split
 from thinned.data.tokenizer import Tokenizer, bpe_size
 
 PIECE = 2**16  # characters that are encoded as one text; threads share the pieces
-GROUP = 2**20  # characters that are encoded by one call; a character tokenizer takes 300 MB for them
+GROUP = 2**20  # characters that are encoded by one call
 SEPARATOR = "\n\n"  # between documents, if the tokenizer has no token for it
 LINE_BREAK = re.compile(r"(?<=\S)\r?\n(?=\S)")
+Document = tuple[Split, str]
 
 
 def make_tokenizer(
-    spec: str, splits: Mapping[str, Iterable[str]], training_part: float, max_tokens: int | None
+    spec: str, stored: Mapping[Split, Iterable[Document]], training_part: float, max_tokens: int | None
 ) -> Tokenizer:
     """Returns a tokenizer for text. It depends only on the text that is kept.
 
     Args:
         spec: "char" or "bpe:<size>".
-        splits: Documents of each split.
-        training_part: Fraction of the characters of "train" on which BPE is trained.
-        max_tokens: The most tokens kept of a split; None for all.
+        stored: Documents of each stored split.
+        training_part: Fraction of the characters for training on which BPE is trained.
+        max_tokens: The most tokens kept of a stored split; None for all.
     """
     size = bpe_size(spec)
     if size:
-        characters = int(training_part * count_characters(splits["train"], max_tokens))
-        return Tokenizer.bpe(first_characters(splits["train"], characters), size)
-    several = any(len(list(islice(filter(None, documents), 2))) > 1 for documents in splits.values())
-    texts = [first_characters(documents, max_tokens) for documents in splits.values()]
-    return Tokenizer.characters(chain([SEPARATOR] if several else [], *texts))
+
+        def training() -> Iterator[Document]:
+            return (each for each in sure_to_fit(stored["train"], max_tokens) if each[0] == "train")
+
+        limit = None if training_part == 1 else int(training_part * sum(len(text) for _, text in training()))
+        return Tokenizer.bpe((text for _, text in first_characters(training(), limit)), size)
+    several = any(len(list(islice(filter(_has_text, documents), 2))) > 1 for documents in stored.values())
+    texts = chain.from_iterable(first_characters(documents, max_tokens) for documents in stored.values())
+    return Tokenizer.characters(chain([SEPARATOR] if several else [], (text for _, text in texts)))
 
 
-def count_characters(documents: Iterable[str], max_tokens: int | None) -> int:
-    """Returns the number of characters, at most those sure to fit in `max_tokens` tokens of a byte or more each."""
-    if max_tokens is None:
-        return sum(map(len, documents))
-    count = 0
-    for document in documents:
-        content = document.encode()[:max_tokens]
-        count += len(content.decode(errors="ignore"))
+def _has_text(document: Document) -> bool:
+    return bool(document[1])
+
+
+def sure_to_fit(documents: Iterable[Document], max_tokens: int | None) -> Iterator[Document]:
+    """Yields documents up to what surely fits in `max_tokens` tokens of a byte or more each, the last one cut off."""
+    for split, text in documents:
+        if max_tokens is None:
+            yield split, text
+            continue
+        content = text.encode()[:max_tokens]
+        yield split, content.decode(errors="ignore")
         max_tokens -= len(content) + 1  # one for the end of the document
         if max_tokens <= 0:
-            break
-    return count
-
-
-def first_characters(documents: Iterable[str], limit: int | None) -> Iterator[str]:
-    """Yields documents up to a number of characters, the last one cut off; None is no limit."""
-    for document in documents:
-        if limit is not None and limit <= len(document):
-            yield document[:limit]
             return
-        yield document
-        limit = None if limit is None else limit - len(document)
+
+
+def first_characters(documents: Iterable[Document], limit: int | None) -> Iterator[Document]:
+    """Yields documents up to a number of characters, the last one cut off; None is no limit."""
+    for split, text in documents:
+        if limit is not None and limit <= len(text):
+            yield split, text[:limit]
+            return
+        yield split, text
+        limit = None if limit is None else limit - len(text)
 
 
 def pieces(document: str, tokenizer: Tokenizer) -> Iterator[str]:
@@ -82,26 +94,28 @@ def pieces(document: str, tokenizer: Tokenizer) -> Iterator[str]:
 def _separable(document: str, cut: int, tokenizer: Tokenizer) -> bool:
     left, right = document[max(cut - 256, 0) : cut], document[cut : cut + 256]
     whole, *parts = tokenizer.encode_documents([left + right, left, right])
-    return whole == parts[0] + parts[1]
+    return np.array_equal(whole, np.concatenate(parts))
 
 
-def _texts(documents: Iterable[str], tokenizer: Tokenizer) -> Iterator[tuple[str, bool]]:
-    """Yields the pieces of all documents, and whether each ends its document."""
-    for number, document in enumerate(filter(None, documents)):
-        if number and tokenizer.end_of_text is None:
-            yield SEPARATOR, False
+def _texts(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[tuple[Split, str, bool]]:
+    """Yields split and text of the pieces of all documents, and whether each ends its document."""
+    begun = set[Split]()
+    for split, document in filter(_has_text, documents):
+        if split in begun and tokenizer.end_of_text is None:
+            yield split, SEPARATOR, False
+        begun.add(split)
         *parts, last = pieces(document, tokenizer)
         for part in parts:
-            yield part, False
-        yield last, True
+            yield split, part, False
+        yield split, last, True
 
 
-def _groups(texts: Iterator[tuple[str, bool]]) -> Iterator[list[tuple[str, bool]]]:
+def _groups(texts: Iterator[tuple[Split, str, bool]]) -> Iterator[list[tuple[Split, str, bool]]]:
     """Yields lists of texts, of about `GROUP` characters in all."""
     group, size = [], 0
     for text in texts:
         group.append(text)
-        size += len(text[0])
+        size += len(text[1])
         if size >= GROUP:
             yield group
             group, size = [], 0
@@ -109,10 +123,11 @@ def _groups(texts: Iterator[tuple[str, bool]]) -> Iterator[list[tuple[str, bool]
         yield group
 
 
-def token_arrays(documents: Iterable[str], tokenizer: Tokenizer) -> Iterator[np.ndarray]:
-    """Yields the tokens of all documents in order, each followed by what separates them; leaves out empty ones."""
-    end = [] if tokenizer.end_of_text is None else [tokenizer.end_of_text]
+def token_arrays(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[tuple[Split, np.ndarray]]:
+    """Yields splits and tokens of all documents in order, each followed by what separates them; no empty ones."""
+    end = np.array([] if tokenizer.end_of_text is None else [tokenizer.end_of_text], np.int64)
     for group in _groups(_texts(documents, tokenizer)):
-        encoded = tokenizer.encode_documents([text for text, _ in group])
-        tokens = (ids + end if last else ids for ids, (_, last) in zip(encoded, group, strict=True))
-        yield np.fromiter(chain.from_iterable(tokens), np.int64)
+        encoded = tokenizer.encode_documents([text for _, text, _ in group])
+        tokens = [(split, ids, end[:last]) for ids, (split, _, last) in zip(encoded, group, strict=True)]
+        for split, run in groupby(tokens, key=lambda each: each[0]):
+            yield split, np.concatenate([part for _, *parts in run for part in parts])

@@ -12,8 +12,9 @@ import json
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import NoReturn
 
+import numpy as np
 import tokenizers
 import torch
 from huggingface_hub import HfApi, hf_hub_download
@@ -61,7 +62,7 @@ class Tokenizer:
         for name, index in vocabulary.items():
             self._names[index] = name
         word_level = isinstance(tokenizer.model, models.WordLevel) and isinstance(tokenizer.decoder, decoders.Fuse)
-        self.by_character = word_level and all(len(name) == 1 for name in vocabulary)
+        self.by_character = word_level and all(len(name) == 1 for name in self._names)
 
     @classmethod
     def characters(cls, documents: Iterable[str]) -> Tokenizer:
@@ -147,15 +148,15 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Returns the ids of a text; ValueError if it has characters outside the vocabulary."""
-        return self.encode_documents([text])[0]
+        return self.encode_documents([text])[0].tolist()
 
-    def encode_documents(self, documents: list[str]) -> list[list[int]]:
-        """Returns the ids of each document, encoded in threads; ValueError as for `encode`."""
+    def encode_documents(self, documents: list[str]) -> list[np.ndarray]:
+        """Returns the ids of each document as int64, encoded in threads; ValueError as for `encode`."""
         if self.by_character:
-            self._refuse(set().union(*documents).difference(self._names))
+            return [self._encode_characters(document) for document in documents]
         encodings = self._tokenizer.encode_batch_fast(documents, add_special_tokens=False)
-        ids = [encoding.ids for encoding in encodings]
-        if self._unknown is not None and any(self._unknown in document for document in ids):
+        ids = [np.array(encoding.ids, np.int64) for encoding in encodings]
+        if self._unknown is not None and any((document == self._unknown).any() for document in ids):
             encodings = self._tokenizer.encode_batch(documents, add_special_tokens=False)  # this time with offsets
             self._refuse(
                 {
@@ -167,14 +168,28 @@ class Tokenizer:
             )
         return ids
 
-    def _refuse(self, unknown: set[str]) -> None:
-        if unknown:
-            shown = sorted(unknown)[:10]
-            more = f" and {len(unknown) - 10} more" if len(unknown) > 10 else ""
-            raise ValueError(
-                f"Expected text within the vocabulary of the tokenizer, which has {self.vocab_size} tokens, "
-                f"but got {', '.join(map(repr, shown))}{more}"
-            )
+    def _encode_characters(self, text: str) -> np.ndarray:
+        """Looks code points up in a table, forty times as fast as the library."""
+        points = np.frombuffer(text.encode("utf-32-le", errors="surrogatepass"), "<u4")
+        ids = self._ids[np.minimum(points, len(self._ids) - 1)]
+        if (unknown := ids < 0).any():
+            self._refuse(set(map(chr, np.unique(points[unknown]).tolist())))
+        return ids
+
+    @cached_property
+    def _ids(self) -> np.ndarray:
+        """The id of each code point, int64; -1 if it has none, as the last one."""
+        points = np.array([ord(name) for name in self._names], np.int64)
+        ids = np.full(points.max(initial=0) + 2, -1)
+        ids[points] = np.arange(len(points))
+        return ids
+
+    def _refuse(self, unknown: set[str]) -> NoReturn:
+        more = f" and {len(unknown) - 10} more" if len(unknown) > 10 else ""
+        raise ValueError(
+            f"Expected text within the vocabulary of the tokenizer, which has {self.vocab_size} tokens, "
+            f"but got {', '.join(map(repr, sorted(unknown)[:10]))}{more}"
+        )
 
     def decode(self, ids: Sequence[int]) -> str:
         """Returns the text of ids; special tokens appear by name."""
@@ -196,8 +211,8 @@ class Tokenizer:
     def _bytes(self) -> list[bytes]:
         """The text of each token as UTF-8; empty for a special one."""
         if self.by_character:
-            found = [name.encode() for name in self._names]
-        elif _holds(self._json["decoder"], "ByteLevel"):
+            return [name.encode() for name in self._names]
+        if isinstance(self._tokenizer.decoder, decoders.ByteLevel):
             alphabet = _byte_alphabet()
             found = [bytes(alphabet.get(character, 0) for character in name) for name in self._names]
         else:
@@ -206,10 +221,8 @@ class Tokenizer:
             skip = len(self.decode([anchor]))
             pairs = [[anchor, index] for index in range(self.vocab_size)]
             both = self._tokenizer.decode_batch(pairs, skip_special_tokens=False)
-            found = [text[skip:].encode() for text in both]
-            if _holds(self._json["decoder"], "ByteFallback"):
-                fallback = {f"<0x{byte:02X}>": bytes([byte]) for byte in range(256)}
-                found = [fallback.get(name, text) for name, text in zip(self._names, found, strict=True)]
+            fallback = {f"<0x{byte:02X}>": bytes([byte]) for byte in range(256)}  # of Llama 2, for rare characters
+            found = [fallback.get(name, text[skip:].encode()) for name, text in zip(self._names, both, strict=True)]
         for index, token in self._added.items():
             found[index] = b"" if token.special else token.content.encode()
         return found
@@ -217,14 +230,8 @@ class Tokenizer:
     @cached_property
     def _unknown(self) -> int | None:
         """The id of text outside the vocabulary; None if there is none."""
-        model = self._json["model"]
-        if model.get("byte_fallback") or _holds(self._json["pre_tokenizer"], "ByteLevel"):
-            return None
+        model = json.loads(self.to_json())["model"]
         return model["unk_id"] if "unk_id" in model else self._tokenizer.token_to_id(model.get("unk_token") or "")
-
-    @cached_property
-    def _json(self) -> dict[str, Any]:
-        return json.loads(self.to_json())
 
 
 def _cached_or_downloaded(name: str) -> str:
@@ -233,13 +240,6 @@ def _cached_or_downloaded(name: str) -> str:
     except LocalEntryNotFoundError:
         HfApi().model_info(name, timeout=5)  # fails at once if the hub is out of reach; a download tries for 23 seconds
         return hf_hub_download(name, "tokenizer.json")
-
-
-def _holds(part: Any, kind: str) -> bool:
-    """Returns whether a part of a tokenizer.json, or a part of it, has this type."""
-    if isinstance(part, dict):
-        return part.get("type") == kind or any(_holds(value, kind) for value in part.values())
-    return isinstance(part, list) and any(_holds(value, kind) for value in part)
 
 
 def _byte_alphabet() -> dict[str, int]:

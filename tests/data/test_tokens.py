@@ -1,4 +1,4 @@
-"""Shards of tokens: borders, checksums, what separates documents, and builds that break off or run at the same time."""
+"""Files of tokens: borders, damage, what separates documents, and builds that break off or run at the same time."""
 
 import errno
 import json
@@ -7,7 +7,7 @@ import os
 import pickle
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,34 +16,43 @@ import pytest
 import tokenizers
 from tokenizers import models, normalizers
 
-import thinned.data.token_shards as shards_module
 import thinned.data.token_stream as tokenisation_module
+import thinned.data.tokens as tokens_module
 from thinned.data import Tokenizer
-from thinned.data.token_shards import ShardWriter, TokenShards, build_shards, open_shards
 from thinned.data.token_stream import first_characters, make_tokenizer, pieces, token_arrays
+from thinned.data.tokens import Tokens, open_tokens, write_tokens
 
-KEY = {"content": "of a test"}
-Build = Callable[..., dict[str, TokenShards]]
+Build = Callable[..., dict[str, Tokens]]
+
+
+def labelled(documents: Iterable[str], split: Any = "train") -> Iterator[Any]:
+    """Documents as they come from a stored split."""
+    return ((split, text) for text in documents)
 
 
 @pytest.fixture
 def directory(tmp_path: Path) -> Path:
-    return tmp_path / "new" / "cache" / "shards"
+    return tmp_path / "new" / "cache" / "tokens"
 
 
 @pytest.fixture
 def build(directory: Path) -> Build:
-    """Builds shards of characters and opens them."""
+    """Writes tokens of characters and opens them."""
 
-    def run(max_tokens: int | None = None, check: Any = lambda _: None, **splits: Any) -> dict[str, TokenShards]:
+    def run(max_tokens: int | None = None, check: Any = lambda _: {}, **splits: Any) -> dict[str, Tokens]:
         make = Tokenizer.characters
-        build_shards(directory, KEY, lambda: make(["abcdefghij\n"]), splits, max_tokens, check)
-        return open_shards(directory, KEY)[1]
+        stored = {split: labelled(documents, split) for split, documents in splits.items()}
+        write_tokens(directory, lambda: make(["abcdefghij\n"]), stored, stored, max_tokens, check)
+        return open_tokens(directory).tokens
 
     return run
 
 
-def text(tokens: TokenShards) -> str:
+def joined(arrays: Iterable[tuple[str, np.ndarray]]) -> np.ndarray:
+    return np.concatenate([tokens for _, tokens in arrays])
+
+
+def text(tokens: Tokens) -> str:
     return Tokenizer.characters(["abcdefghij\n"]).decode(tokens.read(0, len(tokens)).tolist())
 
 
@@ -52,11 +61,8 @@ def below(folder: Path) -> list[str]:
 
 
 class TestReading:
-    def test_across_files(self, build: Build, monkeypatch: pytest.MonkeyPatch, directory: Path) -> None:
-        monkeypatch.setattr(shards_module, "SHARD_TOKENS", 4)
+    def test_of_any_part(self, build: Build) -> None:
         tokens = build(train=["abcdefghij"])["train"]
-        assert [path.name for path in tokens.paths] == ["train-00000.bin", "train-00001.bin", "train-00002.bin"]
-        assert tokens.counts == [4, 4, 2]
         whole = np.arange(1, 11)
         for start in range(11):
             for stop in range(start, 11):
@@ -71,6 +77,13 @@ class TestReading:
                 tokens.read(*bad)
         with pytest.raises(IndexError, match=r"Expected tokens in \[0, 3\]"):
             tokens.part(2, 5).read(0, 4)
+
+    def test_a_file_that_is_cut_off_is_an_error(self, build: Build, directory: Path) -> None:
+        tokens = build(train=["abcdef"])["train"]
+        os.truncate(tokens.path, 6)
+        assert tokens.read(0, 3).tolist() == [1, 2, 3]
+        with pytest.raises(ValueError, match=rf"but got a shorter file {tokens.path}; delete {directory} to have"):
+            tokens.read(2, 4)
 
     def test_pickles_where_the_tokens_are_and_not_what_they_are(self, build: Build) -> None:
         tokens = build(train=["abc" * 10_000])["train"]
@@ -88,10 +101,11 @@ class TestReading:
     def test_tokens_are_as_wide_as_the_vocabulary_needs(self, directory: Path, vocab_size: int, dtype: str) -> None:
         characters = "".join(map(chr, range(0xE000, 0xE000 + vocab_size)))
         tokenizer = Tokenizer.characters([characters])
-        build_shards(directory, KEY, lambda: tokenizer, {"train": [characters[::-1]]}, None, lambda _: None)
-        tokens = open_shards(directory, KEY)[1]["train"]
+        stored = {"train": labelled([characters[::-1]])}
+        write_tokens(directory, lambda: tokenizer, stored, stored, None, lambda _: {})
+        tokens = open_tokens(directory).tokens["train"]
         assert tokens.dtype == dtype
-        assert tokens.paths[0].stat().st_size == vocab_size * int(dtype[-1])
+        assert tokens.path.stat().st_size == vocab_size * int(dtype[-1])
         assert tokens.read(0, vocab_size).tolist() == list(range(vocab_size))[::-1]
 
 
@@ -103,7 +117,7 @@ class TestDocuments:
 
     def test_end_of_text_is_after_each(self) -> None:
         bpe = Tokenizer.bpe(["ab"], 257)
-        tokens = np.concatenate(list(token_arrays(["ab", "", "c"], bpe)))
+        tokens = joined(token_arrays(labelled(["ab", "", "c"]), bpe))
         assert tokens.tolist() == [*bpe.encode("ab"), 0, *bpe.encode("c"), 0]
 
     def test_max_tokens_is_exact_and_reads_no_further(self, build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,7 +142,7 @@ class TestDocuments:
         assert len(cut) > 30
         assert "".join(cut) == document
         end = [] if kind == "char" else [0]
-        assert np.concatenate(list(token_arrays([document], tokenizer))).tolist() == tokenizer.encode(document) + end
+        assert joined(token_arrays(labelled([document]), tokenizer)).tolist() == tokenizer.encode(document) + end
 
     def test_a_tokenizer_that_marks_the_start_of_a_text_gets_it_whole(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(tokenisation_module, "PIECE", 4)
@@ -140,28 +154,44 @@ class TestDocuments:
         assert len(list(pieces(document, Tokenizer.bpe(["a"], 257)))) == 6
 
 
+class Stored:
+    """Documents that can be read again, each with its split: the name, unless another is given."""
+
+    def __init__(self, documents: list[str], *splits: str) -> None:
+        self.pairs = list(zip(splits or ["train"] * len(documents), documents, strict=True))
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.pairs)
+
+
 class TestTokenizers:
     def test_bpe_sees_the_training_part_alone(self) -> None:
-        documents = ["abab" * 20, "cdcd" * 60]  # half of it is 160 characters
-        splits = {"train": documents, "val": ["efef" * 99]}
-        names = make_tokenizer("bpe:400", splits, 0.25, None).pieces(range(257, 262))
+        stored: Any = {"train": Stored(["abab" * 20, "cdcd" * 60]), "val": Stored(["efef" * 99], "val")}
+        names = make_tokenizer("bpe:400", stored, 0.25, None).pieces(range(257, 262))
         assert set("".join(names)) == set("ab")
-        assert set("".join(make_tokenizer("bpe:400", splits, 0.5, None).pieces(range(257, 265)))) == set("abcd")
+        # half of it is 160 characters
+        assert set("".join(make_tokenizer("bpe:400", stored, 0.5, None).pieces(range(257, 265)))) == set("abcd")
+
+    def test_bpe_sees_the_training_documents_alone(self) -> None:
+        stored: Any = {"train": Stored(["abab" * 20, "cdcd" * 20, "efef" * 20], "train", "val", "train")}
+        tokenizer = make_tokenizer("bpe:400", stored, 1, None)
+        assert set("".join(tokenizer.pieces(range(257, tokenizer.vocab_size)))) == set("abef")
 
     def test_bpe_sees_no_more_than_the_tokens_that_are_kept(self) -> None:
-        splits = {"train": ["é" * 50, "ab" * 50]}
-        tokenizer = make_tokenizer("bpe:400", splits, 1.0, 100)  # bytes, if nothing is merged
+        stored: Any = {"train": Stored(["é" * 50, "ab" * 50])}
+        tokenizer = make_tokenizer("bpe:400", stored, 1.0, 100)  # bytes, if nothing is merged
         assert set("".join(tokenizer.pieces(range(257, tokenizer.vocab_size)))) == {"é"}
 
     def test_characters_are_those_of_all_text_that_is_kept(self) -> None:
-        splits = {"train": ["ab", "c"], "val": ["xyz"]}
-        assert make_tokenizer("char", splits, 0.5, None).decode(range(7)) == "\nabcxyz"
-        assert make_tokenizer("char", splits, 0.5, 2).decode(range(5)) == "\nabxy"
-        assert make_tokenizer("char", {"train": ["ab", ""]}, 0.5, None).vocab_size == 2  # nothing to separate
+        stored: Any = {"train": Stored(["ab", "c"]), "val": Stored(["xyz"], "val")}
+        assert make_tokenizer("char", stored, 0.5, None).decode(range(7)) == "\nabcxyz"
+        assert make_tokenizer("char", stored, 0.5, 2).decode(range(5)) == "\nabxy"
+        nothing_to_separate: Any = {"train": Stored(["ab", ""])}
+        assert make_tokenizer("char", nothing_to_separate, 0.5, None).vocab_size == 2
 
     def test_first_characters(self) -> None:
-        assert list(first_characters(["ab", "cd", "ef"], 3)) == ["ab", "c"]
-        assert list(first_characters(["ab"], None)) == ["ab"]
+        assert [text for _, text in first_characters(labelled(["ab", "cd", "ef"]), 3)] == ["ab", "c"]
+        assert [text for _, text in first_characters(labelled(["ab"]), None)] == ["ab"]
 
 
 class TestFailures:
@@ -170,9 +200,10 @@ class TestFailures:
         def breaks_off() -> Iterator[str]:
             yield "abc"
             assert below(tmp_path / "new/cache") == [
-                ".shards.lock",
-                ".shards.partial",
-                ".shards.partial/train-00000.bin",
+                ".tokens.lock",
+                ".tokens.partial",
+                ".tokens.partial/train.bin",
+                ".tokens.partial/val.bin",
             ]
             raise error
 
@@ -197,12 +228,12 @@ class TestFailures:
         assert below(tmp_path) == []
 
     def test_a_full_disk(self, build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        def full(self: ShardWriter, tokens: np.ndarray) -> None:
+        def full(*_: Any) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-        monkeypatch.setattr(ShardWriter, "append", full)
+        monkeypatch.setattr(tokens_module, "token_arrays", full)
         with pytest.raises(
-            OSError, match=r"data\.cache_dir, but got OSError \(.*No space left.*\) for .*/cache/shards"
+            OSError, match=r"data\.cache_dir, but got OSError \(.*No space left.*\) for .*/cache/tokens"
         ):
             build(train=["abc"])
         assert below(tmp_path) == []
@@ -213,13 +244,13 @@ class TestFailures:
             build(train=["abc"])
 
     def test_leftovers_of_a_killed_process_are_removed(self, build: Build, directory: Path) -> None:
-        partial = directory.with_name(".shards.partial")
+        partial = directory.with_name(".tokens.partial")
         partial.mkdir(parents=True)
-        (partial / "train-00007.bin").write_bytes(b"half")
-        directory.with_name(".shards.lock").touch()
+        (partial / "train.bin").write_bytes(b"half")
+        directory.with_name(".tokens.lock").touch()
         assert text(build(train=["abc"])["train"]) == "abc"
-        assert below(directory.parent) == ["shards", *(f"shards/{n}" for n in below(directory))]
-        assert below(directory) == ["manifest.json", "tokenizer.json", "train-00000.bin"]
+        assert below(directory.parent) == ["tokens", *(f"tokens/{n}" for n in below(directory))]
+        assert below(directory) == ["manifest.json", "tokenizer.json", "train.bin"]
 
 
 class TestReuse:
@@ -234,14 +265,10 @@ class TestReuse:
     @pytest.mark.parametrize(
         ("damage", "message"),
         [
-            (
-                lambda folder: (folder / "train-00000.bin").write_bytes(b"\1\0\2\0\4\0"),
-                "bin has the checksum .* instead",
-            ),
-            (lambda folder: (folder / "train-00000.bin").write_bytes(b"\1\0\2\0"), "bin has 4 bytes instead of 6"),
-            (lambda folder: (folder / "train-00000.bin").unlink(), "FileNotFoundError: .*train-00000.bin"),
+            (lambda folder: (folder / "train.bin").write_bytes(b"\1\0\2\0"), "bin has 4 bytes instead of 6"),
+            (lambda folder: (folder / "train.bin").unlink(), "FileNotFoundError: .*train.bin"),
             (lambda folder: (folder / "manifest.json").unlink(), "FileNotFoundError: .*manifest.json"),
-            (lambda folder: (folder / "manifest.json").write_text("{}"), "KeyError: 'format'"),
+            (lambda folder: (folder / "manifest.json").write_text("{}"), "KeyError: 'dtype'"),
             (lambda folder: (folder / "tokenizer.json").write_text("{}"), "the JSON of a tokenizer"),
         ],
     )
@@ -255,23 +282,10 @@ class TestReuse:
         shutil.rmtree(directory)
         assert text(build(train=["abc"])["train"]) == "abc"
 
-    def test_other_content_under_the_same_name_is_refused(self, build: Build, directory: Path) -> None:
-        build(train=["abc"])
-        with pytest.raises(ValueError, match="is of other text; delete"):
-            open_shards(directory, {"content": "other"})
-
     def test_manifest(self, build: Build, directory: Path) -> None:
         build(train=["abc"], val=["a"])
-        assert json.loads((directory / "manifest.json").read_text()) == {
-            "format": 1,
-            "vocab_size": 11,
-            "dtype": "<u2",
-            "key": KEY,
-            "splits": {  # checksums as gzip has them
-                "train": {"tokens": 3, "shards": [{"file": "train-00000.bin", "tokens": 3, "crc32": 0xFBBAE94E}]},
-                "val": {"tokens": 1, "shards": [{"file": "val-00000.bin", "tokens": 1, "crc32": 0x58C223BE}]},
-            },
-        }
+        manifest = json.loads((directory / "manifest.json").read_text())
+        assert manifest == {"dtype": "<u2", "tokens": {"train": 3, "val": 1}, "digests": {}}
 
 
 def slow_build(directory: Path, log: Path, fail_first: bool) -> None:
@@ -285,15 +299,16 @@ def slow_build(directory: Path, log: Path, fail_first: bool) -> None:
             raise ValueError("the first one fails")
         return Tokenizer.characters(["abc"])
 
-    build_shards(directory, KEY, tokenizer, {"train": ["abc"]}, None, lambda _: None)
-    assert open_shards(directory, KEY)[1]["train"].read(0, 3).tolist() == [0, 1, 2]
+    stored = {"train": labelled(["abc"])}
+    write_tokens(directory, tokenizer, stored, stored, None, lambda _: {})
+    assert open_tokens(directory).tokens["train"].read(0, 3).tolist() == [0, 1, 2]
 
 
 @pytest.mark.filterwarnings("ignore:This process.*is multi-threaded:DeprecationWarning")
 @pytest.mark.parametrize("fail_first", [False, True])
 def test_of_several_processes_one_builds(tmp_path: Path, fail_first: bool) -> None:
     fork = multiprocessing.get_context("fork")
-    arguments = (tmp_path / "shards", tmp_path / "log", fail_first)
+    arguments = (tmp_path / "tokens", tmp_path / "log", fail_first)
     processes = [fork.Process(target=slow_build, args=arguments) for _ in range(3)]
     for process in processes:
         process.start()

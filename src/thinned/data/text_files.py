@@ -1,0 +1,179 @@
+"""Text in files: which of a folder's files are used, in which split, and how their bytes become characters.
+
+A layout by split, such as train/a.txt, wiki.valid.tokens or test-00000-of-00002.jsonl, applies if something is named
+train. What has no split name is then left out. Otherwise, all files are one text, which is divided later.
+"""
+
+from __future__ import annotations
+
+import bz2
+import codecs
+import gzip
+import hashlib
+import lzma
+import re
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path, PurePath
+from typing import Any
+
+from thinned.data.order import Split
+from thinned.data.split_names import assign_splits, split_of, stored_split
+
+PROSE = frozenset([".txt", ".text", ".md", ".rst", ".tex", ".org", ".html", ".htm", ".xml", ".tokens", ".raw"])
+CODE = ".py .pyi .c .h .cc .cpp .hpp .cu .rs .go .java .kt .js .ts .css .sh .sql .lua"
+SETTINGS = ".toml .yaml .yml .ini .cfg"
+TEXT = PROSE.union(CODE.split(), SETTINGS.split())
+ROWS = {  # the builder of `datasets` for each kind of rows
+    ".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".ndjson": "json", ".parquet": "parquet",
+    ".arrow": "arrow",
+}  # fmt: skip
+OPEN: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+ABOUT = re.compile(
+    r"(readme|licen[cs]e|notice|citation|changelog|dataset_?card)\b", re.IGNORECASE
+)  # the data, not of it
+BYTE_ORDER_MARKS = {  # the longer ones first, since that of UTF-32 begins with that of UTF-16
+    codecs.BOM_UTF32_LE: "utf-32-le", codecs.BOM_UTF32_BE: "utf-32-be", codecs.BOM_UTF8: "utf-8",
+    codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be", b"": "utf-8",
+}  # fmt: skip
+
+
+def suffix(path: PurePath) -> str:
+    """Returns what a file's name ends in, in lower case and without that of a compression: ".txt" for a.TXT.gz."""
+    inner = path.with_suffix("") if path.suffix.lower() in OPEN else path
+    return inner.suffix.lower()
+
+
+@dataclass(frozen=True)
+class TextFiles:
+    """Each file is a document."""
+
+    paths: list[Path]
+
+    def __iter__(self) -> Iterator[str]:
+        for path in self.paths:
+            content = _read(path)
+            mark = next(mark for mark in BYTE_ORDER_MARKS if content.startswith(mark))
+            try:
+                yield content[len(mark) :].decode(BYTE_ORDER_MARKS[mark])
+            except UnicodeDecodeError as error:
+                offset = error.start + len(mark)
+                raise ValueError(
+                    f"Expected data.path to hold {error.encoding.upper()}, but got the byte 0x{content[offset]:02x} at "
+                    f"offset {offset} of {path}"
+                ) from None
+
+    def digest(self, root: Path) -> str:
+        """Returns a digest of names and contents."""
+        digest = hashlib.sha256()
+        for path in self.paths:
+            content = _read(path)
+            digest.update(f"{path.relative_to(root).as_posix()}\0{len(content)}\0".encode())
+            digest.update(content)
+        return digest.hexdigest()
+
+
+def _read(path: Path) -> bytes:
+    try:
+        # Reading as text would change the newlines.
+        with OPEN.get(path.suffix.lower(), open)(path, "rb") as file:
+            return file.read()
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+        raise OSError(f"Expected data.path to hold files that can be read, but got {error} ({path})") from None
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The files of each split, all of them text or all of them rows."""
+
+    splits: dict[Split, list[Path]]  # "train", and "val" and "test" if they are stored
+    rows: bool
+    left_out: list[str]  # what is there and not used
+
+
+def layout(folder: Path, leave_out: Sequence[str]) -> Layout | None:
+    """Returns which files of a folder are for which split, or the file itself for training.
+
+    Args:
+        folder: A folder or a file.
+        leave_out: Names of splits, folders and files that are not to be used; `*` stands for any part of a name.
+
+    Returns:
+        The layout; None if there is neither text nor rows.
+
+    Raises:
+        ValueError: If it is not clear what to use, or there is nothing that is called as in `leave_out`.
+    """
+    if folder.is_file():
+        return Layout({"train": [folder]}, suffix(folder) in ROWS, [])
+    files = sorted((path.relative_to(folder) for path in _walk(folder, set())), key=Path.as_posix)
+    names = {path: _split_name(path) for path in files}
+    for given in leave_out:
+        if not any(_is_named(path, names[path], given) for path in files):
+            raise ValueError(
+                f"Expected data.leave_out to name splits, folders or files of data.path, but got {given!r}"
+            )
+    used = [path for path in files if not any(_is_named(path, names[path], given) for given in leave_out)]
+    used = _of_one_kind(used, names)
+    if not used:
+        return None
+    splits: dict[Split, list[Path]] = {"train": used}
+    if any(split_of(names[path] or "") for path in used):
+        splits = _by_split(used, names)
+    chosen = {path for paths in splits.values() for path in paths}
+    full = {split: [folder / path for path in paths] for split, paths in splits.items()}
+    return Layout(full, suffix(used[0]) in ROWS, [path.as_posix() for path in files if path not in chosen])
+
+
+def _walk(folder: Path, seen: set[Path]) -> Iterator[Path]:
+    """Yields the files below a folder that are not hidden. A link to a folder is followed, but no folder twice."""
+    real = folder.resolve()
+    if real in seen:
+        return
+    seen.add(real)
+    for path in sorted(folder.iterdir(), key=lambda path: (path.is_symlink(), path.name)):
+        if path.name.startswith("."):
+            continue
+        if path.is_dir():
+            yield from _walk(path, seen)
+        elif path.is_file():
+            yield path
+
+
+def _split_name(path: Path) -> str | None:
+    """Returns the name of a file's split, which for programs and settings is that of a folder: train.py is none."""
+    return stored_split(path if suffix(path) in PROSE or suffix(path) in ROWS else path.parent / "_")
+
+
+def _is_named(path: Path, split: str | None, given: str) -> bool:
+    return any(fnmatchcase(name, given) for name in (path.as_posix(), *path.parts, split or ""))
+
+
+def _of_one_kind(files: list[Path], names: dict[Path, str | None]) -> list[Path]:
+    """Returns the files that are text, or those that are rows; ValueError if it is not clear which are meant."""
+    rows = [path for path in files if suffix(path) in ROWS]
+    texts = [path for path in files if suffix(path) in TEXT]
+    if not rows or not texts:
+        return rows or texts
+    if all(ABOUT.match(path.name) for path in texts):
+        return rows
+    with_train = [kind for kind in (rows, texts) if any(split_of(names[path] or "") == "train" for path in kind)]
+    if len(with_train) == 1:
+        return with_train[0]
+    raise ValueError(
+        f"Expected text or rows in data.path, but got both, such as {texts[0]} and {rows[0]}: name what is not to be "
+        f"used in data.leave_out, such as '*{rows[0].suffix}'"
+    )
+
+
+def _by_split(files: list[Path], names: dict[Path, str | None]) -> dict[Split, list[Path]]:
+    """Returns the files of each split, or all files for training if none is named train."""
+    stored = sorted({name for path in files if (name := names[path])})
+    if not any(split_of(name) == "train" for name in stored):
+        if all(names[path] for path in files):
+            raise ValueError(f"Expected data.path to have a split 'train', but got {stored}")
+        return {"train": files}
+    splits, _ = assign_splits(stored)
+    return {split: [path for path in files if names[path] == name] for split, name in splits.items()}

@@ -1,0 +1,222 @@
+"""How text is divided into training, validation and test: a fact of a run, which its checkpoint keeps.
+
+Splits that are stored are used as they are. Those that are missing are taken from the stored "train":
+
+- By document, if each of them can expect `ENOUGH` documents. A hash of the document and the seed decides, so a set that
+  grows or is reordered keeps each document where it is, and copies of a document are on one side.
+- Otherwise by position, as nanoGPT does with its single document: they are the end of the text.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from xxhash import xxh3_64_intdigest
+
+from thinned.data.order import Split
+from thinned.data.token_stream import Document, sure_to_fit
+from thinned.data.tokens import Tokens
+
+ENOUGH = 10
+KEPT_HASHES = 64  # of a split: they tell whether another set has documents of it, unless it has few
+Range = tuple[Split, int, int]  # tokens of a file, from start to stop
+
+
+@dataclass(frozen=True)
+class SplitRule:
+    """How a stored "train" is divided.
+
+    Args:
+        val: Fraction for validation; 0 if a split is stored for it.
+        test: Fraction for the test, likewise.
+        seed: Seed of the hash of documents.
+        by_document: Whether whole documents are taken, instead of the end of the text.
+    """
+
+    val: float
+    test: float
+    seed: int
+    by_document: bool
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any], stored: Collection[Split], *, by_document: bool) -> SplitRule:
+        """Returns the rule by these settings of the data, if these splits are stored."""
+        val, test = (0.0 if split in stored else settings[f"{split}_fraction"] for split in ("val", "test"))
+        return cls(val, test, settings["split_seed"], by_document)
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        """Fractions of the tokens in the file "train" at which training and validation end."""
+        return (1.0, 1.0) if self.by_document else (1 - self.val - self.test, 1 - self.test)
+
+    @property
+    def taken(self) -> list[Split]:
+        """The splits that consist of documents of the stored "train"."""
+        fractions: dict[Split, float] = {"train": 1.0, "val": self.val, "test": self.test}
+        return [split for split, fraction in fractions.items() if fraction] if self.by_document else []
+
+    def hash(self, text: str) -> int:
+        """Returns 64 bits, a function of seed and document."""
+        return xxh3_64_intdigest(text.encode(errors="surrogatepass"), self.seed)
+
+    def split_of(self, document_hash: int) -> Split:
+        """Returns the split of a document: more of them for validation or test are the same ones and others."""
+        place = document_hash / 2**64
+        return "test" if place < self.test else "val" if place < self.test + self.val else "train"
+
+
+def enough_documents(documents: Iterable[str], rule: SplitRule, max_tokens: int | None) -> bool:
+    """Returns whether so many documents are sure to be kept that each part of them can expect `ENOUGH`."""
+    fractions = [fraction for fraction in (rule.val, rule.test) if fraction]
+    if not fractions:
+        return False
+    least = ENOUGH / min(fractions)
+    kept = sure_to_fit((("train", text) for text in documents if text), max_tokens)
+    return sum(1 for _ in islice(kept, int(least) + 1)) >= least
+
+
+@dataclass
+class SplitDocuments:
+    """Documents of a stored split, each with the split to which it goes."""
+
+    stored: Split
+    documents: Iterable[str]
+    rule: SplitRule
+    smallest: dict[Split, list[int]] = field(default_factory=dict)  # hashes, in ascending order
+
+    def __iter__(self) -> Iterator[Document]:
+        for text in self.documents:
+            if self.stored != "train" or not self.rule.by_document:
+                yield self.stored, text
+                continue
+            number = self.rule.hash(text)
+            split = self.rule.split_of(number)
+            smallest = self.smallest.setdefault(split, [])
+            if (len(smallest) < KEPT_HASHES or number < smallest[-1]) and number not in smallest:
+                insort(smallest, number)
+                del smallest[KEPT_HASHES:]
+            yield split, text
+
+    @property
+    def digests(self) -> dict[Split, str]:
+        """Tells sets of documents apart in each split: the smallest hashes, whatever their order."""
+        return {split: "".join(f"{number:016x}" for number in self.smallest[split]) for split in self.smallest}
+
+
+def shares_documents(digest: str, documents: Iterable[str], rule: SplitRule) -> bool:
+    """Returns whether any of the documents is among those of a digest by the same rule."""
+    known = {int(digest[i : i + 16], 16) for i in range(0, len(digest), 16)}
+    return any(rule.hash(text) in known for text in documents)
+
+
+def new_ranges(rule: SplitRule, counts: Mapping[Split, int]) -> dict[Split, Range]:
+    """Returns the tokens of each split, given the number of tokens of each file."""
+    train, val = (int(end * counts["train"]) for end in rule.ends)
+    ranges: dict[Split, Range] = {"train": ("train", 0, train)}
+    ranges["val"] = ("val", 0, counts["val"]) if "val" in counts else ("train", train, val)
+    ranges["test"] = ("test", 0, counts["test"]) if "test" in counts else ("train", val, counts["train"])
+    if "test" not in counts and not rule.test:
+        ranges["test"] = ranges["val"]
+    return ranges
+
+
+def whole_ranges(counts: Mapping[Split, int]) -> dict[Split, Range]:
+    """Returns the stored splits of a text that was not trained on, or else all of it for each."""
+    names: list[Split] = ["train", "val", "test"]
+    files: dict[Split, Split] = {split: split if split in counts else "train" for split in names}
+    return {split: (file, 0, counts[file]) for split, file in files.items()}
+
+
+def check_sizes(ranges: Mapping[Split, Range], counts: Mapping[Split, int], context_length: int | None) -> None:
+    """Raises a ValueError if a split has too few tokens; None for `context_length` if there is no training."""
+    for split, (name, start, stop) in ranges.items():
+        least, reason, change = 2, "an input and its target", f"larger data.{split}_fraction"
+        if split == "train" and context_length:
+            least, reason = context_length + 1, "one more than data.context_length"
+            change = "smaller data.context_length"
+        if stop - start < least:
+            raise ValueError(
+                f"Expected at least {least} tokens for {split} ({reason}), but got {stop - start} of the "
+                f"{counts[name]} in data.path: choose a {change} or a longer text (data.max_tokens)"
+            )
+
+
+def kept_ranges(kept: Mapping[str, Any], path: str, tokens: Mapping[Split, Tokens]) -> dict[Split, Range] | None:
+    """Returns the tokens of the splits of a checkpoint, in the text as it is now.
+
+    What has been added to the end of a text is in no split. Stored splits, and documents, are used as they are now.
+
+    Args:
+        kept: The `split` in the state of a `TextDataModule`.
+        path: The value of `data.path` now.
+        tokens: The tokens of each file now. If the checkpoint's documents were split, these are, by the same rule.
+
+    Returns:
+        The tokens of each split; None if this is not the text of the checkpoint.
+
+    Raises:
+        ValueError: If it cannot be known which part of the text was trained on.
+    """
+    parts: dict[Split, dict[str, Any]] = kept["parts"]
+    for split, stored in tokens.items():
+        if split != "train" and stored.digest == parts["train"]["digest"]:
+            raise ValueError(f"Expected a {split} split in data.path that was not trained on, but got that of train")
+    start, stop = parts["train"]["start"], parts["train"]["stop"]
+    same = kept["by_document"] or (
+        len(tokens["train"]) >= stop and tokens["train"].part(start, stop).digest == parts["train"]["digest"]
+    )
+    if not same and Path(kept["path"]).expanduser().resolve() != Path(path).expanduser().resolve():
+        return None
+    by_position = not kept["by_document"] and "train" in (parts["val"]["file"], parts["test"]["file"])
+    if by_position and not same:
+        raise ValueError(
+            f"Expected data.path to begin with the {stop:,} tokens that the checkpoint was trained on, but got a text "
+            f"that has changed before that in {path!r}; another text to predict needs another path"
+        )
+    ranges: dict[Split, Range] = {}
+    for split, part in parts.items():
+        file: Split = part["file"]
+        if file not in tokens:
+            raise ValueError(f"Expected data.path to have a stored split {file!r}, as in training, but got {[*tokens]}")
+        if file == "train" and by_position:
+            start, stop = (min(part[end], len(tokens[file])) for end in ("start", "stop"))
+            ranges[split] = file, start, stop
+        else:
+            ranges[split] = file, 0, len(tokens[file])
+    return ranges
+
+
+def differences(
+    kept: Mapping[str, Any], now: Mapping[str, Any], settings: Mapping[str, Any], counts: Mapping[Split, int]
+) -> list[str]:
+    """Returns what is to be said of settings and text that are not those of the checkpoint.
+
+    Args:
+        kept: The `split` in the state of a `TextDataModule`.
+        now: The same of the text as it is now, split as the checkpoint has it.
+        settings: The settings of the data now.
+        counts: The number of tokens of each file now.
+    """
+    keys = [f"{split}_fraction" for split in ("val", "test") if split not in kept["stored"]]
+    said = [
+        f"Kept data.{key} {kept[key]} of the checkpoint, instead of {settings[key]}"
+        for key in [*keys, *["split_seed"] * kept["by_document"]]
+        if kept[key] != settings[key]
+    ]
+    changes, ends = [], dict.fromkeys(counts, 0)
+    for split, part in now["parts"].items():
+        before, after = (each["stop"] - each["start"] for each in (kept["parts"][split], part))
+        if before != after:
+            changes.append(f"{split} has {after:,} tokens instead of {before:,}")
+        elif part["digest"] != kept["parts"][split]["digest"]:
+            changes.append(f"{split} has other text")
+        ends[part["file"]] = max(ends[part["file"]], part["stop"])
+    if counts["train"] > ends["train"]:
+        changes.append(f"the {counts['train'] - ends['train']:,} tokens at its end are in no split")
+    changes += [f"its stored split {file} is not used" for file, end in ends.items() if not end]
+    return said + ([f"data.path has changed since training: {'; '.join(changes)}"] if changes else [])

@@ -1,0 +1,262 @@
+"""The same text in any files gives the same tokens, and what files are called decides their split."""
+
+import bz2
+import codecs
+import csv
+import gzip
+import io
+import json
+import logging
+import lzma
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar
+
+import datasets
+import pytest
+
+from thinned.data import TextDataModule
+from thinned.data.text_files import TextFiles, layout
+from thinned.data.text_sources import read_text
+
+TEXT = 'First line, "quoted".\r\n\r\n  NA\tnull\n\u2028naïve \ufeff 👩‍👧 <|endoftext|>\n' * 3
+SPLITS = {"train": TEXT, "val": "valid: " + TEXT, "test": "test: " + TEXT}
+PACK: dict[str, Callable[[bytes], bytes]] = {
+    "": bytes,
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+}
+
+
+@pytest.fixture(autouse=True)
+def caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
+
+
+def content(suffix: str, text: str) -> bytes:
+    """A file of one document."""
+    rows = [{"text": text}]
+    if suffix in (".csv", ".tsv"):
+        file = io.StringIO(newline="")
+        csv.writer(file, delimiter="\t" if suffix == ".tsv" else ",").writerows([["text"], [text]])
+        return file.getvalue().encode()
+    if suffix == ".parquet":
+        buffer = io.BytesIO()
+        datasets.Dataset.from_list(rows).to_parquet(buffer)
+        return buffer.getvalue()
+    if suffix == ".json":
+        return json.dumps(rows).encode()
+    return json.dumps(rows[0]).encode() if suffix == ".jsonl" else text.encode()
+
+
+def write(folder: Path, files: dict[str, bytes | str]) -> Path:
+    for name, text in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return folder
+
+
+def splits(path: Path, **options: Any) -> dict[str, list[str]]:
+    return {split: list(documents) for split, documents in read_text(str(path), **options).splits.items()}
+
+
+def tokens(path: Path, tmp_path: Path) -> dict[str, list[int]]:
+    data = TextDataModule(str(path), context_length=4, cache_dir=str(tmp_path / "tokens"))
+    data.setup()
+    return {split: part.read(0, len(part)).tolist() for split, part in data.tokens.items()}
+
+
+@pytest.mark.parametrize("packed", PACK)
+@pytest.mark.parametrize("suffix", [".txt", ".csv", ".tsv", ".json", ".jsonl", ".parquet", ".JSONL"])
+def test_the_same_text_gives_the_same_tokens(suffix: str, packed: str, tmp_path: Path) -> None:
+    if suffix == ".parquet" and packed:
+        pytest.skip("parquet is compressed inside")
+    name = f"some{suffix}{packed}"
+    write(tmp_path / "folder", {name: PACK[packed](content(suffix.lower(), TEXT))})
+    write(tmp_path, {"plain.txt": TEXT})
+    assert splits(tmp_path / "folder") == splits(tmp_path / "folder" / name) == {"train": [TEXT]}
+    assert tokens(tmp_path / "folder" / name, tmp_path) == tokens(tmp_path / "plain.txt", tmp_path)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("train.txt", "valid.txt", "test.txt"),
+        ("wiki.train.tokens", "wiki.valid.tokens", "wiki.test.tokens"),
+        ("ptb.train.txt", "ptb.dev.txt", "ptb.testing.txt"),
+        ("shakespeare_train.txt.gz", "shakespeare_val.txt", "shakespeare_test.txt"),
+        ("train/a.txt", "valid/a.txt", "test/train.txt"),
+        ("data/Training/x/a.txt", "data/DEV/a.txt", "data/Test/a.txt"),
+        ("train.csv", "eval.csv", "test.csv"),
+        ("data/train-00000-of-00001.jsonl", "data/validation-00000-of-00001.jsonl", "data/test-00000-of-00001.jsonl"),
+        ("train_0.json.gz", "evaluation_0.parquet", "test.JSONL"),
+        ("train/rows.parquet", "val/rows.parquet", "test/rows.parquet"),
+        ("train/a.py", "val/train.py", "test/c.py"),
+    ],
+)
+def test_what_is_named_for_a_split_is_in_it(names: tuple[str, ...], tmp_path: Path) -> None:
+    for name, text in zip(names, SPLITS.values(), strict=True):
+        packed = ".gz" * name.endswith(".gz")
+        suffix = Path(name.removesuffix(".gz")).suffix.lower()
+        write(tmp_path / "set", {name: PACK[packed](content(suffix, text))})
+    write(
+        tmp_path / "set", {"README.md": "About it.", ".gitattributes": "*", "extra/notes.md": "More.", "x.png": "PNG"}
+    )
+    if names[0].endswith((".csv", ".jsonl", ".json.gz", ".parquet")):  # text and rows that are not just about them
+        assert read_text(str(tmp_path / "set")).left_out == ["README.md", "extra/notes.md", "x.png"]
+    assert splits(tmp_path / "set") == {split: [text] for split, text in SPLITS.items()}
+
+
+def test_shards_of_a_split_are_in_order(tmp_path: Path) -> None:
+    write(tmp_path / "set", {f"train-{i:05d}-of-00012.txt": str(i) for i in reversed(range(12))})
+    assert splits(tmp_path / "set") == {"train": [str(i) for i in range(12)]}
+
+
+class TestWithoutASplitForTraining:
+    def test_names_mean_nothing_beside_others(self, tmp_path: Path) -> None:
+        write(tmp_path / "set", {"test.txt": "a", "stress_test.md": "b", "valid/c.txt": "c", "story.txt": "d"})
+        assert splits(tmp_path / "set") == {"train": ["d", "b", "a", "c"]}
+
+    def test_programs_are_not_splits(self, tmp_path: Path) -> None:
+        write(tmp_path / "set", {"train.py": "a", "model.py": "b", "test.py": "c", "config.train.yaml": "d"})
+        assert splits(tmp_path / "set") == {"train": ["d", "b", "c", "a"]}
+
+    @pytest.mark.parametrize("suffix", [".txt", ".csv"])
+    def test_the_others_alone_are_refused(self, suffix: str, tmp_path: Path) -> None:
+        write(tmp_path / "set", {f"{name}{suffix}": content(suffix, "a") for name in ("test", "dev")})
+        with pytest.raises(ValueError, match=r"Expected data.path to have a split 'train', but got \['dev', 'test'\]"):
+            read_text(str(tmp_path / "set"))
+
+
+class TestClones:
+    """Of the repository of a dataset: what is about the rows is not one of them."""
+
+    @pytest.mark.parametrize("name", ["train.csv", "train.json", "train.jsonl.gz", "train.JSONL", "rows.parquet"])
+    def test_have_a_readme(self, name: str, tmp_path: Path) -> None:
+        suffix = Path(name.removesuffix(".gz")).suffix.lower()
+        rows = PACK[".gz" * name.endswith(".gz")](content(suffix, TEXT))
+        about = {
+            "README.md": "---\nlicense: mit\n---\n# My corpus\n" * 60,
+            ".gitattributes": "*.gz lfs",
+            "LICENSE.txt": "x",
+        }
+        write(tmp_path / "set", {f"data/{name}": rows, **about})
+        source = read_text(str(tmp_path / "set"))
+        assert {split: list(documents) for split, documents in source.splits.items()} == {"train": [TEXT]}
+        assert source.left_out == ["LICENSE.txt", "README.md"]
+
+    def test_may_say_themselves_which_files_are_which(self, tmp_path: Path) -> None:
+        configs = [{"config_name": "default", "data_files": [{"split": "train", "path": "other.csv"}]}]
+        readme = f"---\nlicense: mit\nconfigs: {json.dumps(configs)}\n---\n"
+        write(tmp_path / "set", {"README.md": readme, "train.csv": "text\nno\n", "other.csv": "text\nyes\n"})
+        assert splits(tmp_path / "set") == {"train": ["yes"]}
+
+
+class TestTwoKinds:
+    def test_are_refused(self, tmp_path: Path) -> None:
+        write(tmp_path / "set", {"notes.txt": "a", "rows.csv": "text\nb\n"})
+        message = r"text or rows in data.path, but got both, such as notes.txt and rows.csv: .*leave_out, .* '\*.csv'"
+        with pytest.raises(ValueError, match=message):
+            read_text(str(tmp_path / "set"))
+        assert splits(tmp_path / "set", leave_out=["*.csv"]) == {"train": ["a"]}
+        assert splits(tmp_path / "set", leave_out=["notes.txt"]) == {"train": ["b"]}
+
+    def test_of_rows_are_refused(self, tmp_path: Path) -> None:
+        write(tmp_path / "set", {"a.json": '[{"text": "a"}]', "rows.csv": "text\nb\n"})
+        with pytest.raises(ValueError, match=r"rows of one kind, but got files of several kinds, \['.csv', '.json'\]"):
+            read_text(str(tmp_path / "set"))
+
+    def test_that_one_is_named_for_training_decides(self, tmp_path: Path) -> None:
+        write(tmp_path / "set", {"notes.txt": "a", "train.csv": "text\nb\n"})
+        source = read_text(str(tmp_path / "set"))
+        assert (list(source.splits["train"]), source.left_out) == (["b"], ["notes.txt"])
+
+
+class TestLeaveOut:
+    FILES: ClassVar = {"train.txt": "a", "dev.txt": "b", "valid.txt": "c", "old/train.txt": "d"}
+
+    def test_names_one_of_two_splits(self, tmp_path: Path) -> None:
+        write(tmp_path / "set", self.FILES)
+        with pytest.raises(ValueError, match=r"one stored split for val in data.path, but got 'dev' and 'valid'"):
+            read_text(str(tmp_path / "set"))
+        source = read_text(str(tmp_path / "set"), leave_out=["dev", "old"])
+        assert {split: list(documents) for split, documents in source.splits.items()} == {"train": ["a"], "val": ["c"]}
+        assert source.left_out == ["dev.txt", "old/train.txt"]
+
+    def test_must_be_there(self, tmp_path: Path) -> None:
+        write(tmp_path / "set", self.FILES)
+        with pytest.raises(
+            ValueError, match=r"leave_out to name splits, folders or files of data.path, but got 'devel'"
+        ):
+            read_text(str(tmp_path / "set"), leave_out=["devel"])
+        with pytest.raises(ValueError, match=r"as data.leave_out is \['a'\], but got 'pydocs'"):
+            read_text("pydocs", leave_out=["a"])
+
+    def test_stored_splits_of_any_name(self, tmp_path: Path) -> None:
+        rows = {
+            name: datasets.Dataset.from_dict({"text": [name]}) for name in ("Train", "DEV", "testing", "unlabelled")
+        }
+        datasets.DatasetDict(rows).save_to_disk(tmp_path / "set")
+        source = read_text(str(tmp_path / "set"))
+        assert {split: list(documents) for split, documents in source.splits.items()} == {
+            "train": ["Train"],
+            "val": ["DEV"],
+            "test": ["testing"],
+        }
+        assert source.left_out == ["unlabelled"]
+        assert set(splits(tmp_path / "set", leave_out=["testing"])) == {"train", "val"}
+
+    def test_is_said_with_counts(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        caplog.set_level(logging.INFO)
+        write(tmp_path / "set", {"train.txt": TEXT, ".hidden": "x", **{f"{i}.png": "x" for i in range(8)}})
+        tokens(tmp_path / "set", tmp_path)
+        assert "Left out of data.path: 0.png, 1.png, 2.png, 3.png, 4.png and 3 more" in caplog.messages
+
+
+def test_a_linked_folder_is_read_once(tmp_path: Path) -> None:
+    write(tmp_path, {"set/a.txt": "a", "elsewhere/b.txt": "b", "elsewhere/deep/c.txt": "c"})
+    (tmp_path / "set/link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "set/again").symlink_to(tmp_path / "elsewhere/deep")
+    (tmp_path / "elsewhere/deep/up").symlink_to(tmp_path / "set")
+    found = layout(tmp_path / "set", [])
+    assert found
+    assert sorted(text for (text,) in ([path.read_text()] for path in found.splits["train"])) == ["a", "b", "c"]
+
+
+class TestBytes:
+    @pytest.mark.parametrize(
+        ("mark", "encoding"),
+        [
+            (codecs.BOM_UTF8, "utf-8"),
+            (codecs.BOM_UTF16_LE, "utf-16-le"),
+            (codecs.BOM_UTF16_BE, "utf-16-be"),
+            (codecs.BOM_UTF32_LE, "utf-32-le"),
+            (b"", "utf-8"),
+        ],
+    )
+    def test_a_byte_order_mark_is_no_character(self, mark: bytes, encoding: str, tmp_path: Path) -> None:
+        path = tmp_path / "a.txt"
+        path.write_bytes(mark + TEXT.encode(encoding))
+        assert list(TextFiles([path])) == [TEXT]
+
+    def test_nor_is_it_in_rows(self, tmp_path: Path) -> None:
+        for suffix in (".csv", ".jsonl"):
+            (tmp_path / f"a{suffix}").write_bytes(codecs.BOM_UTF8 + content(suffix, TEXT))
+            assert splits(tmp_path / f"a{suffix}") == {"train": [TEXT]}
+
+    def test_that_are_no_text_are_named_by_their_offset_in_the_file(self, tmp_path: Path) -> None:
+        (tmp_path / "a.txt").write_bytes(codecs.BOM_UTF8 + b"ab\xff")
+        with pytest.raises(ValueError, match=r"hold UTF-8, but got the byte 0xff at offset 5 of .*a.txt$"):
+            list(TextFiles([tmp_path / "a.txt"]))
+
+    def test_that_are_not_compressed(self, tmp_path: Path) -> None:
+        for suffix in (".gz", ".bz2", ".xz"):
+            path = tmp_path / f"a.txt{suffix}"
+            path.write_bytes(b"plain")
+            with pytest.raises(OSError, match=r"Expected data.path to hold files that can be read, but got .*a.txt"):
+                list(TextFiles([path]))
+            path.write_bytes(PACK[suffix](TEXT.encode() * 99)[:-9])
+            with pytest.raises(OSError, match=r"Expected data.path to hold files that can be read, but got .*a.txt"):
+                list(TextFiles([path]))
