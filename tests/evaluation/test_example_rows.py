@@ -119,7 +119,7 @@ def test_scores_of_examples_are_those_of_their_probabilities() -> None:
     probs = {"mc_dropout": mc_predict(net, x, num_samples=S, seed=3).mean, "deterministic": net(x).softmax(-1)}
     for way, predicted in probs.items():
         expected = classification_scores(predicted, y)
-        assert len(expected) == 6
+        assert len(expected) == 7
         assert scores(rows, f"{way}_") == pytest.approx(expected, rel=1e-6)
 
 

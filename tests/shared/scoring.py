@@ -11,7 +11,7 @@ def classification_scores(probs: Tensor, targets: Tensor) -> dict[str, float]:
     confidence, prediction = probs.max(-1)
     return scores(
         {
-            "confidence": confidence, "correct": prediction == targets, "predictive_entropy": entropy(probs),
-            "nll": nll(probs, targets), "brier": brier(probs, targets),
+            "target": targets, "confidence": confidence, "correct": prediction == targets,
+            "predictive_entropy": entropy(probs), "nll": nll(probs, targets), "brier": brier(probs, targets),
         }
     )  # fmt: skip

@@ -48,7 +48,7 @@ def numbers(trainer: Trainer) -> dict[str, float]:
 def test_validation_and_test_log_the_same_metrics(make_trainer: MakeTrainer) -> None:
     data = loader(*digits(40), batch_size=16)
     trainer, task = make_trainer(max_epochs=1, log_every_n_steps=1), ClassificationTask(net())
-    names = ["loss", "accuracy", "nll", "brier", "ece"]
+    names = ["loss", "accuracy", "balanced_accuracy", "nll", "brier", "ece"]
     trainer.fit(task, data, data)
     assert numbers(trainer).keys() == {"train/loss", "train/accuracy", *(f"val/{name}" for name in names)}
     trainer.test(task, data, verbose=False)
@@ -213,7 +213,8 @@ def test_label_smoothing_outside_its_range_is_refused(share: float) -> None:
 def test_rank_without_examples_takes_part_in_the_scores(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first rank may have the only examples: the others must gather too."""
     task, logged = ClassificationTask(net()), {}
-    other = torch.tensor([[1.0, 0.0], [0.5, 0.75], [0.25, 1.0], [0.5, 1.5]])  # correct, confidence, nll, brier
+    # Target, correct, confidence, NLL and Brier score of two examples
+    other = torch.tensor([[0.0, 1.0], [1.0, 0.0], [0.5, 0.75], [0.25, 1.0], [0.5, 1.5]])
     monkeypatch.setattr("thinned.tasks.task.of_all_ranks", lambda own: [[other], own])
     monkeypatch.setattr(task, "log_dict", lambda scores, **_: logged.update(scores))
     task.on_validation_epoch_end()

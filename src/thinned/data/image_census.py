@@ -63,7 +63,10 @@ def _of_files(images: StoredImages, known: np.ndarray | None) -> np.ndarray:
     found = np.zeros(len(images), FILES)
     for row, stored in _stored(images):
         assert stored is not None
-        state = Path(stored["path"]).stat()
+        try:
+            state = Path(stored["path"]).stat()
+        except OSError as error:
+            raise images.unreadable(row, error) from None
         found[row] = content_hash(stored["path"].encode()), state.st_size, state.st_mtime_ns, 0, 0
     same = np.zeros(len(found), bool)
     if known is not None and len(known):

@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
+from PIL.Image import Image
 from sklearn.datasets import load_digits
 from torch import Tensor
 
@@ -117,10 +118,7 @@ class StoredImages:
         return torch.from_numpy(np.stack([self._pixels(*each) for each in zip(rows.tolist(), stored, strict=True)]))
 
     def _pixels(self, row: int, stored: dict[str, Any]) -> np.ndarray:
-        try:
-            image = open_image(stored)
-        except Exception as error:
-            raise self.unreadable(row, error) from None
+        image = self.open(row, stored)
         try:
             return to_array(image, self.shape, resize=self.resize, deep=self.deep, background=self.background)
         except ValueError as error:
@@ -130,8 +128,17 @@ class StoredImages:
                 f"Expected all images of data.path to be {change}, but {self.names([row])[0]} {error}"
             ) from None
 
+    def open(self, row: int, stored: dict[str, Any] | None = None) -> Image:
+        """Decodes an image; OSError if it cannot be."""
+        try:
+            return open_image(stored or self.stored[row]["image"])
+        except Exception as error:  # PIL raises many types
+            raise self.unreadable(row, error) from None
+
     def unreadable(self, row: int, error: Exception) -> OSError:
-        """Returns the error for an image that PIL cannot read, since PIL names neither file nor row."""
+        """Returns the error for an image that cannot be read, since PIL names neither file nor row."""
+        if isinstance(error, OSError) and error.errno:
+            return OSError(f"Expected data.path to hold all its images while they are read, but got {error}")
         cause = str(error).partition(" <_io")[0]
         return OSError(f"Expected images in data.path that can be decoded, but got {self.names([row])[0]} ({cause})")
 

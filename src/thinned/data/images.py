@@ -27,7 +27,7 @@ from thinned.data.image_sources import Statistics, StoredImages, channel_statist
 from thinned.data.labels import Labels, label_column, match_names, read_labels, shortened
 from thinned.data.module import SplitDataModule
 from thinned.data.order import Split
-from thinned.data.pixels import COLOUR, DEPTH, FRAMES, SCALES, open_image
+from thinned.data.pixels import COLOUR, DEPTH, FRAMES, SCALES
 from thinned.data.split_names import assign_splits
 
 HalfTurn = restricted_number_type("HalfTurn", float, [(">=", 0), ("<=", 180)], docstring="Degrees in [0, 180].")
@@ -171,7 +171,7 @@ class ImageDataModule(SplitDataModule):
         if several := int((headers & FRAMES > 0).sum()):
             rank_zero_info(f"{several} images of data.path have several frames: the first is used")
         size = self.hparams["image_size"]
-        width, height = (size, size) if size else open_image(self._stored[train].stored[0]["image"]).size
+        width, height = (size, size) if size else self._stored[train].open(0).size
         channels = 3 if (headers & COLOUR).any() else 1
         self.image_shape = (trained.get("channels", channels), height, width)
         self._deep = bool((headers & DEPTH).any())
@@ -277,7 +277,7 @@ class ImageDataModule(SplitDataModule):
         self._trained, self._statistics = state_dict, Statistics(**state_dict["statistics"])
         if state_dict["background"] != self.hparams["background"]:
             rank_zero_info(f"The background is that of the training: {state_dict['background']} (data.background)")
-        if self._images:  # Lightning loads a checkpoint after setup
+        if self._images and self.state_dict() != state_dict:  # Lightning loads a checkpoint after setup
             self._images = {}
             self.setup()
 
