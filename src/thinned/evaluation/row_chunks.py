@@ -68,7 +68,8 @@ def merge(chunks: Sequence[Path], path: Path, metadata: Mapping[str, Any]) -> No
     rows = dataset.dataset(chunks, format="parquet")
     index = _distinct_index(chunks)
     schema = rows.schema.with_metadata({key: json.dumps(value) for key, value in metadata.items()})
-    with whole_file(path) as temporary, pq.ParquetWriter(temporary, schema) as writer:
+    flat = [field.name for field in schema if not pa.types.is_list(field.type)]  # probabilities hardly repeat
+    with whole_file(path) as temporary, pq.ParquetWriter(temporary, schema, use_dictionary=flat) as writer:
         size = max(1, GROUP_BYTES // rows.head(1).nbytes)
         for start in range(0, len(index), size):
             wanted = index[start : start + size]
