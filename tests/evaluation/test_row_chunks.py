@@ -73,23 +73,23 @@ def test_rows_in_any_order_are_all_there_once(chunks: list[list[int]], tmp_path:
 
 
 def test_merge_holds_few_rows_of_many(tmp_path: Path) -> None:
-    """Of 3 ranks with 40 chunks of 250 rows each, and of one that went on in the middle: what overlaps is 4 chunks."""
-    chunks = [range(3 * i + rank, 3 * i + 750, 3) for rank in range(3) for i in range(0, 10_000, 250)]
-    chunks += [range(start, start + 250) for start in range(30_000, 60_000, 250)]
+    """Of 3 ranks with 40 chunks of 1000 rows each, and of one that went on in the middle: what overlaps is 4 chunks."""
+    chunks = [range(3 * i + rank, 3 * i + 3000, 3) for rank in range(3) for i in range(0, 40_000, 1000)]
+    chunks += [range(start, start + 1000) for start in range(120_000, 240_000, 1000)]
     writer = ChunkWriter(tmp_path, "rank0")
     for index in chunks:
-        writer.write({"index": torch.tensor(index), "probs": torch.rand(len(index), 100)})
+        writer.write({"index": torch.tensor(index), "probs": torch.rand(len(index), 25)})
         writer.flush()
     # A process of its own, since the most that Arrow ever held cannot be set back.
     script = (
         "import pathlib, pyarrow; from thinned.evaluation import row_chunks\n"
-        "row_chunks.GROUP_BYTES = 2500 * 400\n"
+        "row_chunks.GROUP_BYTES = 5000 * 100\n"
         "row_chunks.merge(sorted(pathlib.Path().glob('*.parquet')), pathlib.Path('merged'), {})\n"
         "print(pyarrow.default_memory_pool().max_memory())"
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert pq.ParquetFile(tmp_path / "merged").read(["index"])["index"].to_pylist() == list(range(60_000))
-    assert 0 < int(done.stdout) < 60_000 * 100 * 4 / 4
+    assert pq.ParquetFile(tmp_path / "merged").read(["index"])["index"].to_pylist() == list(range(240_000))
+    assert 0 < int(done.stdout) < 240_000 * 25 * 4 / 4
 
 
 def test_file_does_not_depend_on_how_its_rows_were_dealt_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
