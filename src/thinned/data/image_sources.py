@@ -26,7 +26,9 @@ from torch import Tensor
 from thinned.data.hugging_face import is_saved, read_stored
 from thinned.data.image_folder import is_image, read_image_folder, walk
 from thinned.data.pixels import open_image, to_array
+from thinned.data.split_names import split_of, stored_split
 
+BUILDERS = {".parquet": "parquet", ".arrow": "arrow"}  # of `datasets`, for files with images in them
 EXPECTED = "'digits', a folder of images, the folder of a dataset or its id on the Hugging Face Hub"
 
 
@@ -50,10 +52,34 @@ def read_splits(path: str) -> tuple[dict[str, datasets.Dataset], list[str]]:
     folder = Path(path).expanduser()
     if folder.is_dir() and not is_saved(folder):
         files = list(walk(folder))
-        if any(map(is_image, files)) and not any(file.suffix.lower() in (".parquet", ".arrow") for file in files):
+        if tables := _tables_by_split(folder, files):
+            used = {table for of_split in tables.values() for table in of_split}
+            splits, left_out = _read_tables(tables), [file for file in files if file not in used]
+        elif any(map(is_image, files)):
             splits, left_out = read_image_folder(folder, files)
-            return splits, [str(file.relative_to(folder)) for file in left_out]
+        else:
+            return read_stored(path, EXPECTED, needs_train=False), []  # which says what is wrong
+        return splits, [str(file.relative_to(folder)) for file in left_out]
     return read_stored(path, EXPECTED, needs_train=False), []
+
+
+def _tables_by_split(folder: Path, files: list[Path]) -> dict[str, list[Path]]:
+    """Returns files of rows by the split that a folder or the name of the file tells; all of them if none does."""
+    names = {file: stored_split(file.relative_to(folder)) for file in files if file.suffix.lower() in BUILDERS}
+    if not any(map(split_of, filter(None, names.values()))):
+        names = dict.fromkeys(names, "train")
+    return {name: [file for file in names if names[file] == name] for name in dict.fromkeys(names.values()) if name}
+
+
+def _read_tables(tables: dict[str, list[Path]]) -> dict[str, datasets.Dataset]:
+    """Returns the rows of files, in which the images are."""
+    first = next(iter(tables.values()))[0]
+    files = {name: [str(table) for table in of_split] for name, of_split in tables.items()}
+    try:
+        return dict(datasets.load_dataset(BUILDERS[first.suffix.lower()], data_files=files))
+    except Exception as error:  # of many types; the user needs to know which setting it is about
+        cause = " ".join(str(error.__cause__ or error).split())
+        raise ValueError(f"Expected data.path to hold rows with images, but got {cause} ({first})") from None
 
 
 def image_column(features: datasets.Features, given: str | None) -> str:
