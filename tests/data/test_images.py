@@ -574,3 +574,21 @@ def test_under_the_trainer(tmp_path: Path) -> None:
     assert checkpoint["ImageDataModule"] == data.state_dict()
     restored = ImageDataModule.load_from_checkpoint(tmp_path / "last.ckpt", weights_only=True)
     assert (restored.mean, restored.hparams) == (data.mean, data.hparams)
+
+
+@pytest.mark.parametrize("kind", ["parquet", "csv"])
+def test_a_column_may_name_the_splits(tmp_path: Path, kind: str) -> None:
+    stored = table(noise(60, 2, 2), [0, 1] * 30).add_column("split", ["train"] * 30 + ["dev"] * 10 + ["test"] * 20)
+    if kind == "parquet":
+        path = tmp_path / "set.parquet"
+        stored.to_parquet(path)
+    else:
+        path = tmp_path
+        lines = [f"{i}.png,{row['label']},{row['split']}\n" for i, row in enumerate(stored)]
+        (tmp_path / "labels.csv").write_text("".join(["file,label,split\n", *lines]))
+        for i, row in enumerate(stored):
+            row["image"].save(tmp_path / f"{i}.png")
+    data = ready(str(path))
+    assert {split: len(rows) for split, rows in data.rows.items()} == {"train": 30, "val": 10, "test": 20}
+    assert data.target["test"].tolist() == [0, 1] * 10
+    assert data.raw_images("test", [3])[0, 0].tolist() == np.asarray(stored[43]["image"]).tolist()

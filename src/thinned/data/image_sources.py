@@ -50,6 +50,8 @@ def read_splits(path: str) -> tuple[dict[str, datasets.Dataset], list[str]]:
     if path == "digits":
         return {"train": read_digits()}, []
     folder = Path(path).expanduser()
+    if folder.is_file() and folder.suffix.lower() in BUILDERS:
+        return _by_column(_read_tables({"train": [folder]})), []
     if folder.is_dir() and not is_saved(folder):
         files = list(walk(folder))
         if tables := _tables_by_split(folder, files):
@@ -59,8 +61,20 @@ def read_splits(path: str) -> tuple[dict[str, datasets.Dataset], list[str]]:
             splits, left_out = read_image_folder(folder, files)
         else:
             return read_stored(path, EXPECTED, needs_train=False), []  # which says what is wrong
-        return splits, [str(file.relative_to(folder)) for file in left_out]
-    return read_stored(path, EXPECTED, needs_train=False), []
+        return _by_column(splits), [str(file.relative_to(folder)) for file in left_out]
+    return _by_column(read_stored(path, EXPECTED, needs_train=False)), []
+
+
+def _by_column(splits: dict[str, datasets.Dataset]) -> dict[str, datasets.Dataset]:
+    """Returns the splits that a column `split` names, if nothing else does: each of its values is called like one."""
+    stored, *others = splits.values()
+    if others or "split" not in stored.column_names:
+        return splits
+    named = stored["split"][:]
+    values = dict.fromkeys(named)
+    if not all(isinstance(value, str) and split_of(value) for value in values):
+        return splits
+    return {value: stored.select([row for row, each in enumerate(named) if each == value]) for value in values}
 
 
 def _tables_by_split(folder: Path, files: list[Path]) -> dict[str, list[Path]]:
