@@ -115,6 +115,12 @@ class TestRule:
             data = make(save(tmp_path / f"set{count}", story(count)))
             assert data.state_dict()["split"]["by_document"] is by_document
 
+    def test_copies_of_a_document_are_one(self, make: Make, tmp_path: Path) -> None:
+        """Three that are there a hundred times would mostly leave a split empty."""
+        data = make(save(tmp_path / "set", story(3) * 100), **SPLIT)
+        assert data.state_dict()["split"]["by_document"] is False
+        assert len(texts(data)["val"]) > 100
+
     def test_is_the_same_in_files_and_in_rows(self, make: Make, tmp_path: Path) -> None:
         (tmp_path / "rows").mkdir()
         datasets.Dataset.from_dict({"text": story(300)}).to_parquet(tmp_path / "rows/a.parquet")
@@ -185,6 +191,14 @@ class TestCheckpointOfDocuments:
             assert f"Kept data.{key} {trained.hparams[key]} of the checkpoint, instead of {value}" in said(caplog)
             assert data.hparams[key] == trained.hparams[key]
         assert options or not caplog.messages
+
+    def test_the_order_of_examples_is_kept_in_training_alone(
+        self, trained: TextDataModule, make: Make, caplog: Any
+    ) -> None:
+        resumed = make(trained.path, trained.state_dict(), True, **SPLIT, seed=3)
+        assert resumed.hparams["seed"] == 0
+        assert caplog.messages == ["Kept data.seed 0 of the checkpoint, instead of 3"]
+        assert make(trained.path, trained.state_dict(), **SPLIT, seed=3).hparams["seed"] == 3
 
     @pytest.mark.parametrize("moved", [False, True])
     def test_of_a_set_that_has_grown(

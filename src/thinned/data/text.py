@@ -26,8 +26,8 @@ from thinned.data.text_sources import EXPECTED, TextSource, read_text
 from thinned.data.text_split import (
     SplitDocuments,
     SplitRule,
+    changes,
     check_sizes,
-    differences,
     enough_documents,
     kept_ranges,
     new_ranges,
@@ -153,8 +153,15 @@ class TextDataModule(SplitDataModule):
         check_sizes(self._ranges, counts, None if self._kept else self.context_length)
         self.tokens = {split: files[file].part(start, stop) for split, (file, start, stop) in self._ranges.items()}
         if self._kept and ranges:
-            said += differences(self._kept, self._facts(), self.hparams, counts)
-            self.hparams.update({key: self._kept[key] for key in ("val_fraction", "test_fraction", "split_seed")})
+            keys = [f"{split}_fraction" for split in ("val", "test") if split not in self._kept["stored"]]
+            keys += ["split_seed"] * self._kept["by_document"] + ["seed"] * self._fits  # training is within an epoch
+            said += [
+                f"Kept data.{key} {self._kept[key]} of the checkpoint, instead of {self.hparams[key]}"
+                for key in keys
+                if self._kept[key] != self.hparams[key]
+            ]
+            self.hparams.update({key: self._kept[key] for key in keys})
+            said += changes(self._kept, self._facts()["parts"], counts)
         for line in said:
             rank_zero_info(line)
 
@@ -265,7 +272,7 @@ class TextDataModule(SplitDataModule):
             "path": self.path,
             "stored": list(source.splits),
             "by_document": rule.by_document,
-            **{key: self.hparams[key] for key in ("val_fraction", "test_fraction", "split_seed")},
+            **{key: self.hparams[key] for key in ("val_fraction", "test_fraction", "split_seed", "seed")},
             "parts": {
                 split: {"file": file, "start": start, "stop": stop}
                 | {"digest": tokenised.digests.get(file) or self.tokens[split].digest}

@@ -12,7 +12,6 @@ from __future__ import annotations
 from bisect import insort
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -71,13 +70,16 @@ class SplitRule:
 
 
 def enough_documents(documents: Iterable[str], rule: SplitRule, max_tokens: int | None) -> bool:
-    """Returns whether so many documents are sure to be kept that each part of them can expect `ENOUGH`."""
+    """Returns whether each part can expect `ENOUGH` different documents of those that are sure to be kept."""
     fractions = [fraction for fraction in (rule.val, rule.test) if fraction]
     if not fractions:
         return False
-    least = ENOUGH / min(fractions)
-    kept = sure_to_fit((("train", text) for text in documents if text), max_tokens)
-    return sum(1 for _ in islice(kept, int(least) + 1)) >= least
+    found = set[int]()
+    for _, text in sure_to_fit((("train", text) for text in documents if text), max_tokens):
+        found.add(rule.hash(text))
+        if len(found) * min(fractions) >= ENOUGH:
+            return True
+    return False
 
 
 @dataclass
@@ -176,7 +178,7 @@ def kept_ranges(kept: Mapping[str, Any], path: str, tokens: Mapping[Split, Token
     if by_position and not same:
         raise ValueError(
             f"Expected data.path to begin with the {stop:,} tokens that the checkpoint was trained on, but got a text "
-            f"that has changed before that in {path!r}; another text to predict needs another path"
+            f"that has changed before that in {path!r} (or data.max_tokens); a text to predict needs a path of its own"
         )
     ranges: dict[Split, Range] = {}
     for split, part in parts.items():
@@ -191,32 +193,23 @@ def kept_ranges(kept: Mapping[str, Any], path: str, tokens: Mapping[Split, Token
     return ranges
 
 
-def differences(
-    kept: Mapping[str, Any], now: Mapping[str, Any], settings: Mapping[str, Any], counts: Mapping[Split, int]
-) -> list[str]:
-    """Returns what is to be said of settings and text that are not those of the checkpoint.
+def changes(kept: Mapping[str, Any], parts: Mapping[Split, Any], counts: Mapping[Split, int]) -> list[str]:
+    """Returns what is to be said of a text that is not as it was.
 
     Args:
         kept: The `split` in the state of a `TextDataModule`.
-        now: The same of the text as it is now, split as the checkpoint has it.
-        settings: The settings of the data now.
+        parts: Its `parts` as they are now, split as the checkpoint has it.
         counts: The number of tokens of each file now.
     """
-    keys = [f"{split}_fraction" for split in ("val", "test") if split not in kept["stored"]]
-    said = [
-        f"Kept data.{key} {kept[key]} of the checkpoint, instead of {settings[key]}"
-        for key in [*keys, *["split_seed"] * kept["by_document"]]
-        if kept[key] != settings[key]
-    ]
-    changes, ends = [], dict.fromkeys(counts, 0)
-    for split, part in now["parts"].items():
+    said, ends = [], dict.fromkeys(counts, 0)
+    for split, part in parts.items():
         before, after = (each["stop"] - each["start"] for each in (kept["parts"][split], part))
         if before != after:
-            changes.append(f"{split} has {after:,} tokens instead of {before:,}")
+            said.append(f"{split} has {after:,} tokens instead of {before:,}")
         elif part["digest"] != kept["parts"][split]["digest"]:
-            changes.append(f"{split} has other text")
+            said.append(f"{split} has other text")
         ends[part["file"]] = max(ends[part["file"]], part["stop"])
     if counts["train"] > ends["train"]:
-        changes.append(f"the {counts['train'] - ends['train']:,} tokens at its end are in no split")
-    changes += [f"its stored split {file} is not used" for file, end in ends.items() if not end]
-    return said + ([f"data.path has changed since training: {'; '.join(changes)}"] if changes else [])
+        said.append(f"the {counts['train'] - ends['train']:,} tokens at its end are in no split")
+    said += [f"its stored split {file} is not used" for file, end in ends.items() if not end]
+    return [f"data.path has changed since training: {'; '.join(said)}"] if said else []
