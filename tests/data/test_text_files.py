@@ -109,6 +109,14 @@ def test_what_is_named_for_a_split_is_in_it(names: tuple[str, ...], tmp_path: Pa
     assert splits(tmp_path / "set") == {split: [text] for split, text in SPLITS.items()}
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_path_may_have_any_characters(streaming: bool, tmp_path: Path) -> None:
+    write(tmp_path / "a [1] *?", {"train[0].csv": "text\nyes\n", "elsewhere.gz": gzip.compress(b"text\nno\n")})
+    (tmp_path / "a [1] *?/linked.csv.gz").symlink_to(tmp_path / "a [1] *?/elsewhere.gz")
+    options: dict[str, Any] = {"leave_out": ["elsewhere.gz"], "streaming": streaming}
+    assert splits(tmp_path / "a [1] *?", **options) == {"train": ["no", "yes"]}
+
+
 def test_shards_of_a_split_are_in_order(tmp_path: Path) -> None:
     write(tmp_path / "set", {f"train-{i:05d}-of-00012.txt": str(i) for i in reversed(range(12))})
     assert splits(tmp_path / "set") == {"train": [str(i) for i in range(12)]}

@@ -6,6 +6,7 @@ installation has.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import pydoc_data.topics
@@ -162,7 +163,7 @@ def _read_files(paths: list[Path], *, streaming: bool) -> Stored:
     try:
         if len({ROWS[kind] for kind in kinds}) > 1 or kinds == [".csv", ".tsv"]:
             raise ValueError(f"files of several kinds, {kinds}: name those not to be used in data.leave_out")
-        data_files = {"train": [str(path.resolve()) for path in paths]}
+        data_files = {"train": [glob.escape(str(path.absolute())) for path in paths]}
         return datasets.load_dataset(ROWS[kinds[0]], data_files=data_files, streaming=streaming, **options)["train"]
     except Exception as error:  # of many types; the user needs to know which setting it is about
         cause = " ".join(str(error.__cause__ or error).split())
