@@ -200,6 +200,14 @@ class TestCheckpointOfDocuments:
         assert caplog.messages == ["Kept data.seed 0 of the checkpoint, instead of 3"]
         assert make(trained.path, trained.state_dict(), **SPLIT, seed=3).hparams["seed"] == 3
 
+    def test_nothing_is_said_of_another_order(
+        self, trained: TextDataModule, make: Make, tmp_path: Path, caplog: Any
+    ) -> None:
+        caplog.clear()
+        data = make(save(tmp_path / "set", story(300)[::-1]), trained.state_dict(), **SPLIT)
+        assert documents(data) == documents(trained)
+        assert not caplog.messages
+
     @pytest.mark.parametrize("moved", [False, True])
     def test_of_a_set_that_has_grown(
         self, moved: bool, trained: TextDataModule, make: Make, tmp_path: Path, caplog: Any

@@ -193,6 +193,14 @@ def kept_ranges(kept: Mapping[str, Any], path: str, tokens: Mapping[Split, Token
     return ranges
 
 
+def kept_settings(kept: Mapping[str, Any], *, training: bool) -> dict[str, Any]:
+    """Returns the settings of the data that remain those of the checkpoint, in its own text."""
+    keys = [f"{split}_fraction" for split in ("val", "test") if split not in kept["stored"]]
+    # A run resumes within an epoch, whose order is that of the seed.
+    keys += ["split_seed"] * kept["by_document"] + ["seed"] * training
+    return {key: kept[key] for key in keys}
+
+
 def changes(kept: Mapping[str, Any], parts: Mapping[Split, Any], counts: Mapping[Split, int]) -> list[str]:
     """Returns what is to be said of a text that is not as it was.
 
