@@ -377,3 +377,9 @@ class TestCheckpointOfStoredSplits:
         rows = {name: [text.replace("-", ".") for text in texts_] for name, texts_ in self.ROWS.items()}
         data = make(self.write(tmp_path / "other", rows), trained.state_dict())
         assert texts(data) == {split: "\n".join(texts_) for split, texts_ in rows.items()}
+
+    def test_a_test_alone_can_be_predicted(self, trained: TextDataModule, make: Make, tmp_path: Path) -> None:
+        path = self.write(tmp_path / "other", {"test": [text.replace("-", ".") for text in story(9)]})
+        assert texts(make(path, trained.state_dict()))["test"] == (path / "test.txt").read_text()
+        with pytest.raises(ValueError, match=r"Expected data.path to have a split 'train', but got \['test'\]"):
+            make(path, trained.state_dict(), True)

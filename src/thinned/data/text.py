@@ -202,7 +202,10 @@ class TextDataModule(SplitDataModule):
         Documents are split as the checkpoint's if they have some in common. Otherwise the tokens show whether the text
         is that of the checkpoint.
         """
-        train = source.splits["train"]
+        if not (train := source.splits.get("train")):
+            if self._kept and not self._fits:
+                return SplitRule.of(self.hparams, ["val", "test"], by_document=False), False
+            raise ValueError(f"Expected data.path to have a split 'train', but got {[*source.splits]}")
         if self._kept:
             kept = SplitRule.of(self._kept, self._kept["stored"], by_document=self._kept["by_document"])
             if not kept.by_document or shares_documents(self._kept["parts"]["train"]["digest"], train, kept):

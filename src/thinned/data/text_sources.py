@@ -30,7 +30,7 @@ EXPECTED = "'pydocs', a file of text or rows, a folder of them, or the id of a d
 class TextSource:
     """Documents by split."""
 
-    splits: Mapping[Split, Iterable[str]]  # "train", and "val" and "test" if they are stored; each can be read again
+    splits: Mapping[Split, Iterable[str]]  # those that are stored; each can be read again
     content: str  # differs between sources of different text
     label: str  # for people; it can be part of a file name
     left_out: Sequence[str] = ()  # stored splits or files that are not used
@@ -136,7 +136,7 @@ def _rows(
         stored = {split: found[stored_name] for split, stored_name in names.items()}
         if "train" not in stored:
             raise ValueError(f"Expected data.leave_out to leave a split 'train', but got {list(leave_out)}")
-    column = _text_column(stored["train"], text_column)
+    column = _text_column(next(iter(stored.values())), text_column)
     columns = {split: TextColumn(rows, column, names[split]) for split, rows in stored.items()}
     for split, rows in stored.items():
         if column not in (strings := _string_columns(rows)):

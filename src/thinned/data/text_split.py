@@ -130,7 +130,8 @@ def new_ranges(rule: SplitRule, counts: Mapping[Split, int]) -> dict[Split, Rang
 def whole_ranges(counts: Mapping[Split, int]) -> dict[Split, Range]:
     """Returns the stored splits of a text that was not trained on, or else all of it for each."""
     names: list[Split] = ["train", "val", "test"]
-    files: dict[Split, Split] = {split: split if split in counts else "train" for split in names}
+    first: Split = next(iter(counts))
+    files: dict[Split, Split] = {split: split if split in counts else first for split in names}
     return {split: (file, 0, counts[file]) for split, file in files.items()}
 
 

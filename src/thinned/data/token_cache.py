@@ -63,7 +63,7 @@ def find_tokens(
 
     def digests(counts: dict[Split, int]) -> dict[Split, str]:
         check(counts)
-        return stored["train"].digests
+        return stored["train"].digests if rule.by_document else {}
 
     directory = _directory(settings, label, key)
     write_tokens(directory, make, stored, dict.fromkeys([*stored, *rule.taken]), max_tokens, digests)
