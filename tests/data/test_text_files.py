@@ -111,10 +111,11 @@ def test_what_is_named_for_a_split_is_in_it(names: tuple[str, ...], tmp_path: Pa
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_path_may_have_any_characters(streaming: bool, tmp_path: Path) -> None:
-    write(tmp_path / "a [1] *?", {"train[0].csv": "text\nyes\n", "elsewhere.gz": gzip.compress(b"text\nno\n")})
-    (tmp_path / "a [1] *?/linked.csv.gz").symlink_to(tmp_path / "a [1] *?/elsewhere.gz")
-    options: dict[str, Any] = {"leave_out": ["elsewhere.gz"], "streaming": streaming}
-    assert splits(tmp_path / "a [1] *?", **options) == {"train": ["no", "yes"]}
+    """Links too, such as those of the hub's cache to files without a suffix."""
+    write(tmp_path / "a [1] *?", {"train[0].csv": "text\nyes\n", "blobs/0123": gzip.compress(b"text\nno\n")})
+    (tmp_path / "a [1] *?/linked.csv.gz").symlink_to(tmp_path / "a [1] *?/blobs/0123")
+    source = read_text(str(tmp_path / "a [1] *?"), streaming=streaming)
+    assert (list(source.splits["train"]), source.left_out) == (["no", "yes"], ["blobs/0123"])
 
 
 def test_shards_of_a_split_are_in_order(tmp_path: Path) -> None:

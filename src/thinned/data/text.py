@@ -115,7 +115,7 @@ class TextDataModule(SplitDataModule):
         super().__init__()
         self.save_hyperparameters(logger=False)
         # A checkpoint holds int and float, but jsonargparse's numbers are of its own types.
-        self.hparams.update(json.loads(json.dumps(self.hparams)))
+        self.hparams.update(json.loads(json.dumps(self.hparams, default=str)))
         if not path:
             raise ValueError(f"Expected data.path to be {EXPECTED}, but got {path!r}")
         if val_fraction + test_fraction >= 1:

@@ -105,6 +105,7 @@ def read_text(
 
 
 def _label(folder: Path) -> str:
+    """Returns the name of a folder or a file, without what says what is in it."""
     return folder.resolve().name.partition(".")[0] if folder.is_file() else folder.resolve().stem
 
 
