@@ -118,6 +118,15 @@ def test_all_of_another_text_is_read_with_the_vocabulary_of_the_checkpoint(
     assert finished.err.count("another text than that of the checkpoint, so all of it is predicted") == 1
 
 
+def test_nothing_is_chosen_on_the_text_that_is_predicted(
+    checkpoint: Path, run_script: Script, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    (tmp_path / "other.txt").write_text("some more words of mine" * 40)
+    options = ("--data.path", tmp_path / "other.txt", "--data.cache_dir", tmp_path_factory.mktemp("cache"))
+    error = run_script("predict", "--ckpt_path", checkpoint, *options, "--mc_dropout.sites", "auto").error
+    assert "Expected a validation split to learn from (mc_dropout.sites), but got another text in data.path" in error
+
+
 def test_what_was_trained_on_is_not_tested_when_the_text_has_grown(
     trained_text: Any, checkpoint: Path, text_file: Path, run_script: Script, tmp_path: Path
 ) -> None:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, OpenUnitInterval, PositiveInt
 from lightning.pytorch.utilities import rank_zero_info
+from torch.utils.data import DataLoader
 
 from thinned.data.module import SplitDataModule
 from thinned.data.order import Split
@@ -149,6 +150,7 @@ class TextDataModule(SplitDataModule):
                 self._prepared = Prepared(source, rule, tokenised, may_be_kept)
             else:
                 said[-1] += ", so all of it is predicted" if len(counts) == 1 else ", whose splits are predicted whole"
+        self._is_another = self._kept is not None and not ranges
         self._ranges = ranges or (whole_ranges(counts) if self._kept else new_ranges(rule, counts))
         check_sizes(self._ranges, counts, None if self._kept else self.context_length)
         self.tokens = {split: files[file].part(start, stop) for split, (file, start, stop) in self._ranges.items()}
@@ -227,6 +229,17 @@ class TextDataModule(SplitDataModule):
     def net_arguments(self) -> dict[str, int]:
         """Returns the arguments of a network that only the data knows."""
         return {"vocab_size": self._prepare().tokenised.tokenizer.vocab_size, "context_length": self.context_length}
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        """Returns the validation split; ValueError if what is learned from it would be tested on the same text."""
+        tested = self.trainer.state.fn if self.trainer else None
+        split = self.predict_split if tested == "predict" else "test"
+        if self._is_another and tested in ("predict", "test") and self._ranges["val"] == self._ranges[split]:
+            raise ValueError(
+                "Expected a validation split to learn from (mc_dropout.sites), but got another text in data.path than "
+                "that of the checkpoint, all of which is predicted: give a list of sites"
+            )
+        return super().val_dataloader()
 
     def provenance(self, split: Split, limit_batches: float) -> dict[str, Any]:
         """Adds what tells the tokens of the split apart from others."""
