@@ -330,6 +330,14 @@ class TestCheckpointOfOneText:
         assert len(documents(make(path, fitted.state_dict(), **SPLIT))["test"]) == count
         assert "another text than that of the checkpoint, so all of it is predicted" in said(caplog)
 
+    def test_another_text_is_split_for_training(self, fitted: TextDataModule, make: Make, tmp_path: Path) -> None:
+        path = save(tmp_path / "other", [text.replace("-", ".") for text in story(30)])
+        data = make(path, fitted.state_dict(), True, val_fraction=0.3, test_fraction=0.3)
+        assert texts(data) == texts(make(path, val_fraction=0.3, test_fraction=0.3))
+        state = data.state_dict()["split"]
+        assert (state["path"], state["val_fraction"]) == (str(path), 0.3)
+        assert texts(make(path, data.state_dict(), val_fraction=0.1)) == texts(data)
+
 
 class TestCheckpointOfStoredSplits:
     ROWS: ClassVar[dict[str, list[str]]] = {"train": story(30), "val": story(5, 1), "test": story(5, 2)}

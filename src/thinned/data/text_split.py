@@ -21,7 +21,7 @@ from thinned.data.order import Split
 from thinned.data.token_stream import Document, sure_to_fit
 from thinned.data.tokens import Tokens
 
-ENOUGH = 10
+ENOUGH = 10  # different documents: a part that can expect so many is empty with a probability below 1e-4
 KEPT_HASHES = 64  # of a split: they tell whether another set has documents of it, unless it has few
 Range = tuple[Split, int, int]  # tokens of a file, from start to stop
 
@@ -64,7 +64,7 @@ class SplitRule:
         return xxh3_64_intdigest(text.encode(errors="surrogatepass"), self.seed)
 
     def split_of(self, document_hash: int) -> Split:
-        """Returns the split of a document: more of them for validation or test are the same ones and others."""
+        """Returns the split of a document by where its hash falls between 0 and 1: test, validation, training."""
         place = document_hash / 2**64
         return "test" if place < self.test else "val" if place < self.test + self.val else "train"
 
