@@ -110,6 +110,13 @@ def test_what_is_named_for_a_split_is_in_it(names: tuple[str, ...], tmp_path: Pa
 
 
 @pytest.mark.parametrize("streaming", [False, True])
+def test_rows_that_look_like_nothing_are_text(streaming: bool, tmp_path: Path) -> None:
+    rows = ["NA", "null", "n/a", " 12 ", "None", "text"]
+    write(tmp_path / "set", {"a.csv": "\n".join(["text", *rows])})
+    assert splits(tmp_path / "set", streaming=streaming) == {"train": rows}
+
+
+@pytest.mark.parametrize("streaming", [False, True])
 def test_a_path_may_have_any_characters(streaming: bool, tmp_path: Path) -> None:
     """Links too, such as those of the hub's cache to files without a suffix."""
     write(tmp_path / "a [1] *?", {"train[0].csv": "text\nyes\n", "blobs/0123": gzip.compress(b"text\nno\n")})
