@@ -1,6 +1,7 @@
 """Windows of tokens: each target once in evaluation, a function of seed and epoch in training; and bad input."""
 
 import errno
+import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -393,8 +394,9 @@ class TestBadInput:
     def test_numbers_of_the_command_line_are_primitives_in_a_checkpoint(self) -> None:
         parser = ArgumentParser()
         parser.add_subclass_arguments(TextDataModule, "data")
-        given = {"context_length": 8, "val_fraction": 0.2, "test_fraction": 0.5, "max_tokens": 9, "seed": 1}
-        options = [f"--data.{key}={value}" for key, value in given.items()]
+        numbers = {"context_length": 8, "val_fraction": 0.2, "test_fraction": 0.5, "max_tokens": 9, "split_seed": 1}
+        given = {**numbers, "leave_out": ["*.csv", "dev"]}
+        options = [f"--data.{key}={json.dumps(value)}" for key, value in given.items()]
         data = parser.instantiate(parser.parse_args(["--data=TextDataModule", *options])).data
         assert {key: (value, type(value)) for key, value in data.hparams.items() if key in given} == {
             key: (value, type(value)) for key, value in given.items()

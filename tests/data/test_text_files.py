@@ -86,7 +86,7 @@ def test_the_same_text_gives_the_same_tokens(suffix: str, packed: str, tmp_path:
         ("train.txt", "valid.txt", "test.txt"),
         ("wiki.train.tokens", "wiki.valid.tokens", "wiki.test.tokens"),
         ("ptb.train.txt", "ptb.dev.txt", "ptb.testing.txt"),
-        ("shakespeare_train.txt.gz", "shakespeare_val.txt", "shakespeare_test.txt"),
+        ("train.txt.gz", "val.txt", "test_0.txt"),
         ("train/a.txt", "valid/a.txt", "test/train.txt"),
         ("data/Training/x/a.txt", "data/DEV/a.txt", "data/Test/a.txt"),
         ("train.csv", "eval.csv", "test.csv"),
@@ -109,6 +109,21 @@ def test_what_is_named_for_a_split_is_in_it(names: tuple[str, ...], tmp_path: Pa
     assert splits(tmp_path / "set") == {split: [text] for split, text in SPLITS.items()}
 
 
+def test_rows_that_look_like_nothing_are_text(tmp_path: Path) -> None:
+    rows = ["NA", "null", "n/a", " 12 ", "None", "text"]
+    write(tmp_path / "set", {"a.csv": "\n".join(["text", *rows])})
+    assert splits(tmp_path / "set") == {"train": rows}
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_path_may_have_any_characters(streaming: bool, tmp_path: Path) -> None:
+    """Links too, such as those of the hub's cache to files without a suffix."""
+    write(tmp_path / "a [1] *?", {"train[0].jsonl": b'{"text": "yes"}', "blobs/0123": gzip.compress(b'{"text": "no"}')})
+    (tmp_path / "a [1] *?/linked.jsonl.gz").symlink_to(tmp_path / "a [1] *?/blobs/0123")
+    source = read_text(str(tmp_path / "a [1] *?"), streaming=streaming)
+    assert (list(source.splits["train"]), source.left_out) == (["no", "yes"], ["blobs/0123"])
+
+
 def test_shards_of_a_split_are_in_order(tmp_path: Path) -> None:
     write(tmp_path / "set", {f"train-{i:05d}-of-00012.txt": str(i) for i in reversed(range(12))})
     assert splits(tmp_path / "set") == {"train": [str(i) for i in range(12)]}
@@ -124,10 +139,31 @@ class TestWithoutASplitForTraining:
         assert splits(tmp_path / "set") == {"train": ["d", "b", "c", "a"]}
 
     @pytest.mark.parametrize("suffix", [".txt", ".csv"])
-    def test_the_others_alone_are_refused(self, suffix: str, tmp_path: Path) -> None:
-        write(tmp_path / "set", {f"{name}{suffix}": content(suffix, "a") for name in ("test", "dev")})
-        with pytest.raises(ValueError, match=r"Expected data.path to have a split 'train', but got \['dev', 'test'\]"):
+    def test_there_is_no_training(self, suffix: str, tmp_path: Path) -> None:
+        write(tmp_path / "set", {f"{name}{suffix}": content(suffix, name + TEXT) for name in ("test", "dev")})
+        with pytest.raises(ValueError, match=r"Expected data.path to have a split 'train', but got \['val', 'test'\]"):
+            tokens(tmp_path / "set", tmp_path)
+        assert splits(tmp_path / "set") == {"test": ["test" + TEXT], "val": ["dev" + TEXT]}
+
+
+class TestWordsInFileNames:
+    FILES: ClassVar = {"train_data.txt": "a", "my-dev.txt": "b", "corpus_TEST_01.txt": "c"}
+
+    def test_are_splits_if_all_files_have_them(self, tmp_path: Path) -> None:
+        write(tmp_path / "set", {**self.FILES, "README.md": "About."})
+        assert splits(tmp_path / "set") == {"train": ["a"], "val": ["b"], "test": ["c"]}
+
+    def test_are_part_of_a_title_if_there_is_one(self, tmp_path: Path) -> None:
+        write(tmp_path / "set", {"strangers_on_a_train.txt": "a", "persuasion.txt": "b", "train_a_dog.txt": "c"})
+        assert splits(tmp_path / "set") == {"train": ["b", "a", "c"]}
+
+    def test_that_may_be_both_are_refused(self, tmp_path: Path) -> None:
+        """Else a test would be trained on."""
+        write(tmp_path / "set", {**self.FILES, "vocabulary.txt": "d"})
+        with pytest.raises(ValueError, match=r"such as train_data.txt, and vocabulary.txt of no split: .*leave_out"):
             read_text(str(tmp_path / "set"))
+        for left_out in ("vocab*", "vocabulary.txt"):
+            assert set(splits(tmp_path / "set", leave_out=[left_out])) == {"train", "val", "test"}
 
 
 class TestClones:

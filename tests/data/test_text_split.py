@@ -115,6 +115,12 @@ class TestRule:
             data = make(save(tmp_path / f"set{count}", story(count)))
             assert data.state_dict()["split"]["by_document"] is by_document
 
+    def test_copies_of_a_document_are_one(self, make: Make, tmp_path: Path) -> None:
+        """Three that are there a hundred times would mostly leave a split empty."""
+        data = make(save(tmp_path / "set", story(3) * 100), **SPLIT)
+        assert data.state_dict()["split"]["by_document"] is False
+        assert len(texts(data)["val"]) > 100
+
     def test_is_the_same_in_files_and_in_rows(self, make: Make, tmp_path: Path) -> None:
         (tmp_path / "rows").mkdir()
         datasets.Dataset.from_dict({"text": story(300)}).to_parquet(tmp_path / "rows/a.parquet")
@@ -161,11 +167,11 @@ def info(caplog: pytest.LogCaptureFixture) -> None:
 
 class TestCheckpointOfDocuments:
     @pytest.fixture
-    def trained(self, make: Make, tmp_path: Path) -> TextDataModule:
+    def fitted(self, make: Make, tmp_path: Path) -> TextDataModule:
         return make(save(tmp_path / "set", story(300)), **SPLIT)
 
-    def test_is_small_and_has_no_documents(self, trained: TextDataModule) -> None:
-        split = trained.state_dict()["split"]
+    def test_is_small_and_has_no_documents(self, fitted: TextDataModule) -> None:
+        split = fitted.state_dict()["split"]
         assert set(split["parts"]) == set(NAMES)
         assert len(str(split)) < 5000
         assert not any(text[:20] in str(split) for text in story(300))
@@ -175,57 +181,73 @@ class TestCheckpointOfDocuments:
         "options", [{}, {"val_fraction": 0.4, "test_fraction": 0.4}, {"split_seed": 5}, {"test_fraction": 0.0}]
     )
     def test_settings_are_kept_and_said(
-        self, options: dict[str, Any], fits: bool, trained: TextDataModule, make: Make, caplog: Any
+        self, options: dict[str, Any], fits: bool, fitted: TextDataModule, make: Make, caplog: Any
     ) -> None:
         caplog.clear()
-        data = make(trained.path, trained.state_dict(), fits, **{**SPLIT, **options})
-        assert texts(data) == texts(trained)
-        assert data.state_dict() == trained.state_dict()
+        data = make(fitted.path, fitted.state_dict(), fits, **{**SPLIT, **options})
+        assert texts(data) == texts(fitted)
+        assert data.state_dict() == fitted.state_dict()
         for key, value in options.items():
-            assert f"Kept data.{key} {trained.hparams[key]} of the checkpoint, instead of {value}" in said(caplog)
-            assert data.hparams[key] == trained.hparams[key]
+            assert f"Kept data.{key} {fitted.hparams[key]} of the checkpoint, instead of {value}" in said(caplog)
+            assert data.hparams[key] == fitted.hparams[key]
         assert options or not caplog.messages
+
+    def test_the_order_of_examples_is_kept_in_training_alone(
+        self, fitted: TextDataModule, make: Make, caplog: Any
+    ) -> None:
+        resumed = make(fitted.path, fitted.state_dict(), True, **SPLIT, seed=3)
+        assert resumed.hparams["seed"] == 0
+        assert caplog.messages == ["Kept data.seed 0 of the checkpoint, instead of 3"]
+        assert make(fitted.path, fitted.state_dict(), **SPLIT, seed=3).hparams["seed"] == 3
+
+    def test_nothing_is_said_of_another_order(
+        self, fitted: TextDataModule, make: Make, tmp_path: Path, caplog: Any
+    ) -> None:
+        caplog.clear()
+        data = make(save(tmp_path / "set", story(300)[::-1]), fitted.state_dict(), **SPLIT)
+        assert documents(data) == documents(fitted)
+        assert not caplog.messages
 
     @pytest.mark.parametrize("moved", [False, True])
     def test_of_a_set_that_has_grown(
-        self, moved: bool, trained: TextDataModule, make: Make, tmp_path: Path, caplog: Any
+        self, moved: bool, fitted: TextDataModule, make: Make, tmp_path: Path, caplog: Any
     ) -> None:
-        before = documents(trained)
+        before = documents(fitted)
         path = save(tmp_path / ("moved" if moved else "set"), story(60, 5) + story(300)[::-1])
         for options in ({}, {"split_seed": 1, "test_fraction": 0.5}):
-            after = documents(make(path, trained.state_dict(), **{**SPLIT, **options}))
+            after = documents(make(path, fitted.state_dict(), **{**SPLIT, **options}))
             assert before["test"] < after["test"]
             assert not after["test"] & before["train"]
             assert not after["val"] & before["train"]
         assert "data.path has changed since training: train has " in said(caplog)
 
-    def test_of_a_set_that_has_shrunk_below_enough(self, trained: TextDataModule, make: Make, tmp_path: Path) -> None:
-        before = documents(trained)
-        after = documents(make(save(tmp_path / "set", story(60)), trained.state_dict(), **SPLIT))
+    def test_of_a_set_that_has_shrunk_below_enough(self, fitted: TextDataModule, make: Make, tmp_path: Path) -> None:
+        before = documents(fitted)
+        after = documents(make(save(tmp_path / "set", story(60)), fitted.state_dict(), **SPLIT))
         assert all(after[split] == before[split] & set(story(60)) for split in NAMES)
 
     def test_a_test_set_that_is_stored_since_is_not_used(
-        self, trained: TextDataModule, make: Make, tmp_path: Path, caplog: Any
+        self, fitted: TextDataModule, make: Make, tmp_path: Path, caplog: Any
     ) -> None:
         """It may hold what was trained on."""
         (tmp_path / "both").mkdir()
         save(tmp_path / "both/train", story(300))
         save(tmp_path / "both/test", story(50))
-        data = make(tmp_path / "both", trained.state_dict(), **SPLIT)
-        assert documents(data) == documents(trained)
+        data = make(tmp_path / "both", fitted.state_dict(), **SPLIT)
+        assert documents(data) == documents(fitted)
         assert "Left out of data.path: the stored split test" in said(caplog)
 
     @pytest.mark.parametrize("count", [3, 300])
     def test_all_of_another_text_is_predicted(
-        self, count: int, trained: TextDataModule, make: Make, tmp_path: Path, caplog: Any
+        self, count: int, fitted: TextDataModule, make: Make, tmp_path: Path, caplog: Any
     ) -> None:
-        data = make(save(tmp_path / "other", story(count, 8)), trained.state_dict(), **SPLIT)
+        data = make(save(tmp_path / "other", story(count, 8)), fitted.state_dict(), **SPLIT)
         assert documents(data)["test"] == set(story(count, 8))
         assert "another text than that of the checkpoint, so all of it is predicted" in said(caplog)
 
-    def test_another_text_is_split_for_training(self, trained: TextDataModule, make: Make, tmp_path: Path) -> None:
+    def test_another_text_is_split_for_training(self, fitted: TextDataModule, make: Make, tmp_path: Path) -> None:
         path = save(tmp_path / "other", story(300, 8))
-        data = make(path, trained.state_dict(), True, val_fraction=0.3, test_fraction=0.3)
+        data = make(path, fitted.state_dict(), True, val_fraction=0.3, test_fraction=0.3)
         assert documents(data) == documents(make(path, val_fraction=0.3, test_fraction=0.3))
         assert data.state_dict()["split"]["val_fraction"] == 0.3
 
@@ -235,85 +257,93 @@ LINES = "".join(f"{line}\n" for line in story(60))
 
 class TestCheckpointOfOneText:
     @pytest.fixture
-    def trained(self, make: Make, tmp_path: Path) -> TextDataModule:
+    def fitted(self, make: Make, tmp_path: Path) -> TextDataModule:
         (tmp_path / "text.txt").write_text(LINES)
         return make(tmp_path / "text.txt", **SPLIT)
 
     @pytest.mark.parametrize("fits", [False, True])
     @pytest.mark.parametrize("options", [{}, {"val_fraction": 0.4, "test_fraction": 0.0}])
     def test_settings_are_kept_and_said(
-        self, options: dict[str, Any], fits: bool, trained: TextDataModule, make: Make, caplog: Any
+        self, options: dict[str, Any], fits: bool, fitted: TextDataModule, make: Make, caplog: Any
     ) -> None:
         caplog.clear()
-        data = make(trained.path, trained.state_dict(), fits, **{**SPLIT, **options})
-        assert texts(data) == texts(trained)
-        assert data.state_dict() == trained.state_dict()
+        data = make(fitted.path, fitted.state_dict(), fits, **{**SPLIT, **options})
+        assert texts(data) == texts(fitted)
+        assert data.state_dict() == fitted.state_dict()
         assert [message.split()[1] for message in caplog.messages] == [f"data.{key}" for key in options]
 
-    def test_split_seed_does_not_matter(self, trained: TextDataModule, make: Make, caplog: Any) -> None:
+    def test_split_seed_does_not_matter(self, fitted: TextDataModule, make: Make, caplog: Any) -> None:
         caplog.clear()
-        assert texts(make(trained.path, trained.state_dict(), split_seed=4, **SPLIT)) == texts(trained)
+        assert texts(make(fitted.path, fitted.state_dict(), split_seed=4, **SPLIT)) == texts(fitted)
         assert not caplog.messages
 
     @pytest.mark.parametrize("seed", range(4))
     @pytest.mark.parametrize("moved", [False, True])
     def test_that_has_grown_at_its_end(
-        self, moved: bool, seed: int, trained: TextDataModule, make: Make, tmp_path: Path, caplog: Any
+        self, moved: bool, seed: int, fitted: TextDataModule, make: Make, tmp_path: Path, caplog: Any
     ) -> None:
         added = LINES[: random.Random(seed).randrange(1, len(LINES))]
         path = tmp_path / ("moved.txt" if moved else "text.txt")
         path.write_text(LINES + added)
         for options in ({}, {"val_fraction": 0.05, "test_fraction": 0.05}):
-            assert texts(make(path, trained.state_dict(), **{**SPLIT, **options})) == texts(trained)
+            assert texts(make(path, fitted.state_dict(), **{**SPLIT, **options})) == texts(fitted)
         assert f"has changed since training: the {len(added):,} tokens at its end are in no split" in said(caplog)
 
     @pytest.mark.parametrize("tokenizer", ["bpe:300", "char"])
     def test_grown_text_has_the_same_training_tokens(self, tokenizer: str, make: Make, tmp_path: Path) -> None:
         (tmp_path / "text.txt").write_text(LINES)
-        trained = make(tmp_path / "text.txt", **SPLIT, tokenizer=tokenizer)
+        fitted = make(tmp_path / "text.txt", **SPLIT, tokenizer=tokenizer)
         (tmp_path / "text.txt").write_text(LINES + LINES[:100])
-        data = make(tmp_path / "text.txt", trained.state_dict(), **SPLIT, tokenizer=tokenizer)
+        data = make(tmp_path / "text.txt", fitted.state_dict(), **SPLIT, tokenizer=tokenizer)
         for split in ("train", "val"):
-            assert texts(data)[split] == texts(trained)[split]
+            assert texts(data)[split] == texts(fitted)[split]
 
     @pytest.mark.parametrize(
         "change", [lambda text: "s" + text, lambda text: text[:40] + text[41:], lambda text: text[:90]]
     )
     def test_that_has_changed_before_is_refused(
-        self, change: Any, trained: TextDataModule, make: Make, tmp_path: Path
+        self, change: Any, fitted: TextDataModule, make: Make, tmp_path: Path
     ) -> None:
         (tmp_path / "text.txt").write_text(change(LINES))
         with pytest.raises(ValueError, match=r"data.path to begin with the [\d,]+ tokens .* has changed before"):
-            make(trained.path, trained.state_dict(), **SPLIT)
+            make(fitted.path, fitted.state_dict(), **SPLIT)
 
     def test_that_has_changed_in_its_test_is_used_and_said(
-        self, trained: TextDataModule, make: Make, tmp_path: Path, caplog: Any
+        self, fitted: TextDataModule, make: Make, tmp_path: Path, caplog: Any
     ) -> None:
         (tmp_path / "text.txt").write_text(LINES[:-10])
-        data = make(trained.path, trained.state_dict(), **SPLIT)
-        assert texts(data) == {**texts(trained), "test": texts(trained)["test"][:-10]}
+        data = make(fitted.path, fitted.state_dict(), **SPLIT)
+        assert texts(data) == {**texts(fitted), "test": texts(fitted)["test"][:-10]}
         assert "test has " in said(caplog)
 
-    def test_is_found_in_a_folder_and_in_rows(self, trained: TextDataModule, make: Make, tmp_path: Path) -> None:
+    def test_is_found_in_a_folder_and_in_rows(self, fitted: TextDataModule, make: Make, tmp_path: Path) -> None:
         (tmp_path / "rows").mkdir()
         datasets.Dataset.from_dict({"text": [LINES]}).to_parquet(tmp_path / "rows/a.parquet")
-        assert texts(make(tmp_path / "rows", trained.state_dict())) == texts(trained)
+        assert texts(make(tmp_path / "rows", fitted.state_dict())) == texts(fitted)
 
     @pytest.mark.parametrize("count", [20, 300])
     def test_all_of_another_text_is_predicted(
-        self, count: int, trained: TextDataModule, make: Make, tmp_path: Path, caplog: Any
+        self, count: int, fitted: TextDataModule, make: Make, tmp_path: Path, caplog: Any
     ) -> None:
         path = save(tmp_path / "other", [text.replace("-", ".") for text in story(count)])
-        assert texts(make(path, trained.state_dict(), **SPLIT))["test"].split("\n\n")[-1].endswith(f".{count - 1}.")
-        assert len(documents(make(path, trained.state_dict(), **SPLIT))["test"]) == count
+        assert texts(make(path, fitted.state_dict(), **SPLIT))["test"].split("\n\n")[-1].endswith(f".{count - 1}.")
+        assert len(documents(make(path, fitted.state_dict(), **SPLIT))["test"]) == count
         assert "another text than that of the checkpoint, so all of it is predicted" in said(caplog)
+
+    def test_another_text_is_split_for_training(self, fitted: TextDataModule, make: Make, tmp_path: Path) -> None:
+        path = save(tmp_path / "other", [text.replace("-", ".") for text in story(30)])
+        data = make(path, fitted.state_dict(), True, val_fraction=0.3, test_fraction=0.3)
+        assert texts(data) == texts(make(path, val_fraction=0.3, test_fraction=0.3))
+        state = data.state_dict()["split"]
+        assert (state["path"], state["val_fraction"]) == (str(path), 0.3)
+        assert texts(make(path, data.state_dict(), val_fraction=0.1)) == texts(data)
 
 
 class TestCheckpointOfStoredSplits:
     ROWS: ClassVar[dict[str, list[str]]] = {"train": story(30), "val": story(5, 1), "test": story(5, 2)}
 
     @pytest.fixture
-    def trained(self, make: Make, tmp_path: Path) -> TextDataModule:
+    def fitted(self, make: Make, tmp_path: Path) -> TextDataModule:
         return make(self.write(tmp_path / "set", self.ROWS))
 
     def write(self, folder: Path, rows: dict[str, list[str]]) -> Path:
@@ -322,36 +352,42 @@ class TestCheckpointOfStoredSplits:
             (folder / f"{name}.txt").write_text("\n".join(texts_))
         return folder
 
-    def test_are_those_of_the_files(self, trained: TextDataModule) -> None:
-        assert texts(trained) == {split: "\n".join(rows) for split, rows in self.ROWS.items()}
+    def test_are_those_of_the_files(self, fitted: TextDataModule) -> None:
+        assert texts(fitted) == {split: "\n".join(rows) for split, rows in self.ROWS.items()}
 
-    def test_another_test_is_said(self, trained: TextDataModule, make: Make, tmp_path: Path, caplog: Any) -> None:
+    def test_another_test_is_said(self, fitted: TextDataModule, make: Make, tmp_path: Path, caplog: Any) -> None:
         path = self.write(tmp_path / "set", {**self.ROWS, "test": story(7, 2)})
-        assert texts(make(path, trained.state_dict()))["test"] == "\n".join(story(7, 2))
+        assert texts(make(path, fitted.state_dict()))["test"] == "\n".join(story(7, 2))
         assert "data.path has changed since training: test has " in said(caplog)
 
     def test_another_test_of_the_same_size_is_said(
-        self, trained: TextDataModule, make: Make, tmp_path: Path, caplog: Any
+        self, fitted: TextDataModule, make: Make, tmp_path: Path, caplog: Any
     ) -> None:
-        make(self.write(tmp_path / "set", {**self.ROWS, "test": story(5, 2)[::-1]}), trained.state_dict())
+        make(self.write(tmp_path / "set", {**self.ROWS, "test": story(5, 2)[::-1]}), fitted.state_dict())
         assert caplog.messages == ["data.path has changed since training: test has other text"]
 
     @pytest.mark.parametrize("folder", ["set", "moved"])
     def test_files_that_have_changed_places_are_refused(
-        self, folder: str, trained: TextDataModule, make: Make, tmp_path: Path
+        self, folder: str, fitted: TextDataModule, make: Make, tmp_path: Path
     ) -> None:
         swapped = {**self.ROWS, "train": self.ROWS["test"], "test": self.ROWS["train"]}
         with pytest.raises(ValueError, match=r"a test split in data.path that was not trained on, but got that"):
-            make(self.write(tmp_path / folder, swapped), trained.state_dict())
+            make(self.write(tmp_path / folder, swapped), fitted.state_dict())
 
-    def test_a_split_that_has_gone_is_refused(self, trained: TextDataModule, make: Make, tmp_path: Path) -> None:
+    def test_a_split_that_has_gone_is_refused(self, fitted: TextDataModule, make: Make, tmp_path: Path) -> None:
         (tmp_path / "set/test.txt").unlink()
         with pytest.raises(ValueError, match=r"a stored split 'test', as in training, but got \['train', 'val'\]"):
-            make(tmp_path / "set", trained.state_dict())
+            make(tmp_path / "set", fitted.state_dict())
 
     def test_the_split_that_is_asked_for_is_predicted_of_another_text(
-        self, trained: TextDataModule, make: Make, tmp_path: Path
+        self, fitted: TextDataModule, make: Make, tmp_path: Path
     ) -> None:
         rows = {name: [text.replace("-", ".") for text in texts_] for name, texts_ in self.ROWS.items()}
-        data = make(self.write(tmp_path / "other", rows), trained.state_dict())
+        data = make(self.write(tmp_path / "other", rows), fitted.state_dict())
         assert texts(data) == {split: "\n".join(texts_) for split, texts_ in rows.items()}
+
+    def test_a_test_alone_can_be_predicted(self, fitted: TextDataModule, make: Make, tmp_path: Path) -> None:
+        path = self.write(tmp_path / "other", {"test": [text.replace("-", ".") for text in story(9)]})
+        assert texts(make(path, fitted.state_dict()))["test"] == (path / "test.txt").read_text()
+        with pytest.raises(ValueError, match=r"Expected data.path to have a split 'train', but got \['test'\]"):
+            make(path, fitted.state_dict(), True)

@@ -95,7 +95,7 @@ class TestReading:
     def test_files_that_are_deleted_stay_readable(self, build: Build, directory: Path) -> None:
         splits = build(train=["abc"], test=["de"])
         shutil.rmtree(directory)
-        assert [text(splits["train"]), text(splits["test"])] == ["abc", "de"]
+        assert [text(splits["train"]), text(splits["test"].part(1, 2))] == ["abc", "e"]
 
     @pytest.mark.parametrize(("vocab_size", "dtype"), [(2**16, "<u2"), (2**16 + 1, "<u4")])
     def test_tokens_are_as_wide_as_the_vocabulary_needs(self, directory: Path, vocab_size: int, dtype: str) -> None:

@@ -118,6 +118,15 @@ def test_all_of_another_text_is_read_with_the_vocabulary_of_the_checkpoint(
     assert finished.err.count("another text than that of the checkpoint, so all of it is predicted") == 1
 
 
+def test_nothing_is_chosen_on_the_text_that_is_predicted(
+    checkpoint: Path, run_script: Script, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    (tmp_path / "other.txt").write_text("some more words of mine" * 40)
+    options = ("--data.path", tmp_path / "other.txt", "--data.cache_dir", tmp_path_factory.mktemp("cache"))
+    error = run_script("predict", "--ckpt_path", checkpoint, *options, "--mc_dropout.sites", "auto").error
+    assert "Expected a validation split to learn from (mc_dropout.sites), but got another text in data.path" in error
+
+
 def test_what_was_trained_on_is_not_tested_when_the_text_has_grown(
     trained_text: Any, checkpoint: Path, text_file: Path, run_script: Script, tmp_path: Path
 ) -> None:
@@ -133,6 +142,27 @@ def test_what_was_trained_on_is_not_tested_when_the_text_has_grown(
         "data.path has changed since training: the 1,188 tokens at its end are in no split",
     ):
         assert finished.err.count(said) == 1
+
+
+def test_a_run_that_resumes_trains_on_what_it_trained_on(
+    text_file: Path, small_gpt: Any, run_script: Script, tmp_path: Path
+) -> None:
+    """Though its text has grown, and would be split otherwise. The test has the same targets as before."""
+    path = tmp_path / "text.txt"
+    path.write_text(text_file.read_text())
+    quiet = ("--trainer.callbacks=null", "--trainer.logger=false", "--trainer.val_check_interval", 2)
+    options = ("--config", CONFIG, *small_gpt, *quiet, "--mc_dropout.num_samples", 2, "--data.path", path)
+    run = run_script("train", *options, "--trainer.max_steps", 2).run
+    targets, before = read(run)["target"], torch.load(run / "checkpoints/last.ckpt", weights_only=True)
+    path.write_text(text_file.read_text() + "a lazy fox.\n" * 99)
+    changed = ("--data.val_fraction", 0.3, "--data.seed", 3, "--trainer.max_steps", 4)
+    finished = run_script("train", *options, *changed, "--resume", run)
+    after = torch.load(run / "checkpoints/last.ckpt", weights_only=True)
+    assert (finished.status, before["global_step"], after["global_step"]) == (0, 2, 4)
+    assert before["TextDataModule"] == after["TextDataModule"]
+    assert read(run)["target"].equal(targets)
+    for key, kept, asked in (("val_fraction", 0.1, 0.3), ("seed", 0, 3)):
+        assert finished.err.count(f"Kept data.{key} {kept} of the checkpoint, instead of {asked}") == 1
 
 
 def test_a_text_that_has_changed_where_it_was_trained_on_is_refused(

@@ -13,8 +13,11 @@ SPLIT_NAMES: dict[str, Split] = {
     "test": "test", "testing": "test",
 }  # fmt: skip
 
-# A part of a file name, its last one or before the number of a shard: wiki.train.tokens, train-00000-of-00002.csv
-IN_FILE_NAME = re.compile(rf"(?:^|[-_.])({'|'.join(SPLIT_NAMES)})(?:[-_.]?\d+(?:-of-\d+)?)?(?:\.|$)", re.IGNORECASE)
+NAMES, SHARD = "|".join(SPLIT_NAMES), r"(?:[-_.]?\d+(?:-of-\d+)?)?"
+# The name of a split alone, between dots or with the number of a shard: wiki.train.tokens, train-00000-of-00002.csv
+IN_FILE_NAME = re.compile(rf"(?:^|\.)({NAMES}){SHARD}(?:\.|$)", re.IGNORECASE)
+# The first or last word of a file name, which may as well be a part of a title.
+IN_WORDS = re.compile(rf"^({NAMES})[-_ ]|[-_ ]({NAMES}){SHARD}(?:\.|$)", re.IGNORECASE)
 
 Name = TypeVar("Name", bound=str)
 
@@ -28,16 +31,21 @@ def split_of(name: str) -> Split | None:
     return SPLIT_NAMES.get(name.lower())
 
 
-def stored_split(path: PurePath) -> str | None:
+def stored_split(path: PurePath, *, in_words: bool = False) -> str | None:
     """Returns the name of a split in the path of a file: of the outermost folder that has one, or else of the file.
+
+    Args:
+        path: The path, relative to that of the data.
+        in_words: Whether the first or last word of the file's name counts too.
 
     >>> [stored_split(PurePath(path)) for path in ("data/Valid/a.txt", "ptb.train.txt", "dev-00000-of-00002.jsonl")]
     ['valid', 'train', 'dev']
-    >>> stored_split(PurePath("train_a_dog.txt"))
+    >>> [stored_split(PurePath("my_test.txt"), in_words=in_words) for in_words in (False, True)]
+    [None, 'test']
     """
-    in_name = IN_FILE_NAME.search(path.name)
-    folders = (part for part in path.parts[:-1] if split_of(part))
-    found = next(folders, in_name and in_name[1])
+    patterns = [IN_FILE_NAME, IN_WORDS] if in_words else [IN_FILE_NAME]
+    in_name = (name for pattern in patterns for found in pattern.finditer(path.name) for name in found.groups() if name)
+    found = next((part for part in path.parts[:-1] if split_of(part)), None) or next(in_name, None)
     return found and found.lower()
 
 

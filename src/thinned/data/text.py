@@ -8,17 +8,15 @@ Shapes: T tokens in a window.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import re
 from collections.abc import Collection, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, OpenUnitInterval, PositiveInt
 from lightning.pytorch.utilities import rank_zero_info
+from torch.utils.data import DataLoader
 
 from thinned.data.module import SplitDataModule
 from thinned.data.order import Split
@@ -26,18 +24,19 @@ from thinned.data.text_sources import EXPECTED, TextSource, read_text
 from thinned.data.text_split import (
     SplitDocuments,
     SplitRule,
+    changes,
     check_sizes,
-    differences,
     enough_documents,
     kept_ranges,
+    kept_settings,
     new_ranges,
     shares_documents,
     whole_ranges,
 )
-from thinned.data.token_stream import make_tokenizer
+from thinned.data.token_cache import find_tokens
 from thinned.data.token_windows import TokenBatches
 from thinned.data.tokenizer import Tokenizer, bpe_size
-from thinned.data.tokens import FORMAT, Tokenised, Tokens, open_tokens, write_tokens
+from thinned.data.tokens import Tokenised, Tokens
 
 
 class Prepared(NamedTuple):
@@ -74,7 +73,9 @@ class TextDataModule(SplitDataModule):
         batch_size: Number of windows in a training batch, over all processes.
         eval_batch_size: Number of windows in a batch in validation, test and prediction, over all processes.
         val_fraction: Fraction of the stored "train" for validation, if no split is stored for it.
-        test_fraction: ClosedUnitInterval of the stored "train" for the test, if no split is stored for it.
+        test_fraction: Fraction of the stored "train" for the test, if no split is stored for it.
+        split_seed: Seed of the split by document.
+        leave_out: Names of stored splits, folders and files that are not to be used; `*` stands for any part of a name.
         predict_split: The split to predict.
         streaming: Whether a dataset is read row by row, so that only the first `max_tokens` are downloaded. Later
             changes of a dataset on the hub are not noticed.
@@ -115,7 +116,7 @@ class TextDataModule(SplitDataModule):
         super().__init__()
         self.save_hyperparameters(logger=False)
         # A checkpoint holds int and float, but jsonargparse's numbers are of its own types.
-        self.hparams.update(json.loads(json.dumps(self.hparams)))
+        self.hparams.update(json.loads(json.dumps(self.hparams, default=str)))
         if not path:
             raise ValueError(f"Expected data.path to be {EXPECTED}, but got {path!r}")
         if val_fraction + test_fraction >= 1:
@@ -149,12 +150,19 @@ class TextDataModule(SplitDataModule):
                 self._prepared = Prepared(source, rule, tokenised, may_be_kept)
             else:
                 said[-1] += ", so all of it is predicted" if len(counts) == 1 else ", whose splits are predicted whole"
+        self._is_another = self._kept is not None and not ranges
         self._ranges = ranges or (whole_ranges(counts) if self._kept else new_ranges(rule, counts))
         check_sizes(self._ranges, counts, None if self._kept else self.context_length)
         self.tokens = {split: files[file].part(start, stop) for split, (file, start, stop) in self._ranges.items()}
         if self._kept and ranges:
-            said += differences(self._kept, self._facts(), self.hparams, counts)
-            self.hparams.update({key: self._kept[key] for key in ("val_fraction", "test_fraction", "split_seed")})
+            settings = kept_settings(self._kept, training=self._fits)
+            said += [
+                f"Kept data.{key} {value} of the checkpoint, instead of {self.hparams[key]}"
+                for key, value in settings.items()
+                if value != self.hparams[key]
+            ]
+            self.hparams.update(settings)
+            said += changes(self._kept, self._facts()["parts"], counts)
         for line in said:
             rank_zero_info(line)
 
@@ -167,10 +175,10 @@ class TextDataModule(SplitDataModule):
         """Returns the text, how it is split, and its tokens, which it writes if they are missing."""
         if self._prepared:
             return self._prepared
-        spec, max_tokens = self.hparams["tokenizer"], self.hparams["max_tokens"]
-        given = self.hparams
-        options = given["name"], given["text_column"], given["leave_out"] or []
-        source = read_text(given["path"], *options, streaming=given["streaming"])
+        name, column, leave_out, streaming = (
+            self.hparams[key] for key in ("name", "text_column", "leave_out", "streaming")
+        )
+        source = read_text(self.path, name, column, leave_out or [], streaming=streaming)
         rule, may_be_kept = self._rule(source)
         if self._kept and rule.by_document and may_be_kept:
             # A split that the checkpoint takes from "train" does not mix with one that is stored now.
@@ -178,36 +186,16 @@ class TextDataModule(SplitDataModule):
             extra = [f"the stored split {split}" for split in source.splits if split not in splits]
             source = replace(source, splits=splits, left_out=[*source.left_out, *extra])
         stored = {split: SplitDocuments(split, texts, rule) for split, texts in source.splits.items()}
-        tokenizer = None
-        if self._given:
-            tokenizer = Tokenizer.from_json(self._given)
-        elif spec != "char" and not bpe_size(spec):
-            tokenizer = Tokenizer.pretrained(spec)
-        key: dict[str, Any] = {"format": FORMAT, "content": source.content}
-        key |= {"tokenizer": spec, "max_tokens": max_tokens}
-        if rule.by_document:
-            key["split"] = [rule.val, rule.test, rule.seed]
-        elif bpe_size(spec):
-            key["training_part"] = rule.ends[0]
-        if tokenizer:
-            # A checkpoint is often used on its training text: if its tokenizer was made for it, so were the tokens.
-            made = self._directory(source, key) / "tokenizer.json"
-            if not made.exists() or made.read_text(encoding="utf-8", errors="replace") != self._given:
-                key.pop("training_part", None)
-                key["digest"] = hashlib.sha256(tokenizer.to_json().encode()).hexdigest()
 
-        def digests(counts: dict[Split, int]) -> dict[Split, str]:
+        def check(counts: dict[Split, int]) -> None:
             if self._kept and not self._fits:
                 check_sizes(whole_ranges(counts), counts, None)
             else:
                 check_sizes(new_ranges(rule, counts), counts, self.context_length)
-            return stored["train"].digests
 
-        directory = self._directory(source, key)
-        make = partial(make_tokenizer, spec, stored, rule.ends[0], max_tokens)
-        files = dict.fromkeys([*stored, *rule.taken])
-        write_tokens(directory, lambda: tokenizer or make(), stored, files, max_tokens, digests)
-        self._prepared = Prepared(source, rule, open_tokens(directory), may_be_kept)
+        label = f"{source.label}-{Path(self.hparams['tokenizer']).stem}"
+        tokenised = find_tokens(source.content, label, stored, rule, self.hparams, self._given, check)
+        self._prepared = Prepared(source, rule, tokenised, may_be_kept)
         return self._prepared
 
     def _rule(self, source: TextSource) -> tuple[SplitRule, bool]:
@@ -216,7 +204,10 @@ class TextDataModule(SplitDataModule):
         Documents are split as the checkpoint's if they have some in common. Otherwise the tokens show whether the text
         is that of the checkpoint.
         """
-        train = source.splits["train"]
+        if not (train := source.splits.get("train")):
+            if self._kept and not self._fits:
+                return SplitRule.of(self.hparams, ["val", "test"], by_document=False), False
+            raise ValueError(f"Expected data.path to have a split 'train', but got {[*source.splits]}")
         if self._kept:
             kept = SplitRule.of(self._kept, self._kept["stored"], by_document=self._kept["by_document"])
             if not kept.by_document or shares_documents(self._kept["parts"]["train"]["digest"], train, kept):
@@ -224,11 +215,6 @@ class TextDataModule(SplitDataModule):
         rule = SplitRule.of(self.hparams, source.splits, by_document=True)
         several = enough_documents(train, rule, self.hparams["max_tokens"])
         return replace(rule, by_document=several and (not self._kept or self._fits)), False
-
-    def _directory(self, source: TextSource, key: dict[str, Any]) -> Path:
-        digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-        label = re.sub(r"[^\w.-]+", "-", f"{source.label}-{Path(self.hparams['tokenizer']).stem}").strip(".-")[:80]
-        return Path(self.hparams["cache_dir"]).expanduser() / f"{label}-{digest[:12]}"
 
     @property
     def vocab_size(self) -> int:
@@ -246,6 +232,17 @@ class TextDataModule(SplitDataModule):
         if "vocab_size" in names:
             known["vocab_size"] = self._prepare().tokenised.tokenizer.vocab_size
         return {name: value for name, value in known.items() if name in names}
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        """Returns the validation split; ValueError if what is learned from it would be tested on the same text."""
+        tested = self.trainer.state.fn if self.trainer else None
+        split = self.predict_split if tested == "predict" else "test"
+        if self._is_another and tested in ("predict", "test") and self._ranges["val"] == self._ranges[split]:
+            raise ValueError(
+                "Expected a validation split to learn from (mc_dropout.sites), but got another text in data.path than "
+                "that of the checkpoint, all of which is predicted: give a list of sites"
+            )
+        return super().val_dataloader()
 
     def provenance(self, split: Split, limit_batches: float) -> dict[str, Any]:
         """Adds what tells the tokens of the split apart from others."""
@@ -268,7 +265,7 @@ class TextDataModule(SplitDataModule):
             "path": self.path,
             "stored": list(source.splits),
             "by_document": rule.by_document,
-            **{key: self.hparams[key] for key in ("val_fraction", "test_fraction", "split_seed")},
+            **{key: self.hparams[key] for key in ("val_fraction", "test_fraction", "split_seed", "seed")},
             "parts": {
                 split: {"file": file, "start": start, "stop": stop}
                 | {"digest": tokenised.digests.get(file) or self.tokens[split].digest}

@@ -88,7 +88,7 @@ def _read(path: Path) -> bytes:
 class Layout:
     """The files of each split, all of them text or all of them rows."""
 
-    splits: dict[Split, list[Path]]  # "train", and "val" and "test" if they are stored
+    splits: dict[Split, list[Path]]
     rows: bool
     left_out: list[str]  # what is there and not used
 
@@ -109,22 +109,18 @@ def layout(folder: Path, leave_out: Sequence[str]) -> Layout | None:
     if folder.is_file():
         return Layout({"train": [folder]}, suffix(folder) in ROWS, [])
     files = sorted((path.relative_to(folder) for path in _walk(folder, set())), key=Path.as_posix)
-    names = {path: _split_name(path) for path in files}
     for given in leave_out:
-        if not any(_is_named(path, names[path], given) for path in files):
+        if not any(_is_named(path, given) for path in files):
             raise ValueError(
                 f"Expected data.leave_out to name splits, folders or files of data.path, but got {given!r}"
             )
-    used = [path for path in files if not any(_is_named(path, names[path], given) for given in leave_out)]
-    used = _of_one_kind(used, names)
+    used = _of_one_kind([path for path in files if not any(_is_named(path, given) for given in leave_out)])
     if not used:
         return None
-    splits: dict[Split, list[Path]] = {"train": used}
-    if any(split_of(names[path] or "") for path in used):
-        splits = _by_split(used, names)
+    splits = {split: [folder / path for path in paths] for split, paths in _by_split(used).items()}
     chosen = {path for paths in splits.values() for path in paths}
-    full = {split: [folder / path for path in paths] for split, paths in splits.items()}
-    return Layout(full, suffix(used[0]) in ROWS, [path.as_posix() for path in files if path not in chosen])
+    left_out = [path.as_posix() for path in files if folder / path not in chosen]
+    return Layout(splits, suffix(used[0]) in ROWS, left_out)
 
 
 def _walk(folder: Path, seen: set[Path]) -> Iterator[Path]:
@@ -142,16 +138,22 @@ def _walk(folder: Path, seen: set[Path]) -> Iterator[Path]:
             yield path
 
 
-def _split_name(path: Path) -> str | None:
+def _split_name(path: Path, *, in_words: bool = False) -> str | None:
     """Returns the name of a file's split, which for programs and settings is that of a folder: train.py is none."""
-    return stored_split(path if suffix(path) in PROSE or suffix(path) in ROWS else path.parent / "_")
+    named = suffix(path) in PROSE or suffix(path) in ROWS
+    return stored_split(path if named else path.parent / "_", in_words=in_words)
 
 
-def _is_named(path: Path, split: str | None, given: str) -> bool:
-    return any(fnmatchcase(name, given) for name in (path.as_posix(), *path.parts, split or ""))
+def _is_named(path: Path, given: str) -> bool:
+    names = (path.as_posix(), *path.parts, _split_name(path, in_words=True) or "")
+    return any(fnmatchcase(name, given) for name in names)
 
 
-def _of_one_kind(files: list[Path], names: dict[Path, str | None]) -> list[Path]:
+def _is_train(path: Path) -> bool:
+    return split_of(_split_name(path) or "") == "train"
+
+
+def _of_one_kind(files: list[Path]) -> list[Path]:
     """Returns the files that are text, or those that are rows; ValueError if it is not clear which are meant."""
     rows = [path for path in files if suffix(path) in ROWS]
     texts = [path for path in files if suffix(path) in TEXT]
@@ -159,7 +161,7 @@ def _of_one_kind(files: list[Path], names: dict[Path, str | None]) -> list[Path]
         return rows or texts
     if all(ABOUT.match(path.name) for path in texts):
         return rows
-    with_train = [kind for kind in (rows, texts) if any(split_of(names[path] or "") == "train" for path in kind)]
+    with_train = [kind for kind in (rows, texts) if any(map(_is_train, kind))]
     if len(with_train) == 1:
         return with_train[0]
     raise ValueError(
@@ -168,12 +170,22 @@ def _of_one_kind(files: list[Path], names: dict[Path, str | None]) -> list[Path]
     )
 
 
-def _by_split(files: list[Path], names: dict[Path, str | None]) -> dict[Split, list[Path]]:
-    """Returns the files of each split, or all files for training if none is named train."""
-    stored = sorted({name for path in files if (name := names[path])})
-    if not any(split_of(name) == "train" for name in stored):
-        if all(names[path] for path in files):
-            raise ValueError(f"Expected data.path to have a split 'train', but got {stored}")
-        return {"train": files}
-    splits, _ = assign_splits(stored)
-    return {split: [path for path in files if names[path] == name] for split, name in splits.items()}
+def _by_split(files: list[Path]) -> dict[Split, list[Path]]:
+    """Returns the files of each split, or all files for training if there are no splits."""
+    names = {path: _split_name(path) for path in files}
+    if not any(map(_is_train, files)) and not all(names.values()):
+        words = {path: _split_name(path, in_words=True) for path in files if not ABOUT.match(path.name)}
+        splits = {split_of(name) for name in words.values() if name}
+        if "train" not in splits or len(splits) == 1:
+            return {"train": files}
+        if not all(words.values()):
+            train, other = (
+                next(path for path, name in words.items() if split_of(name or "") == split) for split in ("train", None)
+            )
+            raise ValueError(
+                f"Expected splits in data.path or none, but got files such as {train}, and {other} of no split: name "
+                "those that are not to be used in data.leave_out, or put the splits into folders train, valid and test"
+            )
+        names = words
+    assigned, _ = assign_splits(sorted({name for name in names.values() if name}))
+    return {split: [path for path in files if names.get(path) == name] for split, name in assigned.items()}

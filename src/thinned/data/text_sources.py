@@ -6,6 +6,7 @@ installation has.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import pydoc_data.topics
@@ -29,7 +30,7 @@ EXPECTED = "'pydocs', a file of text or rows, a folder of them, or the id of a d
 class TextSource:
     """Documents by split."""
 
-    splits: Mapping[Split, Iterable[str]]  # "train", and "val" and "test" if they are stored; each can be read again
+    splits: Mapping[Split, Iterable[str]]  # those that are stored; each can be read again
     content: str  # differs between sources of different text
     label: str  # for people; it can be part of a file name
     left_out: Sequence[str] = ()  # stored splits or files that are not used
@@ -104,6 +105,7 @@ def read_text(
 
 
 def _label(folder: Path) -> str:
+    """Returns the name of a folder or a file, without what says what is in it."""
     return folder.resolve().name.partition(".")[0] if folder.is_file() else folder.resolve().stem
 
 
@@ -135,7 +137,7 @@ def _rows(
         stored = {split: found[stored_name] for split, stored_name in names.items()}
         if "train" not in stored:
             raise ValueError(f"Expected data.leave_out to leave a split 'train', but got {list(leave_out)}")
-    column = _text_column(stored["train"], text_column)
+    column = _text_column(next(iter(stored.values())), text_column)
     columns = {split: TextColumn(rows, column, names[split]) for split, rows in stored.items()}
     for split, rows in stored.items():
         if column not in (strings := _string_columns(rows)):
@@ -162,7 +164,7 @@ def _read_files(paths: list[Path], *, streaming: bool) -> Stored:
     try:
         if len({ROWS[kind] for kind in kinds}) > 1 or kinds == [".csv", ".tsv"]:
             raise ValueError(f"files of several kinds, {kinds}: name those not to be used in data.leave_out")
-        data_files = {"train": [str(path.resolve()) for path in paths]}
+        data_files = {"train": [glob.escape(str(path.absolute())) for path in paths]}
         return datasets.load_dataset(ROWS[kinds[0]], data_files=data_files, streaming=streaming, **options)["train"]
     except Exception as error:  # of many types; the user needs to know which setting it is about
         cause = " ".join(str(error.__cause__ or error).split())

@@ -12,7 +12,6 @@ from __future__ import annotations
 from bisect import insort
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from thinned.data.order import Split
 from thinned.data.token_stream import Document, sure_to_fit
 from thinned.data.tokens import Tokens
 
-ENOUGH = 10
+ENOUGH = 10  # different documents: a part that can expect so many is empty with a probability below 1e-4
 KEPT_HASHES = 64  # of a split: they tell whether another set has documents of it, unless it has few
 Range = tuple[Split, int, int]  # tokens of a file, from start to stop
 
@@ -65,19 +64,22 @@ class SplitRule:
         return xxh3_64_intdigest(text.encode(errors="surrogatepass"), self.seed)
 
     def split_of(self, document_hash: int) -> Split:
-        """Returns the split of a document: more of them for validation or test are the same ones and others."""
+        """Returns the split of a document by where its hash falls between 0 and 1: test, validation, training."""
         place = document_hash / 2**64
         return "test" if place < self.test else "val" if place < self.test + self.val else "train"
 
 
 def enough_documents(documents: Iterable[str], rule: SplitRule, max_tokens: int | None) -> bool:
-    """Returns whether so many documents are sure to be kept that each part of them can expect `ENOUGH`."""
+    """Returns whether each part can expect `ENOUGH` different documents of those that are sure to be kept."""
     fractions = [fraction for fraction in (rule.val, rule.test) if fraction]
     if not fractions:
         return False
-    least = ENOUGH / min(fractions)
-    kept = sure_to_fit((("train", text) for text in documents if text), max_tokens)
-    return sum(1 for _ in islice(kept, int(least) + 1)) >= least
+    found = set[int]()
+    for _, text in sure_to_fit((("train", text) for text in documents if text), max_tokens):
+        found.add(rule.hash(text))
+        if len(found) * min(fractions) >= ENOUGH:
+            return True
+    return False
 
 
 @dataclass
@@ -128,7 +130,8 @@ def new_ranges(rule: SplitRule, counts: Mapping[Split, int]) -> dict[Split, Rang
 def whole_ranges(counts: Mapping[Split, int]) -> dict[Split, Range]:
     """Returns the stored splits of a text that was not trained on, or else all of it for each."""
     names: list[Split] = ["train", "val", "test"]
-    files: dict[Split, Split] = {split: split if split in counts else "train" for split in names}
+    first: Split = next(iter(counts))
+    files: dict[Split, Split] = {split: split if split in counts else first for split in names}
     return {split: (file, 0, counts[file]) for split, file in files.items()}
 
 
@@ -176,7 +179,7 @@ def kept_ranges(kept: Mapping[str, Any], path: str, tokens: Mapping[Split, Token
     if by_position and not same:
         raise ValueError(
             f"Expected data.path to begin with the {stop:,} tokens that the checkpoint was trained on, but got a text "
-            f"that has changed before that in {path!r}; another text to predict needs another path"
+            f"that has changed before that in {path!r} (or data.max_tokens); a text to predict needs a path of its own"
         )
     ranges: dict[Split, Range] = {}
     for split, part in parts.items():
@@ -191,32 +194,31 @@ def kept_ranges(kept: Mapping[str, Any], path: str, tokens: Mapping[Split, Token
     return ranges
 
 
-def differences(
-    kept: Mapping[str, Any], now: Mapping[str, Any], settings: Mapping[str, Any], counts: Mapping[Split, int]
-) -> list[str]:
-    """Returns what is to be said of settings and text that are not those of the checkpoint.
+def kept_settings(kept: Mapping[str, Any], *, training: bool) -> dict[str, Any]:
+    """Returns the settings of the data that remain those of the checkpoint, in its own text."""
+    keys = [f"{split}_fraction" for split in ("val", "test") if split not in kept["stored"]]
+    # A run resumes within an epoch, whose order is that of the seed.
+    keys += ["split_seed"] * kept["by_document"] + ["seed"] * training
+    return {key: kept[key] for key in keys}
+
+
+def changes(kept: Mapping[str, Any], parts: Mapping[Split, Any], counts: Mapping[Split, int]) -> list[str]:
+    """Returns what is to be said of a text that is not as it was.
 
     Args:
         kept: The `split` in the state of a `TextDataModule`.
-        now: The same of the text as it is now, split as the checkpoint has it.
-        settings: The settings of the data now.
+        parts: Its `parts` as they are now, split as the checkpoint has it.
         counts: The number of tokens of each file now.
     """
-    keys = [f"{split}_fraction" for split in ("val", "test") if split not in kept["stored"]]
-    said = [
-        f"Kept data.{key} {kept[key]} of the checkpoint, instead of {settings[key]}"
-        for key in [*keys, *["split_seed"] * kept["by_document"]]
-        if kept[key] != settings[key]
-    ]
-    changes, ends = [], dict.fromkeys(counts, 0)
-    for split, part in now["parts"].items():
+    said, ends = [], dict.fromkeys(counts, 0)
+    for split, part in parts.items():
         before, after = (each["stop"] - each["start"] for each in (kept["parts"][split], part))
         if before != after:
-            changes.append(f"{split} has {after:,} tokens instead of {before:,}")
+            said.append(f"{split} has {after:,} tokens instead of {before:,}")
         elif part["digest"] != kept["parts"][split]["digest"]:
-            changes.append(f"{split} has other text")
+            said.append(f"{split} has other text")
         ends[part["file"]] = max(ends[part["file"]], part["stop"])
     if counts["train"] > ends["train"]:
-        changes.append(f"the {counts['train'] - ends['train']:,} tokens at its end are in no split")
-    changes += [f"its stored split {file} is not used" for file, end in ends.items() if not end]
-    return said + ([f"data.path has changed since training: {'; '.join(changes)}"] if changes else [])
+        said.append(f"the {counts['train'] - ends['train']:,} tokens at its end are in no split")
+    said += [f"its stored split {file} is not used" for file, end in ends.items() if not end]
+    return [f"data.path has changed since training: {'; '.join(said)}"] if said else []
