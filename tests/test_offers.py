@@ -1,5 +1,6 @@
 """What an object offers is seen through a list: its own value, else the default; what is not listed is an error."""
 
+from collections.abc import Collection
 from types import SimpleNamespace
 from typing import Any
 
@@ -38,7 +39,7 @@ def test_a_class_is_asked_without_building_it() -> None:
         def __init__(self) -> None:
             raise AssertionError("built")
 
-        def net_arguments(self) -> dict[str, Any]:
+        def net_arguments(self, names: Collection[str]) -> dict[str, Any]:
             return {}
 
     assert Offers(Data, DataOffers).net_arguments is Data.net_arguments

@@ -51,7 +51,7 @@ def test_a_plain_trainer_is_enough(tmp_path: Path) -> None:
     found = torch.load(tmp_path / "found.pt", weights_only=True)
     assert found["logits"][0].equal(found["logits"][1])
     assert pq.read_table(tmp_path / "run/predictions.parquet")["index"].to_pylist() == list(range(found["examples"]))
-    assert found["examples"] == 359
+    assert found["examples"] == 365
     metrics = json.loads((tmp_path / "run/metrics.json").read_text())
     assert metrics == found["metrics"]
     assert metrics["mc_dropout"]["nll"] != metrics["deterministic"]["nll"]

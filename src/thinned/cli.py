@@ -91,7 +91,7 @@ class ThinnedCLI(LightningCLI):
         if config.resume:
             # Lightning 2.6.6 warns of every directory with checkpoints: Lightning-AI/pytorch-lightning#5209
             warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
-        _fill_in_from_data(config)
+        self._built_data = _fill_in_from_data(config)
         fill_in_from_launcher(config.trainer)
         config.trainer.default_root_dir = str(self.run_dir)
         config.checkpoint.dirpath = str(self.run_dir / "checkpoints")
@@ -101,6 +101,7 @@ class ThinnedCLI(LightningCLI):
         step = 0
         if self.ckpt_path:
             checkpoint = read_checkpoint(str(self.ckpt_path), check=False)  # `find_run` has checked it
+            _compare_data(checkpoint["config"]["data"], self.config.data)
             self.restore(checkpoint)  # now, so that one that does not fit leaves the run untouched
             step = checkpoint["global_step"]
         if self.config.resume:
@@ -110,6 +111,11 @@ class ThinnedCLI(LightningCLI):
         if self.offline:  # of this machine, not of the experiment
             del self.config.trainer.logger.dict_kwargs["mode"]
         make_run_directory(self.run_dir, bool(self.config.resume))
+
+    def instantiate_classes(self) -> None:
+        super().instantiate_classes()
+        if self._built_data is not None:  # it has read the data already
+            self.datamodule = self._built_data
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         if self.config_init.trainer.logger is not False:
@@ -146,12 +152,23 @@ class ThinnedCLI(LightningCLI):
         console.print(files_of_run(self.run_dir), soft_wrap=True, highlight=False)
 
 
-def _fill_in_from_data(config: Any) -> None:
-    """Sets what the net leaves to the data (null): the size of a vocabulary, the length of a context."""
-    data_class = cast(type, locate(config.data.class_path))
+def _fill_in_from_data(config: Any) -> LightningDataModule | None:
+    """Sets what the net leaves to the data (null), such as the number of classes; returns the data that knew it."""
+    data_class = cast(type[LightningDataModule], locate(config.data.class_path))
     net = config.model.get("init_args.net.init_args")
-    has_arguments = Offers(data_class, DataOffers).net_arguments is not None  # without building it, which may cost time
-    if has_arguments and net is not None and None in vars(net).values():
-        for key, value in data_class(**config.data.init_args.as_dict()).net_arguments().items():
-            if net.get(key, value) is None:
-                net[key] = value
+    missing = [] if net is None else [key for key, value in vars(net).items() if value is None]
+    if not missing or Offers(data_class, DataOffers).net_arguments is None:
+        return None
+    data = data_class(**config.data.init_args.as_dict())
+    known = cast(DataOffers, Offers(data, DataOffers)).net_arguments(missing)  # type: ignore[misc]
+    for key, value in known.items():
+        net[key] = value
+    return data if known else None
+
+
+def _compare_data(before: dict[str, Any], now: Any) -> None:
+    """Raises a ValueError if a run that resumes would see its examples in another order or split."""
+    for key in ("batch_size", "seed", "split_seed", "val_fraction", "test_fraction", "leave_out"):
+        then, given = before.get("init_args", {}).get(key), now.get(f"init_args.{key}")
+        if then != given:
+            raise ValueError(f"Expected data.{key} {then}, as in the run that resumes, but got {given}")

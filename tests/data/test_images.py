@@ -1,6 +1,5 @@
 """Images: reading and splitting, standardisation, augmentation, and what is said of bad input."""
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -22,8 +21,9 @@ import thinned.data.hugging_face as hub_module
 import thinned.data.image_sources as sources_module
 import thinned.data.images as images_module
 from thinned.data import Batch, ImageDataModule
-from thinned.data.images import rotate_and_shift
+from thinned.data.image_batches import rotate_and_shift
 
+DIGITS = {"train": 1271, "val": 161, "test": 365}  # examples of each split
 MNIST = Path(__file__).parents[3] / "shared/data/mnist/mnist"
 
 
@@ -80,37 +80,30 @@ class TestDigits:
         assert data.class_names == ["0", "1", "2", "3", "4", "5", "6", "7", "8", "9"]
         source = load_digits()
         rows = data.rows["val"].numpy()
-        raw = data.raw_images("val", range(180))
+        raw = data.raw_images("val", range(DIGITS["val"]))
         assert raw.dtype == torch.uint8
         assert np.abs(raw[:, 0].numpy() - source.images[rows] * 255 / 16).max() <= 0.5
         assert raw.max() == 255
         assert np.array_equal(whole(data.val_dataloader()).target, source.target[rows])
 
-    def test_splits_are_stratified_disjoint_and_complete(self) -> None:
+    def test_splits_are_disjoint_and_complete(self) -> None:
         data = ready(val_fraction=0.1, test_fraction=0.2)
-        assert {split: len(rows) for split, rows in data.rows.items()} == {
-            "train": 1258,
-            "val": 180,
-            "test": 359,
-        }
+        assert {split: len(rows) for split, rows in data.rows.items()} == DIGITS
         assert torch.equal(torch.cat(list(data.rows.values())).sort().values, torch.arange(1797))
-        classes = torch.from_numpy(load_digits().target).bincount() / 1797
-        for target in data.target.values():
-            assert (target.bincount() / len(target) - classes).abs().max() < 1.01 / len(target)
 
-    def test_splits_come_from_the_seed_and_val_does_not_move_test(self) -> None:
-        rows = ready(seed=1).rows
-        assert all(torch.equal(rows[split], ready(seed=1).rows[split]) for split in rows)
-        assert not torch.equal(rows["test"], ready(seed=2).rows["test"])
-        assert torch.equal(rows["test"], ready(seed=1, val_fraction=0.3).rows["test"])
+    def test_splits_come_from_their_seed_alone(self) -> None:
+        rows = ready(split_seed=1).rows
+        assert all(torch.equal(rows[split], ready(split_seed=1, seed=5).rows[split]) for split in rows)
+        assert not torch.equal(rows["test"], ready(split_seed=2).rows["test"])
+        assert torch.equal(rows["test"], ready(split_seed=1, val_fraction=0.3).rows["test"])
 
     def test_batches_are_standardised_and_training_is_shuffled(self) -> None:
         data = ready()
         batch = next(iter(data.val_dataloader()))
         assert [part.dtype for part in batch] == [torch.float32, torch.int64, torch.int64]
-        assert batch.index.tolist() == list(range(180))
+        assert batch.index.tolist() == list(range(DIGITS["val"]))
         train = whole(data.train_dataloader())
-        assert len(train.index) == 1258 // 128 * 128
+        assert len(train.index) == DIGITS["train"] // 128 * 128
         back = train.image * data.std[0] + data.mean[0]
         assert torch.allclose(back, data.raw_images("train", train.index) / 255.0, atol=1e-6)
         assert torch.equal(train.target, data.target["train"][train.index])
@@ -129,64 +122,72 @@ class TestDigits:
 
 class TestReading:
     def test_hub_layout(self, folder: Callable[..., str]) -> None:
-        train, test = noise(20, 4, 6), noise(3, 4, 6, seed=1)
-        path = folder(train=table(train, [0, 1] * 10), test=table(test, [1, 0, 1]))
+        train, test = noise(40, 4, 6), noise(3, 4, 6, seed=1)
+        path = folder(train=table(train, [0, 1] * 20), test=table(test, [1, 0, 1]))
         data = ready(path, predict_split="test")
         assert (data.image_shape, data.class_names) == ((1, 4, 6), ["cat", "dog"])
         assert data.raw_images("test", [2, 0]).squeeze(1).tolist() == [test[2].tolist(), test[0].tolist()]
         assert data.target["test"].tolist() == [1, 0, 1]
-        assert {split: len(rows) for split, rows in data.rows.items()} == {"train": 18, "val": 2, "test": 3}
+        assert len(data.rows["train"]) + len(data.rows["val"]) == 40
+        assert len(data.rows["test"]) == 3
         assert whole(data.predict_dataloader()).index.tolist() == [0, 1, 2]
 
     @pytest.mark.parametrize(
-        ("stored", "sizes"),
+        ("stored", "sources"),
         [
-            ({"train": 20}, (14, 2, 4)),
-            ({"train": 20, "test": 5}, (18, 2, 5)),
-            ({"train": 20, "validation": 6}, (18, 2, 6)),
-            ({"train": 20, "valid": 6, "test": 5}, (20, 6, 5)),
+            ({"train": 60}, ("train", "train", "train")),
+            ({"train": 60, "test": 5}, ("train", "train", "test")),
+            ({"Train": 60, "Validation": 6}, ("Train", "Train", "Validation")),
+            ({"train": 60, "dev": 6, "testing": 5}, ("train", "dev", "testing")),
+            ({"train": 60, "eval": 6, "test": 5, "extra": 9}, ("train", "eval", "test")),
         ],
     )
-    def test_which_split_is_which(self, tmp_path: Path, stored: dict[str, int], sizes: tuple[int, ...]) -> None:
-        splits = DatasetDict({name: table(noise(n, 2, 2), ([0, 1] * n)[:n]) for name, n in stored.items()})
-        splits.save_to_disk(tmp_path / "set")
+    def test_which_split_is_which(self, tmp_path: Path, stored: dict[str, int], sources: tuple[str, ...]) -> None:
+        splits = {name: table(noise(n, 2, 2, seed=n), ([0, 1] * n)[:n]) for name, n in stored.items()}
+        DatasetDict(splits).save_to_disk(tmp_path / "set")
         data = ready(str(tmp_path / "set"))
-        assert tuple(len(data.rows[split]) for split in ("train", "val", "test")) == sizes
+        assert tuple(data.sources(split, [0])[0].partition("[")[0] for split in DIGITS) == sources
+        for name in sources:  # and nothing of it is lost
+            drawn = [split for split, source in zip(DIGITS, sources, strict=True) if source == name]
+            assert sum(len(data.rows[split]) for split in drawn) == stored[name]
 
     def test_a_single_saved_split_is_train(self, tmp_path: Path) -> None:
-        table(noise(20, 2, 2), [0, 1] * 10).save_to_disk(tmp_path / "set")
-        assert len(ready(str(tmp_path / "set")).rows["train"]) == 14
+        table(noise(60, 2, 2), [0, 1] * 30).save_to_disk(tmp_path / "set")
+        assert sum(map(len, ready(str(tmp_path / "set")).rows.values())) == 60
 
-    def test_images_become_what_the_first_one_is(self, folder: Callable[..., str]) -> None:
-        gray, color = noise(9, 2, 2), noise(1, 2, 2, 3)
-        path = folder(train=table([*gray, *color], [0, 1] * 5), valid=table(gray, [0] * 9), test=table(color, [0]))
-        expected = np.asarray(Image.fromarray(color[0]).convert("L"))
-        assert ready(path).raw_images("test", [0])[0, 0].tolist() == expected.tolist()
+    def test_the_whole_set_decides_on_colour(self, folder: Callable[..., str]) -> None:
+        gray, color = noise(49, 2, 2), noise(1, 2, 2, 3)
+        path = folder(
+            train=table([*gray, *color], [0, 1] * 25), valid=table(gray, [0] * 49), test=table(gray, [0] * 49)
+        )
+        data = ready(path)
+        assert data.image_shape[0] == 3
+        assert data.raw_images("test", [7])[0].tolist() == [gray[7].tolist()] * 3
 
     def test_color_channels_come_first(self, folder: Callable[..., str]) -> None:
-        color = noise(10, 2, 4, 3)
-        data = ready(folder(train=table(color, [0, 1] * 5), test=table(color, [0, 1] * 5)), val_fraction=0.2)
+        color = noise(40, 2, 4, 3)
+        data = ready(folder(train=table(color, [0, 1] * 20), test=table(color, [0, 1] * 20)), val_fraction=0.2)
         assert data.image_shape == (3, 2, 4)
         assert data.raw_images("test", [7])[0].tolist() == color[7].transpose(2, 0, 1).tolist()
 
     def test_image_size_resizes_bilinearly(self, folder: Callable[..., str]) -> None:
-        images = [*noise(5, 4, 6), *noise(5, 7, 3)]
-        path = folder(train=table(images, [0, 1] * 5), test=table(images, [0, 1] * 5))
+        images = [*noise(5, 4, 6), *noise(35, 7, 3)]
+        path = folder(train=table(images, [0, 1] * 20), test=table(images, [0, 1] * 20))
         data = ready(path, image_size=5, val_fraction=0.2)
         expected = Image.fromarray(images[8]).resize((5, 5), Image.Resampling.BILINEAR)
         assert data.image_shape == (1, 5, 5)
         assert data.raw_images("test", [8])[0, 0].tolist() == np.asarray(expected).tolist()
 
     def test_columns_are_found_by_what_they_hold(self, tmp_path: Path) -> None:
-        table(noise(20, 2, 2), [0, 1] * 10, image="img").save_to_disk(tmp_path / "cifar10")
+        table(noise(60, 2, 2), [0, 1] * 30, image="img").save_to_disk(tmp_path / "cifar10")
         assert ready(str(tmp_path / "cifar10")).class_names == ["cat", "dog"]
-        integers = table(noise(30, 2, 2), [0, 2, 1] * 10, label="target", kind=Value("int32"))
-        integers = integers.add_column("size", [0, 1] * 15)
+        integers = table(noise(60, 2, 2), [0, 2, 1] * 20, label="target", kind=Value("int32"))
+        integers = integers.add_column("size", [0, 1] * 30)
         integers.save_to_disk(tmp_path / "integers")
         assert ready(str(tmp_path / "integers")).class_names == ["0", "1", "2"]
         assert ready(str(tmp_path / "integers"), label_column="size").class_names == ["0", "1"]
-        fine = table(noise(20, 2, 2), [0, 1] * 10, label="fine_label")
-        coarse = fine.add_column("coarse_label", [0] * 20, feature=ClassLabel(names=["animal", "plant"]))
+        fine = table(noise(60, 2, 2), [0, 1] * 30, label="fine_label")
+        coarse = fine.add_column("coarse_label", [0] * 60, feature=ClassLabel(names=["animal", "plant"]))
         coarse.save_to_disk(tmp_path / "cifar100")
         assert ready(str(tmp_path / "cifar100"), label_column="coarse_label").class_names == [
             "animal",
@@ -197,18 +198,18 @@ class TestReading:
         with pytest.raises(ValueError, match=r"data\.image_column .*\['image'\], but got 'fine_label' \(all"):
             ready(str(tmp_path / "cifar100"), image_column="fine_label")
         integers.remove_columns("target").save_to_disk(tmp_path / "unlabelled")
-        with pytest.raises(ValueError, match=r"data\.label_column .* \[\], but got None .*\['image', 'size'\]"):
+        with pytest.raises(
+            ValueError, match=r"labels to train on, but got none .*label_column: None, .*\['image', 'size'\]"
+        ):
             ready(str(tmp_path / "unlabelled"))
 
     @pytest.mark.skipif(not MNIST.is_dir(), reason=f"needs a copy of MNIST in {MNIST}")
-    def test_mnist(self) -> None:
-        data = ImageDataModule(str(MNIST), cache_gib=0)
-        data.load_state_dict({"mean": [0.1307], "std": [0.3081]})
-        data.setup()
+    def test_mnist(self, tmp_path: Path) -> None:
+        data = ready(str(MNIST), cache_gib=0, cache_dir=str(tmp_path))
         assert (data.image_shape, data.num_classes) == ((1, 28, 28), 10)
-        assert [len(data.rows[split]) for split in ("train", "val", "test")] == [54000, 6000, 10000]
-        test = next(iter(data.test_dataloader()))
-        assert test.target[:9].tolist() == [7, 2, 1, 0, 4, 1, 4, 9, 5]
+        assert [len(data.rows[split]) for split in ("train", "val", "test")] == [54041, 5959, 10000]
+        assert len(list(tmp_path.glob("*.npy"))) == 2  # hashes are kept for the next start
+        assert data.target["test"][:9].tolist() == [7, 2, 1, 0, 4, 1, 4, 9, 5]
         assert data.raw_images("test", range(10000)).double().mean() / 255 == pytest.approx(0.1325, abs=1e-4)
 
 
@@ -217,7 +218,8 @@ class TestStatistics:
         # Red is 0 and 51: mean and deviation 0.1. Green is 255 throughout. Blue is 102 and 204: 0.6 and 0.2.
         pixels = np.array([[[0, 255, 102], [51, 255, 204]]], np.uint8)
         elsewhere = np.full((1, 2, 3), 7, np.uint8)
-        data = ready(folder(train=table([pixels] * 20, [0, 1] * 10), test=table([elsewhere], [0])))
+        path = folder(train=table([pixels] * 2, [0, 1]), val=table([pixels], [0]), test=table([elsewhere], [0]))
+        data = ready(path)
         assert data.mean == pytest.approx([0.1, 1.0, 0.6])
         assert data.std == pytest.approx([0.1, 1.0, 0.2])
         image = whole(data.val_dataloader()).image
@@ -235,25 +237,132 @@ class TestStatistics:
         data = ready()
         torch.save(data.state_dict(), tmp_path / "state.pt")
         state = torch.load(tmp_path / "state.pt", weights_only=True)
-        assert state == {"mean": data.mean, "std": data.std}
+        assert state["statistics"] == {"mean": data.mean, "std": data.std, "low": [0.0], "high": [1.0]}
         monkeypatch.setattr(images_module, "channel_statistics", lambda *_: pytest.fail("recomputed"))
         restored = ready()
-        restored.load_state_dict({"mean": [0.5], "std": [0.25]})
+        state["statistics"] |= {"mean": [0.5], "std": [0.25]}
+        restored.load_state_dict(state)
         assert (restored.mean, restored.std) == ([0.5], [0.25])
         image = whole(restored.test_dataloader()).image
         assert image.max() == 2.0  # (1 - 0.5) / 0.25
 
-    def test_of_other_images_are_refused(self) -> None:
-        data = ready()
-        data.load_state_dict({"mean": [0.5] * 3, "std": [0.25] * 3})
-        with pytest.raises(ValueError, match=r"Expected data\.path .* 3 channels, as the checkpoint has, but got 1"):
-            data.test_dataloader()
+    def test_a_constant_channel_is_said(self, folder: Callable[..., str], said: list[str]) -> None:
+        constant = [np.dstack([image, np.full((2, 2), 9, np.uint8), image]) for image in noise(40, 2, 2)]
+        data = ready(folder(train=table(constant, [0, 1] * 20)))
+        assert data.std[1] == 1
+        assert said == ["Channels [1] of data.path are constant over the training split"]
+
+
+class TestTrained:
+    """With the state of a checkpoint, what comes later is kept, mapped or refused."""
+
+    @pytest.fixture
+    def images(self, tmp_path: Path) -> Callable[..., str]:
+        """Writes digits into folders of classes, by the names that are given."""
+
+        def write(name: str, rows: Sequence[int], names: Sequence[str] = "0123456789", kind: str = "png") -> str:
+            source = digits()
+            for row in rows:
+                label = source[row]["label"]
+                path = tmp_path / name / (names[label] if names else "") / f"{row:04}.{kind}"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                source[row]["image"].save(path)
+            return str(tmp_path / name)
+
+        return write
+
+    @staticmethod
+    def number(source: str) -> int:
+        """The number in the name of a file."""
+        return int(Path(source).stem)
+
+    def later(self, state: dict[str, Any], path: str, stage: str = "predict", **options: Any) -> ImageDataModule:
+        data = ImageDataModule(path, **options)
+        data.load_state_dict(state)
+        data.setup(stage)
+        return data
+
+    def test_names_in_another_order_are_mapped(self, images: Callable[..., str], tmp_path: Path) -> None:
+        names = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+        features = Features(image=datasets.Image(), label=ClassLabel(names=names))
+        digits().select(range(300)).cast(features).save_to_disk(tmp_path / "saved")
+        state = ready(str(tmp_path / "saved")).state_dict()
+        data = self.later(state, images("folder", range(300, 340), names))  # whose classes are sorted by name
+        assert data.class_names == names
+        rows = [self.number(source) for source in data.sources("test", range(40))]
+        assert data.target["test"].tolist() == digits()[rows]["label"]
+
+    def test_some_of_the_classes_are_predicted_and_scored(self, images: Callable[..., str]) -> None:
+        state = ready().state_dict()
+        rows = [row for row in range(200) if digits()[row]["label"] in (1, 7)]
+        data = self.later(state, images("some", rows))
+        assert data.num_classes == 10
+        assert sorted(data.target["test"].tolist()) == sorted(digits()[rows]["label"])
+
+    def test_other_classes_are_refused(self, images: Callable[..., str]) -> None:
+        with pytest.raises(ValueError, match=r"the classes of the checkpoint, \[0, 1, .*9\], .* but got \[cat\] among"):
+            self.later(ready().state_dict(), images("other", [0], ["cat"]))
+
+    @pytest.mark.parametrize("split", ["train", "val", "test"])
+    def test_another_set_is_predicted_as_a_whole(self, images: Callable[..., str], split: Any) -> None:
+        data = self.later(ready().state_dict(), images("new", range(50), []), predict_split=split)
+        assert data.target[split] is None
+        batch = next(iter(data.predict_dataloader()))
+        assert batch.target is None
+        assert data.sources(split, batch.index) == [f"{row:04}.png" for row in range(50)]
+        expected = [np.asarray(image).tolist() for image in digits()[range(50)]["image"]]
+        assert data.raw_images(split, range(50))[:, 0].tolist() == expected
+
+    def test_a_set_that_has_grown_keeps_everyone_in_place(self, images: Callable[..., str]) -> None:
+        before = ready(images("set", range(400)))
+        of_before = {split: set(before.sources(split, range(len(before.rows[split])))) for split in DIGITS}
+        data = self.later(before.state_dict(), images("set", range(400, 500)), "test", split_seed=7, test_fraction=0.5)
+        of_after = {split: set(data.sources(split, range(len(data.rows[split])))) for split in DIGITS}
+        assert sum(map(len, of_after.values())) == 500
+        for split in DIGITS:
+            assert of_before[split] < of_after[split]
+
+    def test_a_set_that_was_moved_is_the_same(self, images: Callable[..., str], tmp_path: Path) -> None:
+        before = ready(images("set", range(400)))
+        sources, state = before.sources("test", range(len(before.rows["test"]))), before.state_dict()
+        Path(images("set", [])).rename(tmp_path / "elsewhere")
+        data = self.later(state, str(tmp_path / "elsewhere"))
+        assert data.sources("test", range(len(data.rows["test"]))) == sources
+
+    def test_training_does_not_resume_on_another_set(self, images: Callable[..., str]) -> None:
+        with pytest.raises(ValueError, match="Expected the training set of the checkpoint, but got other data"):
+            self.later(ready().state_dict(), images("new", range(9)), "fit")
+
+    def test_the_background_is_that_of_the_training(self, tmp_path: Path) -> None:
+        for i in range(40):
+            path = tmp_path / "ab"[i % 2] / f"{i}.png"
+            path.parent.mkdir(exist_ok=True)
+            Image.fromarray(np.full((1, 2, 2), (i, i % 3), np.uint8)).save(path)  # LA, nearly transparent
+        state = ready(str(tmp_path), background="black").state_dict()
+        data = self.later(state, str(tmp_path), background="white")
+        assert data.raw_images("train", range(9)).max() == 0
+
+    def test_eight_and_sixteen_bits_have_one_scale_and_floats_another(self, tmp_path: Path) -> None:
+        for i, image in enumerate(noise(40, 2, 2)):
+            deep = {"8": image, "16": image.astype(np.uint16) * 257, "float": image.astype(np.float32)}
+            for name, pixels in deep.items():
+                path = tmp_path / name / "ab"[i % 2] / f"{i}.tif"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(pixels).save(path)
+        eight = ready(str(tmp_path / "8"))
+        sixteen = self.later(eight.state_dict(), str(tmp_path / "16"))
+        image = next(iter(sixteen.predict_dataloader())).image  # all of them, as their bytes are others
+        order = [self.number(source) for source in sixteen.sources("test", range(40))]
+        expected = torch.from_numpy(np.stack(noise(40, 2, 2))[order])
+        assert torch.allclose(image[:, 0] * eight.std[0] + eight.mean[0], expected / 255, atol=1e-6)
+        with pytest.raises(ValueError, match=r"images of 8 or 16 bits in data\.path, but got floats"):
+            self.later(eight.state_dict(), str(tmp_path / "float"))
 
 
 @pytest.mark.parametrize("augmentation", [{}, {"shift": 1.5, "rotation": 20.0}])
 def test_lazy_batches_equal_cached_ones(folder: Callable[..., str], augmentation: dict[str, float]) -> None:
-    images = noise(30, 5, 4, 3)
-    path = folder(train=table(images, [0, 1] * 15), test=table(images[:4], [0, 1] * 2))
+    images = noise(60, 5, 4, 3)
+    path = folder(train=table(images, [0, 1] * 30), test=table(images[:4], [0, 1] * 2))
     cached, lazy, workers = (
         ready(path, batch_size=8, cache_gib=gib, num_workers=n, **augmentation) for gib, n in ((4, 0), (0, 0), (0, 2))
     )
@@ -295,7 +404,7 @@ class TestAugmentation:
             parts.append(whole(data.train_dataloader()))
         assert not set(parts[0].index.tolist()) & set(parts[1].index.tolist())
         one = whole(ready(path, batch_size=8, shift=2.0).train_dataloader())
-        assert all(torch.equal(part.image, one.image[part.index]) for part in parts)
+        assert all(torch.equal(part.image, one.image[torch.searchsorted(one.index, part.index)]) for part in parts)
 
     def test_leaves_evaluation_alone(self, path: str) -> None:
         plain, augmented = ready(path), ready(path, shift=2.0, rotation=30.0)
@@ -306,7 +415,9 @@ class TestAugmentation:
 
     def test_black_comes_in(self, folder: Callable[..., str]) -> None:
         white = [np.full((6, 6), 255, np.uint8)] * 20
-        data = ready(folder(train=table(white, [0, 1] * 10)), batch_size=14, shift=3.0)
+        data = ready(
+            folder(**{split: table(white, [0, 1] * 10) for split in ("train", "val", "test")}), batch_size=14, shift=3.0
+        )
         image = whole(data.train_dataloader()).image
         # White is the mean, so black is -1; a mean image that came in would be 0.
         assert image.min() == pytest.approx(-1, abs=1e-5)
@@ -335,27 +446,6 @@ class TestAugmentation:
 
 
 class TestBadInput:
-    @pytest.mark.parametrize(
-        ("key", "value", "expected"),
-        [
-            ("path", "", "to be 'digits', a folder or an id"),
-            ("image_size", 0, "to be at least 1"),
-            ("batch_size", 0, "to be at least 1"),
-            ("eval_batch_size", -1, "to be at least 1"),
-            ("val_fraction", 1.5, r"in \(0, 1\)"),
-            ("test_fraction", math.nan, r"in \(0, 1\)"),
-            ("predict_split", "all", "to be 'train', 'val' or 'test'"),
-            ("shift", -1.0, r"in \[0, inf\)"),
-            ("rotation", 181.0, r"in \[0, 180\]"),
-            ("cache_gib", -0.5, "to be at least 0"),
-            ("num_workers", -1, "to be at least 0"),
-            ("seed", -1, r"in \[0, 2\*\*32\)"),
-        ],
-    )
-    def test_arguments(self, key: str, value: Any, expected: str) -> None:
-        with pytest.raises(ValueError, match=rf"Expected data\.{key} {expected}, but got {value!r}"):
-            ImageDataModule(**{key: value})
-
     @pytest.mark.parametrize("path", ["./missing", "/no/such/folder", "a/b/c"])
     def test_no_such_folder(self, path: str, unreachable: None) -> None:
         with pytest.raises(FileNotFoundError, match=rf"Expected data\.path .*, but got '{path}'"):
@@ -379,12 +469,20 @@ class TestBadInput:
         with pytest.raises(ValueError, match=r"Expected data\.path to have a split 'train', but got \['test'\]"):
             ready(path)
 
-    @pytest.mark.parametrize(("bad", "got"), [(-1, "-1"), (None, "nan"), (2, "2")])
+    @pytest.mark.parametrize(
+        ("bad", "got"),
+        [
+            (-1, "a label for each example of test, or for none, but got none for 1 of 3"),
+            (None, "a label for each example of test, or for none, but got none for 1 of 3"),
+            (2, r"the classes of the training split, \[0, 1\], in split 'test' .* but got \[2\] among \[0, 1, 2\]"),
+        ],
+    )
     def test_labels(self, tmp_path: Path, bad: int | None, got: str) -> None:
         integers = Value("int64")
-        train = table(noise(20, 2, 2), [0, 1] * 10, kind=integers)
-        DatasetDict(train=train, test=table(noise(2, 2, 2), [0, bad], kind=integers)).save_to_disk(tmp_path / "set")
-        with pytest.raises(ValueError, match=rf"labels in \[0, 2\) in .* split 'test' of data\.path, but got {got}"):
+        train = table(noise(60, 2, 2), [0, 1] * 30, kind=integers)
+        test = table(noise(3, 2, 2, seed=1), [0, 1, bad], kind=integers)
+        DatasetDict(train=train, test=test).save_to_disk(tmp_path / "set")
+        with pytest.raises(ValueError, match=got):
             ready(str(tmp_path / "set"))
 
     @pytest.mark.parametrize("cache_gib", [0, 4])
@@ -392,18 +490,33 @@ class TestBadInput:
         images = noise(20, 2, 3)
         images[11] = np.zeros((4, 2), np.uint8)
         path = folder(train=table(images, [0, 1] * 10), test=table(images[:2], [0, 1]))
-        with pytest.raises(ValueError, match=r"data\.image_size, as not all images are 3x2 .* row 11 .*'train' is 2x4"):
+        with pytest.raises(ValueError, match=r"data\.path to be 3x2 or data\.image_size, but train\[11\] is 2x4"):
             ready(path, cache_gib=cache_gib).train_dataloader()
-
-    def test_a_class_of_one(self, folder: Callable[..., str]) -> None:
-        path = folder(train=table(noise(20, 2, 2), [0] * 19 + [1]))
-        with pytest.raises(ValueError, match=r"Expected data\.test_fraction .*, but got 0\.2 for 20 .* only 1 member"):
-            ready(path)
 
     def test_a_missing_image(self, folder: Callable[..., str]) -> None:
         path = folder(train=table([*noise(19, 2, 2), None], [0, 1] * 10))
-        with pytest.raises(ValueError, match=r"Expected images in split 'train' of data\.path, but got None in row 19"):
-            ready(path).train_dataloader()
+        with pytest.raises(ValueError, match=r"Expected images in data\.path, but got None in train\[19\]"):
+            ready(path)
+
+    @pytest.mark.parametrize("content", [b"", b"<html>404 not found</html>", None])
+    def test_a_broken_file_is_named(self, tmp_path: Path, content: bytes | None) -> None:
+        """None stands for one that is cut off, which is noticed only when it is decoded."""
+        for i, image in enumerate(noise(60, 32, 32)):
+            path = tmp_path / f"set/{'ab'[i % 2]}/{i}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(path)
+        broken = tmp_path / "set/b/7.jpg"
+        broken.write_bytes(broken.read_bytes()[:400] if content is None else content)
+        with pytest.raises(OSError, match=r"images in data\.path that can be decoded, but got b/7\.jpg \(\w+"):
+            ready(str(tmp_path / "set")).mean  # noqa: B018
+
+
+@pytest.fixture
+def said(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    lines: list[Any] = []
+    for module in ("images", "content_split"):
+        monkeypatch.setattr(f"thinned.data.{module}.rank_zero_info", lines.append)
+    return lines
 
 
 @pytest.fixture
@@ -456,8 +569,8 @@ def test_under_the_trainer(tmp_path: Path) -> None:
     trainer.fit(model, data)
     trainer.save_checkpoint(tmp_path / "last.ckpt")
     assert trainer.test(model, data, verbose=False)[0]["accuracy"] > 0.9  # a linear classifier has 0.95
-    assert torch.cat(trainer.predict(model, data)).tolist() == list(range(359))
+    assert torch.cat(trainer.predict(model, data)).tolist() == list(range(DIGITS["test"]))
     checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
-    assert checkpoint["ImageDataModule"] == {"mean": data.mean, "std": data.std}
+    assert checkpoint["ImageDataModule"] == data.state_dict()
     restored = ImageDataModule.load_from_checkpoint(tmp_path / "last.ckpt", weights_only=True)
     assert (restored.mean, restored.hparams) == (data.mean, data.hparams)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from thinned.data.module import SplitDataModule
-from thinned.data.order import EpochBatchSampler, Split, stratified_split
+from thinned.data.order import EpochBatchSampler, Split
 
 WORLD_SIZES = [1, 2, 3]
 SIZES = [(12, 6), (13, 6), (17, 6), (7, 12), (5, 6), (3, 6), (100, 12)]  # (examples, batch size)
@@ -124,20 +124,6 @@ def test_what_cannot_be_shared_is_an_error() -> None:
         EpochBatchSampler(3, 8, shuffle=False, world_size=4)
     with pytest.raises(ValueError, match=r"Expected data\.batch_size to be at least 1, but got 0"):
         EpochBatchSampler(3, 0, shuffle=True)
-
-
-def test_stratified_split_keeps_the_proportions() -> None:
-    labels = torch.tensor([0] * 60 + [1] * 30 + [2] * 10)
-    rows = torch.arange(100)
-    first, second = stratified_split(labels, rows, 20, seed=0)
-    assert labels[second].bincount().tolist() == [12, 6, 2]
-    assert labels[first].bincount().tolist() == [48, 24, 8]
-    assert torch.equal(torch.cat([first, second]).sort().values, rows)
-    assert torch.equal(first, first.sort().values)
-    assert torch.equal(second, stratified_split(labels, rows, 20, seed=0)[1])
-    assert not torch.equal(second, stratified_split(labels, rows, 20, seed=1)[1])
-    # Rows that are not all of them are looked up in the labels, not counted through.
-    assert labels[stratified_split(labels, rows[50:], 10, seed=0)[1]].bincount().tolist() == [2, 6, 2]
 
 
 @pytest.mark.parametrize("done", [0, 1, 3, 5])

@@ -245,7 +245,10 @@ class TestPreparation:
 
     def test_net_arguments_need_no_setup(self, tmp_path: Path, make: Make) -> None:
         data = TextDataModule(str(tmp_path / "letters.txt"), context_length=5, cache_dir=str(tmp_path / "cache"))
-        assert data.net_arguments() == {"vocab_size": len(set(LETTERS)), "context_length": 5}
+        assert data.net_arguments(["vocab_size", "context_length", "width"]) == {
+            "vocab_size": len(set(LETTERS)),
+            "context_length": 5,
+        }
         data.setup()
         assert data.vocab_size == len(set(LETTERS))
 
@@ -276,7 +279,7 @@ class TestCheckpoint:
             assert other.vocab_size == 2
         other.load_state_dict(state)
         other.setup()
-        assert other.net_arguments()["vocab_size"] == other.vocab_size == len(set(LETTERS))
+        assert other.net_arguments(["vocab_size"])["vocab_size"] == other.vocab_size == len(set(LETTERS))
         assert text(other, "test") == "zaza" * 20
         assert other.state_dict() == state
 

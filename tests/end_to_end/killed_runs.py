@@ -10,9 +10,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import torch
-
-from thinned.runs.internals import wandb_history
-from thinned.runs.loggers import GLOBAL_STEP
+from wandb_file import GLOBAL_STEP, newest, wandb_history
 
 ROOT = Path(__file__).parents[2]
 
@@ -46,8 +44,8 @@ def in_csv(run: Path) -> list[dict[str, Any]]:
 
 
 def in_wandb(run: Path) -> list[dict[str, Any]]:
-    """What W&B has of all the run's processes; nothing where it is logged to a file alone."""
-    logged = [row for file in run.glob("wandb/*run-*/*.wandb") for row in wandb_history(file)]
+    """What W&B has of the run in its newest file; nothing where it is logged to a file alone."""
+    logged = wandb_history(newest(run)) if (run / "wandb").exists() else ()
     return [{"step": row[GLOBAL_STEP], **row} for row in logged]
 
 

@@ -11,12 +11,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from torch import Tensor, nn
+from wandb_file import wandb_history
 
 from thinned.evaluation import figures
 from thinned.evaluation.batch import Batch, Validation
 from thinned.evaluation.ways import Way
 from thinned.models.net import Logits
-from thinned.runs.internals import wandb_history
 from thinned.uncertainty.scores import SCORES, nll, scores
 
 ROOT = Path(__file__).parents[2]
@@ -146,7 +146,7 @@ def expected(checkpoint: Path, members: list[str]) -> tuple[float, Tensor, Tenso
 
 def columns(run: Path) -> dict[str, Tensor]:
     table = pq.read_table(run / "predictions.parquet")
-    return {name: torch.tensor(table[name].to_pylist()) for name in table.column_names}
+    return {name: torch.tensor(table[name].to_pylist()) for name in table.column_names if name != "source"}
 
 
 def test_it_appears_wherever_the_others_do(
@@ -176,6 +176,8 @@ def test_it_appears_wherever_the_others_do(
     metrics = json.loads((done.run / "metrics.json").read_text())
     assert list(metrics) == ["deterministic", "mc_dropout", "tempered"]
     of_rows = scores(rows, "tempered_")
+    recall = metrics["tempered"].pop("recall", None)
+    assert (recall is None) == ("position" in rows)
     assert metrics["tempered"] == pytest.approx(of_rows | {"temperature": temperature}, rel=1e-6)
     assert metrics["tempered"]["nll"] != pytest.approx(metrics["mc_dropout"]["nll"], rel=1e-3)
 
@@ -210,4 +212,5 @@ def test_two_processes_learn_and_predict_the_same(
     for name in ("index", "tempered_nll", "tempered_confidence", "tempered_prediction"):
         torch.testing.assert_close(ours[name], theirs[name], rtol=1e-4, atol=1e-5)
     scored = [json.loads((run / "metrics.json").read_text())["tempered"] for run in (one, two)]
+    assert scored[1].pop("recall", None) == scored[0].pop("recall", None)
     assert scored[1] == pytest.approx(scored[0], abs=1e-5)

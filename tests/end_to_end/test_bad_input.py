@@ -88,10 +88,9 @@ def test_runs_dir_below_a_file(run_script: Script, tmp_path: Path) -> None:
     [
         ({"leave_out": "image"}, ["data.image_column", "['label']"]),
         ({"leave_out": "label"}, ["data.label_column", "['image']"]),
-        ({"first_label": -1}, ["label", "[0, 10)", "-1"]),
-        ({"size": 9}, ["input_shape", "(1, 8, 8)", "(1, 9, 9)", "data.path"]),
+        ({"first_label": -1}, ["a label for each example", "none for 1 of", "data.path"]),
     ],
-    ids=["no images", "no labels", "label -1", "size"],
+    ids=["no images", "no labels", "label -1"],
 )
 def test_dataset(
     change: dict[str, Any], expected: list[str], save_images: Script, run_script: Script, tmp_path: Path

@@ -109,7 +109,7 @@ def test_no_such_tokenizer(spec: str, train: Script) -> None:
 @pytest.mark.parametrize(("key", "value"), [("context_length", 0), ("val_fraction", 1), ("max_tokens", 0)])
 def test_numbers_out_of_range(key: str, value: int, train: Script) -> None:
     error = train(f"--data.{key}", value)
-    assert_said(error, f'"{key}"', "does not conform to restriction")
+    assert_said(error, f'"data.{key}"', "does not conform to restriction")
     assert str(value) in error.partition("Not of type")[2]
     assert error.count("(") == error.count(")")
 

@@ -16,7 +16,8 @@ ROOT = Path(__file__).parents[2]
 def assert_equal(predicted: pa.Table, expected: pa.Table) -> None:
     """To 1e-6, of Brier scores to 4e-6; of negative log-likelihoods, whose rounding has no bound, the probabilities."""
     assert predicted.schema == expected.schema
-    for name in expected.column_names:
+    assert expected["source"] == predicted["source"]
+    for name in set(expected.column_names) - {"source"}:
         pair = [torch.tensor(table[name].to_pylist(), dtype=torch.float64) for table in (predicted, expected)]
         if name.endswith("nll"):
             pair = [torch.exp(-column) for column in pair]
@@ -32,7 +33,7 @@ def test_batch_size(batch_size: int, trained: Any, run_script: Callable[..., Any
         for size in (64, batch_size)
     ]
     expected, predicted = (pq.read_table(run / "predictions.parquet") for run in runs)
-    assert expected["index"].to_pylist() == list(range(180))
+    assert expected["index"].to_pylist() == list(range(161))
     assert_equal(predicted, expected)
 
 
@@ -41,7 +42,7 @@ def test_two_processes(trained: Any, start_script: Callable[..., Any]) -> None:
     args = ("--ckpt_path", trained.run / "checkpoints/best.ckpt", "--config", ROOT / "configs/trainer/ddp_cpu.yaml")
     run = start_script("scripts/predict.py", *args, "--data.eval_batch_size", 50).run
     predicted, expected = (pq.read_table(r / "predictions.parquet") for r in (run, trained.run))
-    assert predicted["index"].to_pylist() == list(range(359))  # odd: one process has an example more
+    assert predicted["index"].to_pylist() == list(range(365))  # odd: one process has an example more
     assert_equal(predicted, expected)
     assert not list(run.glob("*.part*"))
     ours, theirs = (pq.read_schema(r / "predictions.parquet").metadata[b"thinned"] for r in (run, trained.run))

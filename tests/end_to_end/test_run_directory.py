@@ -10,12 +10,12 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from scoring import classification_scores
 
-from thinned.uncertainty import classification_scores
 from thinned.uncertainty.scores import SCORES
 
-SCORE_NAMES = {"accuracy", "nll", "brier", "ece", "auroc_error", "aurc"}
-PICTURES = {"reliability.png", "entropy.png", "uncertain.png"}
+SCORE_NAMES = {"accuracy", "balanced_accuracy", "nll", "brier", "ece", "auroc_error", "aurc"}
+PICTURES = {"reliability.png", "entropy.png", "uncertain.png", "confusion.png"}
 
 
 def test_files_of_a_run(trained: Any) -> None:
@@ -36,15 +36,15 @@ def test_pictures_show_something(trained: Any) -> None:
 def test_metrics_have_exactly_these_keys(trained: Any) -> None:
     metrics = json.loads((trained.run / "metrics.json").read_text())
     assert metrics.keys() == {"deterministic", "mc_dropout"}
-    assert metrics["deterministic"].keys() == SCORE_NAMES
-    assert metrics["mc_dropout"].keys() == SCORE_NAMES | {"num_samples", "masks", "seed", "sites", "scale"}
+    assert metrics["deterministic"].keys() == SCORE_NAMES | {"recall"}
+    assert metrics["mc_dropout"].keys() == SCORE_NAMES | {"recall", "num_samples", "masks", "seed", "sites", "scale"}
     assert (metrics["mc_dropout"]["num_samples"], metrics["mc_dropout"]["masks"]) == (50, "shared")
     assert metrics["mc_dropout"]["accuracy"] > 0.9
 
 
 def test_metrics_are_those_of_the_predictions(trained: Any) -> None:
     rows = pq.read_table(trained.run / "predictions.parquet")
-    assert rows["index"].to_pylist() == list(range(359))
+    assert rows["index"].to_pylist() == list(range(365))
     probs, target = torch.tensor(rows["mc_dropout_probs"].to_pylist()), torch.tensor(rows["target"].to_pylist())
     written = json.loads((trained.run / "metrics.json").read_text())["mc_dropout"]
     assert classification_scores(probs, target) == pytest.approx({key: written[key] for key in SCORE_NAMES}, abs=1e-6)
@@ -58,7 +58,7 @@ def test_printed_table_holds_the_metrics(trained: Any) -> None:
     printed_labels = {key for key, score in SCORES.items() if f" {score.label} " in trained.out}
     assert printed_labels == SCORE_NAMES
     for key in SCORE_NAMES:
-        (line,) = [line for line in trained.out.splitlines() if f" {SCORES[key].label} " in line]
+        (line,) = [line for line in trained.out.splitlines() if line.startswith(f"│ {SCORES[key].label} ")]
         printed = [float(number) for number in re.findall(r"\d+\.\d{4}", line)]
         expected = [metrics["deterministic"][key], metrics["mc_dropout"][key]]
         assert printed == pytest.approx(expected, abs=5.1e-5), key

@@ -13,26 +13,25 @@ from typing import Any
 
 import pytest
 import yaml
-
-from thinned.runs.internals import wandb_history, wandb_records
+from wandb_file import wandb_history, wandb_records
 
 Script = Callable[..., Any]
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-SCORES = ("accuracy", "nll", "brier", "ece")
+SCORES = ("accuracy", "balanced_accuracy", "nll", "brier", "ece")
 KEYS = {
-    "epoch", "train/loss", "val/loss", "test/loss", "lr-AdamW/pg1", "lr-AdamW/pg2",
-    *(f"{stage}/{score}" for stage in ("train", "val", "test", "mc") for score in SCORES),
+    "epoch", "train/loss", "train/accuracy", "val/loss", "test/loss", "lr-AdamW/pg1", "lr-AdamW/pg2",
+    *(f"{stage}/{score}" for stage in ("val", "test", "mc") for score in SCORES),
     *(f"{stage}/{score}" for stage in ("test", "mc") for score in ("auroc_error", "aurc")),
     *(f"throughput/{name}" for name in ("examples_per_second", "step_ms", "peak_memory_mib")),
 }  # fmt: skip
-MEDIA = {"test/reliability", "test/entropy", "test/uncertain", "test/most_uncertain"}
+MEDIA = {"test/reliability", "test/entropy", "test/uncertain", "test/confusion", "test/recall", "test/most_uncertain"}
 STEPS = {  # of 57, three times 19, counted from 0; the test comes after them
     "train/loss": [9, 19, 29, 39, 49],
     "lr-AdamW/pg1": [9, 19, 29, 39, 49],
     "throughput/examples_per_second": [9, 19, 29, 39, 49],
     "throughput/step_ms": [9, 19, 29, 39, 49],
-    "train/accuracy": [18, 37, 56],
+    "train/accuracy": [9, 19, 29, 39, 49],
     "val/nll": [18, 37, 56],
     "test/nll": [57],
     "mc/nll": [57],
@@ -75,7 +74,7 @@ def test_history_holds_the_scores_of_the_run(trained: Any, rows: list[dict[str, 
         logged = {key.removeprefix(f"{prefix}/"): value for key, value in last.items() if key.startswith(prefix)}
         logged.pop("loss", None)
         assert logged == pytest.approx({key: scores[key] for key in logged}, abs=1e-6)
-        assert len(logged) == 6
+        assert len(logged) == 7
 
 
 def test_learning_rate_is_that_of_the_step(trained: Any, rows: list[dict[str, Any]]) -> None:
@@ -89,9 +88,12 @@ def test_learning_rate_is_that_of_the_step(trained: Any, rows: list[dict[str, An
 def test_pictures_and_table_are_there(trained: Any, rows: list[dict[str, Any]]) -> None:
     (files,) = trained.run.glob("wandb/offline-run-*/files")
     logged = {key: row[key] for row in rows for key in MEDIA if key in row}
-    for key in MEDIA - {"test/most_uncertain"}:
+    for key in MEDIA - {"test/most_uncertain", "test/recall"}:
         (picture,) = logged[key]["filenames"]
         assert (files / picture).read_bytes().startswith(b"\x89PNG"), key
+    recall = json.loads((files / logged["test/recall"]["path"]).read_text())
+    assert recall["columns"] == ["class", "n", "deterministic", "mc_dropout"]
+    assert [row[0] for row in recall["data"]] == list("0123456789")
     table = json.loads((files / logged["test/most_uncertain"]["path"]).read_text())
     entropies = [row[table["columns"].index("mc_dropout_predictive_entropy")] for row in table["data"]]
     assert len(entropies) == 64

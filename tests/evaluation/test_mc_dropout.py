@@ -3,12 +3,14 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from scoring import classification_scores
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -16,11 +18,11 @@ from torch.utils.data import DataLoader, TensorDataset
 from thinned.evaluation import MCDropout
 from thinned.models import MLP, DropoutRates
 from thinned.models.net import Logits
-from thinned.uncertainty import classification_scores, mc_predict
+from thinned.uncertainty import mc_predict
 from thinned.uncertainty.scores import nll
 from thinned.uncertainty.selection import Acting
 
-SCORES = ["accuracy", "nll", "ece", "auroc_error", "aurc", "brier"]
+SCORES = ["accuracy", "balanced_accuracy", "nll", "ece", "auroc_error", "aurc", "brier"]
 OF_EACH_WAY = ["prediction", "confidence", "predictive_entropy", "nll", "correct", "brier", "rank", "probs"]
 DETERMINISTIC = {"index", "target", *(f"deterministic_{name}" for name in OF_EACH_WAY)}
 OF_SAMPLES = ["expected_entropy", "mutual_information", "variation_ratio", "std"]
@@ -142,15 +144,21 @@ def test_scores_of_both_networks(run: Callable[..., Any], tmp_path: Path) -> Non
     metrics = run("test", net, loader(x, y), pictures=True)
     deterministic = classification_scores(net(x).softmax(-1), y)
     dropout = classification_scores(mc_predict(net, x, num_samples=8, seed=3).mean, y)
-    assert metrics["deterministic"] == pytest.approx(deterministic, rel=1e-5)
     settings = {"num_samples": 8, "masks": "shared", "seed": 3, "sites": ["embedding", "mlp"], "scale": 1.0}
     assert {key: metrics["mc_dropout"].pop(key) for key in settings} == settings
+    for way in ("deterministic", "mc_dropout"):
+        recall = metrics[way].pop("recall")
+        assert {int(k): of_class["n"] for k, of_class in recall.items()} == dict(enumerate(y.bincount().tolist()))
+        assert mean(of_class["value"] for of_class in recall.values()) == pytest.approx(
+            metrics[way]["balanced_accuracy"]
+        )
+    assert metrics["deterministic"] == pytest.approx(deterministic, rel=1e-5)
     assert metrics["mc_dropout"] == pytest.approx(dropout, rel=1e-5)
     assert metrics.keys() == {"logged", "deterministic", "mc_dropout"}
     logged = {f"mc/{key}": dropout[key] for key in SCORES}
     logged |= {f"test/{key}": deterministic[key] for key in SCORES}
     assert metrics["logged"] == pytest.approx(logged, rel=1e-5)
-    assert {path.name for path in tmp_path.glob("*.png")} == {"reliability.png", "entropy.png"}
+    assert {path.name for path in tmp_path.glob("*.png")} == {"reliability.png", "entropy.png", "confusion.png"}
 
 
 def test_scores_that_the_task_logs_are_not_logged_again(

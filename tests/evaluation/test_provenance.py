@@ -28,6 +28,8 @@ def checkpoint(trained: Any) -> Path:
 
 
 def test_all_that_decides_the_rows_of_images(trained: Any, checkpoint: Path) -> None:
+    facts = torch.load(checkpoint, weights_only=True)["ImageDataModule"]["split"]
+    del facts["sketch"]  # of the training split
     assert provenance(trained.run) == {
         "row_format": 1,
         "checkpoint": hashlib.sha256(checkpoint.read_bytes()).hexdigest(),
@@ -40,8 +42,9 @@ def test_all_that_decides_the_rows_of_images(trained: Any, checkpoint: Path) -> 
             },
         },
         "data": {
-            "path": "digits", "image_column": None, "label_column": None, "image_size": None, "val_fraction": 0.1,
-            "test_fraction": 0.2, "predict_split": "test", "seed": 0, "examples": 359,
+            "path": "digits", "image_column": None, "label_column": None, "leave_out": None, "image_size": None,
+            "background": "white", "val_fraction": 0.1, "test_fraction": 0.2, "split_seed": 0, "predict_split": "test",
+            "seed": 0, "examples": 365, "class_names": list("0123456789"), "split": facts,
         },
         "precision": "32-true",
         "versions": {

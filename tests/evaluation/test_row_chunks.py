@@ -1,6 +1,8 @@
 """Chunks of rows and their merging: whole, in order, each index once, and few of them in memory."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ import torch
 from torch import Tensor
 
 from thinned.evaluation import row_chunks
-from thinned.evaluation.row_chunks import ChunkWriter, Columns, first_missing, merge, merged
+from thinned.evaluation.row_chunks import ChunkWriter, Columns, first_missing, merge
 
 
 def rows(index: Sequence[int]) -> dict[str, Tensor]:
@@ -34,8 +36,9 @@ def write(directory: Path, stem: str, *chunks: Sequence[int]) -> None:
 
 
 def in_order(directory: Path) -> list[int]:
-    tables = merged(sorted(directory.glob("*.parquet")))
-    return [index for table in tables for index in table["index"].to_pylist()]
+    merge(sorted(directory.glob("*.parquet")), directory / "merged", {})
+    indices: list[int] = pq.ParquetFile(directory / "merged").read(["index"])["index"].to_pylist()
+    return indices
 
 
 def test_ranks_and_attempts_are_merged_in_order_and_each_index_once(tmp_path: Path) -> None:
@@ -69,31 +72,28 @@ def test_rows_in_any_order_are_all_there_once(chunks: list[list[int]], tmp_path:
     assert in_order(tmp_path) == list(range(10))
 
 
-def test_chunks_come_as_they_were_written_when_they_are_apart(tmp_path: Path) -> None:
-    write(tmp_path, "rank0", [0, 1], [2, 3], [4])
-    tables = merged(sorted(tmp_path.glob("*.parquet")), ["index"])
-    assert [table.to_pydict() for table in tables] == [{"index": [0, 1]}, {"index": [2, 3]}, {"index": [4]}]
-
-
-def test_merge_holds_few_rows_of_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of 3 ranks with 40 chunks of 5 rows each, and of one that went on in the middle: what overlaps is 4 chunks."""
-    for rank in range(3):
-        write(tmp_path, f"rank{rank}", *([3 * i + rank for i in range(start, start + 5)] for start in range(0, 200, 5)))
-    write(tmp_path, "second", *(range(start, start + 5) for start in range(300, 600, 5)))
-    held: list[int] = []
-    concat = pa.concat_tables
-
-    def watched(tables: list[pa.Table]) -> pa.Table:
-        held.append(sum(table.num_rows for table in tables))
-        return concat(tables)
-
-    monkeypatch.setattr(row_chunks.pa, "concat_tables", watched)
-    assert in_order(tmp_path) == list(range(600))
-    assert max(held) <= 2 * 4 * 5 + 5
+def test_merge_holds_few_rows_of_many(tmp_path: Path) -> None:
+    """Of 3 ranks with 40 chunks of 1000 rows each, and of one that went on in the middle: what overlaps is 4 chunks."""
+    chunks = [range(3 * i + rank, 3 * i + 3000, 3) for rank in range(3) for i in range(0, 40_000, 1000)]
+    chunks += [range(start, start + 1000) for start in range(120_000, 240_000, 1000)]
+    writer = ChunkWriter(tmp_path, "rank0")
+    for index in chunks:
+        writer.write({"index": torch.tensor(index), "probs": torch.rand(len(index), 25)})
+        writer.flush()
+    # A process of its own, since the most that Arrow ever held cannot be set back.
+    script = (
+        "import pathlib, pyarrow; from thinned.evaluation import row_chunks\n"
+        "row_chunks.GROUP_BYTES = 5000 * 100\n"
+        "row_chunks.merge(sorted(pathlib.Path().glob('*.parquet')), pathlib.Path('merged'), {})\n"
+        "print(pyarrow.default_memory_pool().max_memory())"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert pq.ParquetFile(tmp_path / "merged").read(["index"])["index"].to_pylist() == list(range(240_000))
+    assert 0 < int(done.stdout) < 240_000 * 25 * 4 / 4
 
 
 def test_file_does_not_depend_on_how_its_rows_were_dealt_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(row_chunks, "GROUP_VALUES", 50)  # 10 rows of five values
+    monkeypatch.setattr(row_chunks, "GROUP_BYTES", 299)  # 10 rows of 29 bytes
     write(tmp_path / "one", "rank0", *([i] for i in range(37)))
     for rank in range(2):
         write(tmp_path / "two", f"rank{rank}", range(rank, 20, 2), range(20 + rank, 37, 2))

@@ -1,4 +1,4 @@
-"""What `runs/internals.py` relies on of the private parts of Lightning 2.6.6 and wandb 0.31.0.
+"""What `runs/internals.py` relies on of the private parts of Lightning 2.6.6.
 
 Each test says where upstream does it. If one fails after an upgrade, look there first.
 """
@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-import wandb
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers.logger import Logger
@@ -197,20 +196,3 @@ def test_repeat_unbegun_validation(
     with pytest.warns(UserWarning, match="You're resuming from a checkpoint that ended before the epoch ended"):
         fit(resumed, ModelCheckpoint(save_top_k=0), ckpt_path=tmp_path / "begun.ckpt", **options)
     assert resumed.events[:3] == events
-
-
-def test_wandb_history(tmp_path: Path) -> None:
-    """wandb/proto/wandb_internal_pb2.py has the `Record`; its service, a binary, writes the chunks.
-
-    The text is longer than two blocks of the file.
-    """
-    rows = [{"loss": 0.5, "deep": {"x": 1}}, {"text": "abcdefg" * 10_000}, {"loss": 0.25}]
-    with wandb.init(dir=tmp_path, mode="offline", project="thinned") as run:
-        for row in rows:
-            run.log(row)
-    wandb.teardown()
-    (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
-    read = list(internals.wandb_history(file))
-    assert [{key: value for key, value in row.items() if not key.startswith("_")} for row in read] == rows
-    kinds = {record.WhichOneof("record_type") for record in internals.wandb_records(file)}
-    assert {"run", "history", "exit"} <= kinds

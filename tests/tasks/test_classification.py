@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningDataModule, Trainer
+from scoring import classification_scores
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -16,8 +17,6 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from thinned.models import MLP, DropoutRates
 from thinned.tasks import ClassificationTask, StepSeed
-from thinned.tasks.classification import UNMEASURED_BATCHES
-from thinned.uncertainty import classification_scores
 
 MakeTrainer = Callable[..., Trainer]
 SGD = partial(torch.optim.SGD, lr=0.1)
@@ -46,12 +45,12 @@ def numbers(trainer: Trainer) -> dict[str, float]:
     return {name: value.item() for name, value in trainer.callback_metrics.items()}
 
 
-def test_every_stage_logs_the_same_metrics(make_trainer: MakeTrainer) -> None:
+def test_validation_and_test_log_the_same_metrics(make_trainer: MakeTrainer) -> None:
     data = loader(*digits(40), batch_size=16)
-    trainer, task = make_trainer(max_epochs=1), ClassificationTask(net())
-    names = ["loss", "accuracy", "nll", "brier", "ece"]
+    trainer, task = make_trainer(max_epochs=1, log_every_n_steps=1), ClassificationTask(net())
+    names = ["loss", "accuracy", "balanced_accuracy", "nll", "brier", "ece"]
     trainer.fit(task, data, data)
-    assert numbers(trainer).keys() == {f"{stage}/{name}" for stage in ("train", "val") for name in names}
+    assert numbers(trainer).keys() == {"train/loss", "train/accuracy", *(f"val/{name}" for name in names)}
     trainer.test(task, data, verbose=False)
     assert numbers(trainer).keys() == {f"test/{name}" for name in names}
 
@@ -88,7 +87,7 @@ def test_labels_are_smoothed_in_training_alone(make_trainer: MakeTrainer) -> Non
     plain, smooth = (F.cross_entropy(logits, y, label_smoothing=share).item() for share in (0, 0.3))
     got = numbers(trainer)
     assert got["train/loss"] == pytest.approx(smooth, rel=1e-5)
-    assert (got["train/nll"], got["val/loss"]) == pytest.approx((plain, plain), rel=1e-5)
+    assert got["val/loss"] == pytest.approx(plain, rel=1e-5)
     assert abs(smooth - plain) > 1e-3
 
 
@@ -212,24 +211,25 @@ def test_label_smoothing_outside_its_range_is_refused(share: float) -> None:
 
 
 def test_rank_without_examples_takes_part_in_the_scores(monkeypatch: pytest.MonkeyPatch) -> None:
-    """After a change of their number, the first rank may have the only examples: the others must gather too."""
+    """The first rank may have the only examples: the others must gather too."""
     task, logged = ClassificationTask(net()), {}
-    other = torch.tensor([[1.0, 0.0], [0.5, 0.75], [0.25, 1.0], [0.5, 1.5]])  # correct, confidence, nll, brier
-    monkeypatch.setattr("thinned.tasks.classification.of_all_ranks", lambda own: [other, own])
+    # Target, correct, confidence, NLL and Brier score of two examples
+    other = torch.tensor([[0.0, 1.0], [1.0, 0.0], [0.5, 0.75], [0.25, 1.0], [0.5, 1.5]])
+    monkeypatch.setattr("thinned.tasks.task.of_all_ranks", lambda own: [[other], own])
     monkeypatch.setattr(task, "log_dict", lambda scores, **_: logged.update(scores))
-    task._log_epoch("train")
-    assert (logged["train/accuracy"], logged["train/nll"], logged["train/brier"]) == (0.5, 0.625, 1.0)
+    task.on_validation_epoch_end()
+    assert (logged["val/accuracy"], logged["val/nll"], logged["val/brier"]) == (0.5, 0.625, 1.0)
 
 
-def test_training_metrics_resume_though_no_batch_is_left(make_trainer: MakeTrainer) -> None:
-    """As many batches as are measured at once, then a checkpoint, then the end of the epoch."""
-    x, y = digits(UNMEASURED_BATCHES)
-    unbroken, checkpoint = ClassificationTask(net()), {}
-    for i in range(UNMEASURED_BATCHES):
-        unbroken._logits((x[i : i + 1], y[i : i + 1]), "train")
-    unbroken.on_save_checkpoint(checkpoint)
-    resumed = ClassificationTask(net())
-    resumed.on_load_checkpoint(checkpoint)
-    resumed.trainer = make_trainer()
-    resumed.on_train_start()
-    assert torch.equal(torch.cat(resumed._measure("train"), -1), torch.cat(unbroken._measure("train"), -1))
+def test_training_accuracy_is_that_of_each_logged_batch(make_trainer: MakeTrainer) -> None:
+    x, y = digits(48)
+    task, logged = ClassificationTask(net(), optimizer=partial(torch.optim.SGD, lr=0.0)), []
+
+    class Record(Callback):
+        def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
+            logged.append(numbers(trainer).get("train/accuracy"))
+
+    trainer = make_trainer(max_epochs=1, log_every_n_steps=2, callbacks=[Record()])
+    trainer.fit(task, loader(x, y, 8))
+    first, second = ((task.net(x).argmax(-1) == y)[start : start + 8].float().mean().item() for start in (8, 24))
+    assert logged == [None, None, first, first, second, second]

@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
+from scoring import classification_scores
 from sklearn import metrics
 from torch import Tensor
 
-from thinned.uncertainty import classification_scores
 from thinned.uncertainty.scores import SCORES, Score, aurc, auroc_error, brier, ece, nll, scores
 
 
@@ -134,13 +134,14 @@ def test_auroc_of_errors_alone_or_of_hits_alone_is_undefined(correct: bool) -> N
     assert result == pytest.approx({k: v for k, v in expected.items() if k != "auroc_error"}, abs=1e-6)
 
 
-def test_all_six_by_hand() -> None:
+def test_all_by_hand() -> None:
     """Hits at 0.9, 0.6 and 0.95, an error at 0.7: it is more uncertain than two of three hits."""
     result = classification_scores(binary([0.9, 0.6, 0.7, 0.95]), torch.tensor([0, 0, 1, 0]))
-    assert list(result) == ["accuracy", "nll", "brier", "ece", "auroc_error", "aurc"]
+    assert list(result) == ["accuracy", "balanced_accuracy", "nll", "brier", "ece", "auroc_error", "aurc"]
     assert result == pytest.approx(
         {
             "accuracy": 3 / 4,
+            "balanced_accuracy": (1 + 0) / 2,
             "nll": -math.log(0.9 * 0.6 * 0.3 * 0.95) / 4,
             "brier": 2 * (0.1**2 + 0.4**2 + 0.7**2 + 0.05**2) / 4,
             "ece": (0.1 + 0.4 + 0.7 + 0.05) / 4,

@@ -1,6 +1,7 @@
 """Lightning data modules, and the order in which they present their examples."""
 
-from thinned.data.images import Batch, ImageDataModule
+from thinned.data.image_batches import Batch
+from thinned.data.images import ImageDataModule
 from thinned.data.order import EpochBatchSampler
 from thinned.data.text import TextDataModule
 from thinned.data.token_windows import TokenBatch

@@ -17,6 +17,12 @@ from thinned.data.split_names import split_of
 Stored = datasets.Dataset | datasets.IterableDataset
 
 
+def fingerprint(stored: datasets.Dataset) -> str:
+    """Returns what tells the content of a dataset from any other."""
+    identity: str = stored._fingerprint
+    return identity
+
+
 def is_saved(folder: Path) -> bool:
     """Returns whether `save_to_disk` has written this folder."""
     return (folder / "dataset_dict.json").exists() or (folder / "state.json").exists()
@@ -38,14 +44,17 @@ def read_hub(path: str, name: str | None, *, streaming: bool) -> Any:
         datasets.config.HF_HUB_OFFLINE = offline
 
 
-def read_stored(path: str, expected: str, name: str | None = None, *, streaming: bool = False) -> dict[str, Any]:
-    """Returns the stored splits of the dataset at `data.path`, "train" among them.
+def read_stored(
+    path: str, expected: str, name: str | None = None, *, streaming: bool = False, needs_train: bool = True
+) -> dict[str, Any]:
+    """Returns the stored splits of the dataset at `data.path`.
 
     Args:
         path: A folder, or the id of a dataset on the hub.
         expected: What `data.path` may be, for the error.
         name: Which of the dataset's configurations; None if it has one, or a default.
         streaming: Whether rows are read when they are needed, instead of downloaded or converted all at once.
+        needs_train: Whether one of them must be called "train".
 
     Raises:
         FileNotFoundError: If there is no such dataset, or it cannot be read.
@@ -65,6 +74,6 @@ def read_stored(path: str, expected: str, name: str | None = None, *, streaming:
             f"Expected data.path to be {expected}, but got {path!r} ({type(cause).__name__}: {cause})"
         ) from None
     splits = {"train": stored} if isinstance(stored, datasets.Dataset) else dict(stored)
-    if not any(split_of(name) == "train" for name in splits):
+    if needs_train and not any(split_of(name) == "train" for name in splits):
         raise ValueError(f"Expected data.path to have a split 'train', but got {list(splits)} in {path!r}")
     return splits

@@ -1,132 +1,222 @@
-"""Reads images from scikit-learn's digits, a folder or the Hugging Face hub: their columns, labels and pixels.
+"""Reads images from scikit-learn's digits, a folder or the Hugging Face hub: their splits, contents and pixels.
 
 Shapes: N examples, B of them in a batch, C channels, H height, W width.
 """
 
 from __future__ import annotations
 
+import math
+import os
+from bisect import bisect_right
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from itertools import accumulate, chain
+from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
-from PIL.Image import Resampling
+from PIL.Image import Image
 from sklearn.datasets import load_digits
 from torch import Tensor
 
-from thinned.data.hugging_face import read_stored
+from thinned.data.hugging_face import is_saved, read_stored
+from thinned.data.image_folder import is_image, read_image_folder, walk
+from thinned.data.pixels import open_image, to_array
+from thinned.data.split_names import split_of, stored_split
+
+BUILDERS = {".parquet": "parquet", ".arrow": "arrow"}  # of `datasets`, for files with images in them
+EXPECTED = "'digits', a folder of images, the folder of a dataset or its id on the Hugging Face Hub"
 
 
 def read_digits() -> datasets.Dataset:
     """Returns scikit-learn's 1,797 digits of 8x8 pixels, 17 grey levels scaled to 0..255."""
     digits = load_digits()
     images = np.rint(digits.images * (255 / 16)).astype(np.uint8)
+    # PGM is the pixels as they are, so that their hashes are the same everywhere; PNG depends on a library's version.
+    contents = [{"bytes": b"P5 8 8 255\n" + image.tobytes(), "path": None} for image in images]
     classes = datasets.ClassLabel(names=[str(name) for name in digits.target_names])
     return datasets.Dataset.from_dict(
-        {"image": list(images), "label": digits.target},
+        {"image": contents, "label": digits.target},
         features=datasets.Features(image=datasets.Image(), label=classes),
     )
 
 
-def read_splits(path: str) -> dict[str, datasets.Dataset]:
-    """Returns the stored splits of the dataset at `data.path`, "train" among them; errors as of `read_stored`."""
+def read_splits(path: str) -> tuple[dict[str, datasets.Dataset], list[str]]:
+    """Returns the stored splits of the dataset at `data.path`, and the names of the files that it leaves out."""
     if path == "digits":
-        return {"train": read_digits()}
-    return read_stored(path, "'digits', the folder of a dataset or its id on the Hugging Face Hub")
+        return {"train": read_digits()}, []
+    folder = Path(path).expanduser()
+    if folder.is_dir() and not is_saved(folder):
+        files = list(walk(folder))
+        if tables := _tables_by_split(folder, files):
+            used = {table for of_split in tables.values() for table in of_split}
+            splits, left_out = _read_tables(tables), [file for file in files if file not in used]
+        elif any(map(is_image, files)):
+            splits, left_out = read_image_folder(folder, files)
+        else:
+            return read_stored(path, EXPECTED, needs_train=False), []  # which says what is wrong
+        return splits, [str(file.relative_to(folder)) for file in left_out]
+    return read_stored(path, EXPECTED, needs_train=False), []
 
 
-def find_column(features: datasets.Features, kind: Literal["image", "label"], given: str | None) -> str:
-    """Returns the given column, or the only one of its kind; ValueError if there is none or a choice."""
-    if kind == "image":
-        found = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
-    else:
-        scalars = (datasets.ClassLabel, datasets.Value)
-        found = [name for name, feature in features.items() if isinstance(feature, scalars) and "int" in feature.dtype]
-        if not given:
-            classes = [name for name in found if isinstance(features[name], datasets.ClassLabel)]
-            found = classes or [name for name in found if name in ("label", "labels", "target")]
+def _tables_by_split(folder: Path, files: list[Path]) -> dict[str, list[Path]]:
+    """Returns files of rows by the split that a folder or the name of the file tells; all of them if none does."""
+    names = {file: stored_split(file.relative_to(folder)) for file in files if file.suffix.lower() in BUILDERS}
+    if not any(map(split_of, filter(None, names.values()))):
+        names = dict.fromkeys(names, "train")
+    return {name: [file for file in names if names[file] == name] for name in dict.fromkeys(names.values()) if name}
+
+
+def _read_tables(tables: dict[str, list[Path]]) -> dict[str, datasets.Dataset]:
+    """Returns the rows of files, in which the images are."""
+    first = next(iter(tables.values()))[0]
+    files = {name: [str(table) for table in of_split] for name, of_split in tables.items()}
+    try:
+        return dict(datasets.load_dataset(BUILDERS[first.suffix.lower()], data_files=files))
+    except Exception as error:  # of many types; the user needs to know which setting it is about
+        cause = " ".join(str(error.__cause__ or error).split())
+        raise ValueError(f"Expected data.path to hold rows with images, but got {cause} ({first})") from None
+
+
+def image_column(features: datasets.Features, given: str | None) -> str:
+    """Returns the given column, or the only one of images: encoded bytes, or bytes and path, will do.
+
+    Raises:
+        ValueError: If there is none, or a choice.
+    """
+    binary = ("binary", "large_binary")
+    found = [
+        name
+        for name, feature in features.items()
+        if isinstance(feature, datasets.Image)
+        or (isinstance(feature, dict) and "bytes" in feature)
+        or (isinstance(feature, datasets.Value) and feature.dtype in binary)
+    ]
     if given in found or (given is None and len(found) == 1):
         return given or found[0]
     raise ValueError(
-        f"Expected data.{kind}_column to be one of the {kind} columns {found}, but got {given!r} "
+        f"Expected data.image_column to be one of the image columns {found}, but got {given!r} "
         f"(all columns: {list(features)})"
     )
 
 
-def read_labels(stored: datasets.Dataset, column: str, split: str, num_classes: int | None) -> Tensor:
-    """Returns the labels of a stored split, int64 (N,). If `num_classes` is None, any label of at least 0 is valid.
-
-    Raises:
-        ValueError: If there are no labels, or one is missing or out of range.
-    """
-    if column not in stored.column_names or not len(stored):
-        raise ValueError(
-            f"Expected labels in column {column!r} of split {split!r} of data.path, "
-            f"but got {len(stored)} rows of {stored.column_names}"
-        )
-    table = stored.with_format("arrow", columns=[column])[:]
-    labels = table[column].to_numpy()  # if a label is missing, all are float and this one is nan
-    if num_classes is None:
-        num_classes = int(np.nanmax(labels, initial=0)) + 1
-    wrong = labels[~((labels >= 0) & (labels < num_classes))]
-    if len(wrong):
-        raise ValueError(
-            f"Expected labels in [0, {num_classes}) in column {column!r} of split {split!r} of data.path, "
-            f"but got {wrong[0]} ({len(wrong)} of {len(labels)} labels are out of range)"
-        )
-    return torch.from_numpy(labels.astype(np.int64))
-
-
 @dataclass
 class StoredImages:
-    """Images of one stored split, decoded when they are read: `images[rows]` is uint8 (B, C, H, W)."""
+    """Stored images, decoded when they are read: `images[rows]` is (B, C, H, W), uint8 or float32.
 
-    stored: datasets.Dataset  # the column of images alone
-    split: str
-    shape: tuple[int, int, int]  # (C, H, W)
-    resize: bool
+    Args:
+        stored: The column `image`, not decoded.
+        parts: Name and size of each stored split that it consists of, in order.
+        root: Folder to which the names of files are relative.
+    """
+
+    stored: datasets.Dataset
+    parts: dict[str, int]
+    root: Path
+    # What `to_array` makes of them, after `ImageDataModule.setup`.
+    shape: tuple[int, int, int] = (1, 1, 1)
+    resize: bool = False
+    deep: bool = False
+    background: str = "white"
+
+    def __len__(self) -> int:
+        return len(self.stored)
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of all images when they are decoded."""
+        return len(self.stored) * math.prod(self.shape) * (4 if self.deep else 1)
 
     @cached_property
     def pixels(self) -> Tensor:
-        """All images, uint8 (N, C, H, W); they are decoded once and kept."""
-        pixels = torch.empty(len(self.stored), *self.shape, dtype=torch.uint8)
+        """All images, (N, C, H, W); they are decoded once and kept."""
+        pixels = torch.empty(len(self.stored), *self.shape, dtype=torch.float32 if self.deep else torch.uint8)
         for rows in torch.split(torch.arange(len(pixels)), 1024):
             pixels[rows] = self[rows]
         return pixels
 
     def __getitem__(self, rows: Tensor) -> Tensor:
-        channels, height, width = self.shape
-        (column,) = self.stored.column_names
-        images = []
+        stored = self.stored[rows.tolist()]["image"]
+        return torch.from_numpy(np.stack([self._pixels(*each) for each in zip(rows.tolist(), stored, strict=True)]))
+
+    def _pixels(self, row: int, stored: dict[str, Any]) -> np.ndarray:
+        image = self.open(row, stored)
         try:
-            stored = self.stored[rows.tolist()][column]
-        except OSError as error:  # the files of a folder are read only now
-            raise OSError(f"Expected data.path to hold all its images while they are read, but got {error}") from None
-        for row, image in zip(rows.tolist(), stored, strict=True):
-            if image is None:
-                raise ValueError(f"Expected images in split {self.split!r} of data.path, but got None in row {row}")
-            image = image.convert("L" if channels == 1 else "RGB")
-            if self.resize:
-                image = image.resize((width, height), Resampling.BILINEAR)
-            elif image.size != (width, height):
-                raise ValueError(
-                    f"Expected data.image_size, as not all images are {width}x{height} like the first: "
-                    f"row {row} of split {self.split!r} is {image.width}x{image.height}, but got None"
-                )
-            images.append(np.asarray(image).reshape(height, width, channels))
-        return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
+            return to_array(image, self.shape, resize=self.resize, deep=self.deep, background=self.background)
+        except ValueError as error:
+            _, height, width = self.shape
+            change = f"{width}x{height} or data.image_size" if image.size != (width, height) else "grey and finite"
+            raise ValueError(
+                f"Expected all images of data.path to be {change}, but {self.names([row])[0]} {error}"
+            ) from None
+
+    def open(self, row: int, stored: dict[str, Any] | None = None) -> Image:
+        """Decodes an image; OSError if it cannot be."""
+        try:
+            return open_image(stored or self.stored[row]["image"])
+        except Exception as error:  # PIL raises many types
+            raise self.unreadable(row, error) from None
+
+    def unreadable(self, row: int, error: Exception) -> OSError:
+        """Returns the error for an image that cannot be read, since PIL names neither file nor row."""
+        if isinstance(error, OSError) and error.errno:
+            return OSError(f"Expected data.path to hold all its images while they are read, but got {error}")
+        cause = str(error).partition(" <_io")[0]
+        return OSError(f"Expected images in data.path that can be decoded, but got {self.names([row])[0]} ({cause})")
+
+    @cached_property
+    def _paths(self) -> pa.ChunkedArray:
+        return pc.struct_field(self.stored.with_format("arrow")[:]["image"], "path")
+
+    def names(self, rows: list[int]) -> list[str]:
+        """Returns the names of the images' files, relative to `data.path`, or their stored splits and rows."""
+        root, ends = f"{self.root}{os.sep}", list(accumulate(self.parts.values(), initial=0))
+        names = []
+        for row, path in zip(rows, self._paths.take(pa.array(rows, pa.int64())).to_pylist(), strict=True):
+            if path and path.startswith(root):
+                names.append(Path(path.removeprefix(root)).as_posix())
+            else:
+                part = bisect_right(ends, row) - 1
+                names.append(f"{[*self.parts][part]}[{row - ends[part]}]")
+        return names
 
 
-def channel_statistics(images: Tensor | StoredImages, rows: Tensor) -> tuple[list[float], list[float]]:
-    """Returns mean and standard deviation (1 instead of 0) per channel, of intensities in [0, 1]."""
-    counts = torch.zeros(images.shape[-3], 256, dtype=torch.int64)  # histograms are exact in any order of rows
-    for part in torch.split(rows, 1024):
-        for channel, pixels in enumerate(images[part].unbind(1)):
-            counts[channel] += torch.bincount(pixels.flatten(), minlength=256)
-    weights = counts.double() / counts.sum(1, keepdim=True)  # (C, 256)
-    values = torch.arange(256, dtype=torch.float64) / 255
-    mean = weights @ values
-    std = (weights * (values - mean[:, None]) ** 2).sum(1).sqrt()
-    return mean.tolist(), torch.where(std > 0, std, 1.0).tolist()
+@dataclass(frozen=True)
+class Statistics:
+    """Of the intensities of each channel, (C,). The range is that of pictures: all of it for 8 bits."""
+
+    mean: list[float]
+    std: list[float]
+    low: list[float]
+    high: list[float]
+
+
+def channel_statistics(images: Tensor | StoredImages, rows: Tensor) -> Statistics:
+    """Returns the statistics of some images; 8 bits count as intensities in [0, 1]."""
+    parts = (images[part].transpose(0, 1).flatten(1) for part in torch.split(rows, 1024))  # (C, n)
+    first = next(parts)
+    channels = len(first)
+    if first.dtype == torch.uint8:
+        counts = torch.zeros(channels, 256, dtype=torch.int64)  # histograms are exact in any order of rows
+        for part in chain([first], parts):
+            for channel, pixels in enumerate(part):
+                counts[channel] += torch.bincount(pixels, minlength=256)
+        weights = counts.double() / counts.sum(1, keepdim=True)  # (C, 256)
+        values = torch.arange(256, dtype=torch.float64) / 255
+        mean = weights @ values
+        std = (weights * (values - mean[:, None]) ** 2).sum(1).sqrt()
+        return Statistics(mean.tolist(), std.tolist(), [0.0] * channels, [1.0] * channels)
+    number, mean, squares = 0, torch.zeros(channels).double(), torch.zeros(channels).double()
+    low, high = first.amin(1), first.amax(1)
+    for part in chain([first], parts):
+        pixels, count = part.double(), part.shape[1]
+        delta = pixels.mean(1) - mean  # two parts are joined as in Chan, Golub and LeVeque 1983
+        squares += pixels.var(1, correction=0) * count + delta**2 * number * count / (number + count)
+        mean += delta * count / (number + count)
+        number += count
+        low, high = torch.minimum(low, part.amin(1)), torch.maximum(high, part.amax(1))
+    return Statistics(mean.tolist(), (squares / number).sqrt().tolist(), low.tolist(), high.tolist())

@@ -1,232 +1,285 @@
-"""Images with classes: scikit-learn's digits, or a Hugging Face dataset from a folder or from the hub.
+"""Images with classes: scikit-learn's digits, folders of image files, or datasets from a folder or the hub.
 
-Images stay uint8 until a batch is made, by a few operations on the whole batch.
+Images stay as they are stored until a batch is made. What a trained network relies on goes into its checkpoint: class
+names, statistics of the pixels, and how the examples were split. Later data are compared with it.
 
-Shapes: N examples, B of them in a batch, C channels, H height, W width.
+Shapes: N examples, C channels, H height, W width, K classes.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
-from typing import NamedTuple
+import json
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
 
+import datasets
 import numpy as np
 import torch
+from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, OpenUnitInterval, PositiveInt, restricted_number_type
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
-from torch.nn import functional as F
-from torch.utils.data import Dataset
 
-from thinned.data.image_sources import StoredImages, channel_statistics, find_column, read_labels, read_splits
+from thinned.data.content_split import arrange
+from thinned.data.image_batches import ImageBatches
+from thinned.data.image_census import take_census
+from thinned.data.image_sources import Statistics, StoredImages, channel_statistics, image_column, read_splits
+from thinned.data.labels import Labels, label_column, match_names, read_labels, shortened
 from thinned.data.module import SplitDataModule
-from thinned.data.order import Split, stratified_split
+from thinned.data.order import Split
+from thinned.data.pixels import COLOUR, DEPTH, FRAMES, SCALES
+from thinned.data.split_names import assign_splits
 
-
-class Batch(NamedTuple):
-    """Images, their classes, and their rows in the split."""
-
-    image: Tensor  # (B, C, H, W) float32, standardised
-    target: Tensor  # (B,) int64
-    index: Tensor  # type: ignore[assignment]  # (B,) int64, row in its split of the dataset
-
-
-def rotate_and_shift(image: Tensor, angle: Tensor, shift: Tensor) -> Tensor:
-    """Rotates each image about its centre, then shifts it. Interpolation is bilinear, and the outside is black (0).
-
-    Args:
-        image: Shape (B, C, H, W), float.
-        angle: Degrees counter-clockwise, shape (B,).
-        shift: Pixels to the right and down, shape (B, 2).
-
-    Returns:
-        The moved images, shape (B, C, H, W).
-    """
-    angle = angle.deg2rad()
-    cos, sin = angle.cos(), angle.sin()
-    # A target pixel takes its value from back @ (target - shift), in pixels from the centre; y points down.
-    back = torch.stack([cos, -sin, sin, cos], -1).view(-1, 2, 2)
-    offset = -back @ shift[:, :, None]  # (B, 2, 1)
-    # In affine_grid, an image reaches from -1 to 1 along both axes.
-    half = torch.tensor([image.shape[3] / 2, image.shape[2] / 2])
-    theta = torch.cat([back * half, offset], -1) / half[:, None]  # (B, 2, 3)
-    grid = F.affine_grid(theta, list(image.shape), align_corners=False)
-    return F.grid_sample(image, grid, padding_mode="zeros", align_corners=False)
-
-
-@lru_cache(maxsize=1)
-def augmentation_draws(seed: int, epoch: int, num_examples: int) -> Tensor:
-    """Returns three draws from U(-1, 1) for each example, (N, 3), kept for one epoch."""
-    generator = np.random.default_rng((seed, epoch, 1))  # the order of examples is drawn from (seed, epoch)
-    return torch.from_numpy(generator.uniform(-1, 1, (num_examples, 3))).float()
-
-
-@dataclass
-class ImageBatches(Dataset[Batch]):
-    """A split as batches: `split[epoch, indices]`. Augmentation is a function of (seed, epoch, index)."""
-
-    images: Tensor | StoredImages
-    rows: Tensor  # (N,) int64, rows of the split in `images`
-    target: Tensor  # (N,) int64
-    mean: Tensor  # (C, 1, 1) float32, of intensities in [0, 255]
-    std: Tensor  # (C, 1, 1)
-    rotation: float  # largest angle in degrees
-    shift: float  # largest shift in pixels
-    seed: int
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, item: tuple[int, list[int]]) -> Batch:
-        epoch, indices = item
-        index = torch.tensor(indices)
-        image = self.images[self.rows[index]].float()
-        if self.rotation or self.shift:  # before standardisation, while black is 0
-            draws = augmentation_draws(self.seed, epoch, len(self))[index]
-            image = rotate_and_shift(image, self.rotation * draws[:, 0], self.shift * draws[:, 1:])
-        return Batch((image - self.mean) / self.std, self.target[index], index)
+HalfTurn = restricted_number_type("HalfTurn", float, [(">=", 0), ("<=", 180)], docstring="Degrees in [0, 180].")
 
 
 class ImageDataModule(SplitDataModule):
     """Images and classes in standardised batches, divided among the processes.
 
-    A stored "test" is the test split, and a stored "validation" or "valid" the validation split, or the test split if
-    there is no "test". A missing split is taken from "train", stratified by class.
+    Stored splits are used as they are: "train", "validation" (valid, val, dev, eval) and "test" (testing). Without a
+    stored test, the stored validation is the test. A split that is still missing is taken from "train" by the content
+    of the examples, so that a set that grows keeps everyone in place, and duplicates fall on one side.
+
+    With a checkpoint's state, the same data are split as in training, whatever the options say, and other data are
+    predicted as a whole. Classes are matched by name.
 
     Args:
-        path: "digits" for scikit-learn's, a folder for `datasets.load_dataset` or `load_from_disk`, or the id of a
-            dataset on the Hugging Face Hub.
+        path: "digits" for scikit-learn's, a folder of images (in folders by split and class, or with a table of their
+            labels), a folder for `datasets.load_dataset` or `load_from_disk`, or the id of a dataset on the hub.
         image_column: Column of the images; None if it is the only one of its kind.
         label_column: Column of the classes; None if it is the only one of its kind.
+        leave_out: Names of stored splits that are not to be used.
         image_size: Height and width in pixels to which images are resized; None keeps their size.
+        background: Colour behind transparent pixels, a name or #rrggbb.
         batch_size: Size of a training batch, over all processes.
         eval_batch_size: Size of a batch in validation, test and prediction, over all processes.
         val_fraction: Fraction of the stored "train" for validation, if no split is stored for it.
         test_fraction: Fraction of the stored "train" for the test, if no split is stored for it.
+        split_seed: Seed of the split.
         predict_split: The split to predict.
         shift: Largest random shift of training images along each axis, in pixels.
         rotation: Largest random rotation of training images either way, in degrees.
         cache_gib: Memory in GiB for decoded images; if they do not fit, they are decoded for each batch.
+        cache_dir: Folder for the hashes of sets of 10,000 images or more.
         num_workers: Number of worker processes that make batches; 0 makes them in the main process.
-        seed: Seed of splits, order and augmentation.
-
-    Raises:
-        ValueError: If an argument is out of range.
+        seed: Seed of order and augmentation.
     """
 
-    INDIFFERENT = SplitDataModule.INDIFFERENT | {"cache_gib", "rotation", "shift"}
+    INDIFFERENT = SplitDataModule.INDIFFERENT | {"cache_gib", "cache_dir", "rotation", "shift"}
     # Available after setup:
     image_shape: tuple[int, int, int]  # (C, H, W)
-    num_classes: int
     class_names: list[str]
-    rows: dict[Split, Tensor]  # rows of the examples in the stored split from which they come
-    target: dict[Split, Tensor]
+    rows: dict[Split, Tensor]  # rows of the examples in the stored images from which they come
+    target: dict[Split, Tensor | None]  # None if the labels are hidden
 
     def __init__(
         self,
         path: str = "digits",
         image_column: str | None = None,
         label_column: str | None = None,
-        image_size: int | None = None,
-        batch_size: int = 128,
-        eval_batch_size: int = 1024,
-        val_fraction: float = 0.1,
-        test_fraction: float = 0.2,
+        leave_out: list[str] | None = None,
+        image_size: PositiveInt | None = None,
+        background: str = "white",
+        batch_size: PositiveInt = 128,
+        eval_batch_size: PositiveInt = 1024,
+        val_fraction: OpenUnitInterval = 0.1,
+        test_fraction: OpenUnitInterval = 0.2,
+        split_seed: NonNegativeInt = 0,
         predict_split: Split = "test",
-        shift: float = 0.0,
-        rotation: float = 0.0,
-        cache_gib: float = 4.0,
-        num_workers: int = 0,
-        seed: int = 0,
+        shift: NonNegativeFloat = 0.0,
+        rotation: HalfTurn = 0.0,  # type: ignore[valid-type]
+        cache_gib: NonNegativeFloat = 4.0,
+        cache_dir: str = "data",
+        num_workers: NonNegativeInt = 0,
+        seed: NonNegativeInt = 0,
     ) -> None:
         super().__init__()
         self.save_hyperparameters(logger=False)
-        self.check_settings(
-            ("path", path, "to be 'digits', a folder or an id"),
-            ("image_size", image_size is None or image_size >= 1, "to be at least 1"),
-            ("test_fraction", 0 < test_fraction < 1, "in (0, 1)"),
-            ("shift", 0 <= shift < math.inf, "in [0, inf)"),
-            ("rotation", 0 <= rotation <= 180, "in [0, 180]"),
-            ("cache_gib", cache_gib >= 0, "to be at least 0"),
-        )
+        # A checkpoint holds int and float, but jsonargparse's numbers are of its own types.
+        self.hparams.update(json.loads(json.dumps(self.hparams)))
+        self._trained: dict[str, Any] | None = None  # the state of a checkpoint
+        self._stored: dict[str, StoredImages] = {}  # these three by the name of a stored split
+        self._census: dict[str, np.ndarray] = {}
+        self._labels: dict[str, Labels] = {}
         self._images: dict[Split, StoredImages] = {}
+        self._statistics: Statistics | None = None
+
+    def prepare_data(self) -> None:
+        """Reads the dataset, so that one process computes the hashes of many images."""
+        self._read()
+
+    def _read(self) -> None:
+        """Reads hashes, headers and labels of all stored splits, once."""
+        if self._stored:
+            return
+        given, root = self.hparams, Path(self.path).expanduser()
+        stored, left_out = read_splits(self.path)
+        self._assigned, others = assign_splits(stored, given["leave_out"] or ())
+        if left_out := [*left_out, *(f"split {name}" for name in others)]:
+            rank_zero_info(f"Left out of data.path: {shortened(left_out)}")
+        first = stored[next(iter(self._assigned.values()))].features
+        self._columns = list(first)
+        image, label = image_column(first, given["image_column"]), label_column(first, given["label_column"])
+        for name in self._assigned.values():
+            images = stored[name].select_columns(image).rename_columns({image: "image"})
+            images = images.cast_column("image", datasets.Image(decode=False))
+            self._stored[name] = StoredImages(images, {name: len(images)}, root)
+            self._census[name] = take_census(self._stored[name], Path(given["cache_dir"]).expanduser())
+            if label and label in stored[name].column_names:
+                self._labels[name] = read_labels(stored[name], label, name)
 
     def setup(self, stage: str | None = None) -> None:
-        """Reads and splits the dataset, once for all stages; images are decoded when first needed."""
+        """Assigns the examples to splits, once for all stages; images are decoded when first needed."""
         if self._images:
             return
-        stored = read_splits(self.path)
-        train = stored["train"]
-        image_column = find_column(train.features, "image", self.hparams["image_column"])
-        label_column = find_column(train.features, "label", self.hparams["label_column"])
-        test = next((name for name in ("test", "validation", "valid") if name in stored), "train")
-        val = next((name for name in ("validation", "valid") if name in stored and name != test), "train")
-        sources: dict[Split, str] = {"train": "train", "test": test, "val": val}
+        self._read()
+        self._describe(needs_labels=stage != "predict" and self._trained is None)
+        hashes = {name: census["hash"] for name, census in self._census.items()}
+        arranged = arrange(hashes, self._assigned, self.hparams, self._trained and self._trained["split"])
+        if arranged.facts is None and stage == "fit":
+            raise ValueError(
+                f"Expected the training set of the checkpoint, but got other data in data.path={self.path!r}"
+            )
+        self._facts = arranged.facts
+        self.rows = {split: torch.from_numpy(rows) for split, rows in arranged.rows.items()}
+        images = {names: self._joined(names) for names in set(arranged.sources.values())}
+        self._images = {split: images[names] for split, names in arranged.sources.items()}
+        self.target = {split: self._targets(split, names) for split, names in arranged.sources.items()}
+        self._cached = sum(each.num_bytes for each in images.values()) <= self.hparams["cache_gib"] * 2**30
 
-        names: list[str] | None = getattr(train.features[label_column], "names", None)
-        labels = {"train": read_labels(train, label_column, "train", len(names) if names else None)}
-        self.class_names = names or [str(label) for label in range(int(labels["train"].max()) + 1)]
-        self.num_classes = len(self.class_names)
-        for source in {val, test} - {"train"}:
-            labels[source] = read_labels(stored[source], label_column, source, self.num_classes)
+    def _describe(self, needs_labels: bool = True) -> None:
+        """Sets classes and shape: those of the checkpoint, which the data must fit, or else those of the data."""
+        trained, train = self._trained or {}, next(iter(self._stored))
+        labels = self._labels.get(train)
+        if needs_labels and (labels is None or labels.hidden):
+            raise ValueError(
+                f"Expected labels to train on, but got none in split {train!r} of data.path "
+                f"(data.label_column: {self.hparams['label_column']!r}, all columns: {self._columns})"
+            )
+        self.class_names = trained.get("class_names") or (labels.names if labels else [])
+        for name, of_split in self._labels.items():
+            if of_split.names != self.class_names:
+                rank_zero_info(f"Classes are matched by name: split {name!r} has {shortened(of_split.names)}")
+        if labels and labels.said and not trained:
+            rank_zero_info(f"The labels of data.path are {labels.said}; the classes are {shortened(self.class_names)}")
 
-        self.rows = {split: torch.arange(len(labels[source])) for split, source in sources.items()}
-        for split, source in sources.items():
-            if split != "train" and source == "train":
-                fraction = self.hparams[f"{split}_fraction"]
-                size = round(fraction * len(train))
-                try:
-                    parts = stratified_split(labels["train"], self.rows["train"], size, self.hparams["seed"])
-                except ValueError as error:
-                    raise ValueError(
-                        f"Expected data.{split}_fraction to leave every class on both sides of the split, "
-                        f"but got {fraction} for {len(train)} examples: {error}"
-                    ) from None
-                self.rows["train"], self.rows[split] = parts
-        self.target = {split: labels[source][self.rows[split]] for split, source in sources.items()}
+        headers = np.concatenate([census["header"] for census in self._census.values()])
+        depths = {SCALES[header & DEPTH] for header in np.unique(headers)}
+        self._scale = trained.get("scale", min(depths))
+        if depths != {self._scale}:
+            raise ValueError(f"Expected images of {self._scale} in data.path, but got {' and '.join(sorted(depths))}")
+        if several := int((headers & FRAMES > 0).sum()):
+            rank_zero_info(f"{several} images of data.path have several frames: the first is used")
+        size = self.hparams["image_size"]
+        width, height = (size, size) if size else self._stored[train].open(0).size
+        channels = 3 if (headers & COLOUR).any() else 1
+        self.image_shape = (trained.get("channels", channels), height, width)
+        self._deep = bool((headers & DEPTH).any())
 
-        first = train[0][image_column]
-        image_size = self.hparams["image_size"]
-        width, height = (image_size, image_size) if image_size else first.size
-        self.image_shape = (1 if first.mode in ("1", "L") else 3, height, width)
-        images = {
-            name: StoredImages(stored[name].select_columns(image_column), name, self.image_shape, bool(image_size))
-            for name in labels
-        }
-        num_bytes = sum(map(len, labels.values())) * math.prod(self.image_shape)
-        self._cached = num_bytes <= self.hparams["cache_gib"] * 2**30
-        self._images = {split: images[source] for split, source in sources.items()}
+    def _joined(self, names: tuple[str, ...]) -> StoredImages:
+        """Returns the images of some stored splits as one."""
+        stored = [self._stored[name] for name in names]
+        return StoredImages(
+            datasets.concatenate_datasets([each.stored for each in stored]),
+            {name: len(self._stored[name]) for name in names},
+            stored[0].root,
+            self.image_shape,
+            resize=self.hparams["image_size"] is not None,
+            deep=self._deep,
+            background=(self._trained or self.hparams)["background"],
+        )
 
-    @cached_property
-    def _statistics(self) -> tuple[list[float], list[float]]:
-        # Not computed in setup, which runs before a checkpoint is loaded.
-        return channel_statistics(self._pixels("train"), self.rows["train"])
+    def _targets(self, split: Split, names: tuple[str, ...]) -> Tensor | None:
+        """Returns the classes of a split, (n,) int64; None if its labels are hidden."""
+        labels = {name: self._labels[name] for name in names if name in self._labels and not self._labels[name].hidden}
+        if len(labels) < len(names):
+            if split == "val" and self._facts:
+                raise ValueError(f"Expected labels for validation, but got none in {names}: use data.leave_out")
+            rank_zero_info(f"Split {', '.join(names)} of data.path has no labels: it is predicted without scores")
+            return None
+        of = "the checkpoint" if self._trained else "the training split"
+        matched = [match_names(each, self.class_names, name, of) for name, each in labels.items()]
+        targets = torch.cat(matched)[self.rows[split]]
+        if missing := int((targets < 0).sum()):
+            raise ValueError(
+                f"Expected a label for each example of {split}, or for none, but got none for {missing} of "
+                f"{len(targets)} in split {names} of data.path"
+            )
+        return targets
+
+    @property
+    def num_classes(self) -> int | None:
+        """Number K of classes, after setup; None if no one has named them."""
+        return len(self.class_names) or None
+
+    def net_arguments(self, names: Collection[str]) -> dict[str, Any]:
+        """Returns the shape of an image and the number of classes, if they are among the names."""
+        if not {"input_shape", "num_classes"}.intersection(names):
+            return {}  # without reading the data
+        self._read()
+        self._describe()
+        known = {"input_shape": list(self.image_shape), "num_classes": self.num_classes}
+        return {name: value for name, value in known.items() if name in names}
+
+    @property
+    def statistics(self) -> Statistics:
+        """Statistics of the training split per channel, of intensities in [0, 1] for 8 and 16 bits."""
+        if self._statistics is None:  # not computed in setup, which runs before a checkpoint is loaded
+            self._statistics = channel_statistics(self._pixels("train"), self.rows["train"])
+            if constant := [channel for channel, std in enumerate(self._statistics.std) if not std]:
+                rank_zero_info(f"Channels {constant} of data.path are constant over the training split")
+        return self._statistics
 
     @property
     def mean(self) -> list[float]:
-        """Mean of the training split per channel, of intensities in [0, 1]."""
-        return self._statistics[0]
+        """Mean of the training split per channel."""
+        return self.statistics.mean
 
     @property
     def std(self) -> list[float]:
-        """Standard deviation of the training split per channel, of intensities in [0, 1]."""
-        return self._statistics[1]
+        """Standard deviation of the training split per channel; 1 instead of 0."""
+        return [std or 1.0 for std in self.statistics.std]
 
     def _pixels(self, split: Split) -> Tensor | StoredImages:
         return self._images[split].pixels if self._cached else self._images[split]
 
     def raw_images(self, split: Split, indices: Sequence[int] | Tensor) -> Tensor:
         """Returns images before standardisation, uint8 (n, C, H, W), by their `Batch.index`."""
-        return self._pixels(split)[self.rows[split][torch.as_tensor(indices, dtype=torch.int64, device="cpu")]]
+        images = self._pixels(split)[self.rows[split][torch.as_tensor(indices, dtype=torch.int64, device="cpu")]]
+        if images.dtype == torch.uint8:
+            return images
+        low, high = (torch.tensor(end)[:, None, None] for end in (self.statistics.low, self.statistics.high))
+        return (255 * (images - low) / (high - low).clamp_min(1e-12)).round().clamp(0, 255).to(torch.uint8)
 
-    def state_dict(self) -> dict[str, list[float]]:
-        """Returns what a trained network relies on: mean and standard deviation."""
-        return {"mean": self.mean, "std": self.std} if self._images or "_statistics" in vars(self) else {}
+    def sources(self, split: Split, indices: Sequence[int] | Tensor) -> list[str]:
+        """Returns where images come from: a file relative to `data.path`, or a stored split and its row."""
+        return self._images[split].names(self.rows[split][torch.as_tensor(indices)].tolist())
 
-    def load_state_dict(self, state_dict: dict[str, list[float]]) -> None:
-        """Takes mean and standard deviation from a checkpoint, instead of computing them."""
-        self._statistics = state_dict["mean"], state_dict["std"]
+    def provenance(self, split: Split, limit_batches: float) -> dict[str, Any]:
+        split_facts = {key: value for key, value in (self._facts or {}).items() if key != "sketch"}
+        return super().provenance(split, limit_batches) | {"class_names": self.class_names, "split": split_facts}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns what a trained network relies on, as primitives."""
+        if not self._images:
+            return self._trained or {}
+        return {
+            "class_names": self.class_names,
+            "channels": self.image_shape[0],
+            "scale": self._scale,
+            "background": (self._trained or self.hparams)["background"],
+            "statistics": vars(self.statistics),
+            "split": self._facts,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes classes, statistics and split from a checkpoint."""
+        self._trained, self._statistics = state_dict, Statistics(**state_dict["statistics"])
+        if state_dict["background"] != self.hparams["background"]:
+            rank_zero_info(f"The background is that of the training: {state_dict['background']} (data.background)")
+        if self._images and self.state_dict() != state_dict:  # Lightning loads a checkpoint after setup
+            self._images = {}
+            self.setup()
 
     def num_examples(self, split: Split) -> int:
         """Returns the number of images in a split, after setup."""
@@ -234,17 +287,13 @@ class ImageDataModule(SplitDataModule):
 
     def batches(self, split: Split, *, training: bool) -> ImageBatches:
         """Returns a split as batches, augmented for training."""
-        if len(self.mean) != self.image_shape[0]:
-            raise ValueError(
-                f"Expected data.path to have images with {len(self.mean)} channels, as the checkpoint has, "
-                f"but got {self.image_shape[0]}"
-            )
+        unit = 1 if self._deep else 255
         return ImageBatches(
             self._pixels(split),
             self.rows[split],
             self.target[split],
-            mean=255 * torch.tensor(self.mean)[:, None, None],
-            std=255 * torch.tensor(self.std)[:, None, None],
+            mean=unit * torch.tensor(self.mean)[:, None, None],
+            std=unit * torch.tensor(self.std)[:, None, None],
             rotation=self.hparams["rotation"] if training else 0.0,
             shift=self.hparams["shift"] if training else 0.0,
             seed=self.hparams["seed"],

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, ClassVar, Protocol, cast, get_args
+from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import Any, ClassVar, Protocol, cast
 
 import torch
 from lightning.pytorch import LightningDataModule, Trainer
@@ -18,9 +18,9 @@ from thinned.offers import Offers
 class DataOffers(Protocol):
     """Attributes of a data module that others look for. All are optional: these are the defaults.
 
-    Those that come from the data are there after `setup`. Its batches are (inputs, targets, index): `index` (B,) int64,
-    the place of each example in its split, names the row of a prediction. Without it, examples are counted as
-    Lightning's own samplers share them out.
+    Those that come from the data are there after `setup`. Its batches are (inputs, targets, index): targets may be None
+    if they are not known; `index` (B,) int64, the place of each example in its split, names the row of a prediction.
+    Without it, examples are counted as Lightning's own samplers share them out.
     """
 
     path: str | None = None  # named in messages
@@ -29,8 +29,9 @@ class DataOffers(Protocol):
     num_classes: int | None = None
     vocab_size: int | None = None
     context_length: int | None = None
-    # Arguments of the net that only the data knows; the command line fills in those that are null.
-    net_arguments: Callable[[], dict[str, Any]] | None = None
+    # `net_arguments(names)`: those of the arguments of a net that only the data know. The command line asks for those
+    # that are null.
+    net_arguments: Callable[[Collection[str]], dict[str, Any]] | None = None
     class_names: list[str] | None = None
     # `raw_images(split, indices)`: uint8 (n, C, H, W), for pictures.
     raw_images: Callable[[Split, Sequence[int]], Tensor] | None = None
@@ -38,6 +39,8 @@ class DataOffers(Protocol):
     val_dataloader: Callable[[], Iterable[Any]] | None = None
     # Turns text to tokens and back; its `token_bytes` (V,) gives bits per byte.
     tokenizer: Any = None
+    # `sources(split, indices)`: the file, or the stored split and row, from which each example comes.
+    sources: Callable[[Split, Sequence[int]], list[str]] | None = None
     # The split to predict, and the first example that is not yet predicted. Without the latter, an interrupted
     # prediction begins again.
     predict_split: Split = "test"
@@ -57,21 +60,6 @@ class SplitDataModule(LightningDataModule, ABC):
     # Hyperparameters that do not change the rows of a prediction.
     INDIFFERENT: ClassVar[frozenset[str]] = frozenset({"batch_size", "eval_batch_size", "num_workers"})
     predict_start = 0  # the first example that is not yet predicted
-
-    def check_settings(self, *own: tuple[str, object, str]) -> None:
-        """Raises a ValueError for the first invalid setting; `own` are (name, whether valid, what is expected)."""
-        given = self.hparams
-        for key, valid, expected in (
-            ("batch_size", given["batch_size"] >= 1, "to be at least 1"),
-            ("eval_batch_size", given["eval_batch_size"] >= 1, "to be at least 1"),
-            ("val_fraction", 0 < given["val_fraction"] < 1, "in (0, 1)"),
-            ("predict_split", given["predict_split"] in get_args(Split), "to be 'train', 'val' or 'test'"),
-            ("num_workers", given["num_workers"] >= 0, "to be at least 0"),
-            ("seed", 0 <= given["seed"] < 2**32, "in [0, 2**32)"),
-            *own,
-        ):
-            if not valid:
-                raise ValueError(f"Expected data.{key} {expected}, but got {given[key]!r}")
 
     @property
     def path(self) -> str:

@@ -1,4 +1,4 @@
-"""Which examples come when: stratified splits, and batches of indices computed from (seed, epoch, rank).
+"""Which examples come when: batches of indices computed from (seed, epoch, rank).
 
 Nothing depends on a global generator or an earlier epoch. So a resumed epoch has the same batches, and a training step
 sees the same examples however many processes share them.
@@ -11,32 +11,9 @@ from itertools import islice, pairwise
 from typing import Literal
 
 import numpy as np
-import torch
-from sklearn.model_selection import train_test_split
-from torch import Tensor
 from torch.utils.data.distributed import DistributedSampler
 
 Split = Literal["train", "val", "test"]
-
-
-def stratified_split(labels: Tensor, rows: Tensor, size: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Splits rows into two parts with the same proportions of classes.
-
-    Args:
-        labels: Class of every example, shape (N,).
-        rows: The examples to split, shape (M,).
-        size: Number of rows in the second part.
-        seed: Seed of the draw.
-
-    Returns:
-        Two ascending tensors of rows, shapes (M - size,) and (size,).
-
-    Raises:
-        ValueError: If a part is too small to hold every class, or a class has a single example.
-    """
-    parts = train_test_split(rows.numpy(), test_size=size, stratify=labels[rows].numpy(), random_state=seed)
-    first, second = (torch.from_numpy(np.sort(part)) for part in parts)
-    return first, second
 
 
 class EpochBatchSampler(DistributedSampler[tuple[int, list[int]]]):

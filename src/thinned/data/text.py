@@ -9,7 +9,7 @@ Shapes: T tokens in a window.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -226,9 +226,12 @@ class TextDataModule(SplitDataModule):
         """Number T of tokens in a window."""
         return self.hparams["context_length"]
 
-    def net_arguments(self) -> dict[str, int]:
-        """Returns the arguments of a network that only the data knows."""
-        return {"vocab_size": self._prepare().tokenised.tokenizer.vocab_size, "context_length": self.context_length}
+    def net_arguments(self, names: Collection[str]) -> dict[str, int]:
+        """Returns the sizes of the vocabulary and the context, if they are among the names."""
+        known = {"context_length": self.context_length}
+        if "vocab_size" in names:
+            known["vocab_size"] = self._prepare().tokenised.tokenizer.vocab_size
+        return {name: value for name, value in known.items() if name in names}
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Returns the validation split; ValueError if what is learned from it would be tested on the same text."""

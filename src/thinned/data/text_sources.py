@@ -18,7 +18,7 @@ from typing import Any
 
 import datasets
 
-from thinned.data.hugging_face import Stored, is_saved, read_stored
+from thinned.data.hugging_face import Stored, fingerprint, is_saved, read_stored
 from thinned.data.order import Split
 from thinned.data.split_names import assign_splits
 from thinned.data.text_files import ROWS, Layout, TextFiles, layout, suffix
@@ -132,11 +132,11 @@ def _rows(
         stored = {split: _read_files(paths, streaming=streaming) for split, paths in files.splits.items()}
         left_out = files.left_out
     else:
-        found = read_stored(path, EXPECTED, name, streaming=streaming)
+        found = read_stored(path, EXPECTED, name, streaming=streaming, needs_train=False)
         names, left_out = assign_splits(found, leave_out)
         stored = {split: found[stored_name] for split, stored_name in names.items()}
-        if "train" not in stored:
-            raise ValueError(f"Expected data.leave_out to leave a split 'train', but got {list(leave_out)}")
+        if not stored:
+            raise ValueError(f"Expected data.path to have splits such as 'train', 'val' and 'test', but got {left_out}")
     column = _text_column(next(iter(stored.values())), text_column)
     columns = {split: TextColumn(rows, column, names[split]) for split, rows in stored.items()}
     for split, rows in stored.items():
@@ -145,7 +145,7 @@ def _rows(
     folder = Path(path).expanduser()
     content: list[Any] = [streaming, column, name]
     if not streaming:
-        content += [[split, rows._fingerprint] for split, rows in stored.items()]
+        content += [[split, fingerprint(rows)] for split, rows in stored.items()]
     elif folder.exists():
         below = [folder] if folder.is_file() else sorted(file for file in folder.rglob("*") if file.is_file())
         content += [list(names.items()), [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in below]]

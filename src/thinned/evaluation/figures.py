@@ -15,11 +15,13 @@ from matplotlib.figure import Figure
 from rich.table import Table
 from torch import Tensor
 
+from thinned.uncertainty.per_class import confusion_matrix
 from thinned.uncertainty.scores import ECE_BINS, SCORES
 
 TITLES = {"train": "Training split", "val": "Validation split", "test": "Test"}
 COLOURS = ("#9aa0a6", "#c2410c", "#3b6fa0", "#3b7a57", "#7b4fa3", "#b08900")  # of ways, in their order
 MARKERS = "os^Dvp"
+FEW_CLASSES = 10
 RIGHT, WRONG = "#3b7a57", "#c2410c"
 Rows = Mapping[str, Tensor]
 Labels = Mapping[str, str]
@@ -35,13 +37,29 @@ def scores_table(metrics: Mapping[str, Mapping[str, Any]], labels: Labels, split
     for key, score in SCORES.items():
         if any(key in scored for scored in metrics.values()):
             values = (scored.get(key) for scored in metrics.values())
-            table.add_row(score.label, *("–" if v is None or v != v else f"{v:.4f}" for v in values))
+            table.add_row(score.label, *map(_number, values))
+    recalls = [scored.get("recall", {}) for scored in metrics.values()]
+    counts = {name: recall["n"] for name, recall in recalls[0].items()}
+    shown = list(counts)
+    if len(counts) > FEW_CLASSES:  # of unequal ones, those that are predicted worst
+        unequal = max(counts.values()) > 2 * min(counts.values())
+        shown = sorted(counts, key=lambda name: recalls[-1][name]["value"])[: FEW_CLASSES // 2 if unequal else 0]
+    if shown:
+        table.add_section()
+    for name in shown:
+        table.add_row(f"recall of {name} (n = {counts[name]})", *(_number(each[name]["value"]) for each in recalls))
     return table
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None or value != value else f"{value:.4f}"
 
 
 def figures(rows: Rows, labels: Labels, images: Images | None, names: list[str] | None) -> dict[str, Figure]:
     """Draws all pictures that the rows allow, by name."""
     result = {"reliability": reliability_diagram(rows, labels), "entropy": entropy_histograms(rows, labels)}
+    if f"{next(iter(labels))}_brier" in rows:  # of examples, not of tokens
+        result["confusion"] = confusion_matrices(rows, labels, names)
     if images is not None:
         result["uncertain"] = uncertain_images(rows, labels, images, names)
     return result
@@ -85,6 +103,30 @@ def entropy_histograms(rows: Rows, labels: Labels) -> Figure:
         axes.set(xlabel="predictive entropy, nats", title=labels[way])
         axes.legend(frameon=False)
     panels[0].set_ylabel("density")
+    return figure
+
+
+def confusion_matrices(rows: Rows, labels: Labels, names: list[str] | None) -> Figure:
+    """Draws, for each way, the share of each class (rows, which add up to 1) that is predicted as each class.
+
+    The number of examples stands in the cells if there are few classes.
+    """
+    K = rows[f"{next(iter(labels))}_probs"].shape[1]
+    side = min(10.0, max(3.2, 0.36 * K))
+    figure = Figure(figsize=(1 + side * len(labels), side + 0.4), layout="constrained")
+    for axes, (way, label) in zip(figure.subplots(1, len(labels), squeeze=False).ravel(), labels.items(), strict=True):
+        matrix = confusion_matrix(rows["target"], rows[f"{way}_prediction"], K)
+        share = matrix / matrix.sum(1, keepdim=True).clamp_min(1)
+        axes.imshow(share.numpy(), cmap="Blues", vmin=0, vmax=1)
+        axes.set(xlabel="prediction", ylabel="class", title=f"{label}, n = {len(rows['target'])}")
+        if K <= 2 * FEW_CLASSES:
+            ticks = [_name(k, names) for k in range(K)]
+            axes.set_xticks(range(K), ticks, rotation=90 if max(map(len, ticks)) > 2 else 0)
+            axes.set_yticks(range(K), ticks)
+            for row, column in matrix.nonzero().tolist():
+                colour = "white" if share[row, column] > 0.5 else "black"
+                number = int(matrix[row, column])
+                axes.text(column, row, f"{number}", ha="center", va="center", fontsize=7, color=colour)
     return figure
 
 

@@ -142,10 +142,13 @@ class MCDropout(Callback):
         output = outputs if isinstance(outputs, Logits) else None
         with trainer.precision_plugin.forward_context():
             rows, sequences = predicted_rows(Batch(inputs, index, targets, output), self._trained, self.ways)
-        tokenizer = data_offers(trainer).tokenizer
-        if sequences and tokenizer is not None:
-            rows["bytes"] = tokenizer.token_bytes.to(rows["target"].device)[rows["target"]]
-        self._store.write(rows, sequences)
+        data = data_offers(trainer)
+        if sequences and data.tokenizer is not None:
+            rows["bytes"] = data.tokenizer.token_bytes.to(rows["target"].device)[rows["target"]]
+        names = {}
+        if not sequences and data.sources is not None:
+            names["source"] = data.sources(self.split, index.tolist())
+        self._store.write({"index": rows["index"], **names, **rows}, sequences)
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         logged = self._finish(trainer)

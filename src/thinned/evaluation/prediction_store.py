@@ -8,7 +8,7 @@ processes and in batches of any size.
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -89,7 +89,7 @@ class PredictionStore:
             return 0  # no window is complete
         return first_missing(sequences or predictions)
 
-    def write(self, rows: dict[str, Tensor], sequences: dict[str, Tensor]) -> None:
+    def write(self, rows: Mapping[str, Tensor | list[str]], sequences: dict[str, Tensor]) -> None:
         """Takes the rows of a batch, and those of its sequences if it is text."""
         self._writers["predictions"].write(rows)
         if sequences:

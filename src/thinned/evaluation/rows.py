@@ -1,6 +1,7 @@
 """What is kept of each prediction: a row per example, or per token of a text, with the columns of each way to predict.
 
-Columns that ways share: index (place in the split) and target; of tokens also position (tokens of context, 1 to T).
+Columns that ways share: index (place in the split) and target; of examples also source (a file, or a stored split and
+its row, if the data module tells); of tokens also position (tokens of context, 1 to T).
 Of each way, after its name and an underscore (`mc_dropout_nll`): prediction, confidence and predictive_entropy, with
 targets nll, correct and rank (1 if the target is the most probable); of examples probs (K numbers) and brier.
 A way that streams several distributions also has expected_entropy and mutual_information, and of examples

@@ -29,8 +29,8 @@ class MLP(nn.Module):
     """A classifier for images or feature vectors. Logits carry no dropout.
 
     Args:
-        input_shape: Shape of one example, (C, H, W) for images or (D,) for features.
-        num_classes: K.
+        input_shape: Shape of one example, (C, H, W) for images or (D,) for features; null takes it from the data.
+        num_classes: K; null takes it from the data.
         hidden: Width of each hidden layer, or with `residual` of each block's hidden layer.
         activation: The non-linearity.
         layer_norm: Normalise before each non-linearity, or with `residual` at each block's start and at the end.
@@ -47,8 +47,8 @@ class MLP(nn.Module):
 
     def __init__(
         self,
-        input_shape: Sequence[int],
-        num_classes: int,
+        input_shape: Sequence[int] | None = None,
+        num_classes: int | None = None,
         hidden: Sequence[int] = (256, 256),
         activation: Literal["relu", "gelu", "silu", "tanh"] = "relu",
         layer_norm: bool = False,
@@ -59,6 +59,11 @@ class MLP(nn.Module):
         dropout: DropoutRates = DropoutRates(),
     ) -> None:
         super().__init__()
+        if input_shape is None or num_classes is None:
+            raise ValueError(
+                "Expected net.input_shape and net.num_classes, which data with images and classes fill in, "
+                f"but got {input_shape} and {num_classes}"
+            )
         self.init_args: dict[str, Any] = {
             "input_shape": list(input_shape), "num_classes": num_classes, "hidden": list(hidden),
             "activation": activation, "layer_norm": layer_norm, "width": width, "residual": residual,

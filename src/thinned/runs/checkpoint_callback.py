@@ -29,19 +29,16 @@ class Checkpoints(ModelCheckpoint):
     A second Ctrl-C ends it at once. Nothing is written while gradients are being accumulated.
 
     Args:
-        save_last: Whether to write `last.ckpt` without being told to end.
         every_n_train_steps: Number of optimiser steps after which to write `last.ckpt` again.
         train_time_interval: Time after which to write `last.ckpt` again.
         kwargs: Arguments of `ModelCheckpoint`, for `best.ckpt`.
     """
 
     _due = False  # stays True until the validation or epoch that follows has ended
-    _pending: dict[str, Any] | None = None  # the row that Lightning lost
     _step_of_last: int | None = None  # None if this process has not written `last.ckpt`
 
     def __init__(
         self,
-        save_last: bool = True,
         every_n_train_steps: int | None = None,
         train_time_interval: timedelta | None = None,
         **kwargs: Any,
@@ -49,7 +46,6 @@ class Checkpoints(ModelCheckpoint):
         super().__init__(save_last=False, **kwargs)
         if every_n_train_steps is not None and every_n_train_steps < 0:
             raise ValueError(f"Expected checkpoint.every_n_train_steps to be 0 or more, but got {every_n_train_steps}")
-        self.write_last = save_last
         self.every_n_train_steps, self.train_time_interval = every_n_train_steps, train_time_interval
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -74,11 +70,6 @@ class Checkpoints(ModelCheckpoint):
         super().on_train_start(trainer, pl_module)
         self._step, self._written_at = trainer.global_step, time.monotonic()
         _refuse_validation_within_a_step(trainer)
-        if self._pending is not None:
-            row, self._pending = self._pending, None
-            for logger in trainer.loggers:
-                if isinstance(logger, ResumableLogger):  # others may have the row already
-                    logger.log_metrics(row["metrics"], step=row["step"])
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         if trainer.global_step == self._step:  # gradients are being accumulated
@@ -118,10 +109,7 @@ class Checkpoints(ModelCheckpoint):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         internals.repeat_unbegun_validation(trainer, checkpoint)
-        checkpoint["pending_log"] = _pending_row(trainer)
-
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        self._pending = checkpoint.get("pending_log")
+        _log_what_follows(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         super().on_exception(trainer, pl_module, exception)
@@ -141,9 +129,9 @@ class Checkpoints(ModelCheckpoint):
         passed = time.monotonic() - self._written_at
         return trainer.strategy.broadcast(passed >= self.train_time_interval.total_seconds())
 
-    def _write_last(self, trainer: Trainer, is_told: bool = False) -> None:
+    def _write_last(self, trainer: Trainer) -> None:
         self._due, self._written_at = False, time.monotonic()
-        if trainer.fast_dev_run or self._step_of_last == trainer.global_step or not (self.write_last or is_told):  # type: ignore[attr-defined]
+        if trainer.fast_dev_run or self._step_of_last == trainer.global_step:  # type: ignore[attr-defined]
             return
         self.last_model_path = f"{self.dirpath}/{self.CHECKPOINT_NAME_LAST}{self.FILE_EXTENSION}"
         trainer.save_checkpoint(self.last_model_path)
@@ -154,7 +142,7 @@ class Checkpoints(ModelCheckpoint):
     def _end_if_told(self, trainer: Trainer) -> None:
         if signal := self.interruption.told(trainer):
             self.interruption.hold()
-            self._write_last(trainer, is_told=True)
+            self._write_last(trainer)
             rank_zero_info(f"{signal.name} at step {trainer.global_step}: wrote {self.last_model_path}, for --resume.")
             self.interruption.end(trainer, signal)
 
@@ -182,8 +170,8 @@ def _refuse_validation_within_a_step(trainer: Trainer) -> None:
         )
 
 
-def _pending_row(trainer: Trainer) -> dict[str, Any] | None:
-    """Returns the row, if any, that Lightning logs after the hook that writes a checkpoint."""
+def _log_what_follows(trainer: Trainer) -> None:
+    """Logs the row, if any, that Lightning logs after the hook that writes a checkpoint; it is not logged twice."""
     loop = trainer.fit_loop
     epoch, batch = (vars(progress.current) for progress in (loop.epoch_progress, loop.epoch_loop.batch_progress))
     metrics: dict[str, float] = {}
@@ -191,4 +179,7 @@ def _pending_row(trainer: Trainer) -> dict[str, Any] | None:
         metrics = internals.numbers_of_epoch(trainer)
     elif batch["processed"] > batch["completed"]:
         metrics = internals.numbers_of_step(trainer)
-    return {"step": trainer.global_step - 1, "metrics": metrics | {"epoch": trainer.current_epoch}} if metrics else None
+    for logger in trainer.loggers if metrics else ():
+        if isinstance(logger, ResumableLogger):  # others would log it twice
+            logger.log_metrics(metrics | {"epoch": trainer.current_epoch}, step=trainer.global_step - 1)
+            logger.save()

@@ -1,17 +1,12 @@
-"""The one file that relies on private names of Lightning and on W&B's file format.
+"""The one file that relies on private names of Lightning.
 
 Each function has a test in `tests/runs/test_internals.py` that fails if a release changes what it relies on.
 """
 
-import json
-import struct
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]
 
 
 def validation_follows(trainer: Trainer) -> bool:
@@ -41,35 +36,3 @@ def repeat_unbegun_validation(trainer: Trainer, checkpoint: dict[str, Any]) -> N
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]
         for counts in ("total", "current"):  # as if the validation had been cut off in its first batch
             progress[counts] |= {"ready": 1, "started": 1, "processed": 0, "completed": 0}
-
-
-def wandb_history(file: Path) -> Iterator[dict[str, Any]]:
-    """Yields the rows of a .wandb file, which may be cut off; a picture or table is a dict under its key."""
-    for record in wandb_records(file):
-        if record.WhichOneof("record_type") == "history":
-            row: dict[str, Any] = {}
-            for item in record.history.item:
-                *keys, last = item.nested_key or [item.key]
-                place = row
-                for key in keys:
-                    place = place.setdefault(key, {})
-                place[last] = json.loads(item.value_json)
-            yield row
-
-
-def wandb_records(file: Path) -> Iterator[Record]:
-    """Yields the records of a .wandb file, a LevelDB log: chunks (CRC, length, kind, bytes) in blocks of 32 KiB."""
-    content, start, record = file.read_bytes(), 7, b""
-    while start + 7 < len(content):
-        left_in_block = 2**15 - start % 2**15
-        if left_in_block < 7:  # padding
-            start += left_in_block
-            continue
-        _, length, kind = struct.unpack_from("<IHB", content, start)
-        record += content[start + 7 : start + 7 + length]
-        start += 7 + length
-        if start > len(content):
-            return
-        if kind in (1, 4):  # whole, or the last part
-            yield Record.FromString(record)
-            record = b""

@@ -3,8 +3,7 @@
 import csv
 import os
 import shlex
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +14,13 @@ from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from thinned.files import whole_file
-from thinned.runs.internals import wandb_history
 from thinned.runs.wandb_server import wandb_offline_reason
-
-GLOBAL_STEP = "trainer/global_step"  # under which Lightning's WandbLogger logs the step
 
 
 class ResumableLogger:
     """A logger that writes `metrics.csv`, and has to know from which step a run resumes."""
 
     _first_step: int | None = None  # None for a new run
-    _writer: "_MetricsWriter | None" = None
 
     def resume_from(self, step: int) -> None:
         """Keeps what has been logged of the steps before this one."""
@@ -35,33 +30,33 @@ class ResumableLogger:
 class CSVLogger(loggers.CSVLogger, ResumableLogger):
     """Lightning's `CSVLogger`, whose file keeps its rows when the run resumes."""
 
+    _experiment: "_MetricsWriter | None"
+
     @property
     @rank_zero_experiment
     def experiment(self) -> ExperimentWriter:
-        if self._writer is None:
-            self._writer = _MetricsWriter(self.log_dir, self._first_step or 0)
-        return self._writer
-
-    @rank_zero_only
-    def finalize(self, status: str) -> None:
-        if self._writer is not None:
-            self.save()
+        if self._experiment is None:
+            self._experiment = _MetricsWriter(self.log_dir, self._first_step or 0)
+        return self._experiment
 
 
 class WandbLogger(loggers.WandbLogger, ResumableLogger):
     """Lightning's `WandbLogger`, with a `metrics.csv` beside it, since W&B loses rows if the process is killed.
 
-    W&B cannot take back what it has recorded, and a run resumes from its last checkpoint, which is older. It computes
-    those steps again, bit by bit the same, and leaves them out here. What is in `metrics.csv` alone is logged first.
+    A run that resumes first logs what W&B lacks of `metrics.csv`. Offline, each process has a W&B file of its own. It
+    gets all rows, so the newest file holds the whole run, and syncing all of them repeats points at their places.
+    Online, the server tells how many rows it has, and those that come again are left out.
     """
+
+    _writer: "_MetricsWriter | None" = None
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         if self._writer is None:
             self._writer = self._begin()
-        self._writer.log_metrics({k: v for k, v in metrics.items() if isinstance(v, int | float)}, step)
-        self._writer.save()
-        self._log_new(metrics, step)
+        if new := self._writer.add(metrics, step):
+            self._writer.save()
+            self._log(new, step)
 
     @rank_zero_only
     def log_table(self, key: str, *args: Any, **options: Any) -> None:
@@ -71,51 +66,21 @@ class WandbLogger(loggers.WandbLogger, ResumableLogger):
         except Exception as error:  # whatever a server does wrong
             rank_zero_info(f"W&B: {' '.join(str(error).split())}; the run continues without the table {key}.")
 
-    def _log_new(self, metrics: Mapping[str, Any], step: int | None) -> None:
-        if new := self._seen.new(metrics, step):
-            super().log_metrics(new, step)
+    def _log(self, row: Mapping[str, Any], step: int | None) -> None:
+        if (step, frozenset(row)) not in self._there:
+            super().log_metrics(row, step)
 
     def _begin(self) -> "_MetricsWriter":
         directory = self.save_dir or "."
         before = _read_rows(Path(directory, ExperimentWriter.NAME_METRICS_FILE))
-        writer, self._seen = _MetricsWriter(directory, self._first_step or 0), _Seen()
-        if self._first_step is None:
-            return writer
-        if self.experiment.offline:
-            files = Path(directory).glob("wandb/*run-*/*.wandb")
-            self._seen = _Seen((row for file in files for row in wandb_history(file)), GLOBAL_STEP)
-        else:  # the server tells only how many rows it has
-            self._seen = _Seen(before[: self.experiment.step])
-        for row in before:
-            step = int(row["step"])
-            if step < self._first_step:
-                self._log_new({key: float(value) for key, value in row.items() if key != "step"}, step)
+        writer = _MetricsWriter(directory, self._first_step or 0)
+        self._there: set[tuple[int | None, frozenset[str]]] = set()  # steps and keys of rows
+        if self._first_step is not None:
+            there = before[: self.experiment.step]  # none if W&B is offline
+            self._there = {(int(row["step"]), frozenset(row) - {"step"}) for row in there}
+            for row in _read_rows(writer.path):
+                self._log({key: float(value) for key, value in row.items() if key != "step"}, int(row["step"]))
         return writer
-
-
-class _Seen:
-    """Knows which values have been logged at which step, apart from the epoch, which every row has.
-
-    A value of an earlier process is known by its key. One of this process is known by its number, since Lightning logs
-    the learning rate of each batch whose gradients are accumulated.
-    """
-
-    def __init__(self, before: Iterable[Mapping[str, Any]] = (), step_key: str = "step") -> None:
-        self._keys = defaultdict[int | None, set[str]](set)
-        for row in before:
-            self._keys[int(row.get(step_key, -1))].update(row)
-        self._step: int | None = None
-        self._numbers: dict[str, float] = {}  # of the latest step
-
-    def new(self, row: Mapping[str, Any], step: int | None) -> dict[str, Any]:
-        """Returns the part of a row that has not been logged."""
-        if step != self._step:
-            self._step, self._numbers = step, {}
-        numbers = {key: value for key, value in row.items() if isinstance(value, int | float)}
-        seen = {key for key, value in numbers.items() if self._numbers.get(key) == value} | self._keys.get(step, set())
-        self._numbers |= numbers
-        new = {key: value for key, value in row.items() if key == "epoch" or key not in seen}
-        return new if new.keys() - {"epoch"} else {}
 
 
 class _MetricsWriter(ExperimentWriter):
@@ -128,13 +93,33 @@ class _MetricsWriter(ExperimentWriter):
         self.path.parent.mkdir(parents=True, exist_ok=True)
         before = _read_rows(self.path)
         kept = [row for row in before if int(row["step"]) < first_step]
-        self.seen = _Seen(kept)
         if before:
             self._rewrite(kept)
+        # Of the step before, a run that resumes may log again what an earlier process has logged.
+        self._step: int | None = first_step - 1
+        self._earlier = {key for row in kept if int(row["step"]) == self._step for key in row}
+        self._numbers: dict[str, str] = {}  # of the latest step, as text, in which NaN equals NaN
+
+    def add(self, row: Mapping[str, Any], step: int | None) -> dict[str, Any]:
+        """Records the numbers of a row and returns the row, both without what has been recorded at this step.
+
+        Lightning logs the learning rate of each batch whose gradients are accumulated, and `Checkpoints` logs a row
+        before Lightning does. The epoch is in every row.
+        """
+        if step != self._step:
+            self._step, self._earlier, self._numbers = step, set(), {}
+        numbers = {key: str(value) for key, value in row.items() if isinstance(value, int | float)}
+        seen = {key for key, value in numbers.items() if key in self._earlier or self._numbers.get(key) == value}
+        self._numbers |= numbers
+        new = {key: value for key, value in row.items() if key == "epoch" or key not in seen}
+        if not new.keys() - {"epoch"}:
+            return {}
+        if recorded := {key: value for key, value in new.items() if key in numbers}:
+            super().log_metrics(recorded, step)
+        return new
 
     def log_metrics(self, metrics_dict: dict[str, float], step: int | None = None) -> None:
-        if new := self.seen.new(metrics_dict, step):
-            super().log_metrics(new, step)
+        self.add(metrics_dict, step)
 
     def save(self) -> None:
         """Appends the recorded rows; a new column means that the file is written again."""

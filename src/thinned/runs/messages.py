@@ -38,6 +38,9 @@ def plain(message: str) -> str:
     """Shortens an error to one line: no jsonargparse union report; for a worker error, only its cause."""
     if re.match(r"Caught \w+ in DataLoader worker", message):
         message = message.strip().splitlines()[-1].partition(": ")[2]
+    message = re.sub(
+        r'Parser key "(\w+)": Problem with given class_path \S+:\s+Parser key "', r'Parser key "\1.', message
+    )
     noise = "Does not validate|Subtypes:|Errors:|- Expected a <class 'NoneType'>"
     said, _, given = message.partition("Given value type:")
     lines = [line.strip().removeprefix("- ") for line in said.splitlines() if not re.match(rf"\s*({noise})", line)]

@@ -61,7 +61,7 @@ class FiniteSteps(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self.on_nonfinite == "skip" and is_logged(trainer):
+        if self.on_nonfinite == "skip" and is_logged(trainer, trainer.global_step):
             pl_module.log("train/skipped_steps", float(self.skipped_steps), batch_size=1)
 
     def state_dict(self) -> dict[str, int]:

@@ -7,7 +7,6 @@ import torch
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchmetrics import MeanMetric, MetricCollection
 
 from thinned.data.module import data_offers
 from thinned.models.gpt2_weights import load_gpt2
@@ -46,10 +45,6 @@ class LanguageModelingTask(Task):
         self.register_load_state_dict_post_hook(  # type: ignore[no-untyped-call]
             lambda *_: setattr(self, "init_from", None)
         )
-        totals = MetricCollection({"nll": MeanMetric("disable"), "bytes": MeanMetric("disable")}, compute_groups=False)
-        self.totals: dict[str, MetricCollection] = nn.ModuleDict(  # type: ignore[assignment]
-            {f"{stage}_totals": totals.clone() for stage in ("val", "test")}
-        )
         self.token_bytes: Tensor | None = None
 
     def setup(self, stage: str) -> None:
@@ -71,44 +66,32 @@ class LanguageModelingTask(Task):
         self.log("train/loss", loss, batch_size=len(targets), prog_bar=True)
         return loss
 
-    def _measure(self, losses: Tensor, targets: Tensor, stage: str) -> None:
-        """Adds losses, of the shape of their targets, to the totals of a stage."""
-        totals, counted = self.totals[f"{stage}_totals"], targets >= 0
-        # The other losses are left out, as torchmetrics 1.9 ignores weights under nan_strategy="disable".
-        totals["nll"].update(losses[counted])
+    def _keep_sums(self, losses: Tensor, targets: Tensor) -> None:
+        """Keeps the nats, tokens and bytes of a batch, whose losses have the shape of their targets."""
+        counted = targets >= 0
+        sums = [losses[counted].float().sum(), counted.sum()]
         if self.token_bytes is not None:
-            self.token_bytes = self.token_bytes.to(targets.device)
-            totals["bytes"].update(self.token_bytes[targets[counted]])
+            sums.append(self.token_bytes.to(targets.device)[targets[counted]].sum())
+        self.kept.append(torch.stack(sums)[:, None])
 
-    def _log_epoch(self, stage: str) -> None:
-        totals = self.totals[f"{stage}_totals"]
-        if not totals["nll"].update_called:
-            return  # A subclass has a step of its own.
-        nll = totals["nll"].compute()
-        logged = {f"{stage}/loss": nll, f"{stage}/perplexity": nll.exp()}
-        if totals["bytes"].update_called:
-            logged[f"{stage}/bits_per_byte"] = nll / (math.log(2) * totals["bytes"].compute())
-        self.log_dict(logged, prog_bar=stage == "val", sync_dist=True, batch_size=1)  # The ranks agree already.
-        with torch.inference_mode(False):  # A later fit could not update a state that was reset in inference mode.
-            totals.reset()
+    def scores(self, kept: Tensor) -> dict[str, Any]:
+        nats, tokens, *num_bytes = kept.double().sum(-1)
+        scores = {"loss": nats / tokens, "perplexity": (nats / tokens).exp()}
+        if num_bytes:
+            scores["bits_per_byte"] = nats / math.log(2) / num_bytes[0]
+        return scores
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        self._measure(self.net(batch[0], batch[1]), batch[1], "val")
+        self._keep_sums(self.net(batch[0], batch[1]), batch[1])
 
     def test_step(self, batch: Any, batch_idx: int) -> Logits | None:  # type: ignore[override]  # Lightning passes it on
         if net_offers(self.net).features is None or self.device_mesh is not None:
             # A sharded net gathers its weights in `forward` alone.
-            self._measure(self.net(batch[0], batch[1]), batch[1], "test")
+            self._keep_sums(self.net(batch[0], batch[1]), batch[1])
             return None
         output, counted = logits_of(self.net, batch[0]), batch[1] >= 0
         targets = batch[1][counted]
         parts = output.select(counted).log_probs()  # (n, V) each
         losses = [F.nll_loss(log_probs, targets[rows], reduction="none") for rows, log_probs in parts]
-        self._measure(torch.cat(losses), targets, "test")
+        self._keep_sums(torch.cat(losses), targets)
         return output
-
-    def on_validation_epoch_end(self) -> None:
-        self._log_epoch("val")
-
-    def on_test_epoch_end(self) -> None:
-        self._log_epoch("test")

@@ -80,7 +80,10 @@ def of_all_ranks(own: Any) -> list[Any]:
 
 
 class Task(LightningModule):
-    """A net with its optimiser and schedule. Subclasses add the loss and the metrics.
+    """A net with its optimiser and schedule. Subclasses add the loss and the scores.
+
+    Steps of validation and test append numbers of their batch to `kept`: tensors (M, n). From those of all batches and
+    processes, `scores` computes what is logged of the whole split.
 
     `load_from_checkpoint(path, weights_only=True)` builds the task again from its `hparams`, which hold primitives
     alone. A subclass adds its own arguments in `__init__`: `self.hparams.update(margin=margin)`. Unless the command
@@ -124,6 +127,7 @@ class Task(LightningModule):
         self.hparams.update({name: spec for name, spec in specs.items() if spec is not None})
         # Lightning builds net and optimiser from their specs with this function.
         self.hparams["_instantiator"] = "lightning.pytorch.cli.instantiate_module"
+        self.kept: list[Tensor] = []
 
     def forward(self, inputs: Any) -> Tensor:
         """Returns the logits."""
@@ -136,7 +140,26 @@ class Task(LightningModule):
         inputs: Tensor = batch if isinstance(batch, Tensor) else batch[0]
         return self(inputs) if writers or self.trainer.predict_loop.return_predictions else inputs.new_empty(0)
 
+    def scores(self, kept: Tensor) -> dict[str, Any]:
+        """Returns the scores of a split, by name, from all numbers that were kept, (M, N)."""
+        raise NotImplementedError
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_scores("val")
+
+    def on_test_epoch_end(self) -> None:
+        self._log_scores("test")
+
+    def _log_scores(self, stage: str) -> None:
+        # Lightning 2.6.6 rounds weights down when it takes a mean over ranks, so all numbers are gathered.
+        own = [torch.cat(self.kept, -1).cpu()] if self.kept else []  # A rank may have no example.
+        self.kept = []
+        if kept := [part for of_rank in of_all_ranks(own) for part in of_rank]:
+            scores = {f"{stage}/{name}": float(score) for name, score in self.scores(torch.cat(kept, -1)).items()}
+            self.log_dict(scores, prog_bar=stage == "val", sync_dist=True, batch_size=1)  # The ranks agree already.
+
     def setup(self, stage: str) -> None:
+        self.kept = []  # Drops what an interrupted validation has kept.
         if self.compile_net and stage == "fit" and self.device_mesh is None:
             self.net.compile()
 

@@ -15,10 +15,10 @@ from thinned.offers import task_offers
 DTYPES = {"32": torch.float32, "bf16": torch.bfloat16, "16": torch.float16}  # By the first part of `precision`.
 
 
-def is_logged(trainer: Trainer) -> bool:
-    """Returns, at the end of a batch, whether Lightning logs the optimiser step that it has taken."""
+def is_logged(trainer: Trainer, step: int) -> bool:
+    """Returns whether Lightning logs an optimiser step; the first has the number 1."""
     every = trainer.log_every_n_steps  # type: ignore[attr-defined]
-    return every > 0 and (trainer.global_step % every == 0 or trainer.should_stop)
+    return every > 0 and (step % every == 0 or trainer.should_stop)
 
 
 class Throughput(Callback):
@@ -52,7 +52,7 @@ class Throughput(Callback):
         self._items += inputs.numel() if text else len(inputs)
         stepped = trainer.global_step > self._last_step  # False while gradients are accumulated.
         self._last_step = trainer.global_step
-        if not stepped or not (self._start is None or is_logged(trainer)):
+        if not stepped or not (self._start is None or is_logged(trainer, trainer.global_step)):
             return
         if self._start is not None:
             seconds = _now(pl_module) - self._start

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torchmetrics.functional.classification import binary_auroc, binary_calibration_error
 
-from thinned.uncertainty.statistics import entropy
+from thinned.uncertainty.per_class import balanced_accuracy
 
 ECE_BINS = 15
 
@@ -73,6 +73,10 @@ class Score:
 # By their names in metrics.json, in metric keys and in this order in tables. An entry here adds a score.
 SCORES = {
     "accuracy": Score("accuracy ↑", lambda correct: correct.double().mean()),
+    "balanced_accuracy": Score(
+        "balanced accuracy ↑",
+        lambda target, correct, brier: balanced_accuracy(target, correct),  # tokens have no Brier score
+    ),
     "nll": Score("NLL, nats ↓", lambda nll: nll.double().mean()),
     "bits_per_byte": Score("bits per byte ↓", lambda nll, bytes: nll.double().sum() / math.log(2) / bytes.sum()),
     "brier": Score("Brier ↓", lambda brier: brier.double().mean()),
@@ -92,14 +96,3 @@ def scores(rows: Mapping[str, Tensor], prefix: str = "") -> dict[str, float]:
         if not any(column is None for column in columns):
             values[name] = score.of(*columns).item()
     return values
-
-
-def classification_scores(probs: Tensor, targets: Tensor) -> dict[str, float]:
-    """All scores of predicted distributions (N, K) against targets (N,)."""
-    confidence, prediction = probs.max(-1)
-    return scores(
-        {
-            "confidence": confidence, "correct": prediction == targets, "predictive_entropy": entropy(probs),
-            "nll": nll(probs, targets), "brier": brier(probs, targets),
-        }
-    )  # fmt: skip

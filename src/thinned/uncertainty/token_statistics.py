@@ -30,7 +30,8 @@ class TokenStatistics:
         self.num_samples = 0
         self.mean = torch.empty(0)  # (N, V) after the first sample
         self._entropy = torch.zeros(len(target), device=target.device)
-        self._log_likelihoods = torch.empty(0)  # log sum and sum over samples, per sequence (2, B)
+        zeros = torch.zeros(num_sequences, device=target.device)
+        self._log_likelihoods = torch.stack([zeros - math.inf, zeros])  # log sum and sum over samples (2, B)
 
     def update(self, logits: Logits) -> None:
         """Adds one sample."""
@@ -43,11 +44,8 @@ class TokenStatistics:
             self.mean[rows].lerp_(probs, 1 / (self.num_samples + 1))
             self._entropy[rows] -= probs.mul_(log_probs.clamp_min_(torch.finfo(log_probs.dtype).min)).sum(-1)
         sums = self._by_sequence(log_target)
-        if self.num_samples == 0:
-            self._log_likelihoods = torch.stack([sums, sums])
-        else:
-            self._log_likelihoods[0] = torch.logaddexp(self._log_likelihoods[0], sums)
-            self._log_likelihoods[1] += sums
+        self._log_likelihoods[0] = torch.logaddexp(self._log_likelihoods[0], sums)
+        self._log_likelihoods[1] += sums
         self.num_samples += 1
 
     def _by_sequence(self, column: Tensor) -> Tensor:

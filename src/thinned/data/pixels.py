@@ -1,0 +1,94 @@
+"""Images of any mode to arrays: each depth is scaled by its own range, and alpha is composed on a background.
+
+Intensities are uint8 in [0, 255] if all images of a set have 8 bits. Otherwise they are float32: in [0, 1] for 8 and 16
+bits, and as they are for 32-bit integers and floats, whose range only the data know.
+
+Shapes: C channels (1 for grey, 3 for colour), H height, W width.
+"""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+from PIL import ImageColor, ImageOps
+from PIL.Image import Image, Resampling
+
+GREY = frozenset({"1", "L", "LA", "La", "I", "F", "I;16", "I;16L", "I;16B", "I;16N"})
+ALPHA = frozenset({"LA", "La", "PA", "RGBA", "RGBa"})
+# What `header` tells: the depth (0 for 8 bits, 1 for 16 bits, 2 for 32-bit integers, 3 for floats) and flags.
+DEPTH, COLOUR, FRAMES = 3, 4, 8
+SCALES = ("8 or 16 bits", "8 or 16 bits", "32-bit integers", "floats")  # by depth; a set has one
+PLAIN_PNG = (b"\x01\x00", b"\x02\x00", b"\x04\x00", b"\x08\x00")  # bits of a pixel; 0 stands for grey
+
+
+def header(content: bytes) -> int:
+    """Returns what an image file says before it is decoded: depth, `COLOUR` and `FRAMES`."""
+    if content[12:16] == b"IHDR" and content[24:26] in PLAIN_PNG and b"tRNS" not in content:
+        return 0  # a short way for the most frequent case
+    image = PIL.Image.open(io.BytesIO(content))
+    depth = 1 if image.mode.startswith("I;16") else {"I": 2, "F": 3}.get(image.mode, 0)
+    is_grey = image.mode in GREY or (image.mode in ("P", "PA") and _has_grey_palette(image))
+    return depth | (0 if is_grey else COLOUR) | (FRAMES if getattr(image, "is_animated", False) else 0)
+
+
+def _has_grey_palette(image: Image) -> bool:
+    colours = np.array(image.getpalette("RGB")).reshape(-1, 3)
+    return bool((colours == colours[:, :1]).all())
+
+
+def open_image(stored: dict[str, Any]) -> Image:
+    """Decodes a stored image, from its bytes or its path, and turns it upright as its camera says."""
+    content = Path(stored["path"]).read_bytes() if stored["bytes"] is None else stored["bytes"]
+    image = PIL.Image.open(io.BytesIO(content))
+    image.load()
+    return ImageOps.exif_transpose(image)
+
+
+def to_array(
+    image: Image, shape: tuple[int, int, int], *, resize: bool = False, deep: bool = False, background: str = "white"
+) -> np.ndarray:
+    """Returns the intensities of an image, (C, H, W).
+
+    Args:
+        image: Any mode that PIL knows.
+        shape: (C, H, W).
+        resize: Whether an image of another size is resized, bilinearly.
+        deep: Whether the set has more than 8 bits, so that the result is float32.
+        background: Colour behind transparent pixels, a name or #rrggbb.
+
+    Raises:
+        ValueError: If it has another size, is in colour although C is 1, or holds NaN or infinity.
+    """
+    channels, height, width = shape
+    if image.size != (width, height) and not resize:
+        raise ValueError(f"is {image.width}x{image.height}")
+    if image.mode.startswith("I") or image.mode == "F":
+        values = np.asarray(image).astype(np.float32)
+        if not np.isfinite(values).all():
+            raise ValueError("holds NaN or infinity")
+        image = PIL.Image.fromarray(values / 65535 if image.mode.startswith("I;16") else values)
+    else:
+        image = _composed(image, background)
+    if resize:
+        image = image.resize((width, height), Resampling.BILINEAR)
+    pixels = np.asarray(image).reshape(height, width, -1)  # one channel or three
+    if pixels.shape[2] > channels:
+        if (pixels != pixels[..., :1]).any():
+            raise ValueError("is in colour")
+        pixels = pixels[..., :1]
+    if deep and pixels.dtype == np.uint8:
+        pixels = pixels / np.float32(255)
+    return np.broadcast_to(pixels.transpose(2, 0, 1), shape)
+
+
+def _composed(image: Image, background: str) -> Image:
+    """Returns an image of mode L or RGB, with the background behind transparent pixels."""
+    is_grey = image.mode in GREY
+    if image.mode in ALPHA or "transparency" in image.info:
+        behind = PIL.Image.new("RGBA", image.size, ImageColor.getcolor(background, "RGBA"))
+        image = PIL.Image.alpha_composite(behind, image.convert("RGBA"))
+    return image.convert("L" if is_grey else "RGB")
