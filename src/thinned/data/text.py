@@ -175,10 +175,9 @@ class TextDataModule(SplitDataModule):
         """Returns the text, how it is split, and its tokens, which it writes if they are missing."""
         if self._prepared:
             return self._prepared
-        name, column, leave_out, streaming = (
-            self.hparams[key] for key in ("name", "text_column", "leave_out", "streaming")
-        )
-        source = read_text(self.path, name, column, leave_out or [], streaming=streaming)
+        given = self.hparams
+        options = given["name"], given["text_column"], given["leave_out"] or []
+        source = read_text(self.path, *options, streaming=given["streaming"])
         rule, may_be_kept = self._rule(source)
         if self._kept and rule.by_document and may_be_kept:
             # A split that the checkpoint takes from "train" does not mix with one that is stored now.

@@ -132,11 +132,11 @@ def _rows(
         stored = {split: _read_files(paths, streaming=streaming) for split, paths in files.splits.items()}
         left_out = files.left_out
     else:
-        found = read_stored(path, EXPECTED, name, streaming=streaming)
+        found = read_stored(path, EXPECTED, name, streaming=streaming, needs_train=False)
         names, left_out = assign_splits(found, leave_out)
         stored = {split: found[stored_name] for split, stored_name in names.items()}
-        if "train" not in stored:
-            raise ValueError(f"Expected data.leave_out to leave a split 'train', but got {list(leave_out)}")
+        if not stored:
+            raise ValueError(f"Expected data.path to have splits such as 'train', 'val' and 'test', but got {left_out}")
     column = _text_column(next(iter(stored.values())), text_column)
     columns = {split: TextColumn(rows, column, names[split]) for split, rows in stored.items()}
     for split, rows in stored.items():
