@@ -195,7 +195,8 @@ class ImageDataModule(SplitDataModule):
         if len(labels) < len(names):
             if split == "val" and self._facts:
                 raise ValueError(f"Expected labels for validation, but got none in {names}: use data.leave_out")
-            rank_zero_info(f"Split {', '.join(names)} of data.path has no labels: it is predicted without scores")
+            if split == "test":
+                rank_zero_info(f"Split {', '.join(names)} of data.path has no labels: it is predicted without scores")
             return None
         of = "the checkpoint" if self._trained else "the training split"
         matched = [match_names(each, self.class_names, name, of) for name, each in labels.items()]
