@@ -43,12 +43,11 @@ PARTS = {
         .github/images/uncertain.png
         configs/mlp*.yaml
         scripts/bench/mlp.py  scripts/bench/prediction.py
-        src/thinned/data/image*.py  src/thinned/data/content_split.py  src/thinned/data/labels.py
-        src/thinned/data/pixels.py
+        src/thinned/data/image*.py  src/thinned/data/labels.py  src/thinned/data/pixels.py
         src/thinned/models/mlp.py
         src/thinned/tasks/classification.py
         tests/**/test_*digits*.py  tests/**/test_*image*.py  tests/**/test_*mlp*.py
-        tests/data/test_content_split.py  tests/data/test_labels.py  tests/data/test_pixels.py
+        tests/data/test_labels.py  tests/data/test_pixels.py
         tests/end_to_end/test_bad_input.py
         tests/end_to_end/test_batches_and_processes.py
         tests/end_to_end/test_checkpoint_alone.py

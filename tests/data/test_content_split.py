@@ -1,13 +1,9 @@
 """The split is a function of seed and content."""
 
-from typing import Any
-
 import numpy as np
 import pytest
 
-from thinned.data.content_split import arrange, content_hash, digest, is_known, sketch, split_by_content, uniform
-
-ASKED = {"split_seed": 0, "val_fraction": 0.1, "test_fraction": 0.2}
+from thinned.data.content_split import content_hash, digest, is_known, sketch, split_by_content, uniform
 
 
 def hashes(n: int, start: int = 0) -> np.ndarray:
@@ -62,77 +58,3 @@ def test_a_sketch_knows_its_set_however_it_grew() -> None:
     assert len(drawn) == 64
     assert is_known(drawn, hashes(100_000))
     assert not is_known(drawn, hashes(1000, start=1000))
-
-
-class TestArrange:
-    def test_stored_splits_stay_as_they_are(self) -> None:
-        stored = {"train": hashes(50), "dev": hashes(5, 50), "test": hashes(7, 60)}
-        arranged = arrange(stored, {"train": "train", "val": "dev", "test": "test"}, ASKED)
-        assert arranged.sources == {"train": ("train",), "val": ("dev",), "test": ("test",)}
-        assert {split: len(rows) for split, rows in arranged.rows.items()} == {"train": 50, "val": 5, "test": 7}
-
-    def test_facts_do_not_grow_with_the_set(self) -> None:
-        facts = [arrange({"train": hashes(n)}, {"train": "train"}, ASKED).facts for n in (1000, 4000)]
-        assert abs(len(str(facts[0])) - len(str(facts[1]))) < 10
-
-    def test_what_is_asked_later_does_not_matter(self, said: list[str]) -> None:
-        stored, assigned = {"train": hashes(500)}, {"train": "train"}
-        before = arrange(stored, assigned, ASKED)
-        other = {"split_seed": 9, "val_fraction": 0.3, "test_fraction": 0.5}
-        after = arrange(stored, assigned, other, before.facts)
-        assert all(np.array_equal(after.rows[split], rows) for split, rows in before.rows.items())
-        assert len(said) == 3
-        assert "data.split_seed is 0, not 9" in said[0]
-
-    def test_a_set_that_has_grown_is_said_with_counts(self, said: list[str]) -> None:
-        before = arrange({"train": hashes(500)}, {"train": "train"}, ASKED)
-        after = arrange({"train": hashes(700)}, {"train": "train"}, ASKED, before.facts)
-        trained = set(hashes(500)[before.rows["train"]])
-        assert not trained & {*hashes(700)[after.rows["test"]], *hashes(700)[after.rows["val"]]}
-        counts = {split: (len(after.rows[split]), len(before.rows[split])) for split in after.rows}
-        assert said == [
-            f"data.path has changed since the training: {now} {split}, then {then}"
-            for split, (now, then) in counts.items()
-        ]
-
-    def test_a_test_that_comes_later_is_not_used(self) -> None:
-        before = arrange({"train": hashes(500)}, {"train": "train"}, ASKED)
-        stored = {"train": hashes(500), "test": hashes(100)}
-        after = arrange(stored, {"train": "train", "test": "test"}, ASKED, before.facts)
-        assert after.sources["test"] == ("train",)
-        assert np.array_equal(after.rows["test"], before.rows["test"])
-
-    def test_another_set_is_predicted_as_a_whole(self, said: list[str]) -> None:
-        before = arrange({"train": hashes(500)}, {"train": "train"}, ASKED)
-        after = arrange({"a": hashes(20, 500), "b": hashes(9, 600)}, {}, ASKED, before.facts)
-        assert after.facts is None
-        assert after.sources["test"] == ("a", "b")
-        assert after.rows["test"].tolist() == list(range(29))
-        assert said == ["data.path holds other examples than were trained on: all 29 are predicted"]
-
-    def test_a_stored_split_that_has_gone_is_refused(self) -> None:
-        stored = {"train": hashes(50), "test": hashes(7, 60)}
-        facts = arrange(stored, {"train": "train", "test": "test"}, ASKED).facts
-        with pytest.raises(ValueError, match=r"stored splits of the training in data\.path, but got no \['test'\]"):
-            arrange({"train": hashes(50)}, {"train": "train"}, ASKED, facts)
-
-    def test_examples_of_both_are_said(self, said: list[str]) -> None:
-        stored = {"train": hashes(200), "test": hashes(40, start=190)}
-        arranged = arrange(stored, {"train": "train", "test": "test"}, ASKED | {"val_fraction": 0.01})
-        twice = len(set(hashes(200)[arranged.rows["train"]]) & set(stored["test"]))
-        assert said == [f"{twice} of 40 examples for test are in the training split too"]
-
-    def test_an_empty_split_is_refused(self) -> None:
-        with pytest.raises(ValueError, match="Expected examples for val, but got none of the 3 in split 'train'"):
-            arrange({"train": hashes(3)}, {"train": "train"}, ASKED | {"val_fraction": 1e-9, "test_fraction": 0.5})
-
-    def test_training_needs_a_training_split(self) -> None:
-        with pytest.raises(ValueError, match=r"to have a split 'train', but got \['test'\]"):
-            arrange({"test": hashes(3)}, {"test": "test"}, ASKED)
-
-
-@pytest.fixture
-def said(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    lines: list[Any] = []
-    monkeypatch.setattr("thinned.data.content_split.rank_zero_info", lines.append)
-    return lines

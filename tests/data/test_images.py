@@ -514,7 +514,7 @@ class TestBadInput:
 @pytest.fixture
 def said(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     lines: list[Any] = []
-    for module in ("images", "content_split"):
+    for module in ("images", "image_splits"):
         monkeypatch.setattr(f"thinned.data.{module}.rank_zero_info", lines.append)
     return lines
 

@@ -20,10 +20,10 @@ from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, OpenUnitInterv
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from thinned.data.content_split import arrange
 from thinned.data.image_batches import ImageBatches
 from thinned.data.image_census import take_census
 from thinned.data.image_sources import Statistics, StoredImages, channel_statistics, image_column, read_splits
+from thinned.data.image_splits import arrange
 from thinned.data.labels import Labels, label_column, match_names, read_labels, shortened
 from thinned.data.module import SplitDataModule
 from thinned.data.order import Split

@@ -15,8 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from xxhash import xxh3_64_intdigest
-
+from thinned.data.content_split import content_hash
 from thinned.data.order import Split
 from thinned.data.token_stream import Document, sure_to_fit
 from thinned.data.tokens import Tokens
@@ -61,12 +60,12 @@ class SplitRule:
 
     def hash(self, text: str) -> int:
         """Returns 64 bits, a function of seed and document."""
-        return xxh3_64_intdigest(text.encode(errors="surrogatepass"), self.seed)
+        return content_hash(text.encode(errors="surrogatepass"), self.seed)
 
     def split_of(self, document_hash: int) -> Split:
         """Returns the split of a document by where its hash falls between 0 and 1: test, validation, training."""
         place = document_hash / 2**64
-        return "test" if place < self.test else "val" if place < self.test + self.val else "train"
+        return "test" if place < self.test else "val" if place >= 1 - self.val else "train"
 
 
 def enough_documents(documents: Iterable[str], rule: SplitRule, max_tokens: int | None) -> bool:

@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from functools import cached_property
+from hashlib import blake2b
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +21,6 @@ import numpy as np
 from filelock import FileLock
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from xxhash import xxh3_128
 
 from thinned.data.order import Split
 from thinned.data.token_stream import Document, first_characters, token_arrays
@@ -71,7 +71,7 @@ class Tokens:
     @cached_property
     def digest(self) -> str:
         """Tells other tokens apart, by what they are and how many."""
-        digest, step = xxh3_128(), 2**22
+        digest, step = blake2b(digest_size=16), 2**22
         for start in range(0, len(self), step):
             digest.update(self.read(start, min(start + step, len(self))).astype("<u4").tobytes())
         return digest.hexdigest()

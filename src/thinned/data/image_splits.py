@@ -1,0 +1,99 @@
+"""Which stored images each split has, in training and later: a fact that the checkpoint keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, get_args
+
+import numpy as np
+from lightning.pytorch.utilities import rank_zero_info
+
+from thinned.data.content_split import digest, is_known, sketch, split_by_content
+from thinned.data.order import Split
+
+RULE = "content"
+SPLITS: tuple[Split, ...] = get_args(Split)
+
+
+@dataclass(frozen=True)
+class Arrangement:
+    """Which examples of what is stored each split has.
+
+    Args:
+        sources: The stored splits of each split, one after another.
+        rows: Rows of their examples, (n,) each.
+        facts: What a checkpoint stores of it, as primitives; None if the set is another one than was trained on.
+    """
+
+    sources: dict[Split, tuple[str, ...]]
+    rows: dict[Split, np.ndarray]
+    facts: dict[str, Any] | None
+
+
+def arrange(
+    hashes: Mapping[str, np.ndarray],
+    assigned: Mapping[Split, str],
+    asked: Mapping[str, Any],
+    trained: dict[str, Any] | None = None,
+) -> Arrangement:
+    """Assigns examples to splits: as a checkpoint says if it was trained on some of them, else as it is asked.
+
+    A stored split is used as it is. Without a stored test, the stored validation is the test. What is still missing is
+    taken from the stored "train". A set of which nothing was trained on is each split as a whole.
+
+    Args:
+        hashes: Hash of each example of each stored split, (N,) uint64.
+        assigned: Names of the stored splits by what they are.
+        asked: `split_seed`, `val_fraction` and `test_fraction`.
+        trained: The facts of a checkpoint; None in training.
+
+    Raises:
+        ValueError: If there is no stored "train", or a split is empty.
+    """
+    names = tuple(hashes)
+    if trained is None:
+        if "train" not in assigned:
+            raise ValueError(f"Expected data.path to have a split 'train', but got {list(names)}")
+        test = assigned.get("test", assigned.get("val", assigned["train"]))
+        val = assigned.get("val", test)
+        stored = {"train": assigned["train"], "val": val if val != test else assigned["train"], "test": test}
+    elif not is_known(trained["sketch"], np.concatenate([*hashes.values()])):
+        total = sum(map(len, hashes.values()))
+        rank_zero_info(f"data.path holds other examples than were trained on: all {total} are predicted")
+        whole = np.arange(total)
+        return Arrangement(dict.fromkeys(SPLITS, names), dict.fromkeys(SPLITS, whole), None)
+    else:
+        stored = trained["stored"]
+        if missing := sorted({*stored.values()} - {*names}):
+            raise ValueError(f"Expected the stored splits of the training in data.path, but got no {missing}")
+    drawn = [split for split in SPLITS[1:] if stored[split] == stored["train"]]
+    keys = ["split_seed", *(f"{split}_fraction" for split in drawn)] if drawn else []
+    settings = {key: (trained or asked)[key] for key in keys}
+    for key in keys:
+        if settings[key] != asked[key]:
+            rank_zero_info(f"The split is that of the training: data.{key} is {settings[key]}, not {asked[key]}")
+    fractions = {split: settings.get(f"{split}_fraction", 0.0) for split in SPLITS[1:]}
+    parts = split_by_content(hashes[stored["train"]], settings.get("split_seed", 0), **fractions)
+    rows = {s: parts[s] if stored[s] == stored["train"] else np.arange(len(hashes[stored[s]])) for s in SPLITS}
+    of_split = {split: hashes[stored[split]][rows[split]] for split in SPLITS}
+    for split, examples in of_split.items():
+        if not len(examples):
+            raise ValueError(
+                f"Expected examples for {split}, but got none of the {len(hashes[stored[split]])} in split "
+                f"{stored[split]!r} of data.path: choose other fractions or another data.split_seed"
+            )
+    for split in set(SPLITS[1:]) - set(drawn):
+        if twice := int(np.isin(of_split[split], of_split["train"]).sum()):
+            rank_zero_info(f"{twice} of {len(of_split[split])} examples for {split} are in the training split too")
+    counts = {split: len(examples) for split, examples in of_split.items()}
+    digests = {split: digest(examples) for split, examples in of_split.items()}
+    if trained:
+        for split in SPLITS:
+            if digests[split] != trained["digests"][split]:
+                before = trained["counts"][split]
+                rank_zero_info(f"data.path has changed since the training: {counts[split]} {split}, then {before}")
+    facts = {"rule": RULE, **settings, "stored": stored, "counts": counts, "digests": digests}
+    return Arrangement(
+        {split: (stored[split],) for split in SPLITS}, rows, facts | {"sketch": sketch(of_split["train"])}
+    )
