@@ -151,8 +151,8 @@ class TestRule:
         """Another one would move the documents of old checkpoints."""
         rule = SplitRule(0.1, 0.2, 3, by_document=True)
         assert (rule.hash("some text"), rule.split_of(rule.hash("some text"))) == (13257255836018003343, "train")
-        assert [rule.split_of(int(place * 2**64)) for place in (0, 0.199, 0.201, 0.299, 0.301)] == [
-            "test", "test", "val", "val", "train",
+        assert [rule.split_of(int(place * 2**64)) for place in (0, 0.199, 0.201, 0.899, 0.901)] == [
+            "test", "test", "train", "train", "val",
         ]  # fmt: skip
 
 
