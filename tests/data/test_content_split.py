@@ -56,5 +56,6 @@ def test_a_digest_is_of_the_set_not_of_its_order() -> None:
 def test_a_sketch_knows_its_set_however_it_grew() -> None:
     drawn = sketch(hashes(1000))
     assert len(drawn) == 64
+    assert drawn == sketch(hashes(1000)[::-1])
     assert is_known(drawn, hashes(100_000))
     assert not is_known(drawn, hashes(1000, start=1000))

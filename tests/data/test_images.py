@@ -329,6 +329,12 @@ class TestTrained:
         data = self.later(state, str(tmp_path / "elsewhere"))
         assert data.sources("test", range(len(data.rows["test"]))) == sources
 
+    def test_a_state_that_comes_after_setup_counts_too(self) -> None:
+        state = ready(split_seed=1).state_dict()
+        data = ready()
+        data.load_state_dict(state)
+        assert torch.equal(data.rows["test"], ready(split_seed=1).rows["test"])
+
     def test_training_does_not_resume_on_another_set(self, images: Callable[..., str]) -> None:
         with pytest.raises(ValueError, match="Expected the training set of the checkpoint, but got other data"):
             self.later(ready().state_dict(), images("new", range(9)), "fit")

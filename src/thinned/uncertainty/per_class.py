@@ -29,7 +29,7 @@ def recall_per_class(target: Tensor, correct: Tensor, num_classes: int) -> tuple
 def balanced_accuracy(target: Tensor, correct: Tensor) -> Tensor:
     """Returns the mean of the recalls of all classes that have examples (Brodersen et al. 2010).
 
-    >>> balanced_accuracy(torch.tensor([0, 0, 0, 1]), torch.tensor([True, True, True, False])).item()
+    >>> balanced_accuracy(torch.tensor([0, 0, 0, 2]), torch.tensor([True, True, True, False])).item()
     0.5
     """
     return recall_per_class(target, correct, int(target.max()) + 1)[0].nanmean()
