@@ -89,8 +89,3 @@ def test_examples_of_both_are_said(said: list[str]) -> None:
 def test_an_empty_split_is_refused() -> None:
     with pytest.raises(ValueError, match="Expected examples for val, but got none of the 3 in split 'train'"):
         arrange({"train": hashes(3)}, {"train": "train"}, ASKED | {"val_fraction": 1e-9, "test_fraction": 0.5})
-
-
-def test_training_needs_a_training_split() -> None:
-    with pytest.raises(ValueError, match=r"to have a split 'train', but got \['test'\]"):
-        arrange({"test": hashes(3)}, {"test": "test"}, ASKED)

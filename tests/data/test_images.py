@@ -313,6 +313,16 @@ class TestTrained:
         expected = [np.asarray(image).tolist() for image in digits()[range(50)]["image"]]
         assert data.raw_images(split, range(50))[:, 0].tolist() == expected
 
+    def test_splits_of_another_set_may_be_called_as_they_like(self, tmp_path: Path, said: list[str]) -> None:
+        stored = DatasetDict(fold1=table(noise(5, 8, 8), ["3"] * 5, kind=Value("string")))
+        stored["fold2"] = table(noise(4, 8, 8, seed=1), ["7"] * 4, kind=Value("string"))
+        stored.save_to_disk(tmp_path / "set")
+        data = self.later(ready().state_dict(), str(tmp_path / "set"))
+        assert data.target["test"].tolist() == [3] * 5 + [7] * 4
+        assert data.sources("test", [4, 5]) == ["fold1[4]", "fold2[0]"]
+        with pytest.raises(ValueError, match=r"to have a split 'train', but got \['fold1', 'fold2'\]"):
+            ready(str(tmp_path / "set"))
+
     def test_a_set_that_has_grown_keeps_everyone_in_place(self, images: Callable[..., str]) -> None:
         before = ready(images("set", range(400)))
         of_before = {split: set(before.sources(split, range(len(before.rows[split])))) for split in DIGITS}
@@ -469,6 +479,17 @@ class TestBadInput:
     def test_a_folder_without_data(self, tmp_path: Path) -> None:
         with pytest.raises(FileNotFoundError, match=r"Expected data\.path .*, but got '.*' \(EmptyDatasetError"):
             ready(str(tmp_path))
+
+    def test_classes_are_those_of_training_whatever_comes_first(self, tmp_path: Path) -> None:
+        text = Value("string")
+        test, train = (
+            table(noise(9, 2, 2, seed=1), ["b"] * 9, kind=text),
+            table(noise(60, 2, 2), ["a", "b"] * 30, kind=text),
+        )
+        DatasetDict(test=test, train=train).save_to_disk(tmp_path / "set")
+        data = ready(str(tmp_path / "set"))
+        assert data.class_names == ["a", "b"]
+        assert data.target["test"].tolist() == [1] * 9
 
     def test_no_train_split(self, folder: Callable[..., str]) -> None:
         path = folder(test=table(noise(2, 2, 2), [0, 1]))

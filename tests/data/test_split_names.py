@@ -17,6 +17,10 @@ def test_names_of_no_split_are_told() -> None:
     assert assign_splits(["test", "unsupervised", "train"]) == ({"test": "test", "train": "train"}, ["unsupervised"])
 
 
+def test_training_comes_first() -> None:
+    assert list(assign_splits(["test", "dev", "train"])[0]) == ["train", "val", "test"]
+
+
 def test_two_names_of_one_split_are_refused_until_one_is_left_out() -> None:
     with pytest.raises(ValueError, match=r"one stored split for val in data.path, but got 'dev' and 'valid'"):
         assign_splits(["train", "dev", "valid"])

@@ -49,12 +49,10 @@ def arrange(
         trained: The facts of a checkpoint; None in training.
 
     Raises:
-        ValueError: If there is no stored "train", or a split is empty.
+        ValueError: If a split is empty, or a stored split has gone.
     """
     names = tuple(hashes)
     if trained is None:
-        if "train" not in assigned:
-            raise ValueError(f"Expected data.path to have a split 'train', but got {list(names)}")
         test = assigned.get("test", assigned.get("val", assigned["train"]))
         val = assigned.get("val", test)
         stored = {"train": assigned["train"], "val": val if val != test else assigned["train"], "test": test}

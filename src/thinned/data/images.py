@@ -103,6 +103,13 @@ class ImageDataModule(SplitDataModule):
         self._labels: dict[str, Labels] = {}
         self._images: dict[Split, StoredImages] = {}
         self._statistics: Statistics | None = None
+        self._said: set[str] = set()
+
+    def _say(self, line: str) -> None:
+        """Says something once."""
+        if line not in self._said:
+            self._said.add(line)
+            rank_zero_info(line)
 
     def prepare_data(self) -> None:
         """Reads the dataset, so that one process computes the hashes of many images."""
@@ -115,12 +122,17 @@ class ImageDataModule(SplitDataModule):
         given, root = self.hparams, Path(self.path).expanduser()
         stored, left_out = read_splits(self.path)
         self._assigned, others = assign_splits(stored, given["leave_out"] or ())
-        if left_out := [*left_out, *(f"split {name}" for name in others)]:
-            rank_zero_info(f"Left out of data.path: {shortened(left_out)}")
-        first = stored[next(iter(self._assigned.values()))].features
+        names = list(self._assigned.values())
+        if self._trained:  # another set may call its splits as it likes
+            names += [name for name in others if name not in (given["leave_out"] or ())]
+        if not names or not (self._trained or "train" in self._assigned):
+            raise ValueError(f"Expected data.path to have a split 'train', but got {list(stored)}")
+        if left_out := [*left_out, *(f"split {name}" for name in others if name not in names)]:
+            self._say(f"Left out of data.path: {shortened(left_out)}")
+        first = stored[names[0]].features
         self._columns = list(first)
         image, label = image_column(first, given["image_column"]), label_column(first, given["label_column"])
-        for name in self._assigned.values():
+        for name in names:
             images = stored[name].select_columns(image).rename_columns({image: "image"})
             images = images.cast_column("image", datasets.Image(decode=False))
             self._stored[name] = StoredImages(images, {name: len(images)}, root)
@@ -159,9 +171,9 @@ class ImageDataModule(SplitDataModule):
         self.class_names = trained.get("class_names") or (labels.names if labels else [])
         for name, of_split in self._labels.items():
             if of_split.names != self.class_names:
-                rank_zero_info(f"Classes are matched by name: split {name!r} has {shortened(of_split.names)}")
+                self._say(f"Classes are matched by name: split {name!r} has {shortened(of_split.names)}")
         if labels and labels.said and not trained:
-            rank_zero_info(f"The labels of data.path are {labels.said}; the classes are {shortened(self.class_names)}")
+            self._say(f"The labels of data.path are {labels.said}; the classes are {shortened(self.class_names)}")
 
         headers = np.concatenate([census["header"] for census in self._census.values()])
         depths = {SCALES[header & DEPTH] for header in np.unique(headers)}
@@ -169,7 +181,7 @@ class ImageDataModule(SplitDataModule):
         if depths != {self._scale}:
             raise ValueError(f"Expected images of {self._scale} in data.path, but got {' and '.join(sorted(depths))}")
         if several := int((headers & FRAMES > 0).sum()):
-            rank_zero_info(f"{several} images of data.path have several frames: the first is used")
+            self._say(f"{several} images of data.path have several frames: the first is used")
         size = self.hparams["image_size"]
         width, height = (size, size) if size else self._stored[train].open(0).size
         channels = 3 if (headers & COLOUR).any() else 1
@@ -195,8 +207,7 @@ class ImageDataModule(SplitDataModule):
         if len(labels) < len(names):
             if split == "val" and self._facts:
                 raise ValueError(f"Expected labels for validation, but got none in {names}: use data.leave_out")
-            if split == "test":
-                rank_zero_info(f"Split {', '.join(names)} of data.path has no labels: it is predicted without scores")
+            self._say(f"Split {', '.join(names)} of data.path has no labels: it is predicted without scores")
             return None
         of = "the checkpoint" if self._trained else "the training split"
         matched = [match_names(each, self.class_names, name, of) for name, each in labels.items()]
@@ -228,7 +239,7 @@ class ImageDataModule(SplitDataModule):
         if self._statistics is None:  # not computed in setup, which runs before a checkpoint is loaded
             self._statistics = channel_statistics(self._pixels("train"), self.rows["train"])
             if constant := [channel for channel, std in enumerate(self._statistics.std) if not std]:
-                rank_zero_info(f"Channels {constant} of data.path are constant over the training split")
+                self._say(f"Channels {constant} of data.path are constant over the training split")
         return self._statistics
 
     @property
@@ -277,7 +288,7 @@ class ImageDataModule(SplitDataModule):
         """Takes classes, statistics and split from a checkpoint."""
         self._trained, self._statistics = state_dict, Statistics(**state_dict["statistics"])
         if state_dict["background"] != self.hparams["background"]:
-            rank_zero_info(f"The background is that of the training: {state_dict['background']} (data.background)")
+            self._say(f"The background is that of the training: {state_dict['background']} (data.background)")
         if self._images and self.state_dict() != state_dict:  # Lightning loads a checkpoint after setup
             self._images = {}
             self.setup()

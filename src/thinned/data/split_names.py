@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable
 from pathlib import PurePath
-from typing import TypeVar
+from typing import TypeVar, get_args
 
 from thinned.data.order import Split
 
@@ -57,7 +57,7 @@ def assign_splits(names: Iterable[Name], leave_out: Iterable[str] = ()) -> tuple
         leave_out: Names that are not to be used.
 
     Returns:
-        The stored name of each split, and the names that are of no split.
+        The stored name of each split, that of training first, and the names that are of no split.
 
     Raises:
         ValueError: If two names stand for one split, or a name to leave out is not there.
@@ -81,4 +81,4 @@ def assign_splits(names: Iterable[Name], leave_out: Iterable[str] = ()) -> tuple
             )
         else:
             splits[split] = name
-    return splits, others
+    return {split: splits[split] for split in get_args(Split) if split in splits}, others
