@@ -499,8 +499,8 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("bad", "got"),
         [
-            (-1, "a label for each example of test, or for none, but got none for 1 of 3"),
-            (None, "a label for each example of test, or for none, but got none for 1 of 3"),
+            (-1, "a label for each example of split 'test' of data.path, or for none, but got none for 1 of 3"),
+            (None, "a label for each example of split 'test' of data.path, or for none, but got none for 1 of 3"),
             (2, r"the classes of the training split, \[0, 1\], in split 'test' .* but got \[2\] among \[0, 1, 2\]"),
         ],
     )

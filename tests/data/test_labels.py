@@ -102,8 +102,9 @@ def test_names_that_do_not_occur_are_no_reason_to_refuse() -> None:
     assert match_names(labels, ["dog", "cat"], "test", "the checkpoint").tolist() == [1, 1]
 
 
-def test_missing_labels_stay_missing() -> None:
-    assert match_names(read([-1, 1, 0], Value("int64")), ["0", "1"], "test", "the training").tolist() == [-1, 1, 0]
+def test_some_missing_labels_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"a label for each example of split 'test' .* but got none for 1 of 3"):
+        match_names(read([-1, 1, 0], Value("int64")), ["0", "1"], "test", "the training")
 
 
 class TestColumn:

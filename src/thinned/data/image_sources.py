@@ -208,6 +208,11 @@ class Statistics:
     low: list[float]
     high: list[float]
 
+    def to_uint8(self, images: Tensor) -> Tensor:
+        """Returns images (n, C, H, W) of more than 8 bits as pictures, in which the range is that of 8 bits."""
+        low, high = (torch.tensor(end)[:, None, None] for end in (self.low, self.high))
+        return (255 * (images - low) / (high - low).clamp_min(1e-12)).round().clamp(0, 255).to(torch.uint8)
+
 
 def channel_statistics(images: Tensor | StoredImages, rows: Tensor) -> Statistics:
     """Returns the statistics of some images; 8 bits count as intensities in [0, 1]."""

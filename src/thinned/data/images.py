@@ -150,7 +150,7 @@ class ImageDataModule(SplitDataModule):
         arranged = arrange(hashes, self._assigned, self.hparams, self._trained and self._trained["split"])
         if arranged.facts is None and stage == "fit":
             raise ValueError(
-                f"Expected the training set of the checkpoint, but got other data in data.path={self.path!r}"
+                f"Expected the training set of the checkpoint, but got other data in data.path={self.path}"
             )
         self._facts = arranged.facts
         self.rows = {split: torch.from_numpy(rows) for split, rows in arranged.rows.items()}
@@ -203,21 +203,14 @@ class ImageDataModule(SplitDataModule):
 
     def _targets(self, split: Split, names: tuple[str, ...]) -> Tensor | None:
         """Returns the classes of a split, (n,) int64; None if its labels are hidden."""
-        labels = {name: self._labels[name] for name in names if name in self._labels and not self._labels[name].hidden}
-        if len(labels) < len(names):
+        if any(name not in self._labels or self._labels[name].hidden for name in names):
             if split == "val" and self._facts:
                 raise ValueError(f"Expected labels for validation, but got none in {names}: use data.leave_out")
             self._say(f"Split {', '.join(names)} of data.path has no labels: it is predicted without scores")
             return None
         of = "the checkpoint" if self._trained else "the training split"
-        matched = [match_names(each, self.class_names, name, of) for name, each in labels.items()]
-        targets = torch.cat(matched)[self.rows[split]]
-        if missing := int((targets < 0).sum()):
-            raise ValueError(
-                f"Expected a label for each example of {split}, or for none, but got none for {missing} of "
-                f"{len(targets)} in split {names} of data.path"
-            )
-        return targets
+        matched = [match_names(self._labels[name], self.class_names, name, of) for name in names]
+        return torch.cat(matched)[self.rows[split]]
 
     @property
     def num_classes(self) -> int | None:
@@ -258,10 +251,7 @@ class ImageDataModule(SplitDataModule):
     def raw_images(self, split: Split, indices: Sequence[int] | Tensor) -> Tensor:
         """Returns images before standardisation, uint8 (n, C, H, W), by their `Batch.index`."""
         images = self._pixels(split)[self.rows[split][torch.as_tensor(indices, dtype=torch.int64, device="cpu")]]
-        if images.dtype == torch.uint8:
-            return images
-        low, high = (torch.tensor(end)[:, None, None] for end in (self.statistics.low, self.statistics.high))
-        return (255 * (images - low) / (high - low).clamp_min(1e-12)).round().clamp(0, 255).to(torch.uint8)
+        return images if images.dtype == torch.uint8 else self.statistics.to_uint8(images)
 
     def sources(self, split: Split, indices: Sequence[int] | Tensor) -> list[str]:
         """Returns where images come from: a file relative to `data.path`, or a stored split and its row."""

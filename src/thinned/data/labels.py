@@ -150,7 +150,7 @@ def _normal(names: Iterable[str]) -> list[str]:
 
 
 def match_names(labels: Labels, names: Sequence[str], split: str, of: str) -> Tensor:
-    """Returns the classes of examples, matched by name: (N,) int64, -1 if the label is missing.
+    """Returns the classes of examples, matched by name: (N,) int64.
 
     Args:
         labels: The labels.
@@ -159,15 +159,20 @@ def match_names(labels: Labels, names: Sequence[str], split: str, of: str) -> Te
         of: What has these classes, for the error.
 
     Raises:
-        ValueError: If a name occurs that is not among the classes.
+        ValueError: If a name occurs that is not among the classes, or a label is missing.
     """
+    if missing := int((labels.codes < 0).sum()):
+        raise ValueError(
+            f"Expected a label for each example of split {split!r} of data.path, or for none, but got none for "
+            f"{missing} of {len(labels.codes)}"
+        )
     place = {name: index for index, name in enumerate(names)}
     if unknown := [name for name in labels.used if name not in place]:
         raise ValueError(
             f"Expected the classes of {of}, {shortened(names)}, in split {split!r} of data.path, "
             f"but got {shortened(unknown)} among {shortened(labels.used)}"
         )
-    table = np.array([*(place.get(name, UNKNOWN) for name in labels.names), UNKNOWN])
+    table = np.array([place.get(name, UNKNOWN) for name in labels.names])
     return torch.from_numpy(table[labels.codes])
 
 
