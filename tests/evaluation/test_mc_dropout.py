@@ -247,10 +247,9 @@ def test_no_samples_leave_the_deterministic_network(run: Callable[..., Any]) -> 
 
 
 @pytest.mark.parametrize("stage", ["test", "predict"])
-@pytest.mark.parametrize("net", [MLP((4,), 3), nn.Linear(4, 3)])
-def test_net_that_drops_nothing_is_refused(stage: str, net: nn.Module, run: Callable[..., Any], tmp_path: Path) -> None:
+def test_net_that_drops_nothing_is_refused(stage: str, run: Callable[..., Any], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"Expected .* with a rate above 0"):
-        run(stage, net, loader(*examples()))
+        run(stage, nn.Linear(4, 3), loader(*examples()))
     assert not list(tmp_path.iterdir())
 
 

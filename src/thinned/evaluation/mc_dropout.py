@@ -75,6 +75,7 @@ class MCDropout(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._trained = trained_net(pl_module)
+        self._examined = False
         for way in learning_order(self.ways):  # what cannot be is known before training, not an hour later
             way.bind(self._trained)
         directory: Path = trainer.strategy.broadcast(Path(self.dirpath or trainer.default_root_dir))
@@ -90,6 +91,24 @@ class MCDropout(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if self._store is not None:
             (self._store.keep if trainer.predicting else self._store.discard)()
+
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        if trainer.state.fn == "fit":  # as a rule the sanity check
+            self._examine(trainer, batch)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._examine(trainer, batch)
+
+    def _examine(self, trainer: Trainer, batch: Any) -> None:
+        """Lets the ways see the first batch of a stage: before the first step, and before any row is written."""
+        if self._examined or not isinstance(batch, Tensor | tuple | list):
+            return
+        self._examined = True
+        with trainer.precision_plugin.forward_context(), torch.no_grad():
+            for way in learning_order(self.ways):
+                way.examine(batch if isinstance(batch, Tensor) else batch[0])
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._begin(trainer, pl_module, "test")
@@ -134,6 +153,7 @@ class MCDropout(Callback):
     def _predict(self, trainer: Trainer, batch: Any, outputs: Any) -> None:
         """Writes the rows of a batch to the store."""
         assert self._store is not None
+        self._examine(trainer, batch)
         inputs, targets, index, *_ = (batch, None, None) if isinstance(batch, Tensor) else (*batch, None, None)
         if index is None:  # counted as Lightning's samplers stride over ranks
             position = torch.arange(self._seen, self._seen + len(inputs), device=inputs.device)

@@ -1,0 +1,189 @@
+"""Finds the dropout of a net of another make, by passes over one batch in which its calls are watched.
+
+Dropout is seen from evaluation mode if a module does it, or a function that is told its rate and `self.training`. An
+attention that is told `dropout_p=self.p if self.training else 0` is seen in training mode alone: its module, without
+its submodules, has to go there, and may do nothing else in that mode.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from thinned.models.net import Logits
+from thinned.uncertainty.acting_dropout import is_dropout, kept_random_state, restored
+from thinned.uncertainty.dropout_calls import Call, DropoutCalls, Site
+
+Output = TypeVar("Output")
+
+
+@dataclass(frozen=True)
+class FoundDropout:
+    """What has to be done for the dropout of a net to act.
+
+    Attributes:
+        owners: Modules that go into training mode, each alone, for the sake of an attention that cannot be seen.
+        sites: Calls of functions that are turned on, by module and function.
+        off: Whether there is dropout, and all of its rates are 0: every sampled network is the deterministic one.
+        resting: Modules that draw in training mode and are not known as dropout. They stay off.
+    """
+
+    owners: frozenset[nn.Module]
+    sites: frozenset[Site]
+    off: bool
+    resting: str
+
+    def pass_of(self, evaluate: Callable[[nn.Module], Output]) -> Callable[[nn.Module], Output]:
+        """Returns `evaluate` with its calls of dropout functions turned on."""
+
+        def run(net: nn.Module) -> Output:
+            with DropoutCalls(lambda call: call.on or call.site in self.sites):
+                return evaluate(net)
+
+        return run
+
+
+def still_output(net: nn.Module, evaluate: Callable[[nn.Module], Output]) -> tuple[Output, list[Call]]:
+    """Runs a pass in evaluation mode; ValueError if it draws. Returns its output and its calls of dropout functions."""
+    with _watched(net, (), lambda call: call.on) as (watched, _):
+        output = evaluate(net)
+    if watched.drawn:
+        raise ValueError(
+            f"Expected {type(net).__name__} to be deterministic in evaluation mode, but got random numbers drawn by "
+            f"{_names(net, watched.drawn)}: functions that drop need `training=self.training`"
+        )
+    return output, watched.calls
+
+
+@torch.no_grad()
+def find_dropout(net: nn.Module, evaluate: Callable[[nn.Module], Any]) -> FoundDropout:
+    """Finds the dropout of a net by two passes, and checks it by a third if some of it acts in training mode alone.
+
+    Args:
+        net: The net. Its modes, buffers, numbers and tensors that are attributes, and the random state are restored.
+        evaluate: Runs the net on a batch; returns tensors or `Logits`.
+
+    Raises:
+        ValueError: The net draws in evaluation mode; a pass fails or writes parameters; or a module that has to go into
+            training mode does something else there, too.
+    """
+    expected, calls = still_output(net, evaluate)
+    modules = [module for module in net.modules() if is_dropout(module)]
+    _refuse_scripts(net, modules)
+    own = [module for module in net.modules() if module not in modules and not _of_torch(module)]
+    with _watched(net, own, lambda call: False) as (trained, _):
+        try:
+            evaluate(net)
+        except Exception as error:
+            expectation = f"Expected {type(net).__name__} to run in training mode, in which its dropout is looked for"
+            raise ValueError(f"{expectation}, but got {type(error).__name__}: {error}") from error
+    visible = Counter(call.site for call in calls if call.p > 0)
+    acting = Counter(call.site for call in trained.calls if call.acts)
+    if hidden := acting - visible:
+        _check_owners(net, evaluate, hidden, expected)
+    rates = [call.p for call in (*calls, *trained.calls)]
+    rates += [value for module in modules for value in vars(module).values() if isinstance(value, float)]
+    return FoundDropout(
+        owners=frozenset(module for module, _ in hidden if module is not None),
+        sites=frozenset(site for site in visible if site in acting or _of_torch(site[0])),
+        off=bool(rates) and not any(rates),
+        resting=_names(net, trained.drawn),
+    )
+
+
+@torch.no_grad()
+def deterministic_output(net: nn.Module, evaluate: Callable[[nn.Module], Output]) -> Output:
+    """Runs two passes in evaluation mode and returns what both of them do; ValueError if they differ."""
+    (first, _), (second, _) = (still_output(net, evaluate) for _ in range(2))
+    if not _close(first, second):
+        name = type(net).__name__
+        raise ValueError(f"Expected {name} to be deterministic in evaluation mode, but got two passes that differ")
+    return second
+
+
+def _check_owners(net: nn.Module, evaluate: Callable[[nn.Module], Any], hidden: Counter[Site], expected: Any) -> None:
+    """Raises a ValueError if the modules of hidden calls do anything in training mode but make them."""
+    owners = [module for module in net.modules() if any(module is owner for owner, _ in hidden)]
+    output, failed = None, ""
+    with _watched(net, owners, lambda call: False) as (watched, changed):
+        numbers = _attributes(owners, (int, float))
+        try:
+            output = evaluate(net)
+        except Exception as error:
+            failed = f"{type(error).__name__}: {error}"
+        if numbers != _attributes(owners, (int, float)):
+            changed.append("a number that it keeps")
+    problems = [
+        failed or ("" if _close(output, expected) else "another output"),
+        f"random numbers drawn by {_names(net, watched.drawn)}" if watched.drawn else "",
+        f"changes of {', '.join(changed)}" if changed else "",
+        "" if failed or hidden <= Counter(call.site for call in watched.calls if call.acts) else "dropout out of reach",
+    ]
+    if any(problems):
+        raise ValueError(
+            f"Expected {_names(net, owners)} to do nothing in training mode but dropout, which acts in that mode "
+            f"alone, but got {', '.join(filter(None, problems))}"
+        )
+
+
+@contextmanager
+def _watched(
+    net: nn.Module, training: Collection[nn.Module], turn_on: Callable[[Call], bool]
+) -> Iterator[tuple[DropoutCalls, list[str]]]:
+    """Puts the given modules and no others into training mode; watches calls and draws; restores what it can.
+
+    The list of changed buffers is filled on the way out.
+    """
+    attributes = _attributes(net.modules(), (int, float, Tensor))
+    with restored(net) as changed, kept_random_state():
+        for module in net.modules():
+            module.training = module in training
+        try:
+            with DropoutCalls(turn_on, watch_draws=True) as watched:
+                yield watched, changed
+        finally:
+            for module, values in attributes.items():
+                vars(module).update(values)
+
+
+def _attributes(modules: Iterable[nn.Module], kinds: tuple[type, ...]) -> dict[nn.Module, dict[str, Any]]:
+    """Returns the attributes of some kinds, but for the mode: counters, averages and the like."""
+    return {
+        module: {name: value for name, value in vars(module).items() if isinstance(value, kinds) and name != "training"}
+        for module in modules
+    }
+
+
+def _refuse_scripts(net: nn.Module, dropout: Collection[nn.Module]) -> None:
+    """Raises a ValueError if TorchScript, whose calls cannot be watched, has code that asks whether it trains."""
+    for name, module in net.named_modules():
+        asks = isinstance(module, torch.jit.ScriptModule) and "self.training" in getattr(module, "code", "")
+        if asks and module not in dropout and "Norm" not in module.original_name:
+            got = f"TorchScript in {type(net).__name__}{name and '.' + name}, whose code reads `training`"
+            raise ValueError(f"Expected dropout that can be told from other code, but got {got}: use the Python module")
+
+
+def _of_torch(module: nn.Module | None) -> bool:
+    return module is None or type(module).__module__.startswith("torch.")
+
+
+def _names(net: nn.Module, modules: Iterable[nn.Module]) -> str:
+    """Returns the classes of modules and the path of the first of each: `Attention (layers.0.attention)`."""
+    paths: dict[str, str] = {}
+    for path, module in net.named_modules():
+        if any(module is each for each in modules):
+            paths.setdefault(type(module).__name__, path)
+    return ", ".join(f"{name} ({path})" if path else name for name, path in paths.items())
+
+
+def _close(output: Any, expected: Any) -> bool:
+    output, expected = (x.x if isinstance(x, Logits) else x for x in (output, expected))
+    try:
+        torch.testing.assert_close(output, expected, equal_nan=True)
+    except AssertionError:
+        return False
+    return True
