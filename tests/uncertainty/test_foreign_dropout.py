@@ -2,16 +2,19 @@
 
 import random
 from collections.abc import Callable
+from functools import partial
 from itertools import product
 from typing import Any
 
-import foreign_nets as made
+import foreign_modules as made
 import pytest
 import torch
-from foreign_nets import First, in_turn, pooled, state
+from foreign_nets import CausalSelfAttention, First, VisionAttention, in_turn, pooled, state
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from thinned.uncertainty import mc_predict
+from thinned.uncertainty.dropout_calls import IN_C, DropoutCalls
 from thinned.uncertainty.foreign_dropout import find_dropout
 from thinned.uncertainty.monte_carlo import sampled_outputs
 
@@ -120,9 +123,9 @@ FOREIGN: dict[str, Callable[[], nn.Module]] = {
     "nn.LSTM": lambda: First(nn.LSTM(8, 8, 2, dropout=0.5, batch_first=True)),
     "nn.LSTM, packed": packed_lstm,
     "nn.RNN": lambda: First(nn.RNN(8, 8, 2, dropout=0.5, batch_first=True)),
-    "nanoGPT, flash": lambda: made.CausalSelfAttention(flash=True),
-    "nanoGPT, by hand": lambda: made.CausalSelfAttention(flash=False),
-    "timm": made.VisionAttention,
+    "nanoGPT, flash": lambda: CausalSelfAttention(flash=True),
+    "nanoGPT, by hand": lambda: CausalSelfAttention(flash=False),
+    "timm": VisionAttention,
     "timm, DropPath": lambda: nn.Sequential(made.DropPath(), nn.Linear(8, 8)),
     "TorchScript": lambda: torch.jit.script(nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5))),
     "instance norm": lambda: nn.Sequential(nn.InstanceNorm1d(5, track_running_stats=True), nn.Dropout(0.5)),
@@ -167,10 +170,79 @@ def test_attention_alone_drops_in_transformers(name: str, attention: str) -> Non
 
 
 def test_the_module_of_an_attention_goes_into_training_mode_alone() -> None:
-    body = nn.Sequential(made.CausalSelfAttention(flash=True), made.Noise())
+    body = nn.Sequential(CausalSelfAttention(flash=True), made.Noise())
     net, x = pooled(body).eval(), torch.randn(4, 5, 8)
     found = find_dropout(net, lambda net: net(x))
     assert found.owners == {body[0]}
     assert found.resting == "Noise (body.1)"
-    seen = find_dropout(pooled(made.CausalSelfAttention(flash=False)), lambda net: net(x))
+    assert not found.off
+    seen = find_dropout(pooled(CausalSelfAttention(flash=False)), lambda net: net(x))
     assert not seen.owners
+
+
+class LeavesOutLayers(nn.Module):
+    """As in LayerDrop (Fan et al. 2020): in training mode a layer is left out with a probability of 0.5."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([made.Functional(), made.Attention(), made.Functional()])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            if not (self.training and torch.rand(()) < 0.5):
+                x = layer(x)
+        return x
+
+
+def test_layers_that_are_left_out_at_random_are_waited_for() -> None:
+    net, x = in_turn(LeavesOutLayers()), torch.randn(4, 2)
+    found = find_dropout(net, lambda net: net(x))
+    attention = net[1].layers[1]
+    assert found.sites is None
+    assert found.owners == {attention}
+    assert found.resting == "LeavesOutLayers (1)"
+
+
+def test_dropout_of_a_part_that_does_not_run_in_evaluation_mode_is_told() -> None:
+    """The auxiliary head of GoogLeNet."""
+
+    class Head(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head, self.drop = made.Functional(), made.Functional()
+
+        def forward(self, x: Tensor) -> Any:
+            return (self.drop(x), self.head(x)) if self.training else self.drop(x)
+
+    net, x = nn.Sequential(Head()), torch.randn(4, 2)
+    found = find_dropout(net, lambda net: net(x))
+    assert found.sites is None
+    assert not found.owners
+    assert found.resting == "Functional (0.head)"
+
+
+def test_code_that_is_compiled_runs_as_it_was_written() -> None:
+    net, x = pooled(CausalSelfAttention(flash=True)).eval(), torch.randn(4, 5, 8)
+    compiled = torch.compile(net, backend="eager")
+    compiled(x)
+    assert torch.equal(mc_predict(compiled, x, num_samples=S).mean, mc_predict(net, x, num_samples=S).mean)
+
+
+TOLD_OFF: dict[str, Callable[[Tensor], Tensor]] = {
+    **{name: partial(getattr(F, name), training=False) for name in ("dropout", "dropout1d", "dropout2d", "dropout3d")},
+    **{name: partial(getattr(F, name), training=False) for name in ("alpha_dropout", "feature_alpha_dropout")},
+    **{f"torch.{f.__name__}": partial(f, p=0.5, train=False) for f in IN_C if f is not torch.native_dropout},
+    "torch.native_dropout": lambda x: torch.native_dropout(x, 0.5, False)[0],
+    "by position": lambda x: torch.dropout(x, 0.5, False),
+}
+
+
+@pytest.mark.parametrize("name", TOLD_OFF)
+def test_each_function_is_turned_on(name: str) -> None:
+    """That none of 64 channels is dropped has the probability 2^-64."""
+    x = torch.ones(1, 64, *[2] * {"dropout2d": 2, "dropout3d": 3}.get(name, 1))
+    with DropoutCalls(lambda call: True) as watched:
+        assert not torch.equal(TOLD_OFF[name](x.clone()), x)
+    assert [(call.p, call.on) for call in watched.calls] == [(0.5, False)]
+    with DropoutCalls(lambda call: False):
+        assert torch.equal(TOLD_OFF[name](x.clone()), x)

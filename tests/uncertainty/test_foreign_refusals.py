@@ -3,10 +3,10 @@
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import foreign_nets as made
+import foreign_modules as made
 import pytest
 import torch
-from foreign_nets import First, in_turn, pooled, state
+from foreign_nets import CausalSelfAttention, First, in_turn, pooled, state
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -120,7 +120,7 @@ def test_passes_that_differ_are_refused_although_torch_draws_nothing() -> None:
 
 
 def test_parameters_that_a_pass_writes_are_refused() -> None:
-    class Teacher(made.FunctionalDropout):
+    class Teacher(made.Functional):
         def __init__(self) -> None:
             super().__init__()
             self.teacher = nn.Linear(2, 2)
@@ -135,7 +135,7 @@ def test_parameters_that_a_pass_writes_are_refused() -> None:
 
 
 def test_net_that_cannot_run_in_training_mode_is_refused() -> None:
-    class NeedsTargets(made.FunctionalDropout):
+    class NeedsTargets(made.Functional):
         def forward(self, x: Tensor) -> Tensor:
             assert not self.training, "targets"
             return super().forward(x)
@@ -185,7 +185,7 @@ RATES_OF_ZERO: dict[str, Callable[[], nn.Module]] = {
     "nn.Dropout, integer": lambda: nn.Dropout(0),
     "nn.MultiheadAttention": lambda: First(SelfAttention(0.0)),
     "nn.LSTM": lambda: First(nn.LSTM(8, 8, 2, batch_first=True)),
-    "nanoGPT": lambda: made.CausalSelfAttention(flash=True, dropout=0.0),
+    "nanoGPT": lambda: CausalSelfAttention(flash=True, dropout=0.0),
     "beside noise": lambda: nn.Sequential(nn.Dropout(0.0), made.Noise(), nn.BatchNorm1d(5)),
 }
 
@@ -221,7 +221,7 @@ def test_a_rate_that_never_acts_is_no_rate_of_zero() -> None:
 
 def test_number_of_passes() -> None:
     """Two to find the dropout, and one more to check an attention that is seen in training mode alone."""
-    for kind, passes in ((made.FunctionalDropout, 2), (made.Attention, 3)):
+    for kind, passes in ((made.Functional, 2), (made.Attention, 3)):
         net, calls = in_turn(kind()), []
         net.register_forward_hook(lambda *_, calls=calls: calls.append(1))
         mc_predict(net, torch.randn(4, 2), num_samples=S)
@@ -234,7 +234,7 @@ def test_outputs_of_many_kinds() -> None:
     class Named(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.body = in_turn(made.FunctionalDropout())
+            self.body = in_turn(made.Functional())
 
         def forward(self, x: Tensor) -> dict[str, Tensor]:
             return {"hidden": x, "logits": self.body(x)}

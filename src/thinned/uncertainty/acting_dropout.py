@@ -10,18 +10,9 @@ from torch import Tensor, nn
 from thinned.models.dropout import Dropout, check_rate, check_sites, sites_in
 from thinned.models.net import net_offers
 from thinned.offers import task_offers
-from thinned.uncertainty.dropout_calls import random_state, same_state
+from thinned.uncertainty.dropout_calls import is_dropout, random_state, same_state
 
 Output = TypeVar("Output")
-
-
-def is_dropout(module: nn.Module) -> bool:
-    """Whether a module is dropout by its name: one of torch's, ours, or somebody's `DropPath` or `StochasticDepth`.
-
-    A module with submodules is none: a whole net may be called `DropoutNet`.
-    """
-    name = getattr(module, "original_name", type(module).__name__).lower()  # TorchScript keeps the class's name
-    return ("drop" in name or "stochasticdepth" in name) and not any(True for _ in module.children())
 
 
 def of_our_make(net: nn.Module) -> bool:

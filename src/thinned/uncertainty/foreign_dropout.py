@@ -15,10 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from thinned.models.net import Logits
-from thinned.uncertainty.acting_dropout import is_dropout, kept_random_state, restored
-from thinned.uncertainty.dropout_calls import Call, DropoutCalls, Site
+from thinned.uncertainty.acting_dropout import kept_random_state, restored
+from thinned.uncertainty.dropout_calls import Call, DropoutCalls, Site, is_dropout, rates
 
 Output = TypeVar("Output")
+
+ATTEMPTS = 20  # to see all layers of a net that leaves out some of them at random in training mode
 
 
 @dataclass(frozen=True)
@@ -27,13 +29,14 @@ class FoundDropout:
 
     Attributes:
         owners: Modules that go into training mode, each alone, for the sake of an attention that cannot be seen.
-        sites: Calls of functions that are turned on, by module and function.
+        sites: Calls of functions that are turned on; None if all of them are.
         off: Whether there is dropout, and all of its rates are 0: every sampled network is the deterministic one.
-        resting: Modules that draw in training mode and are not known as dropout. They stay off.
+        resting: Modules that draw in training mode and are not known as dropout, or drop in a part of the net that runs
+            in that mode alone. They stay off.
     """
 
     owners: frozenset[nn.Module]
-    sites: frozenset[Site]
+    sites: frozenset[Site] | None
     off: bool
     resting: str
 
@@ -41,14 +44,17 @@ class FoundDropout:
         """Returns `evaluate` with its calls of dropout functions turned on."""
 
         def run(net: nn.Module) -> Output:
-            with DropoutCalls(lambda call: call.on or call.site in self.sites):
+            with DropoutCalls(self._turns_on, None if self.sites is None else net):
                 return evaluate(net)
 
         return run
 
+    def _turns_on(self, call: Call) -> bool:
+        return call.on or self.sites is None or call.site in self.sites
 
-def still_output(net: nn.Module, evaluate: Callable[[nn.Module], Output]) -> tuple[Output, list[Call]]:
-    """Runs a pass in evaluation mode; ValueError if it draws. Returns its output and its calls of dropout functions."""
+
+def still_output(net: nn.Module, evaluate: Callable[[nn.Module], Output]) -> tuple[Output, DropoutCalls]:
+    """Runs a pass in evaluation mode; ValueError if it draws. Returns its output and its calls of dropout."""
     with _watched(net, (), lambda call: call.on) as (watched, _):
         output = evaluate(net)
     if watched.drawn:
@@ -56,12 +62,14 @@ def still_output(net: nn.Module, evaluate: Callable[[nn.Module], Output]) -> tup
             f"Expected {type(net).__name__} to be deterministic in evaluation mode, but got random numbers drawn by "
             f"{_names(net, watched.drawn)}: functions that drop need `training=self.training`"
         )
-    return output, watched.calls
+    return output, watched
 
 
 @torch.no_grad()
 def find_dropout(net: nn.Module, evaluate: Callable[[nn.Module], Any]) -> FoundDropout:
     """Finds the dropout of a net by two passes, and checks it by a third if some of it acts in training mode alone.
+
+    A net that leaves out layers at random runs in training mode until each has run, `ATTEMPTS` times at most.
 
     Args:
         net: The net. Its modes, buffers, numbers and tensors that are attributes, and the random state are restored.
@@ -71,28 +79,43 @@ def find_dropout(net: nn.Module, evaluate: Callable[[nn.Module], Any]) -> FoundD
         ValueError: The net draws in evaluation mode; a pass fails or writes parameters; or a module that has to go into
             training mode does something else there, too.
     """
-    expected, calls = still_output(net, evaluate)
-    modules = [module for module in net.modules() if is_dropout(module)]
-    _refuse_scripts(net, modules)
-    own = [module for module in net.modules() if module not in modules and not _of_torch(module)]
-    with _watched(net, own, lambda call: False) as (trained, _):
+    expected, still = still_output(net, evaluate)
+    _refuse_scripts(net)
+    made, acting, drawn, alone = set[Site](), Counter[Site](), set[nn.Module](), set[nn.Module]()
+    for attempt in range(ATTEMPTS):
+        trained = _training_pass(net, evaluate, attempt)
+        made |= {call.site for call in trained.calls}
+        acting |= Counter(call.site for call in trained.calls if call.acts)
+        drawn |= trained.drawn
+        alone |= {module for module in trained.ran - still.ran if module is not None}
+        if {call.site for call in still.calls} <= made:  # else a layer was left out at random
+            break
+    visible = Counter(call.site for call in still.calls if call.p > 0)
+    hidden = Counter({site: count for site, count in (acting - visible).items() if site[0] in still.ran})
+    if hidden:
+        _check_owners(net, evaluate, hidden, expected)
+    sites = frozenset(site for site in visible if site in acting or site not in made or _of_torch(site[0]))
+    known = [call.p for call in (*still.calls, *trained.calls)]
+    known += [rate for module in net.modules() if is_dropout(module) for rate in rates(module)]
+    return FoundDropout(
+        owners=frozenset(module for module, _ in hidden if module is not None),
+        sites=None if sites == visible.keys() else sites,
+        off=bool(known) and not any(known),
+        resting=_names(net, drawn | {site[0] for site in acting if site[0] in alone}),
+    )
+
+
+def _training_pass(net: nn.Module, evaluate: Callable[[nn.Module], Any], seed: int) -> DropoutCalls:
+    """Runs a pass in which what is not of torch is in training mode, and no function drops."""
+    own = [module for module in net.modules() if not is_dropout(module) and not _of_torch(module)]
+    with _watched(net, own, lambda call: False) as (watched, _):
+        torch.default_generator.manual_seed(seed)
         try:
             evaluate(net)
         except Exception as error:
             expectation = f"Expected {type(net).__name__} to run in training mode, in which its dropout is looked for"
             raise ValueError(f"{expectation}, but got {type(error).__name__}: {error}") from error
-    visible = Counter(call.site for call in calls if call.p > 0)
-    acting = Counter(call.site for call in trained.calls if call.acts)
-    if hidden := acting - visible:
-        _check_owners(net, evaluate, hidden, expected)
-    rates = [call.p for call in (*calls, *trained.calls)]
-    rates += [value for module in modules for value in vars(module).values() if isinstance(value, float)]
-    return FoundDropout(
-        owners=frozenset(module for module, _ in hidden if module is not None),
-        sites=frozenset(site for site in visible if site in acting or _of_torch(site[0])),
-        off=bool(rates) and not any(rates),
-        resting=_names(net, trained.drawn),
-    )
+    return watched
 
 
 @torch.no_grad()
@@ -143,7 +166,7 @@ def _watched(
         for module in net.modules():
             module.training = module in training
         try:
-            with DropoutCalls(turn_on, watch_draws=True) as watched:
+            with DropoutCalls(turn_on, net) as watched:
                 yield watched, changed
         finally:
             for module, values in attributes.items():
@@ -158,11 +181,11 @@ def _attributes(modules: Iterable[nn.Module], kinds: tuple[type, ...]) -> dict[n
     }
 
 
-def _refuse_scripts(net: nn.Module, dropout: Collection[nn.Module]) -> None:
+def _refuse_scripts(net: nn.Module) -> None:
     """Raises a ValueError if TorchScript, whose calls cannot be watched, has code that asks whether it trains."""
     for name, module in net.named_modules():
         asks = isinstance(module, torch.jit.ScriptModule) and "self.training" in getattr(module, "code", "")
-        if asks and module not in dropout and "Norm" not in module.original_name:
+        if asks and not is_dropout(module) and "Norm" not in module.original_name:
             got = f"TorchScript in {type(net).__name__}{name and '.' + name}, whose code reads `training`"
             raise ValueError(f"Expected dropout that can be told from other code, but got {got}: use the Python module")
 
@@ -184,6 +207,6 @@ def _close(output: Any, expected: Any) -> bool:
     output, expected = (x.x if isinstance(x, Logits) else x for x in (output, expected))
     try:
         torch.testing.assert_close(output, expected, equal_nan=True)
-    except AssertionError:
+    except (AssertionError, TypeError):  # TypeError: of other kinds
         return False
     return True
