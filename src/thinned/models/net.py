@@ -103,7 +103,7 @@ def check_logits(net: nn.Module, logits: Tensor) -> None:
             f"Expected logits of at least 2 classes from {name}, but got the shape {tuple(logits.shape)}: a net for "
             f"two classes returns (B, 2), such as [0, x] for the logit x of the second"
         )
-    tolerance = 1e-3 if torch.finfo(logits.dtype).eps < 1e-3 else 1e-2
+    tolerance = 1e-3 if torch.finfo(logits.dtype).eps < 1e-4 else 1e-2
     sums = logits.detach().float().sum(-1)
     if (logits >= 0).all() and (sums - 1).abs().max() < tolerance:  # by chance in 1 of 1,000 rows at most
         raise ValueError(f"Expected logits from {name}, but got probabilities (rows sum to 1): leave out its softmax")
