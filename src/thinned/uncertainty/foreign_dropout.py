@@ -5,17 +5,19 @@ attention that is told `dropout_p=self.p if self.training else 0` is seen in tra
 its submodules, has to go there, and may do nothing else in that mode.
 """
 
+import random
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from thinned.models.net import Logits
-from thinned.uncertainty.acting_dropout import kept_random_state, restored
+from thinned.uncertainty.acting_dropout import kept_random_state, restored, seed_generators
 from thinned.uncertainty.dropout_calls import Call, DropoutCalls, Site, is_dropout, rates
 
 Output = TypeVar("Output")
@@ -60,7 +62,7 @@ def still_output(net: nn.Module, evaluate: Callable[[nn.Module], Output]) -> tup
     if watched.drawn:
         raise ValueError(
             f"Expected {type(net).__name__} to be deterministic in evaluation mode, but got random numbers drawn by "
-            f"{_names(net, watched.drawn)}: functions that drop need `training=self.training`"
+            f"{_names(net, watched.drawn)}, which has to ask `self.training`"
         )
     return output, watched
 
@@ -109,7 +111,7 @@ def _training_pass(net: nn.Module, evaluate: Callable[[nn.Module], Any], seed: i
     """Runs a pass in which what is not of torch is in training mode, and no function drops."""
     own = [module for module in net.modules() if not is_dropout(module) and not _of_torch(module)]
     with _watched(net, own, lambda call: False) as (watched, _):
-        torch.default_generator.manual_seed(seed)
+        seed_generators(seed)
         try:
             evaluate(net)
         except Exception as error:
@@ -162,15 +164,30 @@ def _watched(
     The list of changed buffers is filled on the way out.
     """
     attributes = _attributes(net.modules(), (int, float, Tensor))
+    parameters = list(net.parameters())  # a sharded net may have others after a pass
+    sums = _sums(parameters)
+    of_python, of_numpy = random.getstate(), np.random.get_state()  # noqa: NPY002  # as others draw
+    chosen = set(training)
     with restored(net) as changed, kept_random_state():
         for module in net.modules():
-            module.training = module in training
+            module.training = module in chosen
         try:
             with DropoutCalls(turn_on, net) as watched:
                 yield watched, changed
         finally:
+            random.setstate(of_python)
+            np.random.set_state(of_numpy)  # noqa: NPY002
             for module, values in attributes.items():
                 vars(module).update(values)
+    if not torch.equal(sums, _sums(parameters)):  # copies to restore them would take the memory of another net
+        raise ValueError(f"Expected a pass of {type(net).__name__} to leave its parameters, but got others after it")
+
+
+def _sums(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """Returns the sum of each parameter, (n,); of one that is sharded, the sum of this process's part."""
+    local: list[Tensor] = [getattr(parameter, "to_local", lambda p=parameter: p)() for parameter in parameters]
+    sums = [part.detach().sum(dtype=torch.float64).cpu() for part in local if part.is_floating_point()]
+    return torch.stack([torch.zeros((), dtype=torch.float64), *sums]).nan_to_num()
 
 
 def _attributes(modules: Iterable[nn.Module], kinds: tuple[type, ...]) -> dict[nn.Module, dict[str, Any]]:
