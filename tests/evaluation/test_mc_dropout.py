@@ -18,6 +18,7 @@ from thinned.evaluation import MCDropout
 from thinned.models import MLP, DropoutRates
 from thinned.models.net import Logits
 from thinned.uncertainty import mc_predict
+from thinned.uncertainty.acting_dropout import of_our_make
 from thinned.uncertainty.scores import nll
 from thinned.uncertainty.selection import Acting
 
@@ -304,3 +305,4 @@ def test_shared_masks_of_a_sharded_net_are_refused_before_training(plain: Any, m
     with pytest.raises(ValueError, match=r"Expected mc_dropout\.masks to be auto or independent .*, but got 'shared'"):
         MCDropout(masks="shared").setup(make_trainer(), module, "fit")
     MCDropout(masks="auto").setup(make_trainer(), module, "fit")
+    assert of_our_make(module)  # and is not examined

@@ -13,8 +13,8 @@ from foreign_nets import CausalSelfAttention, First, VisionAttention, in_turn, p
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from thinned.uncertainty import mc_predict
-from thinned.uncertainty.dropout_calls import IN_C, DropoutCalls
+from thinned.uncertainty import foreign_dropout, mc_predict
+from thinned.uncertainty.dropout_calls import IN_C, DropoutCalls, is_dropout
 from thinned.uncertainty.foreign_dropout import find_dropout
 from thinned.uncertainty.monte_carlo import sampled_outputs
 
@@ -185,7 +185,7 @@ class LeavesOutLayers(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.layers = nn.ModuleList([made.Functional(), made.Attention(), made.Functional()])
+        self.layers = nn.ModuleList([made.Functional(), made.Attention(), *(made.Functional() for _ in range(6))])
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers:
@@ -195,12 +195,24 @@ class LeavesOutLayers(nn.Module):
 
 
 def test_layers_that_are_left_out_at_random_are_waited_for() -> None:
+    """One pass would meet all 8 layers with the probability 2^-8."""
     net, x = in_turn(LeavesOutLayers()), torch.randn(4, 2)
     found = find_dropout(net, lambda net: net(x))
     attention = net[1].layers[1]
     assert found.sites is None
     assert found.owners == {attention}
     assert found.resting == "LeavesOutLayers (1)"
+
+
+def test_layers_that_no_pass_has_met_drop_nevertheless(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(foreign_dropout, "ATTEMPTS", 1)
+    net, x = in_turn(LeavesOutLayers()), torch.randn(4, 2)
+    assert find_dropout(net, lambda net: net(x)).sites is None
+
+
+def test_net_that_is_called_after_dropout_is_none() -> None:
+    assert not is_dropout(type("DropoutNet", (nn.Sequential,), {})(nn.Linear(2, 3)))
+    assert is_dropout(type("StochasticDepth", (nn.Module,), {})())
 
 
 def test_dropout_of_a_part_that_does_not_run_in_evaluation_mode_is_told() -> None:

@@ -1,9 +1,11 @@
 """Nets of any make of which dropout cannot act alone, or whose rates are 0, and what the search for dropout costs."""
 
+import random
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import foreign_modules as made
+import numpy as np
 import pytest
 import torch
 from foreign_nets import CausalSelfAttention, First, in_turn, pooled, state
@@ -117,6 +119,20 @@ def test_passes_that_differ_are_refused_although_torch_draws_nothing() -> None:
     assert same.shape == (4, 3)
     with pytest.raises(ValueError, match=r"Sequential to be deterministic .* two passes that differ"):
         deterministic_output(in_turn(OfPython(iter([1.0, 1.1]))), lambda net: net(x))
+
+
+def test_random_state_of_python_and_numpy_is_left() -> None:
+    class Draws(made.Functional):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x + (random.random() + np.random.rand() if self.training else 0))
+
+    random.seed(1)
+    np.random.seed(1)
+    expected = random.random(), np.random.rand()
+    random.seed(1)
+    np.random.seed(1)
+    mc_predict(in_turn(Draws()), torch.randn(4, 2), num_samples=S)
+    assert (random.random(), np.random.rand()) == expected
 
 
 @pytest.mark.parametrize("write", [lambda weight: weight.mul_(0.9), lambda weight: weight.data.mul_(0.9)])

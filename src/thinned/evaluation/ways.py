@@ -165,8 +165,6 @@ class SampledNetworks(Way):
     def stream(self, batch: Batch) -> Generator[Logits, None, None]:
         (net,), all_settings = self.nets, self.settings
         settings = {key: all_settings[key] for key in ("num_samples", "masks", "scale")}
-        if self._has_to_look and self._found is None:
-            self._look(batch.logits)
         # Its first example seeds the independent masks of a batch, or all batches would draw the same.
         seed = self.seed if settings["masks"] == "shared" else derive_seed(self.seed, int(batch.index[0]))
         sites = None if self._acting is None else self._acting.sites
