@@ -28,7 +28,10 @@ class Task(LightningModule):
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
-        self.net, self.passes, self.steps = net, [], []
+        self.net, self.passes, self.steps, self.begun = net, [], [], False
+
+    def on_train_start(self) -> None:
+        self.begun = True
 
     def forward(self, x: Tensor) -> Any:
         self.passes.append(len(x))
@@ -115,6 +118,13 @@ def test_net_that_cannot_be_measured_is_refused_before_the_first_step(make: Any,
     with pytest.raises(ValueError, match=said):
         fit(task, MCDropout(S))
     assert task.steps == []
+
+
+def test_sanity_check_comes_before_the_training(make_trainer: Callable[..., Trainer]) -> None:
+    task = Task(in_turn(Noise()))
+    with pytest.raises(ValueError, match="draws nothing"):
+        make_trainer(callbacks=[MCDropout(S)], max_epochs=1).fit(task, loader(), loader())
+    assert not task.begun
 
 
 @pytest.mark.parametrize("num_samples", [S, None])

@@ -121,6 +121,14 @@ def test_passes_that_differ_are_refused_although_torch_draws_nothing() -> None:
         deterministic_output(in_turn(OfPython(iter([1.0, 1.1]))), lambda net: net(x))
 
 
+@pytest.mark.parametrize(
+    ("head", "said"), [(nn.Linear(3, 1), "at least 2 classes"), (nn.Softmax(-1), "got probabilities")]
+)
+def test_what_is_no_logits_is_refused(head: nn.Module, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        mc_predict(in_turn(made.Functional()).append(head), torch.randn(4, 2), num_samples=S)
+
+
 def test_random_state_of_python_and_numpy_is_left() -> None:
     class Draws(made.Functional):
         def forward(self, x: Tensor) -> Tensor:

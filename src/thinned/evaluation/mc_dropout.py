@@ -33,6 +33,11 @@ class MCDropout(Callback):
     the same for every input; otherwise masks are drawn per element. Nothing but dropout is switched on. If `test_step`
     returns `thinned.models.net.Logits`, the deterministic network is not asked again.
 
+    A net without `thin` is examined on the first batch of the sanity check or the training, and again of a test or a
+    prediction: two passes see that it returns logits and draws nothing in evaluation mode, two or three find its
+    dropout (`uncertainty.foreign_dropout`), and one uses it. If all rates are 0, a line says so, and the columns and
+    scores of Monte-Carlo dropout are those of the deterministic network: a table of several rates has no gap at 0.
+
     Writes `predictions.parquet`, one row per example or token in dataset order, and for text `sequences.parquet`. With
     targets, which a test needs, it also writes `metrics.json` and pictures, and logs the scores of Monte-Carlo dropout
     under `mc/`, and under `test/` those of the deterministic network that its task does not log. A `WandbLogger` gets
@@ -50,8 +55,8 @@ class MCDropout(Callback):
         ways: More ways to predict.
 
     Raises:
-        ValueError: A setting is outside its range, no dropout acts in the network, or an interrupted prediction has
-            other settings.
+        ValueError: A setting is outside its range, the network has no dropout or cannot be examined, or an interrupted
+            prediction has other settings.
     """
 
     def __init__(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from thinned.models.dropout import derive_seed
-from thinned.models.net import logits_in, net_offers
+from thinned.models.net import check_logits, logits_in, net_offers
 from thinned.uncertainty.acting_dropout import acting_sites, of_our_make, only_dropout_active, seeded_output
 from thinned.uncertainty.foreign_dropout import FoundDropout, find_dropout
 from thinned.uncertainty.statistics import MCPrediction, MCStatistics
@@ -78,7 +78,9 @@ def sampled_outputs(
 def mc_samples(net: nn.Module, inputs: Any, **settings: Any) -> Generator[Tensor, None, None]:
     """Yields the S sampled predictive distributions: softmax of the logits, (B, K). See `mc_predict`."""
     with closing(sampled_outputs(net, lambda sampled: logits_in(sampled, inputs), **settings)) as outputs:
-        for logits in outputs:  # closed on an exception, which restores the modes at once
+        for number, logits in enumerate(outputs):  # closed on an exception, which restores the modes at once
+            if number == 0 and not of_our_make(net):
+                check_logits(net, logits)
             yield torch.softmax(logits if logits.dtype == torch.float64 else logits.float(), dim=-1)
 
 
@@ -109,8 +111,8 @@ def mc_predict(
         scale: Multiplies the rates of `thinned.models.Dropout`.
 
     Raises:
-        ValueError: S below 2, unknown site, no dropout, dropout with a rate that never draws, or a net of which dropout
-            cannot act alone.
+        ValueError: S below 2, unknown site, no dropout, dropout with a rate that never draws, a net of which dropout
+            cannot act alone, or outputs that are no logits.
     """
     statistics = MCStatistics()
     samples = mc_samples(net, inputs, num_samples=num_samples, masks=masks, seed=seed, sites=sites, scale=scale)
