@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from thinned.models import (
     GPT,  # gpt only
@@ -149,7 +150,9 @@ def test_probabilities_are_no_logits(dtype: torch.dtype, shape: tuple[int, ...])
     probabilities = logits.softmax(-1).to(dtype)
     with pytest.raises(ValueError, match=r"Expected logits from Identity, but got probabilities \(rows sum to 1\)"):
         check_logits(nn.Identity(), probabilities)
-    for taken in (logits, logits.log_softmax(-1), logits.sigmoid(), torch.full(shape, 1 / 9), torch.full(shape, -0.1)):
+    first, second = F.one_hot(torch.tensor([0, 1]), shape[-1])
+    with_negative_ones = logits.softmax(-1) + first - second
+    for taken in (logits, logits.log_softmax(-1), logits.sigmoid(), torch.full(shape, 1 / 9), with_negative_ones):
         check_logits(nn.Identity(), taken.to(dtype))
 
 
