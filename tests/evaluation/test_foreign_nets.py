@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from foreign_modules import Functional, InTrainingAlone, Noise
 from foreign_nets import CausalSelfAttention, in_turn, pooled
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
+from torch.multiprocessing.spawn import ProcessRaisedException
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -219,3 +221,21 @@ def test_batch_of_another_kind_is_left_to_the_task(make_trainer: Callable[..., T
     trainer = make_trainer(callbacks=[MCDropout(S)], max_epochs=1)
     trainer.fit(task, DataLoader(examples, batch_size=4))  # type: ignore[arg-type]
     assert (task.steps, task.passes) == ([0, 1], [])
+
+
+@pytest.mark.slow
+def test_two_processes_examine_and_predict(
+    make_trainer: Callable[..., Trainer], read_rows: Callable[..., Any], tmp_path: Path
+) -> None:
+    two = {"devices": 2, "strategy": "ddp_fork", "max_epochs": 1}
+    with pytest.raises(
+        ProcessRaisedException, match="ValueError: Expected Task to be deterministic in evaluation mode"
+    ):
+        make_trainer(callbacks=[MCDropout(S)], **two).fit(Task(in_turn(AlwaysOn())), loader(), loader())
+    task = Task(in_turn(InTrainingAlone(), nn.BatchNorm1d(2)))
+    trainer = make_trainer(callbacks=[MCDropout(S)], **two)
+    trainer.fit(task, loader(), loader())
+    trainer.test(task, loader(), verbose=False)
+    rows = read_rows()
+    assert rows["index"].tolist() == list(range(12))
+    assert (rows["mc_dropout_mutual_information"] > 1e-7).all()
