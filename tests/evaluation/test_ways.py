@@ -361,19 +361,38 @@ def test_setting_outside_its_range_is_refused(given: dict[str, Any], said: str) 
         SampledNetworks(**{"num_samples": S} | given)
 
 
-@pytest.mark.parametrize("sites", ["all", "auto", ["mlp"]])
-def test_net_without_rates_is_refused_before_training(sites: Any) -> None:
-    with pytest.raises(ValueError, match=r"with a rate above 0, \[\], but got .*raise a rate"):
-        SampledNetworks(S, sites=sites).bind(MLP((4,), K, (32,)))
+@pytest.mark.parametrize("masks", ["shared", "independent"])
+@pytest.mark.parametrize("sites", ["all", "auto", ["mlp"], ["mlp", "embedding"]])
+def test_rates_of_zero_report_the_deterministic_network(
+    sites: Any, masks: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    net, batch = MLP((4,), K, (32,)).eval(), batch_of(5)
+    way = sampled(net, sites=sites, masks=masks)
+    way.bind(net)  # of the next stage
+    assert caplog.text.count("All rates of dropout are 0: MC dropout reports the deterministic network.") == 1
+    way.fit(validation_of(batch))
+    assert way.selection == {}
+    statistics = batch.statistics(way)
+    torch.testing.assert_close(statistics.mean, net(batch.inputs).softmax(-1))
+    assert statistics.num_samples == S
+    assert statistics.compute().variance.max() == 0
+    assert way.details == f"S = 6, {masks} masks, all rates 0"
+    assert json.loads(json.dumps(way.settings)) == way.settings
 
 
-def test_site_without_a_rate_is_refused_before_training() -> None:
-    """And one with a rate is not."""
+def test_site_that_the_net_lacks_is_refused_before_training() -> None:
+    """And one whose rate is 0 is not."""
     net = mlp(mlp=0.5)
-    with pytest.raises(ValueError, match=r"rate above 0, \['mlp'\], but got \('embedding', 'mlp'\)"):
-        SampledNetworks(S, sites=["mlp", "embedding"]).bind(net)
-    way = sampled(net, sites=["mlp"])
-    assert list(way.nets) == [net]
+    with pytest.raises(ValueError, match=r"MLP, \['embedding', 'mlp'\], but got \['residual'\] .*num_samples to null"):
+        SampledNetworks(S, sites=["residual"]).bind(net)
+    way, batch = sampled(net, sites=["mlp", "embedding"]), batch_of(5)
+    torch.testing.assert_close(batch.mean(way), batch.mean(sampled(net, sites=["mlp"])), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("sites", ["auto", ["mlp"]])
+def test_net_without_sites_is_refused_before_training(sites: Any) -> None:
+    with pytest.raises(ValueError, match=r"Expected .* Linear.* but got .*num_samples to null"):
+        SampledNetworks(S, sites=sites).bind(nn.Linear(4, K))
 
 
 def test_shared_masks_need_a_net_that_can_be_thinned() -> None:

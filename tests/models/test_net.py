@@ -1,15 +1,20 @@
 """What a net offers, and logits that are computed some rows at a time."""
 
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from thinned.models import (
     GPT,  # gpt only
     MLP,  # mlp only
 )
 from thinned.models import net as net_module
-from thinned.models.net import Logits, logits_of, net_offers
+from thinned.models.net import Logits, check_logits, logits_in, logits_of, net_offers
 
 
 def test_a_foreign_net_offers_the_defaults() -> None:
@@ -83,3 +88,75 @@ def test_logits_of_a_language_model_wait_until_they_are_asked_for() -> None:
 def test_logits_of_another_net_are_what_it_returns() -> None:
     net, x = nn.Linear(2, 3), torch.ones(4, 2)
     assert torch.equal(logits_of(net, x)[:], net(x))
+
+
+class Named(NamedTuple):
+    hidden: Tensor
+    logits: Tensor
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda x: x,
+        lambda x: {"loss": x.sum(), "logits": x},
+        lambda x: SimpleNamespace(logits=x),
+        lambda x: Named(x.exp(), x),
+    ],
+)
+def test_logits_in_what_a_net_returns(wrap: Callable[[Tensor], Any]) -> None:
+    x = torch.randn(4, 3)
+    assert logits_in(Returns(wrap), x) is x
+
+
+def test_first_of_a_tuple_is_taken_and_said() -> None:
+    x = torch.randn(4, 3)
+    with pytest.warns(UserWarning, match="The first of the 2 outputs of Returns is taken for the logits"):
+        assert logits_in(Returns(lambda x: (x, x.exp())), x) is x
+
+
+@pytest.mark.parametrize(
+    ("wrap", "got"),
+    [
+        (lambda x: {"loss": x, "output": x}, r"dict with \['loss', 'output'\]"),
+        (lambda x: {"logits": None}, r"dict with \['logits'\]"),
+        (lambda x: (), "tuple"),
+        (lambda x: [None, x], "list"),
+        (lambda x: 3, "int"),
+        (lambda x: SimpleNamespace(output=x), "SimpleNamespace"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:The first of")
+def test_output_without_logits_is_refused_by_name(wrap: Callable[[Tensor], Any], got: str) -> None:
+    with pytest.raises(ValueError, match=f"Expected a tensor of logits, .* from Returns, but got {got}"):
+        logits_in(Returns(wrap), torch.randn(4, 3))
+
+
+class Returns(nn.Module):
+    def __init__(self, wrap: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.wrap = wrap
+
+    def forward(self, x: Tensor) -> Any:
+        return self.wrap(x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(64, 10), (4, 16, 1000)])
+def test_probabilities_are_no_logits(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    """Their rows sum to 1 within what the type can hold. Logits and logs of probabilities are let through."""
+    torch.manual_seed(0)
+    logits = torch.randn(shape)
+    probabilities = logits.softmax(-1).to(dtype)
+    with pytest.raises(ValueError, match=r"Expected logits from Identity, but got probabilities \(rows sum to 1\)"):
+        check_logits(nn.Identity(), probabilities)
+    first, second = F.one_hot(torch.tensor([0, 1]), shape[-1])
+    with_negative_ones = logits.softmax(-1) + first - second
+    for taken in (logits, logits.log_softmax(-1), logits.sigmoid(), torch.full(shape, 1 / 9), with_negative_ones):
+        check_logits(nn.Identity(), taken.to(dtype))
+
+
+@pytest.mark.parametrize("shape", [(4,), (4, 1), (4, 7, 1)])
+def test_one_number_for_a_target_is_no_logits(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"at least 2 classes from Identity, but got the shape .*returns \(B, 2\)"):
+        check_logits(nn.Identity(), torch.randn(shape))

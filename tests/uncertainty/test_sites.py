@@ -52,9 +52,23 @@ def test_chosen_sites_leave_dropout_without_a_site_off() -> None:
 
 @pytest.mark.parametrize("masks", ["shared", "independent"])
 @pytest.mark.parametrize(("sites", "said"), [(["hidden"], "hidden"), (["attention"], "attention"), ([], r"\[\]")])
-def test_sites_that_cannot_drop_are_refused(masks: Any, sites: list[str], said: str) -> None:
+def test_sites_that_a_net_lacks_are_refused(masks: Any, sites: list[str], said: str) -> None:
     with pytest.raises(ValueError, match=f"Expected sites among .*but got .*{said}"):
-        mc_predict(all_sites(0.3, 0, 0.3, 0.3), inputs(1), masks=masks, sites=sites)
+        mc_predict(MLP((4,), 3, (4,), dropout=DropoutRates(mlp=0.3)), torch.ones(1, 4), masks=masks, sites=sites)
+
+
+@pytest.mark.parametrize("masks", ["shared", "independent"])
+def test_rate_of_zero_is_a_rate(masks: Any) -> None:
+    """Such a site drops nothing: alone it gives the deterministic network, beside others it changes nothing."""
+    net, x = all_sites(0.3, 0, 0.3, 0.3), inputs(4)
+    alone, without, both = (
+        mc_predict(net, x, num_samples=4, masks=masks, sites=sites)
+        for sites in (["attention"], ["mlp"], ["mlp", "attention"])
+    )
+    torch.testing.assert_close(alone.mean, net(x).softmax(-1))
+    assert alone.variance.max() == 0
+    assert torch.equal(without.mean, both.mean)
+    assert (both.variance > 0).all()
 
 
 @pytest.mark.parametrize("masks", ["shared", "independent"])

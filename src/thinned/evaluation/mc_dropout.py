@@ -33,6 +33,11 @@ class MCDropout(Callback):
     the same for every input; otherwise masks are drawn per element. Nothing but dropout is switched on. If `test_step`
     returns `thinned.models.net.Logits`, the deterministic network is not asked again.
 
+    A net without `thin` is examined on the first batch of the sanity check or the training, and again of a test or a
+    prediction: two passes see that it returns logits and draws nothing in evaluation mode, two or three find its
+    dropout (`uncertainty.foreign_dropout`), and one uses it. If all rates are 0, a line says so, and the columns and
+    scores of Monte-Carlo dropout are those of the deterministic network: a table of several rates has no gap at 0.
+
     Writes `predictions.parquet`, one row per example or token in dataset order, and for text `sequences.parquet`. With
     targets, which a test needs, it also writes `metrics.json` and pictures, and logs the scores of Monte-Carlo dropout
     under `mc/`, and under `test/` those of the deterministic network that its task does not log. A `WandbLogger` gets
@@ -50,8 +55,8 @@ class MCDropout(Callback):
         ways: More ways to predict.
 
     Raises:
-        ValueError: A setting is outside its range, no dropout acts in the network, or an interrupted prediction has
-            other settings.
+        ValueError: A setting is outside its range, the network has no dropout or cannot be examined, or an interrupted
+            prediction has other settings.
     """
 
     def __init__(
@@ -75,6 +80,7 @@ class MCDropout(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._trained = trained_net(pl_module)
+        self._examined = False
         for way in learning_order(self.ways):  # what cannot be is known before training, not an hour later
             way.bind(self._trained)
         directory: Path = trainer.strategy.broadcast(Path(self.dirpath or trainer.default_root_dir))
@@ -90,6 +96,24 @@ class MCDropout(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if self._store is not None:
             (self._store.keep if trainer.predicting else self._store.discard)()
+
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        if trainer.state.fn == "fit":  # as a rule the sanity check
+            self._examine(trainer, batch)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._examine(trainer, batch)
+
+    def _examine(self, trainer: Trainer, batch: Any) -> None:
+        """Lets the ways see the first batch of a stage: before the first step, and before any row is written."""
+        if self._examined or not isinstance(batch, Tensor | tuple | list):
+            return
+        self._examined = True
+        with trainer.precision_plugin.forward_context(), torch.no_grad():
+            for way in learning_order(self.ways):
+                way.examine(batch if isinstance(batch, Tensor) else batch[0])
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._begin(trainer, pl_module, "test")
@@ -134,6 +158,7 @@ class MCDropout(Callback):
     def _predict(self, trainer: Trainer, batch: Any, outputs: Any) -> None:
         """Writes the rows of a batch to the store."""
         assert self._store is not None
+        self._examine(trainer, batch)
         inputs, targets, index, *_ = (batch, None, None) if isinstance(batch, Tensor) else (*batch, None, None)
         if index is None:  # counted as Lightning's samplers stride over ranks
             position = torch.arange(self._seen, self._seen + len(inputs), device=inputs.device)

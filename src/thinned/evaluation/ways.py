@@ -5,15 +5,18 @@ A way streams distributions, and their mean is its prediction. To add one, write
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 from typing import Any, Literal
 
 from lightning.pytorch.utilities import rank_zero_info
-from torch import nn
+from torch import Tensor, nn
 
 from thinned.evaluation.batch import Batch, Validation
 from thinned.models.dropout import check_sites, derive_seed, sites_in
-from thinned.models.net import Logits, net_offers
+from thinned.models.net import Logits, check_logits, logits_in, net_offers
+from thinned.uncertainty.acting_dropout import acting_sites, of_our_make
+from thinned.uncertainty.foreign_dropout import FoundDropout, deterministic_output, find_dropout
 from thinned.uncertainty.monte_carlo import Masks, resolve_masks, sampled_outputs
 from thinned.uncertainty.scores import nll
 from thinned.uncertainty.selection import Acting, select_sites
@@ -40,6 +43,10 @@ class Way(ABC):
     def bind(self, trained: nn.Module) -> None:
         """Takes the trained net, before training too; ValueError if this way cannot predict with it."""
         self.nets = [trained]
+
+    def examine(self, inputs: Any) -> None:
+        """Sees inputs before it predicts, and before the training; ValueError if this way cannot predict them."""
+        return
 
     def fit(self, validation: Validation) -> None:
         """Learns from held-out examples, if there is something to learn; without gradients, as in a test."""
@@ -77,6 +84,12 @@ class Deterministic(Way):
 
     name, label = "deterministic", "deterministic"
 
+    def examine(self, inputs: Any) -> None:
+        """Runs a net of another make twice, to see that it draws nothing and returns logits."""
+        (net,) = self.nets
+        if not of_our_make(net):
+            check_logits(net, deterministic_output(net, lambda net: logits_in(net, inputs)))
+
     def stream(self, batch: Batch) -> Generator[Logits, None, None]:
         yield batch.output(self.nets[0])
 
@@ -100,6 +113,9 @@ class SampledNetworks(Way):
             raise ValueError(f"Expected mc_dropout.sites to be all, auto or a list of sites, but got {sites!r}")
         self.num_samples, self.masks, self.seed = num_samples, masks, seed
         self.sites = sites if isinstance(sites, str) else check_sites(sites)
+        self.off = False  # whether all rates are 0, so that every sampled network is the deterministic one
+        self._found: FoundDropout | None = None  # of a net of another make, as soon as it has run
+        self._said_resting = ""
         self.selection: dict[Acting, float] = {}  # with sites=auto: validation NLL of each choice, best first
 
     def bind(self, trained: nn.Module) -> None:
@@ -110,16 +126,31 @@ class SampledNetworks(Way):
                 f"Expected mc_dropout.masks to be auto or independent for a net that is sharded or has no `thin`, such "
                 f"as this {type(trained).__name__}, but got 'shared': scripts/predict.py has it on one device"
             )
-        droppable = sites_in(trained)
-        if thinnable and (not droppable or (not isinstance(self.sites, str) and set(self.sites) - set(droppable))):
-            raise ValueError(
-                f"Expected mc_dropout.sites among those of the net with a rate above 0, {list(droppable)}, but got "
-                f"{self.sites!r}: raise a rate, or set mc_dropout.num_samples to null to leave MC dropout out"
-            )
+        self._found = None
+        if of_our_make(trained) or self.sites != "all":
+            try:
+                sites = acting_sites(trained, None if isinstance(self.sites, str) else self.sites)
+            except ValueError as error:
+                raise ValueError(
+                    f"{error} (mc_dropout.sites {self.sites!r}): name others, or set mc_dropout.num_samples to null to "
+                    f"leave MC dropout out"
+                ) from None
+            self._say_off(not sites)
+
+    def examine(self, inputs: Any) -> None:
+        """Finds the dropout of a net of another make, and runs a pass with it: three passes, or four for attention."""
+        if self._has_to_look:
+
+            def evaluate(net: nn.Module) -> Tensor:
+                return logits_in(net, inputs)
+
+            self._look(evaluate)
+            with closing(sampled_outputs(self.nets[0], evaluate, found=self._found)) as outputs:
+                next(outputs)
 
     def fit(self, validation: Validation) -> None:
         """Chooses sites and rates by the NLL of the mean prediction."""
-        if self.sites != "auto":
+        if self.sites != "auto" or not acting_sites(self.nets[0]):
             return
 
         def validation_nll(acting: Acting) -> float:
@@ -132,12 +163,29 @@ class SampledNetworks(Way):
         rank_zero_info(f"MC dropout at {best}: lowest validation NLL, {self.selection[best]:.4f} nats")
 
     def stream(self, batch: Batch) -> Generator[Logits, None, None]:
-        (net,), found = self.nets, self.settings
-        settings = {key: found[key] for key in ("num_samples", "masks", "scale")}
+        (net,), all_settings = self.nets, self.settings
+        settings = {key: all_settings[key] for key in ("num_samples", "masks", "scale")}
         # Its first example seeds the independent masks of a batch, or all batches would draw the same.
         seed = self.seed if settings["masks"] == "shared" else derive_seed(self.seed, int(batch.index[0]))
         sites = None if self._acting is None else self._acting.sites
-        yield from sampled_outputs(net, batch.logits, seed=seed, sites=sites, **settings)
+        yield from sampled_outputs(net, batch.logits, seed=seed, sites=sites, found=self._found, **settings)
+
+    @property
+    def _has_to_look(self) -> bool:
+        """Whether where the net drops is known only when it runs."""
+        return self._acting is None and not of_our_make(self.nets[0])
+
+    def _look(self, evaluate: Callable[[nn.Module], Any]) -> None:
+        self._found = find_dropout(self.nets[0], evaluate)
+        self._say_off(self._found.off)
+        if self._found.resting and self._found.resting != self._said_resting:
+            self._said_resting = self._found.resting
+            rank_zero_info(f"MC dropout leaves off what draws in training mode and is no dropout: {self._said_resting}")
+
+    def _say_off(self, off: bool) -> None:
+        if off and not self.off:
+            rank_zero_info("All rates of dropout are 0: MC dropout reports the deterministic network.")
+        self.off = off
 
     @property
     def _acting(self) -> Acting | None:
@@ -163,7 +211,7 @@ class SampledNetworks(Way):
 
     @property
     def details(self) -> str:
-        at = f" at {self._acting}" if self._acting else ""
+        at = ", all rates 0" if self.off else f" at {self._acting}" if self._acting else ""
         return f"S = {self.num_samples}, {self.settings['masks']} masks{at}"
 
     def state_dict(self) -> dict[str, Any]:

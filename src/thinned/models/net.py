@@ -3,7 +3,8 @@
 Shapes: B batch, N targets, C features, K classes (for text the vocabulary V).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, cast
 
 import torch
@@ -74,9 +75,43 @@ class Logits:
             yield rows, torch.log_softmax(self[rows], dim=-1)
 
 
+def logits_in(net: nn.Module, inputs: Any) -> Tensor:
+    """Runs a net and returns its logits: its output, `logits` of a dict or dataclass, or the first of a tuple."""
+    output = net(inputs)
+    if isinstance(output, Tensor):
+        return output
+    if isinstance(output, Mapping):
+        logits = output.get("logits")
+    elif isinstance(output, tuple | list) and not hasattr(output, "logits"):
+        logits = output[0] if output else None
+        taken = f"The first of the {len(output)} outputs of {type(net).__name__} is taken for the logits."
+        warnings.warn(taken, stacklevel=2)  # Python says it once
+    else:
+        logits = getattr(output, "logits", None)
+    if not isinstance(logits, Tensor):
+        keys = f" with {list(output)}" if isinstance(output, Mapping) else ""
+        expected = "a tensor of logits, `logits` in a dict or dataclass, or a tuple that begins with them"
+        raise ValueError(f"Expected {expected} from {type(net).__name__}, but got {type(output).__name__}{keys}")
+    return logits
+
+
+def check_logits(net: nn.Module, logits: Tensor) -> None:
+    """Raises a ValueError for what cannot be logits (..., K): one number for each target, or probabilities."""
+    name = type(net).__name__
+    if logits.dim() < 2 or logits.shape[-1] < 2:
+        raise ValueError(
+            f"Expected logits of at least 2 classes from {name}, but got the shape {tuple(logits.shape)}: a net for "
+            f"two classes returns (B, 2), such as [0, x] for the logit x of the second"
+        )
+    tolerance = 1e-3 if torch.finfo(logits.dtype).eps < 1e-4 else 1e-2
+    sums = logits.detach().float().sum(-1)
+    if (logits >= 0).all() and (sums - 1).abs().max() < tolerance:  # by chance in 1 of 1,000 rows at most
+        raise ValueError(f"Expected logits from {name}, but got probabilities (rows sum to 1): leave out its softmax")
+
+
 def logits_of(net: nn.Module, inputs: Any) -> Logits:
     """Returns a net's logits of inputs, which are computed when they are indexed if the net offers `features`."""
     offers = net_offers(net)
     if offers.features is None or offers.logits is None or offers.vocab_size is None:  # not a language model of ours
-        return Logits(net(inputs))
+        return Logits(logits_in(net, inputs))
     return Logits(offers.features(inputs), offers.logits, offers.vocab_size)

@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.optim import Optimizer
 
-from thinned.models.net import net_offers
+from thinned.models.net import logits_in, net_offers
 
 
 def warmup_cosine(step: int, warmup_steps: int, total_steps: float, final_fraction: float) -> float:
@@ -131,8 +131,7 @@ class Task(LightningModule):
 
     def forward(self, inputs: Any) -> Tensor:
         """Returns the logits."""
-        logits: Tensor = self.net(inputs)
-        return logits
+        return logits_in(self.net, inputs)
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Returns the logits of the deterministic network, or nothing if neither a writer nor the caller takes them."""

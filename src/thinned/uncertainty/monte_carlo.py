@@ -6,14 +6,16 @@ input and element, by whatever dropout the net contains.
 
 from collections.abc import Callable, Collection, Generator
 from contextlib import closing
+from itertools import repeat
 from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from thinned.models.dropout import check_sites, derive_seed, sites_in
-from thinned.models.net import net_offers
-from thinned.uncertainty.acting_dropout import nothing_drops, only_dropout_active, seeded_output
+from thinned.models.dropout import derive_seed
+from thinned.models.net import check_logits, logits_in, net_offers
+from thinned.uncertainty.acting_dropout import acting_sites, of_our_make, only_dropout_active, seeded_output
+from thinned.uncertainty.foreign_dropout import FoundDropout, find_dropout
 from thinned.uncertainty.statistics import MCPrediction, MCStatistics
 
 Masks = Literal["auto", "shared", "independent"]
@@ -41,32 +43,44 @@ def sampled_outputs(
     seed: int = 0,
     sites: Collection[str] | None = None,
     scale: float = 1.0,
+    found: FoundDropout | None = None,
 ) -> Generator[Output, None, None]:
     """Yields what `evaluate` returns for each of the S sampled networks.
 
     Shared masks depend on (seed, sample) alone: the same networks whatever the inputs, the batch or the device.
-    Independent masks depend on the shape of the inputs too. Args and Raises: see `mc_predict`.
+    Independent masks depend on the shape of the inputs too. If all rates are 0, the deterministic network is evaluated
+    once, and yielded S times. `found` is what `find_dropout` says of a net of another make; it is asked if None. Other
+    Args and Raises: see `mc_predict`.
     """
     if num_samples < 2:
         raise ValueError(f"Expected num_samples to be at least 2, but got {num_samples}")
-    if sites is not None and (not sites or set(check_sites(sites)) - set(sites_in(net))):
-        drop = f"{type(net).__name__}, {list(sites_in(net))}"
-        raise ValueError(f"Expected sites among those that drop in {drop}, but got {list(sites)}")
-    if resolve_masks(net, masks) == "shared":
-        if not sites_in(net):
-            raise nothing_drops(net)
+    shared = resolve_masks(net, masks) == "shared"
+    if sites is None and not of_our_make(net):
+        found = found or find_dropout(net, evaluate)
+        off = found.off
+    else:
+        sites = acting_sites(net, sites)
+        off = not sites
+    if off:
+        with only_dropout_active(net, ()):
+            output = evaluate(net)
+        yield from repeat(output, num_samples)
+    elif shared:
         for sample in range(num_samples):
             yield evaluate(net.thin(seed, sample, sites, scale))  # type: ignore[operator]
     else:
-        with only_dropout_active(net, sites, scale):
+        watched = evaluate if found is None else found.pass_of(evaluate)
+        with only_dropout_active(net, sites, scale, () if found is None else found.owners):
             for sample in range(num_samples):
-                yield seeded_output(net, evaluate, derive_seed(seed, sample))
+                yield seeded_output(net, watched, derive_seed(seed, sample))
 
 
 def mc_samples(net: nn.Module, inputs: Any, **settings: Any) -> Generator[Tensor, None, None]:
     """Yields the S sampled predictive distributions: softmax of the logits, (B, K). See `mc_predict`."""
-    with closing(sampled_outputs(net, lambda sampled: sampled(inputs), **settings)) as outputs:
-        for logits in outputs:  # closed on an exception, which restores the modes at once
+    with closing(sampled_outputs(net, lambda sampled: logits_in(sampled, inputs), **settings)) as outputs:
+        for number, logits in enumerate(outputs):  # closed on an exception, which restores the modes at once
+            if number == 0 and not of_our_make(net):
+                check_logits(net, logits)
             yield torch.softmax(logits if logits.dtype == torch.float64 else logits.float(), dim=-1)
 
 
@@ -84,9 +98,11 @@ def mc_predict(
     """Predicts with S networks sampled by dropout and says how much they differ.
 
     Args:
-        net: Maps inputs to logits (B, K). Any module will do for independent masks, whether its dropout is a
-            module, `F.dropout(..., self.training)`, or inside `nn.MultiheadAttention` or
-            `scaled_dot_product_attention`. Normalisation layers stay in evaluation mode, all modes are restored.
+        net: Maps inputs to logits (B, K). Any module will do for independent masks: its dropout is found by two passes
+            more, three if it acts in training mode alone (see `foreign_dropout`). It may be a module, `F.dropout(...,
+            self.training)`, or inside `nn.MultiheadAttention`, `nn.LSTM` or `scaled_dot_product_attention`. Nothing
+            else is in training mode, and all modes are restored. Of a dict or dataclass, `logits` is taken; of a tuple,
+            its first element.
         inputs: The net is called with them.
         num_samples: S, at least 2.
         masks: Shared by all inputs (a thinned network), independent per element, or auto: shared if the net has `thin`.
@@ -95,7 +111,8 @@ def mc_predict(
         scale: Multiplies the rates of `thinned.models.Dropout`.
 
     Raises:
-        ValueError: S below 2, unknown site, no dropout that acts, or a module that changes its buffers.
+        ValueError: S below 2, unknown site, no dropout, dropout with a rate that never draws, a net of which dropout
+            cannot act alone, or outputs that are no logits.
     """
     statistics = MCStatistics()
     samples = mc_samples(net, inputs, num_samples=num_samples, masks=masks, seed=seed, sites=sites, scale=scale)
