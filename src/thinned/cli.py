@@ -10,11 +10,12 @@ from pydoc import locate
 from typing import Any, cast
 
 import wandb
+import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from rich.console import Console
 
 # Configs may name the classes of what is imported here, such as data and tasks, without their package.
@@ -28,6 +29,7 @@ from thinned.runs.launch import fill_in_from_launcher
 from thinned.runs.loggers import ResumableLogger, fill_in_logger
 from thinned.runs.lost_ranks import LostRanks
 from thinned.runs.messages import Parser, one_message
+from thinned.runs.own_callbacks import OwnCallbacks, prepare_own_callbacks
 from thinned.runs.record import RunRecord
 from thinned.tasks import FiniteSteps, StepSeed, Throughput
 from thinned.tasks.task import Task
@@ -40,6 +42,12 @@ warnings.filterwarnings("ignore", message="You're resuming from a checkpoint tha
 warnings.filterwarnings("ignore", message="Precision .* is not supported by the model summary")
 # Nothing changes in place what a sharded net returns.
 warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+# A run that resumes with max_steps first ends its last epoch again, without the metrics of it.
+warnings.filterwarnings("ignore", message=r"`ModelCheckpoint\(monitor=.*\)` could not find the monitored key")
+# A test takes the average from the checkpoint, which is what is wanted.
+warnings.filterwarnings("ignore", message="You're using the WeightAveraging callback, but loading a checkpoint")
+# Each process has the whole net unless it is sharded.
+warnings.filterwarnings("ignore", message="You're using the WeightAveraging callback with a model that overrides")
 # Lightning 2.6.6 asks isinstance(treespec, LeafSpec) in each stage: Lightning-AI/pytorch-lightning#21326
 warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated", category=FutureWarning)
 
@@ -63,7 +71,10 @@ class ThinnedCLI(LightningCLI):
             save_config_callback=RunRecord,
             auto_configure_optimizers=False,
             seed_everything_default=0,
-            trainer_defaults={"use_distributed_sampler": False, "callbacks": [Throughput(), LostRanks()]},
+            trainer_defaults={
+                "use_distributed_sampler": False,
+                "callbacks": [Throughput(), LostRanks(), OwnCallbacks()],
+            },
             args=None if args is None else list(args),
             run=False,
         )
@@ -102,6 +113,7 @@ class ThinnedCLI(LightningCLI):
         if self.ckpt_path:
             checkpoint = read_checkpoint(str(self.ckpt_path), check=False)  # `find_run` has checked it
             _compare_data(checkpoint["config"]["data"], self.config.data)
+            self._refuse_change_without_steps(checkpoint)
             self.restore(checkpoint)  # now, so that one that does not fit leaves the run untouched
             step = checkpoint["global_step"]
         if self.config.resume:
@@ -122,10 +134,12 @@ class ThinnedCLI(LightningCLI):
             self.trainer_defaults["callbacks"].append(LearningRateMonitor("step"))
         kwargs["plugins"] = [*(self.config_init.get("trainer.plugins") or []), AtomicCheckpointIO()]
         try:
-            return super().instantiate_trainer(**kwargs)
+            trainer = super().instantiate_trainer(**kwargs)
         except (MisconfigurationException, RuntimeError) as error:
             asked = ", ".join(f"trainer.{k}={self.config.trainer[k]}" for k in ("accelerator", "devices", "strategy"))
             raise ValueError(f"Expected settings that can run here, but got {asked}: {error}") from error
+        prepare_own_callbacks(trainer, self.run_dir)
+        return trainer
 
     def restore(self, checkpoint: dict[str, Any]) -> None:
         """Loads weights and data statistics; raises ValueError if the weights do not fit the model."""
@@ -136,11 +150,24 @@ class ThinnedCLI(LightningCLI):
         if state := checkpoint.get(type(self.datamodule).__qualname__):
             self.datamodule.load_state_dict(state)
 
+    def _refuse_change_without_steps(self, checkpoint: dict[str, Any]) -> None:
+        """Raises a ValueError if a run that has ended resumes with another model, which no step would train."""
+        epochs = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
+        if 0 <= (self.trainer.max_epochs or 0) <= epochs or 0 <= self.trainer.max_steps <= checkpoint["global_step"]:
+            now, before = self.parser.dump(self.config, skip_unset=False), checkpoint["config"]["model"]
+            if changed := _differences(before, yaml.safe_load(now)["model"], "model"):
+                raise ValueError(
+                    f"Expected steps left for another {', '.join(changed)}, but got a run that has ended after epoch "
+                    f"{epochs} and step {checkpoint['global_step']}: raise trainer.max_epochs or trainer.max_steps"
+                )
+
     @property
     def best(self) -> str | None:
         """Path of the best checkpoint of this run; None if it saved none (fast_dev_run)."""
-        checkpoints = self.trainer.checkpoint_callback
-        return checkpoints.best_model_path or None if isinstance(checkpoints, Checkpoints) else None
+        best: str = self.config_init.checkpoint.best_model_path
+        if not best and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            rank_zero_info("There is no best checkpoint, so the weights of the last step are tested.")
+        return best or None
 
     @rank_zero_only
     def print_results(self) -> None:
@@ -172,3 +199,10 @@ def _compare_data(before: dict[str, Any], now: Any) -> None:
         then, given = before.get("init_args", {}).get(key), now.get(f"init_args.{key}")
         if then != given:
             raise ValueError(f"Expected data.{key} {then}, as in the run that resumes, but got {given}")
+
+
+def _differences(before: Any, now: Any, key: str) -> list[str]:
+    """Names the settings that differ, as options of the command line."""
+    if not (isinstance(before, dict) and isinstance(now, dict)):
+        return [] if before == now else [key.replace(".init_args", "")]
+    return [name for k in before | now for name in _differences(before.get(k), now.get(k), f"{key}.{k}")]

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, WeightAveraging
 from lightning.pytorch.loggers.logger import Logger
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -196,3 +196,33 @@ def test_repeat_unbegun_validation(
     with pytest.warns(UserWarning, match="You're resuming from a checkpoint that ended before the epoch ended"):
         fit(resumed, ModelCheckpoint(save_top_k=0), ckpt_path=tmp_path / "begun.ckpt", **options)
     assert resumed.events[:3] == events
+
+
+@pytest.mark.parametrize("interval", [1, 1.0])
+def test_save_best_after_validation(interval: float, fit: Callable[..., Trainer], tmp_path: Path) -> None:
+    """lightning/pytorch/callbacks/model_checkpoint.py:651 compares with 1.0, which 1 is equal to."""
+    checkpoints = ModelCheckpoint(tmp_path)
+    trainer = fit(checkpoints, val_check_interval=interval)
+    assert internals.saves_best_at_epoch_end(checkpoints, trainer)
+    internals.save_best_after_validation(checkpoints, trainer)
+    assert internals.saves_best_at_epoch_end(checkpoints, trainer) == isinstance(interval, float)
+
+
+@pytest.mark.parametrize("given", [None, True, False])
+def test_check_after_validation(given: bool | None) -> None:
+    """lightning/pytorch/callbacks/early_stopping.py:157 chooses the moment if it is None."""
+    stopping = EarlyStopping("val/loss", check_on_train_epoch_end=given)
+    internals.check_after_validation(stopping)
+    assert internals.checks_at_epoch_end(stopping) == bool(given)
+
+
+def test_forget_average(fit: Callable[..., Trainer]) -> None:
+    """lightning/pytorch/callbacks/weight_averaging.py:345 loads the weights of training if there is an average."""
+    averaging = WeightAveraging()
+    trainer = fit(averaging, ModelCheckpoint(save_top_k=0))
+    checkpoint: dict[str, Any] = {"current_model_state": {}, "averaging_state": {}, "state_dict": {}}
+    with pytest.raises(RuntimeError, match="Missing key"):
+        averaging.on_load_checkpoint(trainer, trainer.lightning_module, checkpoint)
+    internals.forget_average(averaging)
+    with pytest.warns(UserWarning, match="but loading a checkpoint outside the 'fit' stage"):
+        averaging.on_load_checkpoint(trainer, trainer.lightning_module, checkpoint)
