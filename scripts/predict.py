@@ -13,9 +13,7 @@ from thinned.cli import ThinnedCLI, checkpoint_arguments, one_message
 def main(args: Sequence[str] | None = None) -> None:
     with one_message():
         checkpoint, arguments = checkpoint_arguments(args)
-        cli = ThinnedCLI(arguments, purpose="predict")
-        cli.restore(checkpoint)
-        cli.config_init.mc_dropout.checkpoint = checkpoint["ckpt_path"]
+        cli = ThinnedCLI(arguments, checkpoint)
         cli.trainer.predict(cli.model, cli.datamodule, return_predictions=False)
         cli.print_results()
 

@@ -26,7 +26,8 @@ from thinned.runs.checkpoint_callback import Checkpoints
 from thinned.runs.checkpoint_io import AtomicCheckpointIO, checkpoint_arguments, read_checkpoint
 from thinned.runs.directory import files_of_run, find_run, make_run_directory
 from thinned.runs.launch import fill_in_from_launcher
-from thinned.runs.loggers import ResumableLogger, fill_in_logger
+from thinned.runs.logger_settings import fill_in_loggers
+from thinned.runs.loggers import ResumableLogger
 from thinned.runs.lost_ranks import LostRanks
 from thinned.runs.messages import Parser, one_message
 from thinned.runs.own_callbacks import OwnCallbacks, prepare_own_callbacks
@@ -52,16 +53,24 @@ warnings.filterwarnings("ignore", message="You're using the WeightAveraging call
 warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated", category=FutureWarning)
 
 
+PLACES = {"trainer.default_root_dir": ".", "checkpoint.dirpath": "checkpoints"}  # in the run's directory
+
+OF_TRAINING = {  # settings that change nothing of a prediction
+    "data": ("shift", "rotation"),
+    "model": ("optimizer", "warmup_steps", "final_lr_fraction", "label_smoothing"),
+}
+
+
 class ThinnedCLI(LightningCLI):
     """Parses configs and options, and builds trainer, model and data.
 
     Args:
         args: Command line arguments; None reads `sys.argv`.
-        purpose: Last part of the run id, to tell kinds of runs apart; empty for training.
+        checkpoint: What to predict from, with its path as `ckpt_path`; None trains.
     """
 
-    def __init__(self, args: Sequence[str] | None = None, purpose: str = "") -> None:
-        self.purpose = purpose
+    def __init__(self, args: Sequence[str] | None = None, checkpoint: dict[str, Any] | None = None) -> None:
+        self.checkpoint, self.purpose = checkpoint, "predict" if checkpoint else ""  # ends the names of such runs
         super().__init__(
             model_class=Task,
             datamodule_class=LightningDataModule,
@@ -97,6 +106,8 @@ class ThinnedCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         config = self.config
+        if self.checkpoint:
+            _refuse_settings_of_training(self.checkpoint["config"], yaml.safe_load(self.parser.dump(config)))
         runs = Path(config.runs_dir, config.experiment)
         self.run_dir, self.ckpt_path = find_run(runs, config.run_id, config.resume, self.purpose)
         if config.resume:
@@ -104,12 +115,18 @@ class ThinnedCLI(LightningCLI):
             warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
         self._built_data = _fill_in_from_data(config)
         fill_in_from_launcher(config.trainer)
-        config.trainer.default_root_dir = str(self.run_dir)
-        config.checkpoint.dirpath = str(self.run_dir / "checkpoints")
-        self.offline = fill_in_logger(config.trainer.logger, self.run_dir, config.experiment)
+        self._given_places = {key: config[key] for key in ("trainer.logger", *PLACES)}
+        config.trainer.logger = fill_in_loggers(config.trainer.logger, self.run_dir, config.experiment)
+        for key, part in PLACES.items():
+            if config[key] is not None:
+                raise ValueError(f"Expected {key} to be left to runs_dir, experiment and run_id, but got {config[key]}")
+            config[key] = str(self.run_dir / part)
 
     def after_instantiate_classes(self) -> None:
         step = 0
+        if self.checkpoint:
+            self.restore(self.checkpoint)
+            self.config_init.mc_dropout.checkpoint = self.checkpoint["ckpt_path"]
         if self.ckpt_path:
             checkpoint = read_checkpoint(str(self.ckpt_path), check=False)  # `find_run` has checked it
             _compare_data(checkpoint["config"]["data"], self.config.data)
@@ -120,8 +137,8 @@ class ThinnedCLI(LightningCLI):
             for logger in self.trainer.loggers:
                 if isinstance(logger, ResumableLogger):
                     logger.resume_from(step)
-        if self.offline:  # of this machine, not of the experiment
-            del self.config.trainer.logger.dict_kwargs["mode"]
+        for key, value in self._given_places.items():  # the record is of the experiment, wherever it runs
+            self.config[key] = value
         make_run_directory(self.run_dir, bool(self.config.resume))
 
     def instantiate_classes(self) -> None:
@@ -199,6 +216,17 @@ def _compare_data(before: dict[str, Any], now: Any) -> None:
         then, given = before.get("init_args", {}).get(key), now.get(f"init_args.{key}")
         if then != given:
             raise ValueError(f"Expected data.{key} {then}, as in the run that resumes, but got {given}")
+
+
+def _refuse_settings_of_training(before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raises a ValueError if a setting that acts in training alone is given for a prediction."""
+    for part, keys in OF_TRAINING.items():
+        settings = {key: value for key, value in before[part].get("init_args", {}).items() if key in keys}
+        given = {key: now[part]["init_args"].get(key) for key in settings}
+        if changed := _differences(settings, given, part):
+            raise ValueError(
+                f"Expected {', '.join(changed)} as in the checkpoint, since it acts in training alone, but got another"
+            )
 
 
 def _differences(before: Any, now: Any, key: str) -> list[str]:

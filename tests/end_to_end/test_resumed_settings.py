@@ -88,3 +88,24 @@ def test_callback_that_is_refused_leaves_nothing(args: tuple[object, ...], run_s
     assert "monitor to be logged, as are val/accuracy, " in run_script("train", *args, *early).error
     finder = run_script("train", *args, "--trainer.callbacks", "LearningRateFinder").error
     assert "Expected trainer.callbacks without LearningRateFinder" in finder
+
+
+def test_list_of_loggers_resumes_in_the_run(args: tuple[object, ...], run_script: Script, tmp_path: Path) -> None:
+    (tmp_path / "two.yaml").write_text(
+        "trainer: {logger: [{class_path: thinned.runs.WandbLogger, init_args: {project: thinned}}, "
+        "{class_path: thinned.runs.CSVLogger, init_args: {save_dir: .}}]}"
+    )
+    options = (*args, "--config", tmp_path / "two.yaml")
+    run = run_script("train", *options, "--trainer.max_epochs", 1, WANDB_MODE="offline").run
+    again = run_script("train", *options, "--trainer.max_epochs", 2, "--resume", run, WANDB_MODE="offline")
+    assert again.status == 0, again.err
+    assert {path.name for path in tmp_path.iterdir()} == {"two.yaml", "runs"}
+    logs = [path.name for path in run.glob("wandb/offline-run-*/*.wandb")]
+    assert logs == [f"run-mlp_digits.{run.name}.wandb"] * 2
+    assert [path.relative_to(run) for path in run.rglob("metrics.csv")] == [Path("metrics.csv")]
+    with (run / "metrics.csv").open() as file:
+        rows = [row["step"] for row in csv.DictReader(file) if row["train/loss"]]
+    assert rows == ["9", "19", "29"]
+    recorded = yaml.safe_load((run / "config.yaml").read_text())
+    assert [each["init_args"]["save_dir"] for each in recorded["trainer"]["logger"]] == [".", "."]
+    assert (recorded["trainer"]["default_root_dir"], recorded["checkpoint"]["dirpath"]) == (None, None)

@@ -9,12 +9,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from pydoc import locate
-from typing import NoReturn, cast
+from typing import Any, NoReturn, cast
 
 import wandb
+from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser
 
+from thinned.runs import internals
+from thinned.runs.double_keys import refuse_double_keys
 from thinned.runs.interruption import ended_by_sigterm
 from thinned.runs.lost_ranks import is_lost_rank, lost_rank_message
 
@@ -48,7 +51,19 @@ def plain(message: str) -> str:
 
 
 class Parser(LightningArgumentParser):
-    """Raises ValueError with one line for input that does not parse, and names the key nearest to an unknown one."""
+    """Raises ValueError with one line for input that does not parse, and names the key nearest to an unknown one.
+
+    It takes no abbreviated option, no key twice, and no setting of an optimiser for one of another class.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+        internals.refuse_double_keys_in_yaml()
+        internals.drop_settings_of_another_optimiser()
+
+    def parse_string(self, content: str, path: Any = "", **kwargs: Any) -> Namespace:
+        refuse_double_keys(content, str(path) or "the yaml")
+        return super().parse_string(content, path, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if not self.exit_on_error:  # an inner parser, whose error the outer one reports
