@@ -24,7 +24,7 @@ from thinned.evaluation import MCDropout
 from thinned.offers import Offers
 from thinned.runs.checkpoint_callback import Checkpoints
 from thinned.runs.checkpoint_io import AtomicCheckpointIO, checkpoint_arguments, read_checkpoint
-from thinned.runs.directory import files_of_run, find_run, make_run_directory
+from thinned.runs.directory import checkpoint_to_resume, enter_folder, enter_run, files_of_run, find_run
 from thinned.runs.launch import fill_in_from_launcher
 from thinned.runs.logger_settings import fill_in_loggers
 from thinned.runs.loggers import ResumableLogger
@@ -110,7 +110,12 @@ class ThinnedCLI(LightningCLI):
             _refuse_settings_of_training(self.checkpoint["config"], yaml.safe_load(self.parser.dump(config)))
         runs = Path(config.runs_dir, config.experiment)
         self.run_dir, self.ckpt_path = find_run(runs, config.run_id, config.resume, self.purpose)
+        enter_run(self.run_dir, new=config.resume is None)
+        if config.mc_dropout.dirpath:
+            enter_folder(Path(config.mc_dropout.dirpath), "mc_dropout.dirpath")
         if config.resume:
+            if not (self.checkpoint or self.ckpt_path):
+                self.ckpt_path = checkpoint_to_resume(self.run_dir)
             # Lightning 2.6.6 warns of every directory with checkpoints: Lightning-AI/pytorch-lightning#5209
             warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
         self._built_data = _fill_in_from_data(config)
@@ -139,7 +144,6 @@ class ThinnedCLI(LightningCLI):
                     logger.resume_from(step)
         for key, value in self._given_places.items():  # the record is of the experiment, wherever it runs
             self.config[key] = value
-        make_run_directory(self.run_dir, bool(self.config.resume))
 
     def instantiate_classes(self) -> None:
         super().instantiate_classes()
