@@ -75,7 +75,7 @@ def python() -> Verdict:
 
 
 def packages() -> Verdict:
-    required = map(Requirement, tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"])
+    required = map(Requirement, tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["dependencies"])
     found = {r: version(r.name) for r in required}
     wrong = [f"{r.name} {v or 'missing'}, not {r.specifier}" for r, v in found.items() if not v or v not in r.specifier]
     if wrong:
@@ -240,7 +240,7 @@ def tokenizers_parallelism() -> Verdict:
 def workers() -> Verdict:
     asked = {}
     for path in sorted((ROOT / "configs").glob("*.yaml")):
-        data = (yaml.safe_load(path.read_text()) or {}).get("data") or {}
+        data = (yaml.safe_load(path.read_text("utf-8")) or {}).get("data") or {}
         asked[path.name] = (data.get("init_args") or {}).get("num_workers", 0)
     many = [f"{name} asks for {number}" for name, number in asked.items() if number > cores()]
     if many:

@@ -7,7 +7,7 @@ python scripts/predict.py --ckpt_path runs/<experiment>/<run id>/checkpoints/bes
 
 from collections.abc import Sequence
 
-from thinned.cli import ThinnedCLI, checkpoint_arguments, one_message
+from thinned.cli import ThinnedCLI, checkpoint_arguments, one_message, restart_in_utf8
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -19,4 +19,5 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    restart_in_utf8()
     main()

@@ -3,8 +3,11 @@
 runs/<experiment>/<run id>/  config.yaml  checkpoints/{best,last}.ckpt  metrics.{csv,json}  predictions.parquet  wandb/
 """
 
+import os
+import secrets
 import warnings
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from pydoc import locate
 from typing import Any, cast
@@ -12,7 +15,7 @@ from typing import Any, cast
 import wandb
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch import LightningDataModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
@@ -29,13 +32,13 @@ from thinned.runs.launch import fill_in_from_launcher
 from thinned.runs.logger_settings import fill_in_loggers
 from thinned.runs.loggers import ResumableLogger
 from thinned.runs.lost_ranks import LostRanks
-from thinned.runs.messages import Parser, one_message
+from thinned.runs.messages import Parser, one_message, restart_in_utf8
 from thinned.runs.own_callbacks import OwnCallbacks, prepare_own_callbacks
 from thinned.runs.record import RunRecord
 from thinned.tasks import FiniteSteps, StepSeed, Throughput
 from thinned.tasks.task import Task
 
-__all__ = ["ThinnedCLI", "checkpoint_arguments", "one_message", "read_checkpoint"]
+__all__ = ["ThinnedCLI", "checkpoint_arguments", "one_message", "read_checkpoint", "restart_in_utf8"]
 
 # The sampler leaves out the batches already seen, but Lightning knows only loaders with a state.
 warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch ended")
@@ -90,6 +93,10 @@ class ThinnedCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         self.config = parser.parse_args(args)
+        if isinstance(given := self.config.seed_everything, bool):
+            self.config.seed_everything = self._drawn_seed
+            why = "" if given else ", since dropout masks in training need one"
+            rank_zero_info(f"Drew seed_everything {self._drawn_seed} for {str(given).lower()}{why}.")
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--experiment", type=str, default="default", help="Name of the folder below `runs_dir`.")
@@ -100,9 +107,26 @@ class ThinnedCLI(LightningCLI):
         defaults = {"filename": "best", "monitor": "val/loss", "enable_version_counter": False}
         parser.set_defaults({f"checkpoint.{key}": value for key, value in defaults.items()})
         parser.add_lightning_class_args(StepSeed, "step_seed")
-        parser.link_arguments("seed_everything", "step_seed.seed")
+        parser.link_arguments("seed_everything", "step_seed.seed", compute_fn=self._seed)
         parser.add_lightning_class_args(FiniteSteps, "finite_steps")
         parser.add_lightning_class_args(MCDropout, "mc_dropout")
+
+    def _seed(self, given: bool | int) -> int:
+        return self._drawn_seed if isinstance(given, bool) else given
+
+    @cached_property
+    def _drawn_seed(self) -> int:
+        """The seed of a run that is given none: a number that is drawn once for all its processes."""
+        if "LOCAL_RANK" in os.environ and "PL_GLOBAL_SEED" in os.environ:  # drawn by the process that started this one
+            return int(os.environ["PL_GLOBAL_SEED"])
+        if int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or 1) > 1:
+            raise ValueError("Expected seed_everything to be a number if a launcher starts the processes, but got none")
+        return secrets.randbelow(2**32)
+
+    def _keep_drawn_seed(self, checkpoint: Path) -> None:
+        """Takes the seed that a run which resumes has drawn when it began."""
+        seed = read_checkpoint(str(checkpoint), check=False)["config"]["seed_everything"]
+        self.config.seed_everything = self.config.step_seed.seed = seed_everything(seed, workers=True)
 
     def before_instantiate_classes(self) -> None:
         config = self.config
@@ -116,6 +140,8 @@ class ThinnedCLI(LightningCLI):
         if config.resume:
             if not (self.checkpoint or self.ckpt_path):
                 self.ckpt_path = checkpoint_to_resume(self.run_dir)
+            if self.ckpt_path and "_drawn_seed" in vars(self):
+                self._keep_drawn_seed(self.ckpt_path)
             # Lightning 2.6.6 warns of every directory with checkpoints: Lightning-AI/pytorch-lightning#5209
             warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
         self._built_data = _fill_in_from_data(config)

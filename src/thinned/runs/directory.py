@@ -123,8 +123,8 @@ def enter_folder(folder: Path, key: str) -> None:
 
 def files_of_run(run: Path) -> str:
     """Lists the files of a run, one a line; W&B's as the command that shows them."""
-    paths = [path.relative_to(run) for path in sorted(run.rglob("[!.]*")) if path.is_file()]
-    lines = [f"Run: {run}", *(f"  {path}" for path in paths if path.parts[0] != "wandb")]
+    paths = [path.relative_to(run) for path in sorted(run.rglob("*")) if path.is_file()]
+    lines = [f"Run: {run}", *(f"  {path}" for path in paths if path.parts[0] not in ("wandb", ".claim"))]
     if any(path.parts[0] == "wandb" for path in paths):
         lines.append(f"Dashboard: wandb leet {shlex.quote(str(run / 'wandb'))}")
     return "\n".join(lines)

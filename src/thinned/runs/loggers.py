@@ -124,13 +124,13 @@ class _MetricsWriter(ExperimentWriter):
         if not self.path.exists() or any(row.keys() - set(self.metrics_keys) for row in self.metrics):
             self._rewrite([*_read_rows(self.path), *self.metrics])
         else:
-            with self.path.open("a", newline="") as file:
+            with self.path.open("a", newline="", encoding="utf-8") as file:
                 csv.DictWriter(file, self.metrics_keys).writerows(self.metrics)
         self.metrics = []
 
     def _rewrite(self, rows: Sequence[Mapping[str, Any]]) -> None:
         self.metrics_keys = sorted({key for row in rows for key in row} | {"step"})
-        with whole_file(self.path) as temporary, temporary.open("w", newline="") as file:
+        with whole_file(self.path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, self.metrics_keys)
             writer.writeheader()
             writer.writerows(rows)
@@ -138,7 +138,7 @@ class _MetricsWriter(ExperimentWriter):
 
 def _read_rows(path: Path) -> list[dict[str, str]]:
     """Returns the complete rows of a metrics file, without empty values."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
     whole = [line for line in lines if line.endswith("\n")]  # the last is not if the process was killed in it
     rows = [{key: value for key, value in row.items() if value} for row in csv.DictReader(whole)]
     return [row for row in rows if "step" in row]
