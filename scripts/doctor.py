@@ -30,6 +30,7 @@ from packaging.specifiers import SpecifierSet
 from rich.console import Console
 from rich.table import Table
 
+from thinned.runs.cpu_precision import SLOW, bf16_slowdown
 from thinned.runs.wandb_server import wandb_offline_reason
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -126,7 +127,10 @@ def devices() -> Verdict:
 
 def precision() -> Verdict:
     if not torch.cuda.is_available():
-        return Verdict("ok", f"CPU with {torch.backends.cpu.get_cpu_capability()}: 32, bf16-mixed")
+        cpu, slowdown = torch.backends.cpu.get_cpu_capability(), bf16_slowdown()
+        if slowdown > SLOW:
+            return Verdict("ok", f"CPU with {cpu}: 32; a product in bf16 takes {slowdown:.1f} times as long")
+        return Verdict("ok", f"CPU with {cpu}: 32, bf16-mixed")
     if not torch.cuda.is_bf16_supported(including_emulation=False):
         return Verdict("warn", "no bf16 on this GPU", "--trainer.precision 16-mixed, without a fused optimiser")
     return Verdict("ok", f"32, bf16-mixed, 16-mixed; matrix products in 32: {torch.get_float32_matmul_precision()}")

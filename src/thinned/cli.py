@@ -27,6 +27,7 @@ from thinned.evaluation import MCDropout
 from thinned.offers import Offers
 from thinned.runs.checkpoint_callback import Checkpoints
 from thinned.runs.checkpoint_io import AtomicCheckpointIO, checkpoint_arguments, read_checkpoint
+from thinned.runs.cpu_precision import SLOW, bf16_slowdown
 from thinned.runs.directory import checkpoint_to_resume, enter_folder, enter_run, files_of_run, find_run
 from thinned.runs.launch import fill_in_from_launcher
 from thinned.runs.logger_settings import fill_in_loggers
@@ -186,6 +187,9 @@ class ThinnedCLI(LightningCLI):
             asked = ", ".join(f"trainer.{k}={self.config.trainer[k]}" for k in ("accelerator", "devices", "strategy"))
             raise ValueError(f"Expected settings that can run here, but got {asked}: {error}") from error
         prepare_own_callbacks(trainer, self.run_dir)
+        on_cpu = trainer.strategy.root_device.type == "cpu"
+        if on_cpu and "bf16" in str(trainer.precision) and (slowdown := bf16_slowdown()) > SLOW:
+            rank_zero_info(f"A matrix product in bf16 takes {slowdown:.1f} times as long as in fp32 on this CPU.")
         return trainer
 
     def restore(self, checkpoint: dict[str, Any]) -> None:

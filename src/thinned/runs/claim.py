@@ -89,7 +89,7 @@ class Claim:
         """Takes the claim of a process that has ended; of several that try, one does."""
         with suppress(FileNotFoundError):  # released or taken meanwhile
             for file in self.path.iterdir():
-                if file.name.count(",") != len(Holder._fields) - 1:  # such as a .DS_Store
+                if file.name.count(",") != len(Holder.__annotations__) - 1:  # such as a .DS_Store
                     file.unlink()
                     continue
                 holder = Holder(*file.name.split(","))
