@@ -30,6 +30,7 @@ from packaging.specifiers import SpecifierSet
 from rich.console import Console
 from rich.table import Table
 
+from thinned.runs.cpu_precision import SLOW, bf16_slowdown
 from thinned.runs.wandb_server import wandb_offline_reason
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -75,7 +76,7 @@ def python() -> Verdict:
 
 
 def packages() -> Verdict:
-    required = map(Requirement, tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"])
+    required = map(Requirement, tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["dependencies"])
     found = {r: version(r.name) for r in required}
     wrong = [f"{r.name} {v or 'missing'}, not {r.specifier}" for r, v in found.items() if not v or v not in r.specifier]
     if wrong:
@@ -126,7 +127,10 @@ def devices() -> Verdict:
 
 def precision() -> Verdict:
     if not torch.cuda.is_available():
-        return Verdict("ok", f"CPU with {torch.backends.cpu.get_cpu_capability()}: 32, bf16-mixed")
+        cpu, slowdown = torch.backends.cpu.get_cpu_capability(), bf16_slowdown()
+        if slowdown > SLOW:
+            return Verdict("ok", f"CPU with {cpu}: 32; a product in bf16 takes {slowdown:.1f} times as long")
+        return Verdict("ok", f"CPU with {cpu}: 32, bf16-mixed")
     if not torch.cuda.is_bf16_supported(including_emulation=False):
         return Verdict("warn", "no bf16 on this GPU", "--trainer.precision 16-mixed, without a fused optimiser")
     return Verdict("ok", f"32, bf16-mixed, 16-mixed; matrix products in 32: {torch.get_float32_matmul_precision()}")
@@ -240,7 +244,7 @@ def tokenizers_parallelism() -> Verdict:
 def workers() -> Verdict:
     asked = {}
     for path in sorted((ROOT / "configs").glob("*.yaml")):
-        data = (yaml.safe_load(path.read_text()) or {}).get("data") or {}
+        data = (yaml.safe_load(path.read_text("utf-8")) or {}).get("data") or {}
         asked[path.name] = (data.get("init_args") or {}).get("num_workers", 0)
     many = [f"{name} asks for {number}" for name, number in asked.items() if number > cores()]
     if many:

@@ -7,18 +7,17 @@ python scripts/predict.py --ckpt_path runs/<experiment>/<run id>/checkpoints/bes
 
 from collections.abc import Sequence
 
-from thinned.cli import ThinnedCLI, checkpoint_arguments, one_message
+from thinned.cli import ThinnedCLI, checkpoint_arguments, one_message, restart_in_utf8
 
 
 def main(args: Sequence[str] | None = None) -> None:
     with one_message():
         checkpoint, arguments = checkpoint_arguments(args)
-        cli = ThinnedCLI(arguments, purpose="predict")
-        cli.restore(checkpoint)
-        cli.config_init.mc_dropout.checkpoint = checkpoint["ckpt_path"]
+        cli = ThinnedCLI(arguments, checkpoint)
         cli.trainer.predict(cli.model, cli.datamodule, return_predictions=False)
         cli.print_results()
 
 
 if __name__ == "__main__":
+    restart_in_utf8()
     main()

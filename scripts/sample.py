@@ -16,7 +16,7 @@ from typing import Any, cast
 
 import torch
 
-from thinned.cli import one_message, read_checkpoint
+from thinned.cli import one_message, read_checkpoint, restart_in_utf8
 from thinned.data import Tokenizer
 from thinned.files import whole_file
 from thinned.generation.highlight import highlighted_page
@@ -30,7 +30,11 @@ def parse(args: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--ckpt_path", required=True, help="checkpoint of a run with text")
-    parser.add_argument("--prompt", default="\n", help="text to continue, or FILE:path of a file with it")
+    parser.add_argument(
+        "--prompt",
+        default="\n",
+        help="text to continue, or FILE:path of a file with it; empty, or <|endoftext|> in it, to begin a document",
+    )
     parser.add_argument("--num_samples", type=int, default=3, help="number of continuations (default 3)")
     parser.add_argument("--max_new_tokens", type=int, default=256, help="length of each (default 256)")
     parser.add_argument("--temperature", type=float, default=0.8, help="divides the logits; 0 is greedy (default 0.8)")
@@ -62,6 +66,17 @@ def load(path: str, device: str) -> tuple[GPT, Tokenizer]:
     return net, Tokenizer.from_json(checkpoint["TextDataModule"]["tokenizer"])
 
 
+def read_prompt(given: str) -> str:
+    """Returns the text of --prompt; ValueError if it names a file that is none of UTF-8 text."""
+    if not given.startswith("FILE:"):
+        return given
+    try:
+        return Path(given.removeprefix("FILE:")).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        raise ValueError(f"Expected --prompt {given} to be a file of UTF-8 text, but got {why}") from error
+
+
 def main(args: Sequence[str] | None = None) -> None:
     with one_message():
         options = parse(args)
@@ -71,20 +86,19 @@ def main(args: Sequence[str] | None = None) -> None:
         except (RuntimeError, AssertionError) as error:
             raise ValueError(f"Expected --device to be one of this machine, but got {options.device!r}") from error
         net, tokenizer = load(options.ckpt_path, options.device)
-        prompt = options.prompt
-        if prompt.startswith("FILE:"):
-            prompt = Path(prompt.removeprefix("FILE:")).read_text(encoding="utf-8")
         samples = sample_texts(
-            net, tokenizer, prompt, num_samples=options.num_samples, ensemble=options.ensemble,
+            net, tokenizer, read_prompt(options.prompt), num_samples=options.num_samples, ensemble=options.ensemble,
             deterministic=options.deterministic, max_new_tokens=options.max_new_tokens,
             sampling=Sampling(options.temperature, options.top_k, options.top_p), stop=options.stop, seed=options.seed,
         )  # fmt: skip
-        print_samples(samples)
         if options.html is not None:
             with whole_file(options.html) as temporary:
                 temporary.write_text(highlighted_page(samples, f"Samples of {options.ckpt_path}"), encoding="utf-8")
+        print_samples(samples)
+        if options.html is not None:
             print(f"Written: {options.html}")
 
 
 if __name__ == "__main__":
+    restart_in_utf8()
     main()

@@ -6,7 +6,7 @@ python scripts/train.py --config configs/<experiment>.yaml [--config overlay.yam
 
 from collections.abc import Sequence
 
-from thinned.cli import ThinnedCLI, one_message
+from thinned.cli import ThinnedCLI, one_message, restart_in_utf8
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -18,4 +18,5 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    restart_in_utf8()
     main()

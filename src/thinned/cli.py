@@ -3,18 +3,22 @@
 runs/<experiment>/<run id>/  config.yaml  checkpoints/{best,last}.ckpt  metrics.{csv,json}  predictions.parquet  wandb/
 """
 
+import os
+import secrets
 import warnings
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from pydoc import locate
 from typing import Any, cast
 
 import wandb
+import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch import LightningDataModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from rich.console import Console
 
 # Configs may name the classes of what is imported here, such as data and tasks, without their package.
@@ -23,16 +27,19 @@ from thinned.evaluation import MCDropout
 from thinned.offers import Offers
 from thinned.runs.checkpoint_callback import Checkpoints
 from thinned.runs.checkpoint_io import AtomicCheckpointIO, checkpoint_arguments, read_checkpoint
-from thinned.runs.directory import files_of_run, find_run, make_run_directory
+from thinned.runs.cpu_precision import SLOW, bf16_slowdown
+from thinned.runs.directory import checkpoint_to_resume, enter_folder, enter_run, files_of_run, find_run
 from thinned.runs.launch import fill_in_from_launcher
-from thinned.runs.loggers import ResumableLogger, fill_in_logger
+from thinned.runs.logger_settings import fill_in_loggers
+from thinned.runs.loggers import ResumableLogger
 from thinned.runs.lost_ranks import LostRanks
-from thinned.runs.messages import Parser, one_message
+from thinned.runs.messages import Parser, one_message, restart_in_utf8
+from thinned.runs.own_callbacks import OwnCallbacks, prepare_own_callbacks
 from thinned.runs.record import RunRecord
 from thinned.tasks import FiniteSteps, StepSeed, Throughput
 from thinned.tasks.task import Task
 
-__all__ = ["ThinnedCLI", "checkpoint_arguments", "one_message", "read_checkpoint"]
+__all__ = ["ThinnedCLI", "checkpoint_arguments", "one_message", "read_checkpoint", "restart_in_utf8"]
 
 # The sampler leaves out the batches already seen, but Lightning knows only loaders with a state.
 warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch ended")
@@ -40,8 +47,22 @@ warnings.filterwarnings("ignore", message="You're resuming from a checkpoint tha
 warnings.filterwarnings("ignore", message="Precision .* is not supported by the model summary")
 # Nothing changes in place what a sharded net returns.
 warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+# A run that resumes with max_steps first ends its last epoch again, without the metrics of it.
+warnings.filterwarnings("ignore", message=r"`ModelCheckpoint\(monitor=.*\)` could not find the monitored key")
+# A test takes the average from the checkpoint, which is what is wanted.
+warnings.filterwarnings("ignore", message="You're using the WeightAveraging callback, but loading a checkpoint")
+# Each process has the whole net unless it is sharded.
+warnings.filterwarnings("ignore", message="You're using the WeightAveraging callback with a model that overrides")
 # Lightning 2.6.6 asks isinstance(treespec, LeafSpec) in each stage: Lightning-AI/pytorch-lightning#21326
 warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated", category=FutureWarning)
+
+
+PLACES = {"trainer.default_root_dir": ".", "checkpoint.dirpath": "checkpoints"}  # in the run's directory
+
+OF_TRAINING = {  # settings that change nothing of a prediction
+    "data": ("shift", "rotation"),
+    "model": ("optimizer", "warmup_steps", "final_lr_fraction", "label_smoothing"),
+}
 
 
 class ThinnedCLI(LightningCLI):
@@ -49,11 +70,11 @@ class ThinnedCLI(LightningCLI):
 
     Args:
         args: Command line arguments; None reads `sys.argv`.
-        purpose: Last part of the run id, to tell kinds of runs apart; empty for training.
+        checkpoint: What to predict from, with its path as `ckpt_path`; None trains.
     """
 
-    def __init__(self, args: Sequence[str] | None = None, purpose: str = "") -> None:
-        self.purpose = purpose
+    def __init__(self, args: Sequence[str] | None = None, checkpoint: dict[str, Any] | None = None) -> None:
+        self.checkpoint, self.purpose = checkpoint, "predict" if checkpoint else ""  # ends the names of such runs
         super().__init__(
             model_class=Task,
             datamodule_class=LightningDataModule,
@@ -63,13 +84,20 @@ class ThinnedCLI(LightningCLI):
             save_config_callback=RunRecord,
             auto_configure_optimizers=False,
             seed_everything_default=0,
-            trainer_defaults={"use_distributed_sampler": False, "callbacks": [Throughput(), LostRanks()]},
+            trainer_defaults={
+                "use_distributed_sampler": False,
+                "callbacks": [Throughput(), LostRanks(), OwnCallbacks()],
+            },
             args=None if args is None else list(args),
             run=False,
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         self.config = parser.parse_args(args)
+        if isinstance(given := self.config.seed_everything, bool):
+            self.config.seed_everything = self._drawn_seed
+            why = "" if given else ", since dropout masks in training need one"
+            rank_zero_info(f"Drew seed_everything {self._drawn_seed} for {str(given).lower()}{why}.")
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--experiment", type=str, default="default", help="Name of the folder below `runs_dir`.")
@@ -80,37 +108,69 @@ class ThinnedCLI(LightningCLI):
         defaults = {"filename": "best", "monitor": "val/loss", "enable_version_counter": False}
         parser.set_defaults({f"checkpoint.{key}": value for key, value in defaults.items()})
         parser.add_lightning_class_args(StepSeed, "step_seed")
-        parser.link_arguments("seed_everything", "step_seed.seed")
+        parser.link_arguments("seed_everything", "step_seed.seed", compute_fn=self._seed)
         parser.add_lightning_class_args(FiniteSteps, "finite_steps")
         parser.add_lightning_class_args(MCDropout, "mc_dropout")
 
+    def _seed(self, given: bool | int) -> int:
+        return self._drawn_seed if isinstance(given, bool) else given
+
+    @cached_property
+    def _drawn_seed(self) -> int:
+        """The seed of a run that is given none: a number that is drawn once for all its processes."""
+        if "LOCAL_RANK" in os.environ and "PL_GLOBAL_SEED" in os.environ:  # drawn by the process that started this one
+            return int(os.environ["PL_GLOBAL_SEED"])
+        if int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or 1) > 1:
+            raise ValueError("Expected seed_everything to be a number if a launcher starts the processes, but got none")
+        return secrets.randbelow(2**32)
+
+    def _keep_drawn_seed(self, checkpoint: Path) -> None:
+        """Takes the seed that a run which resumes has drawn when it began."""
+        seed = read_checkpoint(str(checkpoint), check=False)["config"]["seed_everything"]
+        self.config.seed_everything = self.config.step_seed.seed = seed_everything(seed, workers=True)
+
     def before_instantiate_classes(self) -> None:
         config = self.config
+        if self.checkpoint:
+            _refuse_settings_of_training(self.checkpoint["config"], yaml.safe_load(self.parser.dump(config)))
         runs = Path(config.runs_dir, config.experiment)
         self.run_dir, self.ckpt_path = find_run(runs, config.run_id, config.resume, self.purpose)
+        enter_run(self.run_dir, new=config.resume is None)
+        if config.mc_dropout.dirpath:
+            enter_folder(Path(config.mc_dropout.dirpath), "mc_dropout.dirpath")
         if config.resume:
+            if not (self.checkpoint or self.ckpt_path):
+                self.ckpt_path = checkpoint_to_resume(self.run_dir)
+            if self.ckpt_path and "_drawn_seed" in vars(self):
+                self._keep_drawn_seed(self.ckpt_path)
             # Lightning 2.6.6 warns of every directory with checkpoints: Lightning-AI/pytorch-lightning#5209
             warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
         self._built_data = _fill_in_from_data(config)
         fill_in_from_launcher(config.trainer)
-        config.trainer.default_root_dir = str(self.run_dir)
-        config.checkpoint.dirpath = str(self.run_dir / "checkpoints")
-        self.offline = fill_in_logger(config.trainer.logger, self.run_dir, config.experiment)
+        self._given_places = {key: config[key] for key in ("trainer.logger", *PLACES)}
+        config.trainer.logger = fill_in_loggers(config.trainer.logger, self.run_dir, config.experiment)
+        for key, part in PLACES.items():
+            if config[key] is not None:
+                raise ValueError(f"Expected {key} to be left to runs_dir, experiment and run_id, but got {config[key]}")
+            config[key] = str(self.run_dir / part)
 
     def after_instantiate_classes(self) -> None:
         step = 0
+        if self.checkpoint:
+            self.restore(self.checkpoint)
+            self.config_init.mc_dropout.checkpoint = self.checkpoint["ckpt_path"]
         if self.ckpt_path:
             checkpoint = read_checkpoint(str(self.ckpt_path), check=False)  # `find_run` has checked it
             _compare_data(checkpoint["config"]["data"], self.config.data)
+            self._refuse_change_without_steps(checkpoint)
             self.restore(checkpoint)  # now, so that one that does not fit leaves the run untouched
             step = checkpoint["global_step"]
         if self.config.resume:
             for logger in self.trainer.loggers:
                 if isinstance(logger, ResumableLogger):
                     logger.resume_from(step)
-        if self.offline:  # of this machine, not of the experiment
-            del self.config.trainer.logger.dict_kwargs["mode"]
-        make_run_directory(self.run_dir, bool(self.config.resume))
+        for key, value in self._given_places.items():  # the record is of the experiment, wherever it runs
+            self.config[key] = value
 
     def instantiate_classes(self) -> None:
         super().instantiate_classes()
@@ -122,10 +182,15 @@ class ThinnedCLI(LightningCLI):
             self.trainer_defaults["callbacks"].append(LearningRateMonitor("step"))
         kwargs["plugins"] = [*(self.config_init.get("trainer.plugins") or []), AtomicCheckpointIO()]
         try:
-            return super().instantiate_trainer(**kwargs)
+            trainer = super().instantiate_trainer(**kwargs)
         except (MisconfigurationException, RuntimeError) as error:
             asked = ", ".join(f"trainer.{k}={self.config.trainer[k]}" for k in ("accelerator", "devices", "strategy"))
             raise ValueError(f"Expected settings that can run here, but got {asked}: {error}") from error
+        prepare_own_callbacks(trainer, self.run_dir)
+        on_cpu = trainer.strategy.root_device.type == "cpu"
+        if on_cpu and "bf16" in str(trainer.precision) and (slowdown := bf16_slowdown()) > SLOW:
+            rank_zero_info(f"A matrix product in bf16 takes {slowdown:.1f} times as long as in fp32 on this CPU.")
+        return trainer
 
     def restore(self, checkpoint: dict[str, Any]) -> None:
         """Loads weights and data statistics; raises ValueError if the weights do not fit the model."""
@@ -136,11 +201,24 @@ class ThinnedCLI(LightningCLI):
         if state := checkpoint.get(type(self.datamodule).__qualname__):
             self.datamodule.load_state_dict(state)
 
+    def _refuse_change_without_steps(self, checkpoint: dict[str, Any]) -> None:
+        """Raises a ValueError if a run that has ended resumes with another model, which no step would train."""
+        epochs = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
+        if 0 <= (self.trainer.max_epochs or 0) <= epochs or 0 <= self.trainer.max_steps <= checkpoint["global_step"]:
+            now, before = self.parser.dump(self.config, skip_unset=False), checkpoint["config"]["model"]
+            if changed := _differences(before, yaml.safe_load(now)["model"], "model"):
+                raise ValueError(
+                    f"Expected steps left for another {', '.join(changed)}, but got a run that has ended after epoch "
+                    f"{epochs} and step {checkpoint['global_step']}: raise trainer.max_epochs or trainer.max_steps"
+                )
+
     @property
     def best(self) -> str | None:
         """Path of the best checkpoint of this run; None if it saved none (fast_dev_run)."""
-        checkpoints = self.trainer.checkpoint_callback
-        return checkpoints.best_model_path or None if isinstance(checkpoints, Checkpoints) else None
+        best: str = self.config_init.checkpoint.best_model_path
+        if not best and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            rank_zero_info("There is no best checkpoint, so the weights of the last step are tested.")
+        return best or None
 
     @rank_zero_only
     def print_results(self) -> None:
@@ -172,3 +250,21 @@ def _compare_data(before: dict[str, Any], now: Any) -> None:
         then, given = before.get("init_args", {}).get(key), now.get(f"init_args.{key}")
         if then != given:
             raise ValueError(f"Expected data.{key} {then}, as in the run that resumes, but got {given}")
+
+
+def _refuse_settings_of_training(before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raises a ValueError if a setting that acts in training alone is given for a prediction."""
+    for part, keys in OF_TRAINING.items():
+        settings = {key: value for key, value in before[part].get("init_args", {}).items() if key in keys}
+        given = {key: now[part]["init_args"].get(key) for key in settings}
+        if changed := _differences(settings, given, part):
+            raise ValueError(
+                f"Expected {', '.join(changed)} as in the checkpoint, since it acts in training alone, but got another"
+            )
+
+
+def _differences(before: Any, now: Any, key: str) -> list[str]:
+    """Names the settings that differ, as options of the command line."""
+    if not (isinstance(before, dict) and isinstance(now, dict)):
+        return [] if before == now else [key.replace(".init_args", "")]
+    return [name for k in before | now for name in _differences(before.get(k), now.get(k), f"{key}.{k}")]

@@ -47,7 +47,25 @@ SETTINGS = [
     ("data.init_args.path", "nobody/nothing", ["data.path", "nobody/nothing"]),
     ("data.init_args.batch_size", "0", ["data.batch_size", "0"]),
     ("trainer.devices", "0", ["trainer", "0"]),
+    ("trainer.default_root_dir", "/elsewhere", ["trainer.default_root_dir to be left to runs_dir", "/elsewhere"]),
+    ("checkpoint.dirpath", "/elsewhere", ["checkpoint.dirpath to be left to runs_dir", "/elsewhere"]),
+    ("trainer.logger.init_args.id", "mine", ["trainer.logger.id to be left to runs_dir", "mine"]),
+    ("model.init_args.net.init_args.dropout", "{mlp: 0.1, mlp: 0.2}", ["Expected each key once", "mlp in line 1"]),
 ]
+
+
+@pytest.mark.parametrize(
+    ("option", "known"), [("--trainer.max_ep", "max_epochs"), ("--exper", "experiment"), ("--trainer.log", "logger")]
+)
+def test_abbreviated_option_is_refused(option: str, known: str, run_script: Script) -> None:
+    error = run_script("train", *BASE, option, "1").error
+    assert f"unrecognized arguments: {option} 1" in error
+
+
+def test_key_twice_in_an_overlay(run_script: Script, tmp_path: Path) -> None:
+    (tmp_path / "overlay.yaml").write_text("trainer:\n  max_epochs: 1\nmodel: {}\ntrainer:\n  max_steps: 2\n")
+    error = run_script("train", *BASE, "--config", tmp_path / "overlay.yaml").error
+    assert "Expected each key once in overlay.yaml, but got trainer in line 1 and in line 4" in error
 
 
 @pytest.mark.parametrize("given", ["command line", "yaml"])
@@ -110,6 +128,25 @@ def test_predicting_images_of_another_size(
         error = run_script("predict", *args, "--data.predict_split", split).error
         for text in ("(1, 8, 8)", "(1, 9, 9)", "data.path", str(folder)):
             assert text in error
+
+
+@pytest.mark.parametrize(
+    ("option", "key"),
+    [
+        ("--data.shift", "data.shift"),
+        ("--data.rotation", "data.rotation"),
+        ("--model.warmup_steps", "model.warmup_steps"),
+        ("--model.optimizer.lr", "model.optimizer.lr"),
+    ],
+)
+def test_predicting_with_a_setting_of_training(option: str, key: str, trained: Any, run_script: Script) -> None:
+    error = run_script("predict", "--ckpt_path", trained.run / "checkpoints/best.ckpt", option, 3).error
+    assert f"Expected {key} as in the checkpoint, since it acts in training alone" in error
+
+
+def test_predicting_with_a_setting_of_training_as_it_was(trained: Any, run_script: Script) -> None:
+    checkpoint = trained.run / "checkpoints/best.ckpt"
+    assert run_script("predict", "--ckpt_path", checkpoint, "--data.shift", 0.5, "--data.rotation", 10).status == 0
 
 
 def test_predicting_with_another_net(trained: Any, run_script: Script) -> None:

@@ -38,7 +38,7 @@ def test_resumed_run_is_the_unbroken_run(
     assert yaml.safe_load((first.run / "config.yaml").read_text())["trainer"]["max_epochs"] == 3
 
     logs = [file.name for file in sorted(first.run.glob("wandb/offline-run-*/*.wandb"))]
-    assert logs == [f"run-{first.run.name}.wandb"] * 2  # both under one id
+    assert logs == [f"run-mlp_digits.{first.run.name}.wandb"] * 2  # both under one id
 
 
 def equal(first: dict[str, Any], second: dict[str, Any]) -> bool:

@@ -81,7 +81,7 @@ def test_prompt_from_a_file(sample: Script, tmp_path: Path) -> None:
     [
         (("--prompt", "the FOX!"), "'!', 'F', 'O', 'X'"),
         (("--prompt", ""), "Expected a prompt of at least one token"),
-        (("--prompt", "FILE:nowhere.txt"), "nowhere.txt"),
+        (("--prompt", "FILE:nowhere.txt"), "Expected --prompt FILE:nowhere.txt to be a file of UTF-8 text, but got No"),
         (("--temperature", -1), "Expected temperature to be 0 or more, but got -1.0"),
         (("--top_p", 0), "Expected top_p in (0, 1], but got 0.0"),
         (("--ensemble", 1), "Expected an ensemble of at least 2"),
@@ -92,6 +92,12 @@ def test_prompt_from_a_file(sample: Script, tmp_path: Path) -> None:
 )
 def test_bad_input(sample: Script, options: tuple[object, ...], message: str) -> None:
     assert message in sample(*options).error
+
+
+def test_prompt_in_another_encoding(sample: Script, tmp_path: Path) -> None:
+    (tmp_path / "latin.txt").write_bytes("café".encode("latin-1"))
+    error = sample("--prompt", "FILE:latin.txt").error
+    assert "Expected --prompt FILE:latin.txt to be a file of UTF-8 text, but got 'utf-8' codec" in error
 
 
 # mlp only: begin

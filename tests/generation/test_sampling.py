@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Generator
 
-from thinned.generation.sampling import Sampling, generate, sample_texts
+from thinned.generation.sampling import Sampling, generate, prompt_tokens, sample_texts
 from thinned.models import GPT, DropoutRates
 from thinned.uncertainty.statistics import MCStatistics
 
@@ -17,7 +17,9 @@ RATES = DropoutRates(embedding=0.2, attention=0.2, residual=0.2, mlp=0.2)
 
 
 class Letters:
-    """A tokenizer of the letters a to z."""
+    """A tokenizer of the letters a to z, without an end of text."""
+
+    end_of_text: int | None = None
 
     def encode(self, text: str) -> list[int]:
         return [ord(letter) - ord("a") for letter in text]
@@ -209,3 +211,33 @@ def test_counts_are_positive(options: dict[str, int]) -> None:
 def test_empty_prompt_is_refused() -> None:
     with pytest.raises(ValueError, match="prompt of at least one token"):
         sample_texts(net(), Letters(), "")
+
+
+class Documents(Letters):
+    """Its documents end with z, which is no text then."""
+
+    end_of_text = 25
+
+    def encode(self, text: str) -> list[int]:
+        assert "z" not in text
+        return super().encode(text)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "tokens"),
+    [
+        ("", [25]),
+        ("<|endoftext|>", [25]),
+        ("<|endoftext|>ab", [25, 0, 1]),
+        ("ab<|endoftext|>", [0, 1, 25]),
+        ("a<|endoftext|><|endoftext|>b", [0, 25, 25, 1]),
+        ("azb", [0, 25, 1]),
+        ("ab", [0, 1]),
+    ],
+)
+def test_end_of_text_and_an_empty_prompt_begin_a_document(prompt: str, tokens: list[int]) -> None:
+    assert prompt_tokens(Documents(), prompt) == tokens
+
+
+def test_name_of_an_end_that_there_is_not_is_text() -> None:
+    assert prompt_tokens(Letters(), "<") == [ord("<") - ord("a")]

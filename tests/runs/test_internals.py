@@ -3,20 +3,25 @@
 Each test says where upstream does it. If one fails after an upgrade, look there first.
 """
 
+import inspect
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from pydoc import locate
 from typing import Any
 
 import pytest
 import torch
+from jsonargparse import ActionConfigFile
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, WeightAveraging
+from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.loggers.logger import Logger
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from thinned.runs import internals
+from thinned.runs.messages import Parser
 
 BATCHES = 6
 
@@ -196,3 +201,98 @@ def test_repeat_unbegun_validation(
     with pytest.warns(UserWarning, match="You're resuming from a checkpoint that ended before the epoch ended"):
         fit(resumed, ModelCheckpoint(save_top_k=0), ckpt_path=tmp_path / "begun.ckpt", **options)
     assert resumed.events[:3] == events
+
+
+@pytest.mark.parametrize("interval", [1, 1.0])
+def test_save_best_after_validation(interval: float, fit: Callable[..., Trainer], tmp_path: Path) -> None:
+    """lightning/pytorch/callbacks/model_checkpoint.py:651 compares with 1.0, which 1 is equal to."""
+    checkpoints = ModelCheckpoint(tmp_path)
+    trainer = fit(checkpoints, val_check_interval=interval)
+    assert internals.saves_best_at_epoch_end(checkpoints, trainer)
+    internals.save_best_after_validation(checkpoints, trainer)
+    assert internals.saves_best_at_epoch_end(checkpoints, trainer) == isinstance(interval, float)
+
+
+@pytest.mark.parametrize("given", [None, True, False])
+def test_check_after_validation(given: bool | None) -> None:
+    """lightning/pytorch/callbacks/early_stopping.py:157 chooses the moment if it is None."""
+    stopping = EarlyStopping("val/loss", check_on_train_epoch_end=given)
+    internals.check_after_validation(stopping)
+    assert internals.checks_at_epoch_end(stopping) == bool(given)
+
+
+def test_forget_average(fit: Callable[..., Trainer]) -> None:
+    """lightning/pytorch/callbacks/weight_averaging.py:345 loads the weights of training if there is an average."""
+    averaging = WeightAveraging()
+    trainer = fit(averaging, ModelCheckpoint(save_top_k=0))
+    checkpoint: dict[str, Any] = {"current_model_state": {}, "averaging_state": {}, "state_dict": {}}
+    with pytest.raises(RuntimeError, match="Missing key"):
+        averaging.on_load_checkpoint(trainer, trainer.lightning_module, checkpoint)
+    internals.forget_average(averaging)
+    with pytest.warns(UserWarning, match="but loading a checkpoint outside the 'fit' stage"):
+        averaging.on_load_checkpoint(trainer, trainer.lightning_module, checkpoint)
+
+
+class Parsed(LightningModule):
+    def __init__(self, optimizer: OptimizerCallable = torch.optim.AdamW) -> None:
+        super().__init__()
+
+
+def parsed(*args: str) -> Any:
+    parser = Parser()
+    parser.add_argument("--config", action=ActionConfigFile)
+    parser.add_lightning_class_args(Parsed, "model")
+    return parser.parse_args(list(args)).model.optimizer
+
+
+SGD, ADAMW = "torch.optim.SGD", "torch.optim.AdamW"
+
+
+def spec(class_path: str, **settings: float) -> str:
+    return f"{{model: {{optimizer: {{class_path: {class_path}, init_args: {settings}}}}}}}".replace("'", "")
+
+
+@pytest.mark.parametrize(
+    ("args", "class_path", "changed", "said"),
+    [
+        (("--config", spec(SGD, lr=0.3)), SGD, {"lr": 0.3}, None),
+        (("--config", spec(ADAMW, lr=0.3)), ADAMW, {"lr": 0.3}, None),
+        (
+            ("--config", spec(ADAMW, lr=0.3, weight_decay=0.2), "--model.optimizer", SGD),
+            SGD,
+            {},
+            "lr 0.3, weight_decay 0.2",
+        ),
+        (("--config", spec(ADAMW, lr=0.4), "--model.optimizer.class_path", SGD), SGD, {}, "lr 0.4"),
+        (("--config", spec(ADAMW, lr=0.5), "--config", spec(SGD, momentum=0.1)), SGD, {"momentum": 0.1}, "lr 0.5"),
+        (
+            ("--config", spec(SGD, lr=0.6), "--model.optimizer", ADAMW, "--model.optimizer.lr", "0.7"),
+            ADAMW,
+            {"lr": 0.7},
+            "lr 0.6",
+        ),
+        (("--config", spec(ADAMW, lr=0.8), "--config", spec(ADAMW, eps=0.1)), ADAMW, {"lr": 0.8, "eps": 0.1}, None),
+    ],
+)
+def test_drop_settings_of_another_optimiser(
+    args: tuple[str, ...],
+    class_path: str,
+    changed: dict[str, float],
+    said: str | None,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """jsonargparse/_typehints.py:2450 keeps what the new class takes too, such as a weight decay."""
+    with caplog.at_level("INFO"):
+        got = parsed(*args)
+    defaults = inspect.signature(locate(class_path)).parameters  # type: ignore[arg-type]
+    expected = {key: defaults[key].default for key in vars(got.init_args)} | changed
+    given = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(got.init_args).items()}
+    assert (got.class_path, given) == (class_path, expected)
+    told = [message.rpartition(": ")[2] for message in caplog.messages if "whose settings are left out" in message]
+    assert told == ([f"{said}."] if said else [])
+
+
+def test_refuse_double_keys_in_yaml() -> None:
+    """jsonargparse/_loaders_dumpers.py:134 looks the loader up by its name."""
+    with pytest.raises(ValueError, match="Expected each key once in the yaml, but got lr in line 1 and in line 1"):
+        parsed("--model.optimizer", f"{{class_path: {SGD}, init_args: {{lr: 1, lr: 2}}}}")

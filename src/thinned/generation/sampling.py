@@ -5,6 +5,7 @@ With several networks, the next token is drawn from their mean distribution; eac
 Shapes: B continuations, T tokens, S networks, V vocabulary.
 """
 
+import re
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Generator, Tensor
 
-from thinned.data.tokenizer import Tokenizer
+from thinned.data.tokenizer import END_OF_TEXT, Tokenizer
 from thinned.models.dropout import derive_seed, sites_in
 from thinned.models.gpt import GPT, KVCache
 from thinned.uncertainty.statistics import entropy
@@ -135,6 +136,27 @@ class Sample:
     text: str  # of the continuation
 
 
+def prompt_tokens(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """Returns the tokens of a prompt, in which `<|endoftext|>`, or nothing at all, begins a document.
+
+    Args:
+        tokenizer: The tokenizer; if it has no end of text, a prompt is text and no more.
+        prompt: The prompt; the tokenizer's own name of the end of text stands for it too.
+
+    Raises:
+        ValueError: The tokenizer does not know the text, or the prompt is empty and there is no end of text.
+    """
+    end = tokenizer.end_of_text
+    if end is None:
+        if not prompt:
+            raise ValueError(
+                "Expected a prompt of at least one token, as no token of the vocabulary begins a document, but got none"
+            )
+        return tokenizer.encode(prompt)
+    first, *parts = re.split("|".join(map(re.escape, {END_OF_TEXT, *tokenizer.pieces([end])})), prompt or END_OF_TEXT)
+    return tokenizer.encode(first) + [token for part in parts for token in (end, *tokenizer.encode(part))]
+
+
 def sample_texts(
     net: GPT,
     tokenizer: Tokenizer,
@@ -153,7 +175,7 @@ def sample_texts(
     Args:
         net: The network, in evaluation mode.
         tokenizer: The net's tokenizer.
-        prompt: At least one token of text.
+        prompt: Text to continue; empty to begin a document, as `<|endoftext|>` does in it.
         num_samples: Number of continuations.
         ensemble: S, at least 2: every continuation comes from the mean of S thinned networks instead.
         deterministic: Every continuation comes from the network without dropout instead.
@@ -174,7 +196,7 @@ def sample_texts(
         got = f"ensemble={ensemble}, deterministic={deterministic}, dropout at {sites}"
         raise ValueError(f"Expected {expected}, but got {got}")
     device = next(net.parameters()).device
-    ids = torch.tensor([tokenizer.encode(prompt)], dtype=torch.int64, device=device)
+    ids = torch.tensor([prompt_tokens(tokenizer, prompt)], dtype=torch.int64, device=device)
     tail = 4 * len(stop or "") + 8  # tokens that surely hold the stop text, whatever their bytes
 
     def finished(tokens: list[int]) -> bool:

@@ -15,7 +15,7 @@ from rich.rule import Rule
 from thinned.data.module import data_offers
 from thinned.files import whole_file
 from thinned.generation.highlight import full_scale, highlighted, highlighted_page, measure
-from thinned.generation.sampling import Sample, Sampling, sample_texts
+from thinned.generation.sampling import Sample, Sampling, prompt_tokens, sample_texts
 from thinned.models.dropout import sites_in
 from thinned.models.gpt import GPT
 from thinned.offers import task_offers
@@ -27,7 +27,7 @@ class TextSamples(Callback):
     Prints the continuations, writes `samples.html` to the run's directory, and logs a table `samples` to W&B.
 
     Args:
-        prompt: Text with which each begins.
+        prompt: Text with which each begins; empty to begin a document, as `<|endoftext|>` does in it.
         num_samples: Number of continuations.
         ensemble: Number of thinned networks whose mean continues it; null takes one network for each continuation.
         max_new_tokens: Length of each.
@@ -56,7 +56,7 @@ class TextSamples(Callback):
         tokenizer = data_offers(trainer).tokenizer
         if tokenizer is not None:
             try:
-                tokenizer.encode(self.prompt)
+                prompt_tokens(tokenizer, self.prompt)
             except ValueError as error:  # known at once, not after the training
                 raise ValueError(f"{error} in the prompt {self.prompt!r} (trainer.callbacks.prompt)") from None
 
@@ -69,11 +69,11 @@ class TextSamples(Callback):
             return
         with warnings.catch_warnings(action="ignore", category=UserWarning):  # a sample may exceed the context
             samples = self.sample(net=net, tokenizer=tokenizer, ensemble=self.ensemble if sites_in(net) else None)
-        print_samples(samples)
         page = Path(trainer.default_root_dir, "samples.html")
         content = highlighted_page(samples, f"Samples of {page.parent.name}")
         with whole_file(page) as temporary:
             temporary.write_text(content, encoding="utf-8")
+        print_samples(samples)
         columns = ["prompt", "text", "mean entropy", "mean mutual information"]
         rows = [[s.prompt, s.text, fmean(s.entropy), fmean(s.mutual_information)] for s in samples]
         for logger in trainer.loggers:

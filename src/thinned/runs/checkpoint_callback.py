@@ -7,11 +7,12 @@ validation due after the step, loses the row logged after the checkpoint, and dr
 import time
 from datetime import timedelta
 from math import inf
+from pathlib import Path
 from typing import Any
 from weakref import proxy
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 
 from thinned.runs import internals
@@ -25,8 +26,8 @@ class Checkpoints(ModelCheckpoint):
     """Lightning's `ModelCheckpoint`, from whose files a run resumes exactly, with logs without gap or repetition.
 
     Validations choose `best.ckpt` and write `last.ckpt`, better or not. In between, `last.ckpt` is written after so
-    many steps or so much time, and on SIGTERM or Ctrl-C, which then end the run, even within an epoch or a validation.
-    A second Ctrl-C ends it at once. Nothing is written while gradients are being accumulated.
+    many steps or so much time, after the last step, and on SIGTERM or Ctrl-C, which then end the run, even within an
+    epoch or a validation. A second Ctrl-C ends it at once. Nothing is written while gradients are being accumulated.
 
     Args:
         every_n_train_steps: Number of optimiser steps after which to write `last.ckpt` again.
@@ -48,9 +49,42 @@ class Checkpoints(ModelCheckpoint):
             raise ValueError(f"Expected checkpoint.every_n_train_steps to be 0 or more, but got {every_n_train_steps}")
         self.every_n_train_steps, self.train_time_interval = every_n_train_steps, train_time_interval
 
+    @property
+    def state_key(self) -> str:
+        """Always the same, so that a run which resumes with other settings finds its best score."""
+        return type(self).__qualname__
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"mode": self.mode}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes what an earlier process remembers of the best checkpoints, for the folder in which they are now."""
+        for key in ("monitor", "mode"):
+            if (chosen := state_dict[key]) != (given := getattr(self, key)):
+                raise ValueError(
+                    f"Expected checkpoint.{key} {chosen}, by which the run that resumes has chosen its best "
+                    f"checkpoint, but got {given}"
+                )
+
+        def here(path: str) -> str:
+            inside = Path(path).is_relative_to(state_dict["dirpath"])
+            moved = str(Path(self.dirpath or ".", Path(path).relative_to(state_dict["dirpath"]))) if inside else path
+            return moved if Path(moved).is_file() else ""
+
+        best = {here(path): score for path, score in state_dict["best_k_models"].items() if here(path)}
+        state = state_dict | {"dirpath": self.dirpath, "best_k_models": best}
+        for key in ("best_model_path", "kth_best_model_path", "last_model_path"):
+            state[key] = here(state_dict[key])
+        if self.monitor is not None and not state["best_model_path"]:
+            choose = min if self.mode == "min" else max
+            state["best_model_path"] = choose(best, key=best.__getitem__, default="")
+            state["best_model_score"] = best.get(state["best_model_path"])
+        super().load_state_dict(state)
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
+            internals.save_best_after_validation(self, trainer)
             if self.save_top_k not in (0, 1) and "{" not in str(self.filename):
                 raise ValueError(
                     f"Expected checkpoint.filename to hold a number, as in best-{{step}}, for checkpoint.save_top_k="
@@ -78,7 +112,7 @@ class Checkpoints(ModelCheckpoint):
         self._due |= self._is_due(trainer)
         if _is_epoch_complete(trainer) or internals.validation_follows(trainer):
             return
-        is_last_step = -1 < trainer.max_steps <= trainer.global_step
+        is_last_step = trainer.should_stop or -1 < trainer.max_steps <= trainer.global_step
         if self._due or is_last_step:  # a run with more steps can resume within the epoch
             self._write_last(trainer)
         if not is_last_step:
@@ -103,7 +137,10 @@ class Checkpoints(ModelCheckpoint):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_epoch_end(trainer, pl_module)
-        if (self._due or internals.saves_best_at_epoch_end(self, trainer)) and _is_epoch_complete(trainer):
+        if any(isinstance(c, EarlyStopping) and internals.checks_at_epoch_end(c) for c in trainer.callbacks):  # type: ignore[attr-defined]
+            self._step_of_last = None  # what it has just counted is not in the checkpoint of the validation
+        due = self._due or internals.saves_best_at_epoch_end(self, trainer) or _is_last_epoch(trainer)
+        if due and _is_epoch_complete(trainer):
             self._write_last(trainer)
         self._end_if_told(trainer)
 
@@ -151,6 +188,12 @@ def _is_epoch_complete(trainer: Trainer) -> bool:
     """Whether the epoch's last batch has been processed."""
     batches = trainer.fit_loop.epoch_loop.batch_progress.current.ready
     return batches == trainer.num_training_batches or trainer.is_last_batch
+
+
+def _is_last_epoch(trainer: Trainer) -> bool:
+    """Whether training ends with the epoch that ends."""
+    epochs = vars(trainer.fit_loop.epoch_progress.current)["processed"]
+    return trainer.should_stop or 0 < (trainer.max_epochs or 0) <= epochs
 
 
 def _in_training(trainer: Trainer) -> bool:

@@ -82,8 +82,8 @@ def newest_checkpoint(directory: Path) -> Path | None:
 def last_checkpoint(trainer: Trainer) -> str | Path | None:
     """Returns the path of this run's newest checkpoint, or else of the one that it resumed from."""
     # Not what ModelCheckpoint remembers: a test loads its memory again from the checkpoint that is tested.
-    checkpoints = trainer.checkpoint_callback
-    dirpath = checkpoints.dirpath if isinstance(checkpoints, ModelCheckpoint) else None
+    checkpoints = trainer.checkpoint_callbacks[-1:]  # a person's own come first
+    dirpath = checkpoints[0].dirpath if checkpoints and isinstance(checkpoints[0], ModelCheckpoint) else None
     folder = Path(dirpath or trainer.default_root_dir)
     paths = sorted(folder.glob("[!.]*.ckpt"), key=lambda path: (path.stat().st_mtime_ns, path.name))
     return paths[-1] if paths else trainer.ckpt_path

@@ -4,7 +4,6 @@ import atexit
 import secrets
 import shlex
 import shutil
-import tempfile
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
@@ -12,10 +11,11 @@ from pathlib import Path
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from thinned.runs.checkpoint_io import newest_checkpoint, read_checkpoint
+from thinned.runs.claim import claim, release
 
 
 def find_run(directory: Path, run_id: str | None, resume: str | None, purpose: str) -> tuple[Path, Path | None]:
-    """Returns the directory of a run, and the checkpoint from which it resumes, if it does.
+    """Returns the directory of a run, and the checkpoint from which it is to resume, if one is named.
 
     Args:
         directory: Folder of the experiment, runs/<experiment>.
@@ -32,8 +32,6 @@ def find_run(directory: Path, run_id: str | None, resume: str | None, purpose: s
         raise ValueError(f"Expected run_id to be the name of a directory, but got {run_id!r}")
     run = directory.absolute() / name
     if resume is None:
-        if run_id is not None and run.exists() and rank_zero_only.rank == 0:  # type: ignore[attr-defined]
-            raise ValueError(f"Expected a new run_id, but got that of {run}: resume it by --resume latest")
         return run, None
     if resume == "latest":
         run = _latest(directory.absolute(), purpose) if run_id is None else run
@@ -46,14 +44,21 @@ def find_run(directory: Path, run_id: str | None, resume: str | None, purpose: s
             return run.parents[1], run
         if not any((run / part).exists() for part in ("config.yaml", "checkpoints")):
             raise ValueError(f"Expected resume to be latest, a run, or a checkpoint of one, but got {resume}")
-    if purpose:
-        return run, None
+    return run, None
+
+
+def checkpoint_to_resume(run: Path) -> Path | None:
+    """Returns the newest checkpoint of a run, of which this process has the claim; None if it has none yet.
+
+    Raises:
+        ValueError: All checkpoints are damaged.
+    """
     checkpoint = newest_checkpoint(run / "checkpoints")
     if checkpoint is None and any(run.glob("checkpoints/[!.]*.ckpt")):
         raise ValueError(f"Expected a checkpoint to resume from, but got damaged ones alone: {run / 'checkpoints'}")
     if checkpoint is None:
         rank_zero_info(f"No checkpoint yet, so the run begins again: {run}")
-    return run, checkpoint
+    return checkpoint
 
 
 def _latest(directory: Path, purpose: str) -> Path:
@@ -69,30 +74,57 @@ def _latest(directory: Path, purpose: str) -> Path:
 
 
 @rank_zero_only  # callbacks broadcast this rank's directory
-def make_run_directory(run: Path, resumed: bool) -> None:
-    """Makes the directory of a run; deletes it again at exit if a new run has not started by then."""
+def enter_run(run: Path, new: bool) -> None:
+    """Claims the directory of a run, before anything is read or done in it, until the process ends.
+
+    A directory that this process has made is deleted again at exit if the run has not started by then.
+
+    Args:
+        run: The directory.
+        new: Whether to make it, so that of several runs with one name only one begins.
+
+    Raises:
+        ValueError: It cannot be written, another process is in it, or a new one is there already.
+    """
     try:
-        run.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=run).close()
+        run.parent.mkdir(parents=True, exist_ok=True)
+        makes = new or not run.exists()
+        run.mkdir(exist_ok=not new)  # atomic, on network file systems too
+        claim(run)
+    except FileExistsError:
+        raise ValueError(f"Expected a new run_id, but got that of {run}: resume it by --resume latest") from None
     except OSError as error:
         raise ValueError(f"Expected runs_dir to be writable, but got {error.strerror}: {run}") from error
+    atexit.register(_leave, run, makes)
     for left_by_a_killed_process in run.glob("checkpoints/.*.tmp.ckpt"):
         left_by_a_killed_process.unlink()
-    if not resumed:
-        atexit.register(_discard_unless_started, run)
+    for left_by_a_killed_process in run.glob(".claim.*"):
+        shutil.rmtree(left_by_a_killed_process, ignore_errors=True)
 
 
-def _discard_unless_started(run: Path) -> None:
-    if not (run / "config.yaml").exists():
+def _leave(run: Path, made: bool) -> None:
+    if made and not (run / "config.yaml").exists():
         shutil.rmtree(run, ignore_errors=True)
         with suppress(OSError):
             run.parent.rmdir()
+    release(run)
+
+
+@rank_zero_only
+def enter_folder(folder: Path, key: str) -> None:
+    """Claims a folder that a setting names, as `enter_run` does that of a run."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        claim(folder)
+    except OSError as error:
+        raise ValueError(f"Expected {key} to be writable, but got {error.strerror}: {folder}") from error
+    atexit.register(release, folder)
 
 
 def files_of_run(run: Path) -> str:
     """Lists the files of a run, one a line; W&B's as the command that shows them."""
     paths = [path.relative_to(run) for path in sorted(run.rglob("*")) if path.is_file()]
-    lines = [f"Run: {run}", *(f"  {path}" for path in paths if path.parts[0] != "wandb")]
+    lines = [f"Run: {run}", *(f"  {path}" for path in paths if path.parts[0] not in ("wandb", ".claim"))]
     if any(path.parts[0] == "wandb" for path in paths):
         lines.append(f"Dashboard: wandb leet {shlex.quote(str(run / 'wandb'))}")
     return "\n".join(lines)

@@ -1,20 +1,16 @@
 """Loggers that record each step once, however often the run was killed and resumed."""
 
 import csv
-import os
-import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import Namespace
 from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch import loggers
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from thinned.files import whole_file
-from thinned.runs.wandb_server import wandb_offline_reason
 
 
 class ResumableLogger:
@@ -128,13 +124,13 @@ class _MetricsWriter(ExperimentWriter):
         if not self.path.exists() or any(row.keys() - set(self.metrics_keys) for row in self.metrics):
             self._rewrite([*_read_rows(self.path), *self.metrics])
         else:
-            with self.path.open("a", newline="") as file:
+            with self.path.open("a", newline="", encoding="utf-8") as file:
                 csv.DictWriter(file, self.metrics_keys).writerows(self.metrics)
         self.metrics = []
 
     def _rewrite(self, rows: Sequence[Mapping[str, Any]]) -> None:
         self.metrics_keys = sorted({key for row in rows for key in row} | {"step"})
-        with whole_file(self.path) as temporary, temporary.open("w", newline="") as file:
+        with whole_file(self.path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, self.metrics_keys)
             writer.writeheader()
             writer.writerows(rows)
@@ -142,34 +138,7 @@ class _MetricsWriter(ExperimentWriter):
 
 def _read_rows(path: Path) -> list[dict[str, str]]:
     """Returns the complete rows of a metrics file, without empty values."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
     whole = [line for line in lines if line.endswith("\n")]  # the last is not if the process was killed in it
     rows = [{key: value for key, value in row.items() if value} for row in csv.DictReader(whole)]
     return [row for row in rows if "step" in row]
-
-
-def fill_in_logger(logger: Any, run: Path, experiment: str) -> bool:
-    """Fills in what a logger's config takes from its run: the directory, the name, and whether W&B can be reached.
-
-    Returns:
-        Whether a run that should be online was set to offline.
-    """
-    if not isinstance(logger, Namespace):
-        return False
-    options = logger.init_args
-    options.save_dir = str(run)
-    if logger.class_path.endswith("CSVLogger"):
-        options.name, options.version = "", ""
-    if not logger.class_path.endswith("WandbLogger"):
-        return False
-    options.id, options.name = run.name, f"{experiment} {run.name}"  # the id makes a resumed run the same one
-    chosen = options.offline or "WANDB_MODE" in os.environ or "mode" in logger.get("dict_kwargs", {})
-    if chosen or getattr(rank_zero_only, "rank", 0) != 0 or not (reason := wandb_offline_reason()):
-        return False
-    logger.dict_kwargs = {**logger.get("dict_kwargs", {}), "mode": "offline"}
-    directory = shlex.quote(str(run / "wandb"))
-    rank_zero_info(
-        f"W&B: {reason}, so this run is logged offline. Look at it with "
-        f"`wandb leet {directory}`, send it with `wandb sync {directory}/offline-run-*`."
-    )
-    return True

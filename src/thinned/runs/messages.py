@@ -2,36 +2,79 @@
 
 import difflib
 import inspect
+import io
 import os
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stderr, suppress
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 from pydoc import locate
-from typing import NoReturn, cast
+from typing import Any, NoReturn, cast
 
 import wandb
+from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser
 
+from thinned.runs import internals
+from thinned.runs.blame import origin
+from thinned.runs.double_keys import refuse_double_keys
 from thinned.runs.interruption import ended_by_sigterm
 from thinned.runs.lost_ranks import is_lost_rank, lost_rank_message
+
+SAY_WHAT_TO_CHANGE = (OSError, MisconfigurationException, wandb.errors.Error)
+SAYS_WHAT_TO_CHANGE = re.compile("Expected|Parser key|[Uu]nrecognized|Problem with|Option|Key ")
 
 
 @contextmanager
 def one_message() -> Iterator[None]:
-    """Ends the program with one line and status 1 on bad input; THINNED_TRACEBACK=1 shows the traceback."""
+    """Ends the program with one line and status 1 on any error; THINNED_TRACEBACK=1 shows the traceback instead."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # what it cannot encode is shown as well as it goes
+            stream.reconfigure(errors="backslashreplace")
     try:
         with ended_by_sigterm():
             yield
-    except (ValueError, OSError, RuntimeError, MisconfigurationException, wandb.errors.Error) as error:
-        lost = is_lost_rank(error)
-        if os.environ.get("THINNED_TRACEBACK") or (isinstance(error, RuntimeError) and not lost):
+    except Exception as error:
+        if os.environ.get("THINNED_TRACEBACK"):
             raise
-        message, separator = (lost_rank_message(error), ": ") if lost else (str(error), " ")
-        sys.stderr.write(f"error: {separator.join([plain(message), *getattr(error, '__notes__', [])])}\n")
+        line = _one_line(error)
+        _end_wandb()
+        sys.stderr.write(f"error: {line}\n")
         sys.exit(1)
+
+
+def restart_in_utf8() -> None:
+    """Starts this program again in Python's UTF-8 mode if file names and files would be written in another encoding."""
+    if sys.getfilesystemencoding() != "utf-8" and os.environ.get("PYTHONUTF8") != "1":
+        os.environ["PYTHONUTF8"] = "1"
+        os.execv(sys.executable, sys.orig_argv)
+
+
+def _one_line(error: Exception) -> str:
+    """Returns the message of an error that says what to change, or else what is known of where it comes from."""
+    notes = getattr(error, "__notes__", [])
+    if is_lost_rank(error):
+        return ": ".join([lost_rank_message(error), *notes])
+    message = plain(str(error))
+    if isinstance(error, SAY_WHAT_TO_CHANGE) or (isinstance(error, ValueError) and SAYS_WHAT_TO_CHANGE.match(message)):
+        return " ".join([message, *notes])
+    if isinstance(error.__cause__, Exception):  # such as what failed while jsonargparse built an object
+        return _one_line(error.__cause__)
+    described = f"{type(error).__name__}: {message}" if message else type(error).__name__
+    where = ", ".join(part for part in (origin(error), "THINNED_TRACEBACK=1 shows the traceback") if part)
+    return " ".join([described, *notes, f"({where})"])
+
+
+def _end_wandb() -> None:
+    """Ends W&B's run now, so that an error stands below what it prints; a run that is deleted cannot be synced."""
+    if wandb.run is None:
+        return
+    started = (Path(wandb.run.dir).parents[2] / "config.yaml").exists()
+    with suppress(Exception), nullcontext() if started else redirect_stderr(io.StringIO()):
+        wandb.finish(exit_code=1)
 
 
 def plain(message: str) -> str:
@@ -51,7 +94,19 @@ def plain(message: str) -> str:
 
 
 class Parser(LightningArgumentParser):
-    """Raises ValueError with one line for input that does not parse, and names the key nearest to an unknown one."""
+    """Raises ValueError with one line for input that does not parse, and names the key nearest to an unknown one.
+
+    It takes no abbreviated option, no key twice, and no setting of an optimiser for one of another class.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+        internals.refuse_double_keys_in_yaml()
+        internals.drop_settings_of_another_optimiser()
+
+    def parse_string(self, content: str, path: Any = "", **kwargs: Any) -> Namespace:
+        refuse_double_keys(content, str(path) or "the yaml")
+        return super().parse_string(content, path, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if not self.exit_on_error:  # an inner parser, whose error the outer one reports

@@ -30,7 +30,7 @@ class RunRecord(SaveConfigCallback):
             return
         self.already_saved = True
         with whole_file(Path(trainer.default_root_dir, "config.yaml")) as temporary:
-            temporary.write_text(self.text)
+            temporary.write_text(self.text, encoding="utf-8")
         for logger in trainer.loggers:
             logger.log_hyperparams(self.content)
 

@@ -8,8 +8,8 @@ from pydoc import locate
 from typing import Any, ClassVar
 
 import torch
-from lightning.pytorch import LightningModule
-from lightning.pytorch.callbacks import BasePredictionWriter
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import BasePredictionWriter, GradientAccumulationScheduler
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 
 from thinned.models.net import logits_in, net_offers
 
@@ -32,6 +33,17 @@ def warmup_cosine(step: int, warmup_steps: int, total_steps: float, final_fracti
         return (step + 1) / (warmup_steps + 1)
     progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
     return final_fraction + (1 - final_fraction) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def total_steps(trainer: Trainer) -> float:
+    """Returns the number of optimiser steps of a whole training; inf if it has no end."""
+    schedules = [c for c in trainer.callbacks if isinstance(c, GradientAccumulationScheduler)]  # type: ignore[attr-defined]
+    epochs, batches = trainer.max_epochs or 0, trainer.num_training_batches
+    if not schedules or epochs < 1 or batches == math.inf:
+        return trainer.estimated_stepping_batches
+    # Lightning 2.6.6 takes the accumulation of the epoch at hand for all epochs.
+    steps: int = sum(math.ceil(batches / schedules[-1].get_accumulate_grad_batches(epoch)) for epoch in range(epochs))
+    return steps if trainer.max_steps < 0 else min(steps, trainer.max_steps)
 
 
 def decay_groups(net: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
@@ -128,6 +140,7 @@ class Task(LightningModule):
         # Lightning builds net and optimiser from their specs with this function.
         self.hparams["_instantiator"] = "lightning.pytorch.cli.instantiate_module"
         self.kept: list[Tensor] = []
+        self._given: list[dict[str, Any]] = []  # Settings of the optimiser's groups, as configured.
 
     def forward(self, inputs: Any) -> Tensor:
         """Returns the logits."""
@@ -190,14 +203,55 @@ class Task(LightningModule):
         sizes = [f"{len(group)} tensors with {sum(p.numel() for p in group):,}" for group in (decay, no_decay)]
         rank_zero_info(f"Weight decay on {sizes[0]} weights, none on {sizes[1]}.")
         optimizer = self.optimizer([{"params": decay}, {"params": no_decay, "weight_decay": 0.0}])
+        self._given = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+        optimizer.register_load_state_dict_pre_hook(_refuse_state_of_another_class)
         if (constrain := net_offers(self.net).constrain_max_norm_) is not None:
             optimizer.register_step_post_hook(lambda *_: constrain())
+
+        if self.trainer.max_epochs == self.trainer.max_steps == -1:
+            rank_zero_info("Training has no last step: after the warm-up, the learning rate stays at its peak.")
 
         def fraction(step: int) -> float:
             # Asking for the total builds the data loader, whose workers fetch at once. At step 0 a resumed run does not
             # know its position yet, and the total does not matter.
-            total = self.trainer.estimated_stepping_batches if step else math.inf
+            total = total_steps(self.trainer) if step else math.inf
             return warmup_cosine(step, self.warmup_steps, total, self.final_lr_fraction)
 
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, fraction)
+        scheduler = LambdaLR(optimizer, fraction)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_train_start(self) -> None:
+        """Gives the optimiser of a resumed run the settings of now; Lightning has loaded those of the checkpoint."""
+        if not self._given:  # A subclass configures its optimisers itself.
+            return
+        (optimizer,), scheduler = self.trainer.optimizers, self.trainer.lr_scheduler_configs[0].scheduler
+        assert isinstance(scheduler, LambdaLR)
+        changes: dict[str, tuple[Any, Any]] = {}
+        for i, (group, given) in enumerate(zip(optimizer.param_groups, self._given, strict=True)):
+            rate = given["lr"] * scheduler.lr_lambdas[i](scheduler.last_epoch)
+            before = group | {"lr": group["initial_lr"], "learning rate of the next step": group["lr"]}
+            now = given | {"learning rate of the next step": rate}
+            for key in now:
+                if _plain(before[key]) != _plain(now[key]):
+                    changes.setdefault(key, (before[key], now[key]))
+            group.update(given, lr=rate, initial_lr=given["lr"])
+        scheduler.base_lrs = [given["lr"] for given in self._given]
+        if changes:
+            said = ", ".join(f"{key} {_plain(now)} (was {_plain(before)})" for key, (before, now) in changes.items())
+            rank_zero_info(f"The optimiser resumes with other settings: {said}.")
+
+
+def _refuse_state_of_another_class(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+    unknown = optimizer.param_groups[0].keys() ^ state_dict["param_groups"][0].keys()
+    if unknown - {"initial_lr"}:
+        raise ValueError(
+            f"Expected model.optimizer of the class that the checkpoint was trained with, but got "
+            f"{type(optimizer).__name__}, whose settings are others ({', '.join(sorted(unknown))})"
+        )
+
+
+def _plain(value: Any) -> Any:
+    """Returns a setting as a checkpoint and a config alike hold it."""
+    if isinstance(value, list):
+        return tuple(value)
+    return value.item() if isinstance(value, Tensor) else value

@@ -1,0 +1,106 @@
+"""The loggers of a run: as a person chose them, with all their files in the directory of the run."""
+
+import inspect
+import os
+import re
+import shlex
+from collections.abc import Mapping
+from copy import deepcopy
+from pathlib import Path
+from pydoc import locate
+from typing import Any, cast
+
+from jsonargparse import Namespace
+from lightning.pytorch import loggers as lightning_loggers
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+
+from thinned.runs.loggers import CSVLogger, WandbLogger
+from thinned.runs.wandb_server import wandb_offline_reason
+
+PLACES = ("save_dir", "dir", "root_dir", "id", "version", "name")  # what a logger takes from its run
+
+
+def fill_in_loggers(given: Any, run: Path, experiment: str) -> Any:
+    """Fills in what loggers take from their run: the directory, W&B's name and id, and whether W&B can be reached.
+
+    Args:
+        given: `trainer.logger` of the config; true and null stand for a `CSVLogger`.
+        run: Directory of the run.
+        experiment: Its experiment.
+
+    Returns:
+        The loggers for the trainer; the given ones stay as they are.
+
+    Raises:
+        ValueError: A logger is given a place of its own, or two would write the same files.
+    """
+    if given is False:
+        return False
+    if given in (None, True):
+        rank_zero_info("Expected trainer.logger to be a logger or false, but got none: metrics.csv is written.")
+        given = _namespace(class_path="thinned.runs.CSVLogger")
+    filled = [_placed(deepcopy(logger), run, experiment) for logger in (given if isinstance(given, list) else [given])]
+    by_class = {cast(type, locate(logger.class_path)): logger for logger in filled}
+    if len(by_class) < len(filled):
+        raise ValueError(
+            f"Expected trainer.logger with one logger of a class, but got {[c.class_path for c in filled]}"
+        )
+    wandb_loggers = [logger for logger_class, logger in by_class.items() if issubclass(logger_class, WandbLogger)]
+    if wandb_loggers and by_class.pop(cast(type, CSVLogger), None) is not None:
+        rank_zero_info("WandbLogger writes metrics.csv too, so CSVLogger is left out.")
+    for logger in wandb_loggers:
+        _set_offline_if_need_be(logger, run)
+    return list(by_class.values())
+
+
+def _placed(logger: Namespace, run: Path, experiment: str) -> Namespace:
+    """Returns the config of one logger with the places of its run."""
+    logger_class = cast(type, locate(logger.class_path))
+    for ours in (CSVLogger, WandbLogger):
+        if logger_class is getattr(lightning_loggers, ours.__name__):  # which begins anew when a run resumes
+            logger_class, logger.class_path = ours, f"thinned.runs.{ours.__name__}"
+    parameters = inspect.signature(logger_class).parameters
+    is_wandb = issubclass(logger_class, WandbLogger)
+    logger.init_args = logger.get("init_args") or _namespace()
+    given: Mapping[str, Any] = {**vars(logger.init_args), **logger.get("dict_kwargs", {})}
+    for key in PLACES:
+        default = parameters[key].default if key in parameters else None
+        if given.get(key) not in (None, "", ".", default) and not (is_wandb and key == "name"):
+            raise ValueError(
+                f"Expected trainer.logger.{key} to be left to runs_dir, experiment and run_id, but got {given[key]!r}"
+            )
+    if "save_dir" in parameters:
+        logger.init_args.save_dir = str(run)
+    if is_wandb:
+        logger.init_args.id = wandb_id(experiment, run.name)  # makes a resumed run the same one
+        logger.init_args.name = given.get("name") or f"{experiment} {run.name}"
+    elif {"name", "version"} <= parameters.keys():
+        logger.init_args.name = logger.init_args.version = ""
+    return logger
+
+
+def _namespace(**content: Any) -> Namespace:
+    return Namespace(**content)  # type: ignore[no-untyped-call]
+
+
+def wandb_id(experiment: str, run: str) -> str:
+    """Returns an id that no other run of the project has, of characters that W&B takes.
+
+    >>> wandb_id("mlp_digits", "20260101-120000-ab12"), wandb_id("a.b", "c"), wandb_id("a", "b.c")
+    ('mlp_digits.20260101-120000-ab12', 'a=2e=b.c', 'a.b=2e=c')
+    """
+    return ".".join(re.sub(r"[^A-Za-z0-9_-]", lambda c: f"={ord(c[0]):x}=", part) for part in (experiment, run))
+
+
+def _set_offline_if_need_be(logger: Namespace, run: Path) -> None:
+    """Sets a W&B logger to offline if its server cannot be reached, and says so."""
+    options = logger.get("dict_kwargs", {})
+    chosen = logger.init_args.get("offline") or "WANDB_MODE" in os.environ or "mode" in options
+    if chosen or getattr(rank_zero_only, "rank", 0) != 0 or not (reason := wandb_offline_reason()):
+        return
+    logger.dict_kwargs = {**options, "mode": "offline"}
+    directory = shlex.quote(str(run / "wandb"))
+    rank_zero_info(
+        f"W&B: {reason}, so this run is logged offline. Look at it with "
+        f"`wandb leet {directory}`, send it with `wandb sync {directory}/offline-run-*`."
+    )

@@ -1,0 +1,128 @@
+"""Callbacks that a person adds: They change nothing of what is tested and resumed, or are refused before training."""
+
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    EarlyStopping,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
+from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
+from lightning.pytorch.utilities import rank_zero_info
+
+from thinned.runs import internals
+from thinned.runs.checkpoint_callback import Checkpoints
+
+REFUSED: dict[type[Callback], str] = {
+    StochasticWeightAveraging: "its average is in no checkpoint, so it is not what is tested: WeightAveraging or "
+    "EMAWeightAveraging of lightning.pytorch.callbacks keep theirs",
+    LearningRateFinder: "the rate that it finds is not the one in config.yaml: set model.optimizer.lr",
+    BatchSizeFinder: "the size that it finds is not the one in config.yaml: set data.batch_size",
+}
+
+
+class OwnCallbacks(Callback):
+    """Watches the callbacks that a person adds to `trainer.callbacks`.
+
+    Refuses those whose effect is lost, and a monitor that nothing logs. A run that `EarlyStopping` has stopped stays
+    stopped when it resumes, until it is left out or has more patience.
+    """
+
+    def __init__(self) -> None:
+        self._patience: dict[EarlyStopping, int] = {}
+        self._strict: dict[EarlyStopping, bool] = {}
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        if stage != "fit":
+            for average in (c for c in callbacks if isinstance(c, WeightAveraging)):
+                internals.forget_average(average)
+            return
+        stoppers = [c for c in callbacks if isinstance(c, EarlyStopping)]
+        for stopping in stoppers:
+            if stopping.monitor.startswith("val") and not trainer.enable_validation:
+                raise ValueError(f"Expected a validation for {_key(stopping)}.monitor {stopping.monitor}, but got none")
+        self._patience = {stopping: stopping.patience for stopping in stoppers}
+
+    def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Raises a ValueError for a monitor that the validation does not log, and training surely neither."""
+        logged = sorted(trainer.callback_metrics)
+        foreign = not type(pl_module).__module__.startswith("thinned.")  # may log anything in training
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            monitor = getattr(callback, "monitor", None)
+            if not isinstance(monitor, str) or monitor in logged or monitor.startswith("train"):
+                continue
+            if not foreign or monitor.startswith(("val", "test")):
+                raise ValueError(
+                    f"Expected {_key(callback)}.monitor to be logged, as are {', '.join(logged)} and train/loss, but "
+                    f"got {monitor!r}"
+                )
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        averages = any(isinstance(c, WeightAveraging) for c in trainer.callbacks)  # type: ignore[attr-defined]
+        if trainer.state.fn == "fit" and "averaging_state" in checkpoint and not averages:
+            raise ValueError(
+                "Expected trainer.callbacks with the WeightAveraging of the run that resumes, but got none: the "
+                "weights in its checkpoints are averages"
+            )
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, GradientAccumulationScheduler):  # Lightning 2.6.6 forgets it within an epoch
+                trainer.accumulate_grad_batches = callback.get_accumulate_grad_batches(trainer.current_epoch)
+            if isinstance(callback, EarlyStopping):
+                self._resume(callback, trainer)
+                if trainer.ckpt_path:  # with max_steps, Lightning 2.6.6 ends the last epoch again, without its metrics
+                    self._strict[callback], callback.strict = callback.strict, False
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        for stopping, strict in self._strict.items():
+            stopping.strict = strict
+        self._strict.clear()
+
+    def _resume(self, stopping: EarlyStopping, trainer: Trainer) -> None:
+        stopping.patience = self._patience[stopping]  # not that of the checkpoint
+        reason = stopping.stopping_reason
+        if reason == EarlyStoppingReason.NOT_STOPPED:
+            return
+        if reason == EarlyStoppingReason.PATIENCE_EXHAUSTED and stopping.wait_count < stopping.patience:
+            stopping.stopping_reason = EarlyStoppingReason.NOT_STOPPED
+            return
+        trainer.should_stop = True
+        rank_zero_info(
+            f"EarlyStopping ({stopping.monitor}, patience {stopping.patience}) has stopped this run after epoch "
+            f"{stopping.stopped_epoch}, so it stays stopped. To train on, leave it out or raise its patience."
+        )
+
+
+def _key(callback: Callback) -> str:
+    return "checkpoint" if isinstance(callback, Checkpoints) else f"trainer.callbacks.{type(callback).__name__}"
+
+
+def prepare_own_callbacks(trainer: Trainer, run: Path) -> None:
+    """Keeps files of callbacks apart, and their state in the checkpoint of the moment in which it changes.
+
+    Args:
+        trainer: The trainer, before it is used.
+        run: Directory of the run.
+
+    Raises:
+        ValueError: The effect of a callback would be lost, or a mode does not fit what it monitors.
+    """
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        for refused, why in REFUSED.items():
+            if isinstance(callback, refused):
+                raise ValueError(f"Expected trainer.callbacks without {type(callback).__name__}, but got one: {why}")
+        mode, monitor = getattr(callback, "mode", None), str(getattr(callback, "monitor", None))
+        if mode == "min" and monitor.endswith("accuracy"):
+            raise ValueError(f"Expected {_key(callback)}.mode max for {monitor}, but got min")
+        if type(callback) is ModelCheckpoint and not callback.dirpath:  # else both may write last.ckpt
+            callback.dirpath = str(run / "model_checkpoint")
+        if isinstance(callback, EarlyStopping) and not monitor.startswith("train"):
+            internals.check_after_validation(callback)
