@@ -69,13 +69,15 @@ def test_another_set_is_predicted_as_a_whole(said: list[str]) -> None:
     assert after.facts is None
     assert after.sources["test"] == ("a", "b")
     assert after.rows["test"].tolist() == list(range(29))
-    assert said == ["data.path holds other examples than were trained on: all 29 are predicted"]
+    assert said == [
+        "data.path is another set than that of the training, so all 29 are predicted: byte for byte, none is known"
+    ]
 
 
 def test_a_stored_split_that_has_gone_is_refused() -> None:
     stored = {"train": hashes(50), "test": hashes(7, 60)}
     facts = arrange(stored, {"train": "train", "test": "test"}, ASKED).facts
-    with pytest.raises(ValueError, match=r"stored splits of the training in data\.path, but got no \['test'\]"):
+    with pytest.raises(ValueError, match=r"stored splits of the training in data\.path, but got no 'test'"):
         arrange({"train": hashes(50)}, {"train": "train"}, ASKED, facts)
 
 
@@ -89,3 +91,34 @@ def test_examples_of_both_are_said(said: list[str]) -> None:
 def test_an_empty_split_is_refused() -> None:
     with pytest.raises(ValueError, match="Expected examples for val, but got none of the 3 in split 'train'"):
         arrange({"train": hashes(3)}, {"train": "train"}, ASKED | {"val_fraction": 1e-9, "test_fraction": 0.5})
+
+
+def test_a_few_shared_examples_do_not_make_it_the_same_set(said: list[str]) -> None:
+    before = arrange({"train": hashes(5000)}, {"train": "train"}, ASKED)
+    known = hashes(5000)[before.rows["train"]]
+    few = np.sort(known)[:2]  # two of the sketch
+    after = arrange({"train": np.concatenate([hashes(400, 9000), few])}, {"train": "train"}, ASKED, before.facts)
+    assert len(after.rows["test"]) == 402
+    assert said[-1].endswith("all 402 are predicted: 2 of 64 remembered training examples are among them")
+    part = arrange({"train": known[:300]}, {"train": "train"}, ASKED, before.facts)
+    assert len(part.rows["train"]) == 300
+    assert len(part.rows["test"]) == 0
+
+
+def test_stored_splits_that_are_swapped_are_refused() -> None:
+    stored = {"train": hashes(600), "test": hashes(100, 600)}
+    names: Any = {"train": "train", "test": "test"}
+    facts = arrange(stored, names, ASKED).facts
+    with pytest.raises(
+        ValueError, match=r"a stored split 'test' in data.path that was not trained on, but got one with"
+    ):
+        arrange({"train": stored["test"], "test": stored["train"]}, names, ASKED, facts)
+
+
+def test_stored_splits_may_get_another_of_their_names(said: list[str]) -> None:
+    stored = {"train": hashes(600), "test": hashes(100, 600)}
+    facts = arrange(stored, {"train": "train", "test": "test"}, ASKED).facts
+    renamed = {"Training": stored["train"], "testing": stored["test"]}
+    after = arrange(renamed, {"train": "Training", "test": "testing"}, ASKED, facts)
+    assert after.sources["test"] == ("testing",)
+    assert said == []

@@ -60,6 +60,6 @@ def sketch(hashes: np.ndarray) -> list[str]:
     return [f"{value:016x}" for value in np.unique(hashes)[:SKETCH].tolist()]
 
 
-def is_known(drawn: list[str], hashes: np.ndarray) -> bool:
-    """Returns whether a set holds any of the examples of a sketch."""
-    return bool(np.isin(np.array([int(value, 16) for value in drawn], np.uint64), hashes).any())
+def shared(drawn: list[str], hashes: np.ndarray) -> int:
+    """Returns how many examples of a sketch a set holds."""
+    return int(np.isin(np.array([int(value, 16) for value in drawn], np.uint64), hashes).sum())

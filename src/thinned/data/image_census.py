@@ -45,10 +45,10 @@ def take_census(images: StoredImages, cache: Path) -> np.ndarray:
     if len(images) >= MANY:
         cache.mkdir(parents=True, exist_ok=True)
     with FileLock(kept.with_suffix(".lock")) if len(images) >= MANY else nullcontext():  # one process, others wait
-        known = np.load(kept) if kept.exists() else None
+        known = _read(kept, FILES if in_files else CENSUS)
         if in_files:
             found = _of_files(images, known)
-        elif known is not None:
+        elif known is not None and len(known) == len(images):
             found = known
         else:
             found = np.fromiter((_examine(images, row, stored) for row, stored in _stored(images)), CENSUS, len(images))
@@ -56,6 +56,15 @@ def take_census(images: StoredImages, cache: Path) -> np.ndarray:
             with whole_file(kept) as temporary:
                 np.save(temporary, found)
     return found[list(CENSUS.names or ())].astype(CENSUS)
+
+
+def _read(kept: Path, kind: np.dtype[Any]) -> np.ndarray | None:
+    """Returns what was kept; None if there is nothing, or it is damaged."""
+    try:
+        known: np.ndarray = np.load(kept)
+    except (OSError, EOFError, ValueError):
+        return None
+    return known if known.dtype == kind else None
 
 
 def _of_files(images: StoredImages, known: np.ndarray | None) -> np.ndarray:

@@ -9,10 +9,12 @@ from typing import Any, get_args
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_info
 
-from thinned.data.content_split import digest, is_known, sketch, split_by_content
+from thinned.data.content_split import digest, shared, sketch, split_by_content
 from thinned.data.order import Split
+from thinned.data.split_names import split_of
 
 RULE = "content"
+KNOWN = 0.1  # from this share of the training examples on, a set is that of the training
 SPLITS: tuple[Split, ...] = get_args(Split)
 
 
@@ -49,22 +51,23 @@ def arrange(
         trained: The facts of a checkpoint; None in training.
 
     Raises:
-        ValueError: If a split is empty, or a stored split has gone.
+        ValueError: If a split is empty, or a stored split has gone or has got examples of the training.
     """
     names = tuple(hashes)
     if trained is None:
         test = assigned.get("test", assigned.get("val", assigned["train"]))
         val = assigned.get("val", test)
         stored = {"train": assigned["train"], "val": val if val != test else assigned["train"], "test": test}
-    elif not is_known(trained["sketch"], np.concatenate([*hashes.values()])):
-        total = sum(map(len, hashes.values()))
-        rank_zero_info(f"data.path holds other examples than were trained on: all {total} are predicted")
-        whole = np.arange(total)
+    elif not _is_trained_on(trained, everything := np.concatenate([*hashes.values()])):
+        whole = np.arange(len(everything))
         return Arrangement(dict.fromkeys(SPLITS, names), dict.fromkeys(SPLITS, whole), None)
     else:
-        stored = trained["stored"]
-        if missing := sorted({*stored.values()} - {*names}):
-            raise ValueError(f"Expected the stored splits of the training in data.path, but got no {missing}")
+        now = {split_of(name) or name: name for name in names}  # they may be called otherwise by now
+        if missing := [name for name in trained["stored"].values() if (split_of(name) or name) not in now]:
+            raise ValueError(f"Expected the stored splits of the training in data.path, but got no {missing[0]!r}")
+        stored = {split: now[split_of(name) or name] for split, name in trained["stored"].items()}
+        if unused := [name for name in names if name not in stored.values()]:
+            rank_zero_info(f"data.path has changed since the training: its stored {unused} are not used")
     drawn = [split for split in SPLITS[1:] if stored[split] == stored["train"]]
     keys = ["split_seed", *(f"{split}_fraction" for split in drawn)] if drawn else []
     settings = {key: (trained or asked)[key] for key in keys}
@@ -76,7 +79,7 @@ def arrange(
     rows = {s: parts[s] if stored[s] == stored["train"] else np.arange(len(hashes[stored[s]])) for s in SPLITS}
     of_split = {split: hashes[stored[split]][rows[split]] for split in SPLITS}
     for split, examples in of_split.items():
-        if not len(examples):
+        if trained is None and not len(examples):
             raise ValueError(
                 f"Expected examples for {split}, but got none of the {len(hashes[stored[split]])} in split "
                 f"{stored[split]!r} of data.path: choose other fractions or another data.split_seed"
@@ -84,6 +87,13 @@ def arrange(
     for split in set(SPLITS[1:]) - set(drawn):
         if twice := int(np.isin(of_split[split], of_split["train"]).sum()):
             rank_zero_info(f"{twice} of {len(of_split[split])} examples for {split} are in the training split too")
+    drawn_of = sketch(of_split["train"])
+    overlap = {split: shared((trained or {"sketch": drawn_of})["sketch"], of_split[split]) for split in SPLITS[1:]}
+    if trained and (moved := [split for split in overlap if overlap[split] > trained["overlap"][split]]):
+        raise ValueError(
+            f"Expected a stored split {stored[moved[0]]!r} in data.path that was not trained on, but got one with "
+            "examples of the training"
+        )
     counts = {split: len(examples) for split, examples in of_split.items()}
     digests = {split: digest(examples) for split, examples in of_split.items()}
     if trained:
@@ -91,7 +101,16 @@ def arrange(
             if digests[split] != trained["digests"][split]:
                 before = trained["counts"][split]
                 rank_zero_info(f"data.path has changed since the training: {counts[split]} {split}, then {before}")
-    facts = {"rule": RULE, **settings, "stored": stored, "counts": counts, "digests": digests}
-    return Arrangement(
-        {split: (stored[split],) for split in SPLITS}, rows, facts | {"sketch": sketch(of_split["train"])}
-    )
+    facts = {"rule": RULE, **settings, "stored": stored, "counts": counts, "digests": digests, "overlap": overlap}
+    return Arrangement({split: (stored[split],) for split in SPLITS}, rows, facts | {"sketch": drawn_of})
+
+
+def _is_trained_on(trained: Mapping[str, Any], hashes: np.ndarray) -> bool:
+    """Returns whether a set is that of the training, or a part of it, and says what it is otherwise."""
+    hits = shared(trained["sketch"], hashes)
+    number = len(trained["sketch"])
+    if hits and (hits >= KNOWN * number or 2 * hits / number * trained["counts"]["train"] >= len(hashes)):
+        return True
+    said = f"{hits} of {number} remembered training examples are among them" if hits else "byte for byte, none is known"
+    rank_zero_info(f"data.path is another set than that of the training, so all {len(hashes)} are predicted: {said}")
+    return False

@@ -27,7 +27,7 @@ from thinned.data.image_splits import arrange
 from thinned.data.labels import Labels, label_column, match_names, read_labels, shortened
 from thinned.data.module import SplitDataModule
 from thinned.data.order import Split
-from thinned.data.pixels import COLOUR, DEPTH, FRAMES, SCALES
+from thinned.data.pixels import COLOUR, DEPTH, FRAMES, NARROWED, SCALES
 from thinned.data.split_names import assign_splits
 
 HalfTurn = restricted_number_type("HalfTurn", float, [(">=", 0), ("<=", 180)], docstring="Degrees in [0, 180].")
@@ -182,6 +182,8 @@ class ImageDataModule(SplitDataModule):
             raise ValueError(f"Expected images of {self._scale} in data.path, but got {' and '.join(sorted(depths))}")
         if several := int((headers & FRAMES > 0).sum()):
             self._say(f"{several} images of data.path have several frames: the first is used")
+        if narrowed := int((headers & NARROWED > 0).sum()):
+            self._say(f"{narrowed} images of data.path have 16 bits a colour: the upper 8 of them are used")
         size = self.hparams["image_size"]
         width, height = (size, size) if size else self._stored[train].open(0).size
         channels = 3 if (headers & COLOUR).any() else 1

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 LABEL_NAMES = ("label", "labels", "target", "class", "category")
+ONE_HOT = "one-hot lists"
 UNKNOWN = -1  # the class of an example whose label is hidden
 
 
@@ -122,8 +123,10 @@ def _encoded(values: pa.Array, missing: int | str, said: str) -> Labels:
     if sorted(distinct, key=str) != ["-1", "1"] and set(distinct) != {-1, 1}:
         distinct = [value for value in distinct if value != missing]
     ordered = sorted(distinct, key=_by_value(distinct))
-    codes = pc.index_in(values, pa.array(ordered, values.type))
-    return Labels(_normal(map(str, ordered)), _integers(codes, UNKNOWN), said)
+    codes = _integers(pc.index_in(values, pa.array(ordered, values.type)), UNKNOWN)
+    names = list(dict.fromkeys(_normal(map(str, ordered))))  # two forms of one name are one class
+    place = np.array([*map(names.index, _normal(map(str, ordered))), UNKNOWN])
+    return Labels(names, place[codes], said)
 
 
 def _by_value(distinct: Sequence[int | str]):  # type: ignore[no-untyped-def]
@@ -141,7 +144,7 @@ def _one_hot(values: pa.Array, where: str) -> Labels:
     rows = flat.reshape(len(values), width) if len(flat) == width * len(values) else np.zeros((1, 1))
     if width < 2 or values.null_count or not ((rows == 1).sum(1) == 1).all() or not ((rows != 0).sum(1) == 1).all():
         raise ValueError(f"Expected one class for each example {where}, but got lists that are not one-hot")
-    return Labels([str(index) for index in range(width)], rows.argmax(1).astype(np.int64), "one-hot lists")
+    return Labels([str(index) for index in range(width)], rows.argmax(1).astype(np.int64), ONE_HOT)
 
 
 def _normal(names: Iterable[str]) -> list[str]:
@@ -165,6 +168,11 @@ def match_names(labels: Labels, names: Sequence[str], split: str, of: str) -> Te
         raise ValueError(
             f"Expected a label for each example of split {split!r} of data.path, or for none, but got none for "
             f"{missing} of {len(labels.codes)}"
+        )
+    if labels.said == ONE_HOT and labels.names != [*names]:
+        raise ValueError(
+            f"Expected labels with names for the classes of {of}, {shortened(names)}, in split {split!r} of data.path, "
+            f"but got one-hot lists of length {len(labels.names)}"
         )
     place = {name: index for index, name in enumerate(names)}
     if unknown := [name for name in labels.used if name not in place]:

@@ -20,19 +20,21 @@ from PIL.Image import Image, Resampling
 GREY = frozenset({"1", "L", "LA", "La", "I", "F", "I;16", "I;16L", "I;16B", "I;16N"})
 ALPHA = frozenset({"LA", "La", "PA", "RGBA", "RGBa"})
 # What `header` tells: the depth (0 for 8 bits, 1 for 16 bits, 2 for 32-bit integers, 3 for floats) and flags.
-DEPTH, COLOUR, FRAMES = 3, 4, 8
+DEPTH, COLOUR, FRAMES, NARROWED = 3, 4, 8, 16  # of the last, PIL reads the upper 8 of 16 bits alone
 SCALES = ("8 or 16 bits", "8 or 16 bits", "32-bit integers", "floats")  # by depth; a set has one
 PLAIN_PNG = (b"\x01\x00", b"\x02\x00", b"\x04\x00", b"\x08\x00")  # bits of a pixel; 0 stands for grey
 
 
 def header(content: bytes) -> int:
-    """Returns what an image file says before it is decoded: depth, `COLOUR` and `FRAMES`."""
-    if content[12:16] == b"IHDR" and content[24:26] in PLAIN_PNG and b"tRNS" not in content:
+    """Returns what an image file says before it is decoded: depth and flags."""
+    if content[12:16] == b"IHDR" and content[24:26] in PLAIN_PNG and not (b"tRNS" in content or b"acTL" in content):
         return 0  # a short way for the most frequent case
     image = PIL.Image.open(io.BytesIO(content))
     depth = 1 if image.mode.startswith("I;16") else {"I": 2, "F": 3}.get(image.mode, 0)
     is_grey = image.mode in GREY or (image.mode in ("P", "PA") and _has_grey_palette(image))
-    return depth | (0 if is_grey else COLOUR) | (FRAMES if getattr(image, "is_animated", False) else 0)
+    narrowed = content[12:16] == b"IHDR" and content[24] == 16 and content[25] != 0
+    several = getattr(image, "is_animated", False)
+    return depth | (0 if is_grey else COLOUR) | (FRAMES if several else 0) | (NARROWED if narrowed else 0)
 
 
 def _has_grey_palette(image: Image) -> bool:
