@@ -164,6 +164,79 @@ def test_a_name_of_no_image_or_of_two_is_refused(tmp_path: Path, name: str, got:
         found(tmp_path)
 
 
+def labels(root: Path, text: str, name: str = "labels.csv") -> dict[str, dict[str, object]]:
+    for n in ("0001", "0002", "0003"):
+        draw(root / f"part{n[-1]}/{n}.png")
+    (root / name).write_text(text.replace("ROOT", str(root)))
+    return found(root)[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("id,label\n0001,cat\n0002,cat\n0003,dog\n", "labels.csv"),  # no numbers
+        ("id;label\n0001;cat\n0002;cat\n0003;dog\n", "labels.csv"),
+        ("file,label\nROOT/part1/0001.png,cat\nROOT/part2/0002.png,cat\nROOT/part3/0003.png,dog\n", "labels.csv"),
+        ("file,label\nset/part1/0001.png,cat\nset/part2/0002.png,cat\nset/part3/0003.png,dog\n", "labels.csv"),
+        ("file,label\npart1\\0001.png,cat\npart2\\0002.png,cat\npart3\\0003.png,dog\n", "labels.csv"),
+        ('{"0001.png": "cat", "0002.png": "cat", "0003.png": "dog"}', "labels.json"),
+        ('{"file": ["0001.png", "0002.png", "0003.png"], "label": ["cat", "cat", "dog"]}', "labels.json"),
+    ],
+)
+def test_tables_name_images_in_many_ways(tmp_path: Path, text: str, name: str) -> None:
+    rows = labels(tmp_path / "set", text, name)
+    assert rows == {"train": {"0001.png": "cat", "0002.png": "cat", "0003.png": "dog"}}
+
+
+def test_a_table_with_labels_of_no_image_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"each image that labels\.csv names, but got no column with their names of"):
+        labels(tmp_path, "code,label\n7,cat\n8,cat\n9,dog\n")
+
+
+def test_a_table_without_labels_leaves_the_classes_to_the_folders(tmp_path: Path) -> None:
+    rows = labels(tmp_path, "file,width\n0001.png,2\n0002.png,2\n0003.png,2\n")
+    assert rows == {"train": {f"000{n}.png": f"part{n}" for n in (1, 2, 3)}}
+
+
+def test_a_row_of_another_length_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"Expected 2 cells in each row of .*labels\.csv, but got 3 in row 3"):
+        labels(tmp_path, "id,label\n0001,cat\n0002,cat,large\n0003,dog\n")
+
+
+def test_tables_of_other_images_are_added_up_and_two_of_one_image_refused(tmp_path: Path) -> None:
+    (tmp_path / "more.csv").write_text("id,label\n0003,dog\n")
+    assert labels(tmp_path, "id,label\n0001,cat\n0002,cat\n") == {
+        "train": {"0001.png": "cat", "0002.png": "cat", "0003.png": "dog"}
+    }
+    (tmp_path / "backup.csv").write_text("id,label\n0001,dog\n")
+    with pytest.raises(ValueError, match=r"one table of labels for each image in data\.path, but got \w+\.csv beside"):
+        found(tmp_path)
+
+
+def test_one_table_for_folders_of_splits(tmp_path: Path) -> None:
+    draw(tmp_path / "train/1.png"), draw(tmp_path / "test/2.png")
+    (tmp_path / "labels.csv").write_text("id,label\n1,cat\n2,dog\n")
+    assert found(tmp_path)[0] == {"train": {"1.png": "cat"}, "test": {"2.png": "dog"}}
+
+
+def test_tables_with_the_split_in_a_word(tmp_path: Path) -> None:
+    draw(tmp_path / "images/1.png"), draw(tmp_path / "images/2.png")
+    for split, row in (("train", "1,cat"), ("test", "2,dog")):
+        (tmp_path / f"{split}_labels.csv").write_text(f"id,label\n{row}\n")
+    assert found(tmp_path)[0] == {"train": {"1.png": "cat"}, "test": {"2.png": "dog"}}
+
+
+def test_splits_within_classes(tmp_path: Path) -> None:
+    draw(tmp_path / "cat/train/1.png"), draw(tmp_path / "cat/test/2.png"), draw(tmp_path / "dog/train/3.png")
+    assert found(tmp_path)[0] == {"train": {"1.png": "cat", "3.png": "dog"}, "test": {"2.png": "cat"}}
+
+
+@pytest.mark.parametrize("top", ["images", "a/b"])
+def test_a_single_folder_of_folders_is_gone_into(tmp_path: Path, top: str) -> None:
+    by_class(tmp_path / top)
+    assert found(tmp_path)[0] == {"train": {"1.png": "cat", "2.png": "cat", "3.png": "dog"}}
+
+
 def test_files_come_in_the_order_of_their_names(tmp_path: Path) -> None:
     for name in ("b/2", "a/9", "b/1", "a/10"):
         draw(tmp_path / f"{name}.png")

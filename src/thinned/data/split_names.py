@@ -13,6 +13,8 @@ SPLIT_NAMES: dict[str, Split] = {
     "test": "test", "testing": "test",
 }  # fmt: skip
 
+SPLIT_COLUMNS = ("split", "subset", "partition")  # may hold the name of each row's split
+
 NAMES, SHARD = "|".join(SPLIT_NAMES), r"(?:[-_.]?\d+(?:-of-\d+)?)?"
 # The name of a split alone, between dots or with the number of a shard: wiki.train.tokens, train-00000-of-00002.csv
 IN_FILE_NAME = re.compile(rf"(?:^|\.)({NAMES}){SHARD}(?:\.|$)", re.IGNORECASE)
