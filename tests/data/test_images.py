@@ -113,7 +113,7 @@ class TestDigits:
     def test_setup_reads_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
         reads: list[str] = []
         read = images_module.read_splits
-        monkeypatch.setattr(images_module, "read_splits", lambda path: reads.append(path) or read(path))
+        monkeypatch.setattr(images_module, "read_splits", lambda path, label: reads.append(path) or read(path, label))
         data = ImageDataModule()
         for stage in ("fit", "validate", "test", "predict"):
             data.setup(stage)
@@ -619,3 +619,79 @@ def test_a_column_may_name_the_splits(tmp_path: Path, kind: str) -> None:
     assert {split: len(rows) for split, rows in data.rows.items()} == {"train": 30, "val": 10, "test": 20}
     assert data.target["test"].tolist() == [0, 1] * 10
     assert data.raw_images("test", [3])[0, 0].tolist() == np.asarray(stored[43]["image"]).tolist()
+
+
+def permuted(names: list[str], rows: Sequence[int]) -> datasets.Dataset:
+    """Digits whose classes have these names, with the numbers that belong to them."""
+    source = digits()[rows]
+    labels = [names.index(str(label)) for label in source["label"]]
+    features = Features(image=datasets.Image(), label=ClassLabel(names=names))
+    return datasets.Dataset.from_dict({"image": source["image"], "label": labels}, features=features)
+
+
+@pytest.mark.parametrize("name", ["test.parquet", "train-1.parquet"])
+def test_each_file_of_rows_has_its_own_names_of_classes(tmp_path: Path, name: str) -> None:
+    """`datasets` would give all files the names of the first."""
+    names = [str(k) for k in range(10)]
+    permuted(names, range(300)).to_parquet(tmp_path / "train-0.parquet")
+    permuted(names[::-1], range(300, 400)).to_parquet(tmp_path / name)
+    data = ready(str(tmp_path))
+    for split in ("train", "test"):
+        rows = [int(source.partition("[")[2][:-1]) for source in data.sources(split, range(len(data.rows[split])))]
+        rows = [row + 300 if split == "test" and name == "test.parquet" else row for row in rows]
+        assert [data.class_names[k] for k in data.target[split]] == [str(k) for k in digits()[rows]["label"]]
+
+
+def test_files_that_the_readme_declares_are_taken_as_it_says(tmp_path: Path) -> None:
+    names = [str(k) for k in range(10)]
+    for name, rows in (("a", range(300)), ("b", range(300, 400))):
+        permuted(names, rows).to_parquet(tmp_path / f"{name}.parquet")
+    files = "configs:\n- config_name: default\n  data_files:\n  - split: train\n    path: a.parquet\n"
+    (tmp_path / "README.md").write_text(f"---\n{files}  - split: test\n    path: b.parquet\n---\n# Digits\n")
+    assert len(ready(str(tmp_path)).rows["test"]) == 100
+
+
+def test_rows_of_no_split_are_left_out_by_a_column_in_any_case(tmp_path: Path, said: list[str]) -> None:
+    stored = table(noise(60, 2, 2), [0, 1] * 30).add_column("Split", ["train"] * 40 + ["test"] * 15 + ["extra"] * 5)
+    stored.to_parquet(tmp_path / "set.parquet")
+    data = ready(str(tmp_path))
+    assert (len(data.rows["train"]) + len(data.rows["val"]), len(data.rows["test"])) == (40, 15)
+    assert said[0] == "Left out of data.path: [5 rows of Split 'extra']"
+
+
+def test_other_labels_of_the_same_images_are_said_and_refused_in_training(tmp_path: Path, said: list[str]) -> None:
+    images = noise(60, 2, 2)
+    for name, labels in (("one", [0, 1] * 30), ("two", [1, 0] * 30)):
+        table(images, labels).save_to_disk(tmp_path / name)
+    state = ready(str(tmp_path / "one")).state_dict()
+    for stage in ("test", "fit"):
+        data = ImageDataModule(str(tmp_path / "two"))
+        data.load_state_dict(state)
+        if stage == "test":
+            data.setup(stage)
+            assert "The labels of test in data.path are others than in training" in said
+        else:
+            with pytest.raises(ValueError, match="Expected the labels of the training, but got others for train"):
+                data.setup(stage)
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage", None])
+def test_a_damaged_cache_is_made_again(tmp_path: Path, content: bytes | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """None stands for one with fewer rows."""
+    monkeypatch.setattr("thinned.data.image_census.MANY", 1)
+    table(noise(60, 2, 2), [0, 1] * 30).save_to_disk(tmp_path / "set")
+    options = {"cache_dir": str(tmp_path / "cache")}
+    before = ready(str(tmp_path / "set"), **options)
+    (kept,) = (tmp_path / "cache").glob("*.npy")
+    if content is None:
+        np.save(kept, np.load(kept)[:40])
+    else:
+        kept.write_bytes(content)
+    after = ready(str(tmp_path / "set"), **options)
+    assert all(torch.equal(after.rows[split], rows) for split, rows in before.rows.items())
+
+
+@pytest.mark.parametrize("background", ["reddish", "#12345", "12"])
+def test_a_background_that_is_no_colour(background: str) -> None:
+    with pytest.raises(ValueError, match=rf"data\.background to be the name of a colour or #rrggbb, .* '{background}'"):
+        ImageDataModule(background=background)

@@ -131,3 +131,10 @@ class TestColumn:
         features = Features(fine=ClassLabel(names=["a"]), coarse=ClassLabel(names=["b"]))
         with pytest.raises(ValueError, match=r"\['fine', 'coarse'\], but got None"):
             label_column(features, None)
+
+
+def test_one_hot_lists_have_no_names_to_match() -> None:
+    one_hot = read([[0, 1], [1, 0]], List(Value("int8")))
+    assert match_names(one_hot, ["0", "1"], "test", "the checkpoint").tolist() == [1, 0]
+    with pytest.raises(ValueError, match=r"labels with names for the classes of the checkpoint, \[1, 2\], .* length 2"):
+        match_names(one_hot, ["1", "2"], "test", "the checkpoint")

@@ -296,3 +296,27 @@ class TestBytes:
             path.write_bytes(PACK[suffix](TEXT.encode() * 99)[:-9])
             with pytest.raises(OSError, match=r"Expected data.path to hold files that can be read, but got .*a.txt"):
                 list(TextFiles([path]))
+
+
+def test_cells_may_be_separated_by_semicolons(tmp_path: Path) -> None:
+    (tmp_path / "set.csv").write_text("id;text\n1;first, of two\n2;second\n")
+    documents = read_text(str(tmp_path / "set.csv"), text_column="text").splits["train"]
+    assert list(documents) == ["first, of two", "second"]
+
+
+def test_text_with_commas_that_is_not_quoted_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "set.csv").write_text("text\nfirst\nsecond, of two\n")
+    with pytest.raises(ValueError, match=r"got 2 cells instead of 1 in row 3 of .*set\.csv: quote its text"):
+        read_text(str(tmp_path / "set.csv"))
+
+
+def test_numbers_keep_their_zeros_wherever_they_begin(tmp_path: Path) -> None:
+    rows = ["word"] * 11_000 + ["000123"] * 11_000
+    (tmp_path / "set.csv").write_text("text\n" + "\n".join(rows) + "\n")
+    assert list(read_text(str(tmp_path / "set.csv")).splits["train"]) == rows
+
+
+def test_utf_16_without_a_mark_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_bytes("some text".encode("utf-16-le"))
+    with pytest.raises(ValueError, match=r"a zero byte at offset 1 of .*text\.txt: UTF-16 needs a byte order mark"):
+        list(read_text(str(tmp_path / "text.txt")).splits["train"])

@@ -5,6 +5,7 @@ Whatever cannot be found or read becomes one error that names the setting.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,14 @@ def fingerprint(stored: datasets.Dataset) -> str:
     """Returns what tells the content of a dataset from any other."""
     identity: str = stored._fingerprint
     return identity
+
+
+def declares_its_files(folder: Path) -> bool:
+    """Returns whether the README of a dataset says which files are in which split, as `datasets` reads it."""
+    readme = folder / "README.md"
+    if not readme.is_file():
+        return False
+    return re.match(r"---\n(?:(?!---).*\n)*?configs:", readme.read_text(encoding="utf-8", errors="replace")) is not None
 
 
 def is_saved(folder: Path) -> bool:

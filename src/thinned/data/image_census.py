@@ -43,7 +43,10 @@ def take_census(images: StoredImages, cache: Path) -> np.ndarray:
     key = f"{images.root.resolve()} {[*images.parts]}" if in_files else fingerprint(images.stored)
     kept = cache / f"census-{content_hash(key.encode()):016x}.npy"
     if len(images) >= MANY:
-        cache.mkdir(parents=True, exist_ok=True)
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OSError(f"Expected data.cache_dir to be a folder to write to, but got {error}") from None
     with FileLock(kept.with_suffix(".lock")) if len(images) >= MANY else nullcontext():  # one process, others wait
         known = _read(kept, FILES if in_files else CENSUS)
         if in_files:

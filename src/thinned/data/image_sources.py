@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import os
 from bisect import bisect_right
+from collections import defaultdict
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, chain
@@ -18,15 +19,16 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import torch
 from PIL.Image import Image
 from sklearn.datasets import load_digits
 from torch import Tensor
 
-from thinned.data.hugging_face import is_saved, read_stored
+from thinned.data.hugging_face import declares_its_files, is_saved, read_stored
 from thinned.data.image_folder import is_image, read_image_folder, walk
 from thinned.data.pixels import open_image, to_array
-from thinned.data.split_names import split_of, stored_split
+from thinned.data.split_names import SPLIT_COLUMNS, split_of, stored_split
 
 BUILDERS = {".parquet": "parquet", ".arrow": "arrow"}  # of `datasets`, for files with images in them
 EXPECTED = "'digits', a folder of images, the folder of a dataset or its id on the Hugging Face Hub"
@@ -45,36 +47,48 @@ def read_digits() -> datasets.Dataset:
     )
 
 
-def read_splits(path: str) -> tuple[dict[str, datasets.Dataset], list[str]]:
-    """Returns the stored splits of the dataset at `data.path`, and the names of the files that it leaves out."""
+def read_splits(path: str, label: str | None = None) -> tuple[dict[str, datasets.Dataset], list[str]]:
+    """Returns the stored splits of the dataset at `data.path`, and what it leaves out.
+
+    Args:
+        path: The value of `data.path`.
+        label: Column of the labels, if it is not called like one.
+    """
     if path == "digits":
         return {"train": read_digits()}, []
     folder = Path(path).expanduser()
     if folder.is_file() and folder.suffix.lower() in BUILDERS:
-        return _by_column(_read_tables({"train": [folder]})), []
-    if folder.is_dir() and not is_saved(folder):
+        return _by_column(_read_tables({"train": [folder]}), [])
+    if folder.is_dir() and not is_saved(folder) and not declares_its_files(folder):
         files = list(walk(folder))
         if tables := _tables_by_split(folder, files):
             used = {table for of_split in tables.values() for table in of_split}
             splits, left_out = _read_tables(tables), [file for file in files if file not in used]
         elif any(map(is_image, files)):
-            splits, left_out = read_image_folder(folder, files)
+            splits, left_out = read_image_folder(folder, files, label)
         else:
             return read_stored(path, EXPECTED, needs_train=False), []  # which says what is wrong
-        return _by_column(splits), [str(file.relative_to(folder)) for file in left_out]
-    return _by_column(read_stored(path, EXPECTED, needs_train=False)), []
+        return _by_column(splits, [str(file.relative_to(folder)) for file in left_out])
+    return _by_column(read_stored(path, EXPECTED, needs_train=False), [])
 
 
-def _by_column(splits: dict[str, datasets.Dataset]) -> dict[str, datasets.Dataset]:
-    """Returns the splits that a column `split` names, if nothing else does: each of its values is called like one."""
+def _by_column(
+    splits: dict[str, datasets.Dataset], left_out: list[str]
+) -> tuple[dict[str, datasets.Dataset], list[str]]:
+    """Returns the splits that a column names, if nothing else does, and what is left out."""
     stored, *others = splits.values()
-    if others or "split" not in stored.column_names:
-        return splits
-    named = stored["split"][:]
-    values = dict.fromkeys(named)
-    if not all(isinstance(value, str) and split_of(value) for value in values):
-        return splits
-    return {value: stored.select([row for row, each in enumerate(named) if each == value]) for value in values}
+    column = next((name for name in stored.column_names if name.lower() in SPLIT_COLUMNS), None)
+    if others or column is None:
+        return splits, left_out
+    feature = stored.features[column]
+    values = [feature.int2str(v) if isinstance(feature, datasets.ClassLabel) else str(v) for v in stored[column][:]]
+    if not any(split_of(value) == "train" for value in values):
+        return splits, left_out
+    rows = {value: [row for row, each in enumerate(values) if each == value] for value in dict.fromkeys(values)}
+    left_out += [
+        f"{len(of_value)} rows of {column} {value!r}" for value, of_value in rows.items() if not split_of(value)
+    ]
+    return {value: stored.select(of_value) for value, of_value in rows.items() if split_of(value)}, left_out
 
 
 def _tables_by_split(folder: Path, files: list[Path]) -> dict[str, list[Path]]:
@@ -87,13 +101,33 @@ def _tables_by_split(folder: Path, files: list[Path]) -> dict[str, list[Path]]:
 
 def _read_tables(tables: dict[str, list[Path]]) -> dict[str, datasets.Dataset]:
     """Returns the rows of files, in which the images are."""
-    first = next(iter(tables.values()))[0]
-    files = {name: [str(table) for table in of_split] for name, of_split in tables.items()}
-    try:
-        return dict(datasets.load_dataset(BUILDERS[first.suffix.lower()], data_files=files))
-    except Exception as error:  # of many types; the user needs to know which setting it is about
-        cause = " ".join(str(error.__cause__ or error).split())
-        raise ValueError(f"Expected data.path to hold rows with images, but got {cause} ({first})") from None
+    splits = {}
+    for name, files in tables.items():
+        groups: dict[bytes, list[str]] = defaultdict(list)  # `datasets` gives all files the class names of the first
+        for file in files:
+            is_parquet = file.suffix.lower() == ".parquet"
+            groups[repr(pq.read_schema(file).metadata).encode() if is_parquet else bytes(file)].append(str(file))
+        try:
+            parts = [
+                datasets.load_dataset(BUILDERS[Path(group[0]).suffix.lower()], data_files={"train": group})["train"]
+                for group in groups.values()
+            ]
+            if len({repr(part.features) for part in parts}) > 1:
+                parts = list(map(_with_names, parts))
+            splits[name] = datasets.concatenate_datasets(parts)
+        except Exception as error:  # of many types; the user needs to know which setting it is about
+            cause = " ".join(str(error.__cause__ or error).split())
+            raise ValueError(f"Expected data.path to hold rows with images, but got {cause} ({files[0]})") from None
+    return splits
+
+
+def _with_names(stored: datasets.Dataset) -> datasets.Dataset:
+    """Returns rows with the names of classes instead of their numbers."""
+    for column, feature in list(stored.features.items()):
+        if isinstance(feature, datasets.ClassLabel):
+            names = [None if value is None or value < 0 else feature.int2str(value) for value in stored[column][:]]
+            stored = stored.remove_columns(column).add_column(column, names)
+    return stored
 
 
 def image_column(features: datasets.Features, given: str | None) -> str:

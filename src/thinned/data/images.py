@@ -9,6 +9,7 @@ Shapes: N examples, C channels, H height, W width, K classes.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,10 @@ import numpy as np
 import torch
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, OpenUnitInterval, PositiveInt, restricted_number_type
 from lightning.pytorch.utilities import rank_zero_info
+from PIL import ImageColor
 from torch import Tensor
 
+from thinned.data.content_split import digest
 from thinned.data.image_batches import ImageBatches
 from thinned.data.image_census import take_census
 from thinned.data.image_sources import Statistics, StoredImages, channel_statistics, image_column, read_splits
@@ -97,6 +100,8 @@ class ImageDataModule(SplitDataModule):
         self.save_hyperparameters(logger=False)
         # A checkpoint holds int and float, but jsonargparse's numbers are of its own types.
         self.hparams.update(json.loads(json.dumps(self.hparams)))
+        if background not in ImageColor.colormap and not re.fullmatch("#[0-9a-fA-F]{6}", background):
+            raise ValueError(f"Expected data.background to be the name of a colour or #rrggbb, but got {background!r}")
         self._trained: dict[str, Any] | None = None  # the state of a checkpoint
         self._stored: dict[str, StoredImages] = {}  # these three by the name of a stored split
         self._census: dict[str, np.ndarray] = {}
@@ -120,7 +125,7 @@ class ImageDataModule(SplitDataModule):
         if self._stored:
             return
         given, root = self.hparams, Path(self.path).expanduser()
-        stored, left_out = read_splits(self.path)
+        stored, left_out = read_splits(self.path, given["label_column"])
         self._assigned, others = assign_splits(stored, given["leave_out"] or ())
         names = list(self._assigned.values())
         if self._trained:  # another set may call its splits as it likes
@@ -157,6 +162,8 @@ class ImageDataModule(SplitDataModule):
         images = {names: self._joined(names) for names in set(arranged.sources.values())}
         self._images = {split: images[names] for split, names in arranged.sources.items()}
         self.target = {split: self._targets(split, names) for split, names in arranged.sources.items()}
+        if self._facts:
+            self._compare_labels({s: hashes[names[0]][self.rows[s]] for s, names in arranged.sources.items()}, stage)
         self._cached = sum(each.num_bytes for each in images.values()) <= self.hparams["cache_gib"] * 2**30
 
     def _describe(self, needs_labels: bool = True) -> None:
@@ -213,6 +220,20 @@ class ImageDataModule(SplitDataModule):
         of = "the checkpoint" if self._trained else "the training split"
         matched = [match_names(self._labels[name], self.class_names, name, of) for name in names]
         return torch.cat(matched)[self.rows[split]]
+
+    def _compare_labels(self, hashes: dict[Split, np.ndarray], stage: str | None) -> None:
+        """Adds digests of the labels to the facts, and compares them with those of the checkpoint."""
+        assert self._facts is not None
+        before = self._trained["split"] if self._trained else self._facts
+        self._facts["labels"] = {}
+        for split, target in self.target.items():
+            classes = np.zeros(len(hashes[split]), np.uint64) if target is None else target.numpy().astype(np.uint64)
+            self._facts["labels"][split] = digest(hashes[split] + classes)
+            same = before["digests"][split] == self._facts["digests"][split]
+            if same and before["labels"][split] != self._facts["labels"][split]:
+                if stage == "fit":
+                    raise ValueError(f"Expected the labels of the training, but got others for {split} in data.path")
+                self._say(f"The labels of {split} in data.path are others than in training")
 
     @property
     def num_classes(self) -> int | None:

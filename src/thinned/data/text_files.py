@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import bz2
 import codecs
+import csv
 import gzip
 import hashlib
 import lzma
@@ -16,6 +17,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from itertools import islice
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -56,6 +58,11 @@ class TextFiles:
         for path in self.paths:
             content = _read(path)
             mark = next(mark for mark in BYTE_ORDER_MARKS if content.startswith(mark))
+            if not mark and (place := content.find(b"\0")) >= 0:
+                raise ValueError(
+                    f"Expected data.path to hold text, but got a zero byte at offset {place} of {path}: "
+                    "UTF-16 needs a byte order mark"
+                )
             try:
                 yield content[len(mark) :].decode(BYTE_ORDER_MARKS[mark])
             except UnicodeDecodeError as error:
@@ -82,6 +89,27 @@ def _read(path: Path) -> bytes:
             return file.read()
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         raise OSError(f"Expected data.path to hold files that can be read, but got {error} ({path})") from None
+
+
+def csv_header(paths: Sequence[Path]) -> tuple[str, list[str]]:
+    """Returns what separates the cells of CSV files (a comma, a semicolon or a tab), and the names of their columns.
+
+    Raises:
+        ValueError: If one of the first rows has not as many cells as the header.
+    """
+    found, header = ",", list[str]()
+    for path in paths:
+        with OPEN.get(path.suffix.lower(), open)(path, "rt", encoding="utf-8-sig", newline="") as file:
+            found = max(",;\t", key=file.readline().count)
+            file.seek(0)
+            rows = csv.reader(file, delimiter=found)
+            header = next(rows, [])
+            for number, row in enumerate(islice(rows, 10_000), 2):
+                if row and len(row) != len(header):
+                    raise ValueError(
+                        f"{len(row)} cells instead of {len(header)} in row {number} of {path}: quote its text"
+                    )
+    return found, header
 
 
 @dataclass(frozen=True)

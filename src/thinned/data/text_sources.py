@@ -10,7 +10,6 @@ import glob
 import hashlib
 import json
 import pydoc_data.topics
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +17,10 @@ from typing import Any
 
 import datasets
 
-from thinned.data.hugging_face import Stored, fingerprint, is_saved, read_stored
+from thinned.data.hugging_face import Stored, declares_its_files, fingerprint, is_saved, read_stored
 from thinned.data.order import Split
 from thinned.data.split_names import assign_splits
-from thinned.data.text_files import ROWS, Layout, TextFiles, layout, suffix
+from thinned.data.text_files import ROWS, Layout, TextFiles, csv_header, layout, suffix
 
 EXPECTED = "'pydocs', a file of text or rows, a folder of them, or the id of a dataset on the Hugging Face Hub"
 
@@ -85,7 +84,7 @@ def read_text(
         documents = [topics[key] for key in sorted(topics)]
         source = TextSource({"train": documents}, hashlib.sha256(json.dumps(documents).encode()).hexdigest(), path)
     else:
-        if folder.exists() and not is_saved(folder) and not _declares_its_files(folder):
+        if folder.exists() and not is_saved(folder) and not declares_its_files(folder):
             files = layout(folder, leave_out)
         if not files or files.rows:
             return _rows(path, name, text_column, leave_out, None if name else files, streaming=streaming)
@@ -107,14 +106,6 @@ def read_text(
 def _label(folder: Path) -> str:
     """Returns the name of a folder or a file, without what says what is in it."""
     return folder.resolve().name.partition(".")[0] if folder.is_file() else folder.resolve().stem
-
-
-def _declares_its_files(folder: Path) -> bool:
-    """Returns whether the README of a dataset says which files are in which split, as `datasets` reads it."""
-    readme = folder / "README.md"
-    if not readme.is_file():
-        return False
-    return re.match(r"---\n(?:(?!---).*\n)*?configs:", readme.read_text(encoding="utf-8", errors="replace")) is not None
 
 
 def _rows(
@@ -159,9 +150,11 @@ def _read_files(paths: list[Path], *, streaming: bool) -> Stored:
     """Returns the rows of files of one kind."""
     kinds = sorted({suffix(path) for path in paths})
     options: dict[str, Any] = {}
-    if ROWS[kinds[0]] == "csv":  # where "NA" is text
-        options = {"keep_default_na": False, "sep": "\t" if kinds[0] == ".tsv" else ","}
     try:
+        if ROWS[kinds[0]] == "csv":  # where "NA" and "007" are text
+            sep, names = csv_header(paths)
+            features = datasets.Features({name: datasets.Value("string") for name in names})
+            options = {"keep_default_na": False, "index_col": False, "sep": sep, "features": features}
         if len({ROWS[kind] for kind in kinds}) > 1 or kinds == [".csv", ".tsv"]:
             raise ValueError(f"files of several kinds, {kinds}: name those not to be used in data.leave_out")
         data_files = {"train": [glob.escape(str(path.absolute())) for path in paths]}
