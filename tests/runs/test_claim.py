@@ -100,8 +100,13 @@ def test_holder_whose_folder_is_gone_goes_on(tmp_path: Path, monkeypatch: pytest
 def test_same_process_claims_again(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path)
     assert claim(tmp_path) is claim(tmp_path / "link")
-    release(tmp_path)
-    release(tmp_path)
+    (tmp_path / "run").mkdir()
+    claim(tmp_path / "run")
+    (tmp_path / "run").rename(tmp_path / "renamed")
+    for folder in (tmp_path, tmp_path, tmp_path / "run"):
+        release(folder)
+    claim(tmp_path / "renamed")
+    release(tmp_path / "renamed")
     assert not (tmp_path / ".claim").exists()
 
 

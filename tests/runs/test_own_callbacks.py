@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import (
     GradientAccumulationScheduler,
     LearningRateFinder,
     ModelCheckpoint,
+    OnExceptionCheckpoint,
     StochasticWeightAveraging,
     WeightAveraging,
 )
@@ -84,6 +85,7 @@ def fit(make_trainer: Callable[..., Trainer], tmp_path: Path) -> Callable[..., t
         (StochasticWeightAveraging(swa_lrs=0.1), "its average is in no checkpoint"),
         (LearningRateFinder(), "set model.optimizer.lr"),
         (BatchSizeFinder(), "set data.batch_size"),
+        (OnExceptionCheckpoint("."), "a new run would begin with what another one left there"),
         (EarlyStopping("val_loss"), "val/accuracy, val/loss and train/loss, but got 'val_loss'"),
         (EarlyStopping("los"), "trainer.callbacks.EarlyStopping.monitor to be logged, as are val/accuracy, val/loss"),
         (ModelCheckpoint(monitor="val/los"), "trainer.callbacks.ModelCheckpoint.monitor to be logged"),

@@ -84,6 +84,8 @@ def plain(message: str) -> str:
     noise = "Does not validate|Subtypes:|Errors:|- Expected a <class 'NoneType'>"
     said, _, given = message.partition("Given value type:")
     lines = [line.strip().removeprefix("- ") for line in said.splitlines() if not re.match(rf"\s*({noise})", line)]
+    if any(line.startswith("Problem with given class_path") for line in lines):  # not the types that it is not, either
+        lines = [line for line in lines if not line.startswith("Expected a <class ")]
     value = given.partition("Given value: ")[2].strip()
     if value and not value.startswith(("Namespace(", "NestedArg(")):
         lines.append(f"(got {value})")

@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import (
     GradientAccumulationScheduler,
     LearningRateFinder,
     ModelCheckpoint,
+    OnExceptionCheckpoint,
     StochasticWeightAveraging,
     WeightAveraging,
 )
@@ -23,6 +24,8 @@ REFUSED: dict[type[Callback], str] = {
     StochasticWeightAveraging: "its average is in no checkpoint, so it is not what is tested: WeightAveraging or "
     "EMAWeightAveraging of lightning.pytorch.callbacks keep theirs",
     LearningRateFinder: "the rate that it finds is not the one in config.yaml: set model.optimizer.lr",
+    OnExceptionCheckpoint: "a new run would begin with what another one left there: --checkpoint.every_n_train_steps "
+    "writes last.ckpt more often",
     BatchSizeFinder: "the size that it finds is not the one in config.yaml: set data.batch_size",
 }
 
