@@ -109,7 +109,7 @@ def _key(callback: Callback) -> str:
 
 
 def prepare_own_callbacks(trainer: Trainer, run: Path) -> None:
-    """Keeps files of callbacks apart, and their state in the checkpoint of the moment in which it changes.
+    """Keeps the files of callbacks apart.
 
     Args:
         trainer: The trainer, before it is used.
@@ -127,5 +127,3 @@ def prepare_own_callbacks(trainer: Trainer, run: Path) -> None:
             raise ValueError(f"Expected {_key(callback)}.mode max for {monitor}, but got min")
         if type(callback) is ModelCheckpoint and not callback.dirpath:  # else both may write last.ckpt
             callback.dirpath = str(run / "model_checkpoint")
-        if isinstance(callback, EarlyStopping) and not monitor.startswith("train"):
-            internals.check_after_validation(callback)
