@@ -121,7 +121,7 @@ def test_leftovers_hold_nothing(tmp_path: Path) -> None:
 def test_pid_that_came_again_holds_nothing(tmp_path: Path) -> None:
     holder = Holder.of_this_process(tmp_path)
     (tmp_path / ".claim").mkdir()
-    (tmp_path / ".claim" / holder._replace(start="1").name).touch()
+    (tmp_path / ".claim" / holder._replace(pid=str(os.getppid()), start="1").name).touch()
     if Path("/proc/self/stat").exists():
         Claim(tmp_path).release()
 
