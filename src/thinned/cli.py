@@ -98,6 +98,8 @@ class ThinnedCLI(LightningCLI):
             self.config.seed_everything = self._drawn_seed
             why = "" if given else ", since dropout masks in training need one"
             rank_zero_info(f"Drew seed_everything {self._drawn_seed} for {str(given).lower()}{why}.")
+        elif not 0 <= given < 2**32:
+            raise ValueError(f"Expected seed_everything in [0, {2**32}), but got {given}")
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--experiment", type=str, default="default", help="Name of the folder below `runs_dir`.")
@@ -183,7 +185,7 @@ class ThinnedCLI(LightningCLI):
         kwargs["plugins"] = [*(self.config_init.get("trainer.plugins") or []), AtomicCheckpointIO()]
         try:
             trainer = super().instantiate_trainer(**kwargs)
-        except (MisconfigurationException, RuntimeError) as error:
+        except (MisconfigurationException, RuntimeError, ValueError, TypeError) as error:
             asked = ", ".join(f"trainer.{k}={self.config.trainer[k]}" for k in ("accelerator", "devices", "strategy"))
             raise ValueError(f"Expected settings that can run here, but got {asked}: {error}") from error
         prepare_own_callbacks(trainer, self.run_dir)

@@ -47,6 +47,8 @@ SETTINGS = [
     ("data.init_args.path", "nobody/nothing", ["data.path", "nobody/nothing"]),
     ("data.init_args.batch_size", "0", ["data.batch_size", "0"]),
     ("trainer.devices", "0", ["trainer", "0"]),
+    ("trainer.strategy", "foo", ["trainer.strategy=foo", "invalid strategy name"]),
+    ("seed_everything", "-3", ["Expected seed_everything in [0, 4294967296), but got -3"]),
     ("trainer.default_root_dir", "/elsewhere", ["trainer.default_root_dir to be left to runs_dir", "/elsewhere"]),
     ("checkpoint.dirpath", "/elsewhere", ["checkpoint.dirpath to be left to runs_dir", "/elsewhere"]),
     ("trainer.logger.init_args.id", "mine", ["trainer.logger.id to be left to runs_dir", "mine"]),
@@ -60,6 +62,12 @@ SETTINGS = [
 def test_abbreviated_option_is_refused(option: str, known: str, run_script: Script) -> None:
     error = run_script("train", *BASE, option, "1").error
     assert f"unrecognized arguments: {option} 1" in error
+
+
+def test_overlay_in_another_encoding(run_script: Script, tmp_path: Path) -> None:
+    (tmp_path / "latin.yaml").write_bytes("experiment: Käse".encode("latin-1"))
+    error = run_script("train", *BASE, "--config", tmp_path / "latin.yaml").error
+    assert "latin.yaml to be UTF-8 text, but got 'utf-8' codec can't decode byte 0xe4" in error
 
 
 def test_key_twice_in_an_overlay(run_script: Script, tmp_path: Path) -> None:

@@ -100,8 +100,13 @@ def test_holder_whose_folder_is_gone_goes_on(tmp_path: Path, monkeypatch: pytest
 def test_same_process_claims_again(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path)
     assert claim(tmp_path) is claim(tmp_path / "link")
-    release(tmp_path)
-    release(tmp_path)
+    (tmp_path / "run").mkdir()
+    claim(tmp_path / "run")
+    (tmp_path / "run").rename(tmp_path / "renamed")
+    for folder in (tmp_path, tmp_path, tmp_path / "run"):
+        release(folder)
+    claim(tmp_path / "renamed")
+    release(tmp_path / "renamed")
     assert not (tmp_path / ".claim").exists()
 
 
@@ -116,7 +121,7 @@ def test_leftovers_hold_nothing(tmp_path: Path) -> None:
 def test_pid_that_came_again_holds_nothing(tmp_path: Path) -> None:
     holder = Holder.of_this_process(tmp_path)
     (tmp_path / ".claim").mkdir()
-    (tmp_path / ".claim" / holder._replace(start="1").name).touch()
+    (tmp_path / ".claim" / holder._replace(pid=str(os.getppid()), start="1").name).touch()
     if Path("/proc/self/stat").exists():
         Claim(tmp_path).release()
 

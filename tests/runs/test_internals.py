@@ -214,11 +214,11 @@ def test_save_best_after_validation(interval: float, fit: Callable[..., Trainer]
 
 
 @pytest.mark.parametrize("given", [None, True, False])
-def test_check_after_validation(given: bool | None) -> None:
+def test_checks_at_epoch_end(given: bool | None, fit: Callable[..., Trainer]) -> None:
     """lightning/pytorch/callbacks/early_stopping.py:157 chooses the moment if it is None."""
-    stopping = EarlyStopping("val/loss", check_on_train_epoch_end=given)
-    internals.check_after_validation(stopping)
-    assert internals.checks_at_epoch_end(stopping) == bool(given)
+    stopping = EarlyStopping("number", check_on_train_epoch_end=given)
+    fit(stopping, ModelCheckpoint(save_top_k=0))
+    assert internals.checks_at_epoch_end(stopping) == (given is not False)
 
 
 def test_forget_average(fit: Callable[..., Trainer]) -> None:

@@ -23,7 +23,8 @@ def logger(class_path: str, **options: Any) -> Namespace:
 
 
 def filled(given: Any) -> list[tuple[str, dict[str, Any]]]:
-    return [(each.class_path, vars(each.init_args)) for each in fill_in_loggers(given, RUN, "digits")]
+    got = fill_in_loggers(given, RUN, "digits")
+    return [(each.class_path, vars(each.init_args)) for each in (got if isinstance(given, list) else [got])]
 
 
 CSV = {"save_dir": str(RUN), "name": "", "version": ""}

@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import (
     GradientAccumulationScheduler,
     LearningRateFinder,
     ModelCheckpoint,
+    OnExceptionCheckpoint,
     StochasticWeightAveraging,
     WeightAveraging,
 )
@@ -63,14 +64,14 @@ class Counting(LightningModule):
 def fit(make_trainer: Callable[..., Trainer], tmp_path: Path) -> Callable[..., tuple[Trainer, Counting]]:
     """Trains epochs of two steps with the given callbacks, and tests the best checkpoint."""
 
-    def run(*own: Callback, resume: bool = False, folder: Path = tmp_path, **options: Any) -> tuple[Trainer, Counting]:
-        checkpoints = Checkpoints(dirpath=folder / "checkpoints", monitor="val/loss", filename="best",
+    def run(*own: Callback, resume: bool = False, batches: int = 2, **options: Any) -> tuple[Trainer, Counting]:
+        checkpoints = Checkpoints(dirpath=tmp_path / "checkpoints", monitor="val/loss", filename="best",
                                   enable_version_counter=False)  # fmt: skip
         options = {"max_epochs": 6} | options
         trainer = make_trainer(callbacks=[*own, checkpoints, OwnCallbacks()], enable_checkpointing=True, **options)
-        prepare_own_callbacks(trainer, folder)
-        module, data = Counting(), [DataLoader(torch.zeros(2), batch_size=1) for _ in range(3)]
-        last = folder / "checkpoints/last.ckpt" if resume else None
+        prepare_own_callbacks(trainer, tmp_path)
+        module, data = Counting(), [DataLoader(torch.zeros(batches), batch_size=1) for _ in range(3)]
+        last = tmp_path / "checkpoints/last.ckpt" if resume else None
         trainer.fit(module, *data[:2], ckpt_path=last, weights_only=True)
         trainer.test(module, data[2], ckpt_path=checkpoints.best_model_path or None, verbose=False)
         return trainer, module
@@ -84,6 +85,7 @@ def fit(make_trainer: Callable[..., Trainer], tmp_path: Path) -> Callable[..., t
         (StochasticWeightAveraging(swa_lrs=0.1), "its average is in no checkpoint"),
         (LearningRateFinder(), "set model.optimizer.lr"),
         (BatchSizeFinder(), "set data.batch_size"),
+        (OnExceptionCheckpoint("."), "a new run would begin with what another one left there"),
         (EarlyStopping("val_loss"), "val/accuracy, val/loss and train/loss, but got 'val_loss'"),
         (EarlyStopping("los"), "trainer.callbacks.EarlyStopping.monitor to be logged, as are val/accuracy, val/loss"),
         (ModelCheckpoint(monitor="val/los"), "trainer.callbacks.ModelCheckpoint.monitor to be logged"),
@@ -171,6 +173,7 @@ def test_early_stopping_by_the_training_loss_counts_on_when_it_resumes(fit: Call
 
 
 def test_accumulation_of_the_epoch_at_hand_resumes(fit: Callable[..., Any]) -> None:
-    fit(GradientAccumulationScheduler({0: 1, 1: 2}), max_epochs=2, max_steps=2, limit_train_batches=2)
-    trainer, module = fit(GradientAccumulationScheduler({0: 1, 1: 2}), max_epochs=3, resume=True)
-    assert (module.steps, trainer.global_step) == (4, 4)
+    """Of four batches: four steps in the first epoch and two in the second, within which it is broken off."""
+    for limits in ({"max_steps": 5}, {"max_epochs": 2, "resume": True}):
+        trainer, module = fit(GradientAccumulationScheduler({0: 1, 1: 2}), batches=4, **limits)
+    assert (module.steps, trainer.global_step) == (2, 6)

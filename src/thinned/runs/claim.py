@@ -41,9 +41,13 @@ class Holder(NamedTuple):
         )
 
     def holds(self, claim: Path, now: float) -> bool:
-        """Whether the process still runs, as far as one can tell at a time of the file system of the claim."""
+        """Whether another process still runs, as far as one can tell at a time of the file system of the claim."""
         if self.machine == _machine():
-            return self.folder == _inode(claim.parent) and self.start == _start_of(int(self.pid))
+            return (
+                self.pid != str(os.getpid())
+                and self.folder == _inode(claim.parent)
+                and self.start == _start_of(int(self.pid))
+            )
         return now - (claim / self.name).stat().st_mtime < STALE
 
     @property

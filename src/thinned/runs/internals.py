@@ -54,12 +54,6 @@ def repeat_unbegun_validation(trainer: Trainer, checkpoint: dict[str, Any]) -> N
             progress[counts] |= {"ready": 1, "started": 1, "processed": 0, "completed": 0}
 
 
-def check_after_validation(stopping: EarlyStopping) -> None:
-    """Makes `EarlyStopping` check after validations, unless it has been told otherwise."""
-    if stopping._check_on_train_epoch_end is None:
-        stopping._check_on_train_epoch_end = False
-
-
 def checks_at_epoch_end(stopping: EarlyStopping) -> bool:
     """Whether `EarlyStopping` checks after training epochs, when the checkpoint of the validation has been written."""
     return bool(stopping._check_on_train_epoch_end)

@@ -50,7 +50,7 @@ def fill_in_loggers(given: Any, run: Path, experiment: str) -> Any:
         rank_zero_info("WandbLogger writes metrics.csv too, so CSVLogger is left out.")
     for logger in wandb_loggers:
         _set_offline_if_need_be(logger, run)
-    return list(by_class.values())
+    return list(by_class.values()) if isinstance(given, list) else filled[0]
 
 
 def _placed(logger: Namespace, run: Path, experiment: str) -> Namespace:

@@ -6,6 +6,7 @@ import io
 import os
 import re
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr, suppress
 from dataclasses import fields, is_dataclass
@@ -61,8 +62,10 @@ def _one_line(error: Exception) -> str:
     message = plain(str(error))
     if isinstance(error, SAY_WHAT_TO_CHANGE) or (isinstance(error, ValueError) and SAYS_WHAT_TO_CHANGE.match(message)):
         return " ".join([message, *notes])
-    if isinstance(error.__cause__, Exception):  # such as what failed while jsonargparse built an object
-        return _one_line(error.__cause__)
+    if isinstance(cause := error.__cause__, Exception):  # such as what failed while jsonargparse built an object
+        frames = traceback.extract_tb(cause.__traceback__)
+        own = bool(frames) and "jsonargparse" in frames[-1].filename
+        return " ".join([message, *notes]) if own else _one_line(cause)
     described = f"{type(error).__name__}: {message}" if message else type(error).__name__
     where = ", ".join(part for part in (origin(error), "THINNED_TRACEBACK=1 shows the traceback") if part)
     return " ".join([described, *notes, f"({where})"])
@@ -103,6 +106,12 @@ class Parser(LightningArgumentParser):
         super().__init__(*args, allow_abbrev=False, **kwargs)
         internals.refuse_double_keys_in_yaml()
         internals.drop_settings_of_another_optimiser()
+
+    def parse_path(self, path: Any, *args: Any, **kwargs: Any) -> Namespace:
+        try:
+            return super().parse_path(path, *args, **kwargs)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"Expected {path} to be UTF-8 text, but got {error}") from error
 
     def parse_string(self, content: str, path: Any = "", **kwargs: Any) -> Namespace:
         refuse_double_keys(content, str(path) or "the yaml")

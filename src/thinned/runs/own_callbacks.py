@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import (
     GradientAccumulationScheduler,
     LearningRateFinder,
     ModelCheckpoint,
+    OnExceptionCheckpoint,
     StochasticWeightAveraging,
     WeightAveraging,
 )
@@ -23,6 +24,8 @@ REFUSED: dict[type[Callback], str] = {
     StochasticWeightAveraging: "its average is in no checkpoint, so it is not what is tested: WeightAveraging or "
     "EMAWeightAveraging of lightning.pytorch.callbacks keep theirs",
     LearningRateFinder: "the rate that it finds is not the one in config.yaml: set model.optimizer.lr",
+    OnExceptionCheckpoint: "a new run would begin with what another one left there: --checkpoint.every_n_train_steps "
+    "writes last.ckpt more often",
     BatchSizeFinder: "the size that it finds is not the one in config.yaml: set data.batch_size",
 }
 
@@ -106,7 +109,7 @@ def _key(callback: Callback) -> str:
 
 
 def prepare_own_callbacks(trainer: Trainer, run: Path) -> None:
-    """Keeps files of callbacks apart, and their state in the checkpoint of the moment in which it changes.
+    """Keeps the files of callbacks apart.
 
     Args:
         trainer: The trainer, before it is used.
@@ -124,5 +127,3 @@ def prepare_own_callbacks(trainer: Trainer, run: Path) -> None:
             raise ValueError(f"Expected {_key(callback)}.mode max for {monitor}, but got min")
         if type(callback) is ModelCheckpoint and not callback.dirpath:  # else both may write last.ckpt
             callback.dirpath = str(run / "model_checkpoint")
-        if isinstance(callback, EarlyStopping) and not monitor.startswith("train"):
-            internals.check_after_validation(callback)
