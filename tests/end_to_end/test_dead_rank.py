@@ -33,13 +33,13 @@ def test_killed(launcher: str, rank: int, stage: str, start_ranks: Callable[...,
 
 
 def test_exception_of_one_rank(start_ranks: Callable[..., Any]) -> None:
-    """Its traceback is shown, the other rank does not add one of its own."""
+    """Each rank says in one line what it knows: where the error is, or that the other one does not answer."""
     finished = start_ranks("lightning", "mlp_digits", *dying(1, "train", "exception"))
     assert finished.status == 1
-    assert finished.err.count("ZeroDivisionError: a bug in this rank alone") == 1
-    assert len(re.findall(r'File ".*/scripts/train\.py", line \d+, in main', finished.err)) == 1
-    (error,) = finished.errors
-    assert error.startswith("error: Expected all ranks to answer, but got ")
+    own, other = sorted(finished.errors, reverse=True)
+    assert own.startswith("error: ZeroDivisionError: a bug in this rank alone (DyingRank (trainer.callbacks), fault_")
+    assert other.startswith("error: Expected all ranks to answer, but got ")
+    assert "Traceback" not in finished.err
     assert finished.seconds < 60
 
 
