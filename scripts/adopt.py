@@ -54,8 +54,10 @@ PARTS = {
         tests/end_to_end/test_dead_rank.py
         tests/end_to_end/test_interruption.py
         tests/end_to_end/test_launchers.py
+        tests/end_to_end/test_messages.py
         tests/end_to_end/test_nonfinite.py
         tests/end_to_end/test_recipe.py
+        tests/end_to_end/test_resumed_settings.py
         tests/end_to_end/test_run_directory.py
         tests/end_to_end/test_wandb_and_csv.py
         tests/end_to_end/test_wandb_unreachable.py

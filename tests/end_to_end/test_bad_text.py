@@ -132,10 +132,3 @@ def test_net(kind: str, train: Script) -> None:
 
 def test_longer_windows_than_the_net_of_the_checkpoint_has(predict: Script) -> None:
     assert_said(predict("--data.context_length", 33), "model.net.context_length", "33", "32")
-
-
-def test_no_dropout_to_sample(train: Script) -> None:
-    """The config's only rate is at the residual site."""
-    said = ["mc_dropout.sites", "mc_dropout.num_samples to null"]
-    assert_said(train("--model.net.dropout.residual", 0), *said)
-    assert_said(train("--mc_dropout.sites", "[attention]"), "mc_dropout.sites", "attention", "residual")

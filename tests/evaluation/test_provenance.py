@@ -63,7 +63,9 @@ def test_both_files_of_text_have_it(trained_text: Any, text_file: Path) -> None:
 
 
 # gpt only: end
-@pytest.mark.parametrize("option", [("--data.eval_batch_size", 7), ("--data.cache_gib", 0), ("--data.shift", 3)])
+@pytest.mark.parametrize(
+    "option", [("--data.eval_batch_size", 7), ("--data.cache_gib", 0), ("--data.cache_dir", "hashes")]
+)
 def test_it_is_equal_where_the_rows_are(
     option: tuple[object, ...], trained: Any, checkpoint: Path, run_script: Script
 ) -> None:

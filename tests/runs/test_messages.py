@@ -88,7 +88,11 @@ def test_what_the_screen_cannot_encode_is_shown_as_well_as_it_goes(monkeypatch: 
     assert screen.getvalue() == b"K\\xe4se \\u2116 3\n"
 
 
+# gpt only: begin
 def test_program_restarts_where_names_of_files_are_not_utf8(start_script: Script) -> None:
     ascii_locale = {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     done = start_script("scripts/sample.py", "--ckpt_path", "Käse.ckpt", **ascii_locale)
     assert "but got no file: K\\xe4se.ckpt" in done.error or "but got no file: Käse.ckpt" in done.error
+
+
+# gpt only: end

@@ -86,8 +86,8 @@ def _namespace(**content: Any) -> Namespace:
 def wandb_id(experiment: str, run: str) -> str:
     """Returns an id that no other run of the project has, of characters that W&B takes.
 
-    >>> wandb_id("mlp_digits", "20260101-120000-ab12"), wandb_id("a.b", "c"), wandb_id("a", "b.c")
-    ('mlp_digits.20260101-120000-ab12', 'a=2e=b.c', 'a.b=2e=c')
+    >>> wandb_id("digits", "20260101-120000-ab12"), wandb_id("a.b", "c"), wandb_id("a", "b.c")
+    ('digits.20260101-120000-ab12', 'a=2e=b.c', 'a.b=2e=c')
     """
     return ".".join(re.sub(r"[^A-Za-z0-9_-]", lambda c: f"={ord(c[0]):x}=", part) for part in (experiment, run))
 
