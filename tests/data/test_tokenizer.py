@@ -106,13 +106,6 @@ class TestBpe:
         assert (bpe.decode([0]), bpe.pieces([0])) == (END_OF_TEXT, [END_OF_TEXT])
         assert 0 not in bpe.encode(f"a{END_OF_TEXT}b")
 
-    def test_a_prompt_can_begin_a_document(self, bpe: Tokenizer) -> None:
-        assert bpe.encode_prompt(f"the{END_OF_TEXT}cat ") == [*bpe.encode("the"), 0, *bpe.encode("cat ")]
-        assert bpe.encode_prompt("") == [0]
-        assert bpe.encode_prompt("the cat") == bpe.encode("the cat")
-        characters = Tokenizer.characters(["abc"])
-        assert (characters.encode_prompt("cab"), characters.encode_prompt("")) == ([2, 0, 1], [])
-
     def test_bytes_that_are_no_characters_are_shown_as_such(self, bpe: Tokenizer) -> None:
         assert bpe.pieces(bpe.encode("é\n")) == [r"\xc3", r"\xa9", "\n"]
 

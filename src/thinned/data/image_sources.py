@@ -104,10 +104,10 @@ def _read_tables(tables: dict[str, list[Path]]) -> dict[str, datasets.Dataset]:
     splits = {}
     for name, files in tables.items():
         groups: dict[bytes, list[str]] = defaultdict(list)  # `datasets` gives all files the class names of the first
-        for file in files:
-            is_parquet = file.suffix.lower() == ".parquet"
-            groups[repr(pq.read_schema(file).metadata).encode() if is_parquet else bytes(file)].append(str(file))
         try:
+            for file in files:
+                is_parquet = file.suffix.lower() == ".parquet"
+                groups[repr(pq.read_schema(file).metadata).encode() if is_parquet else bytes(file)].append(str(file))
             parts = [
                 datasets.load_dataset(BUILDERS[Path(group[0]).suffix.lower()], data_files={"train": group})["train"]
                 for group in groups.values()

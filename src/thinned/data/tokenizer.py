@@ -9,7 +9,6 @@ Shapes: V tokens in the vocabulary.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -150,15 +149,6 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Returns the ids of a text; ValueError if it has characters outside the vocabulary."""
         return self.encode_documents([text])[0].tolist()
-
-    def encode_prompt(self, text: str) -> list[int]:
-        """Returns the ids of a prompt, in which special tokens have their names; an empty one begins a document."""
-        special = {self._names[index]: index for index in self._special}
-        if not text and self.end_of_text is not None:
-            return [self.end_of_text]
-        names = "|".join(map(re.escape, sorted(special, key=len, reverse=True)))
-        parts = re.split(f"({names})", text) if names else [text]
-        return [index for part in parts for index in ([special[part]] if part in special else self.encode(part))]
 
     def encode_documents(self, documents: list[str]) -> list[np.ndarray]:
         """Returns the ids of each document as int64, encoded in threads; ValueError as for `encode`."""
