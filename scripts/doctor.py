@@ -146,7 +146,7 @@ def distributed() -> Verdict:
 
 
 def infiniband() -> Verdict:
-    several = torch.cuda.device_count() > 1 or int(os.environ.get("SLURM_NNODES") or 1) > 1
+    several = int(os.environ.get("SLURM_NNODES") or 1) > 1  # the GPUs of one machine do not talk over it
     if several and not any(Path("/sys/class/infiniband").glob("*")):
         mend = "if NCCL hangs at the start: NCCL_IB_DISABLE=1, NCCL_SOCKET_IFNAME=..., NCCL_DEBUG=INFO to see why"
         return Verdict("warn", "none, so NCCL talks over sockets between machines", mend)
@@ -157,7 +157,7 @@ def infiniband() -> Verdict:
 
 
 def wandb_server() -> Verdict:
-    if mode := os.environ.get("WANDB_MODE"):
+    if (mode := os.environ.get("WANDB_MODE")) and mode != "online":
         return Verdict("warn", f"WANDB_MODE={mode} decides, whatever key there is", "unset WANDB_MODE")
     reason = wandb_offline_reason()
     if reason is None:

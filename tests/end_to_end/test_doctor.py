@@ -125,6 +125,7 @@ VERDICTS = [
     ("distributed", lambda *_: None, "ok", "gloo"),
     ("InfiniBand", fake_gpus(1), "ok", "not needed"),
     ("W&B server", fake_environment(WANDB_MODE="offline"), "warn", "unset WANDB_MODE"),
+    ("W&B server", fake_environment(WANDB_MODE="online"), "ok", "no API key is configured"),
     ("W&B server", lambda *_: None, "ok", "no API key is configured"),
     ("W&B server", lambda doctor, patch: patch.setattr(doctor, "wandb_offline_reason", lambda: GONE), "warn", GONE),
     ("W&B server", lambda doctor, patch: patch.setattr(doctor, "wandb_offline_reason", lambda: None), "ok", "confirms"),
@@ -180,7 +181,10 @@ def test_hub(doctor: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_infiniband(doctor: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    fake_gpus(2)(doctor, monkeypatch)
+    """Between machines alone: the GPUs of one do not talk over it."""
+    fake_gpus(8)(doctor, monkeypatch)
+    assert doctor.infiniband() == ("ok", "not needed", "")
+    monkeypatch.setenv("SLURM_NNODES", "2")
     expected = "ok" if any(Path("/sys/class/infiniband").glob("*")) else "warn"
     assert doctor.infiniband().state == expected
 
