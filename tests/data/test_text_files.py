@@ -8,6 +8,7 @@ import io
 import json
 import logging
 import lzma
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -296,6 +297,14 @@ class TestBytes:
             path.write_bytes(PACK[suffix](TEXT.encode() * 99)[:-9])
             with pytest.raises(OSError, match=r"Expected data.path to hold files that can be read, but got .*a.txt"):
                 list(TextFiles([path]))
+
+
+def test_a_file_that_was_replaced_is_read_again(tmp_path: Path) -> None:
+    """By one with the same time of change, as an archive or a copy may have it."""
+    for rows in ("one\n" * 3, "another\n" * 5):
+        (tmp_path / "set.csv").write_text(f"text\n{rows}")
+        os.utime(tmp_path / "set.csv", ns=(10**18, 10**18))
+        assert list(read_text(str(tmp_path / "set.csv")).splits["train"]) == rows.split()
 
 
 def test_cells_may_be_separated_by_semicolons(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ Whatever cannot be found or read becomes one error that names the setting.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,11 @@ def declares_its_files(folder: Path) -> bool:
     if not readme.is_file():
         return False
     return re.match(r"---\n(?:(?!---).*\n)*?configs:", readme.read_text(encoding="utf-8", errors="replace")) is not None
+
+
+def sizes_of(paths: Iterable[Path]) -> str:
+    """Returns the sizes of files, for the name of their cache: `datasets` knows a file by path and time of change."""
+    return ",".join(str(path.stat().st_size) for path in paths)
 
 
 def is_saved(folder: Path) -> bool:

@@ -25,7 +25,7 @@ from PIL.Image import Image
 from sklearn.datasets import load_digits
 from torch import Tensor
 
-from thinned.data.hugging_face import declares_its_files, is_saved, read_stored
+from thinned.data.hugging_face import declares_its_files, is_saved, read_stored, sizes_of
 from thinned.data.image_folder import is_image, read_image_folder, walk
 from thinned.data.pixels import open_image, to_array
 from thinned.data.split_names import SPLIT_COLUMNS, split_of, stored_split
@@ -109,7 +109,11 @@ def _read_tables(tables: dict[str, list[Path]]) -> dict[str, datasets.Dataset]:
                 is_parquet = file.suffix.lower() == ".parquet"
                 groups[repr(pq.read_schema(file).metadata).encode() if is_parquet else bytes(file)].append(str(file))
             parts = [
-                datasets.load_dataset(BUILDERS[Path(group[0]).suffix.lower()], data_files={"train": group})["train"]
+                datasets.load_dataset(
+                    BUILDERS[Path(group[0]).suffix.lower()],
+                    data_files={"train": group},
+                    description=sizes_of(map(Path, group)),
+                )["train"]
                 for group in groups.values()
             ]
             if len({repr(part.features) for part in parts}) > 1:

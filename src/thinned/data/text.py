@@ -143,7 +143,9 @@ class TextDataModule(SplitDataModule):
         said = [f"Left out of data.path: {_shortened(source.left_out)}"] if source.left_out else []
         ranges = kept_ranges(self._kept, self.path, files) if self._kept and may_be_kept else None
         if self._kept and not ranges:
-            said.append("data.path is another text than that of the checkpoint")
+            said.append(
+                "data.path, compared by its beginning or its documents, is another text than that of the checkpoint"
+            )
             if self._fits:
                 self._kept = None
                 rule = rule if rule.by_document else SplitRule.of(self.hparams, source.splits, by_document=False)

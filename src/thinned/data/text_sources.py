@@ -17,7 +17,7 @@ from typing import Any
 
 import datasets
 
-from thinned.data.hugging_face import Stored, declares_its_files, fingerprint, is_saved, read_stored
+from thinned.data.hugging_face import Stored, declares_its_files, fingerprint, is_saved, read_stored, sizes_of
 from thinned.data.order import Split
 from thinned.data.split_names import assign_splits
 from thinned.data.text_files import ROWS, Layout, TextFiles, csv_header, layout, suffix
@@ -149,12 +149,12 @@ def _rows(
 def _read_files(paths: list[Path], *, streaming: bool) -> Stored:
     """Returns the rows of files of one kind."""
     kinds = sorted({suffix(path) for path in paths})
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"description": sizes_of(paths)}
     try:
         if ROWS[kinds[0]] == "csv":  # where "NA" and "007" are text
             sep, names = csv_header(paths)
             features = datasets.Features({name: datasets.Value("string") for name in names})
-            options = {"keep_default_na": False, "index_col": False, "sep": sep, "features": features}
+            options |= {"keep_default_na": False, "index_col": False, "sep": sep, "features": features}
         if len({ROWS[kind] for kind in kinds}) > 1 or kinds == [".csv", ".tsv"]:
             raise ValueError(f"files of several kinds, {kinds}: name those not to be used in data.leave_out")
         data_files = {"train": [glob.escape(str(path.absolute())) for path in paths]}
