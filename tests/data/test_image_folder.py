@@ -231,6 +231,11 @@ def test_splits_within_classes(tmp_path: Path) -> None:
     assert found(tmp_path)[0] == {"train": {"1.png": "cat", "3.png": "dog"}, "test": {"2.png": "cat"}}
 
 
+def test_folders_with_the_split_in_a_word(tmp_path: Path) -> None:
+    draw(tmp_path / "train_images/cat/1.png"), draw(tmp_path / "images-test/cat/2.png")
+    assert found(tmp_path)[0] == {"train": {"1.png": "cat"}, "test": {"2.png": "cat"}}
+
+
 @pytest.mark.parametrize("top", ["images", "a/b"])
 def test_a_single_folder_of_folders_is_gone_into(tmp_path: Path, top: str) -> None:
     by_class(tmp_path / top)

@@ -10,7 +10,7 @@ import json
 import os
 from collections import defaultdict
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import datasets
 import PIL.Image
@@ -65,6 +65,10 @@ def read_image_folder(
     parts = {path: path.relative_to(root).parts for path in images}
     if parts and all(len(part) > 2 and split_of(part[1]) for part in parts.values()):  # <class>/<split>
         parts = {path: (part[1], part[0], *part[2:]) for path, part in parts.items()}
+    words = {part[0]: stored_split(PurePath(part[0]), in_words=True) for part in parts.values()}
+    within = all(len(part) > 2 for part in parts.values())
+    if all(words.values()) and within and not all(map(split_of, words)):  # train_images/<class>
+        parts = {path: (words[part[0]] or "", *part[1:]) for path, part in parts.items()}
     tops = {part[0] for part in parts.values() if len(part) > 1}
     nested = any(len(part) > 2 and split_of(part[0]) == "train" for part in parts.values())
     by_folder = nested or (bool(tops) and all(map(split_of, tops)))
