@@ -86,6 +86,7 @@ def enter_run(run: Path, new: bool) -> None:
     Raises:
         ValueError: It cannot be written, another process is in it, or a new one is there already.
     """
+    parents = [folder for folder in (run.parent, *run.parent.parents) if not folder.exists()]
     try:
         run.parent.mkdir(parents=True, exist_ok=True)
         makes = new or not run.exists()
@@ -95,18 +96,19 @@ def enter_run(run: Path, new: bool) -> None:
         raise ValueError(f"Expected a new run_id, but got that of {run}: resume it by --resume latest") from None
     except OSError as error:
         raise ValueError(f"Expected runs_dir to be writable, but got {error.strerror}: {run}") from error
-    atexit.register(_leave, run, makes)
+    atexit.register(_leave, run, makes, parents)
     for left_by_a_killed_process in run.glob("checkpoints/.*.tmp.ckpt"):
         left_by_a_killed_process.unlink()
     for left_by_a_killed_process in run.glob(".claim.*"):
         shutil.rmtree(left_by_a_killed_process, ignore_errors=True)
 
 
-def _leave(run: Path, made: bool) -> None:
+def _leave(run: Path, made: bool, parents: list[Path]) -> None:
     if made and not (run / "config.yaml").exists():
         shutil.rmtree(run, ignore_errors=True)
-        with suppress(OSError):
-            run.parent.rmdir()
+        with suppress(OSError):  # other runs may be there by now
+            for folder in parents:
+                folder.rmdir()
     release(run)
 
 
