@@ -669,7 +669,7 @@ def test_other_labels_of_the_same_images_are_said_and_refused_in_training(tmp_pa
         data.load_state_dict(state)
         if stage == "test":
             data.setup(stage)
-            assert "The labels of test in data.path are others than in training" in said
+            assert "The labels of train, val, test in data.path are others than in training" in said
         else:
             with pytest.raises(ValueError, match="Expected the labels of the training, but got others for train"):
                 data.setup(stage)

@@ -8,6 +8,7 @@ from typing import Any, get_args
 
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
 
 from thinned.data.content_split import digest, shared, sketch, split_by_content
 from thinned.data.order import Split
@@ -103,6 +104,26 @@ def arrange(
                 rank_zero_info(f"data.path has changed since the training: {counts[split]} {split}, then {before}")
     facts = {"rule": RULE, **settings, "stored": stored, "counts": counts, "digests": digests, "overlap": overlap}
     return Arrangement({split: (stored[split],) for split in SPLITS}, rows, facts | {"sketch": drawn_of})
+
+
+def label_digests(hashes: Mapping[Split, np.ndarray], targets: Mapping[Split, Tensor | None]) -> dict[str, str]:
+    """Returns what stands for the classes of the examples of each split, in any order.
+
+    Args:
+        hashes: Hash of each example, (n,) uint64.
+        targets: Class of each example, (n,); None if they are hidden.
+    """
+    digests: dict[str, str] = {}
+    for split, target in targets.items():
+        classes = np.uint64(0) if target is None else target.numpy().astype(np.uint64)
+        digests[split] = digest(hashes[split] + classes)
+    return digests
+
+
+def other_labels(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Returns the splits that have the examples of a checkpoint's facts, but other labels."""
+    same = [split for split in SPLITS if before["digests"][split] == now["digests"][split]]
+    return [split for split in same if before["labels"][split] != now["labels"][split]]
 
 
 def _is_trained_on(trained: Mapping[str, Any], hashes: np.ndarray) -> bool:

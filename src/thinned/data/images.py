@@ -22,15 +22,14 @@ from lightning.pytorch.utilities import rank_zero_info
 from PIL import ImageColor
 from torch import Tensor
 
-from thinned.data.content_split import digest
 from thinned.data.image_batches import ImageBatches
 from thinned.data.image_census import take_census
 from thinned.data.image_sources import Statistics, StoredImages, channel_statistics, image_column, read_splits
-from thinned.data.image_splits import arrange
+from thinned.data.image_splits import arrange, label_digests, other_labels
 from thinned.data.labels import Labels, label_column, match_names, read_labels, shortened
 from thinned.data.module import SplitDataModule
 from thinned.data.order import Split
-from thinned.data.pixels import COLOUR, DEPTH, FRAMES, NARROWED, SCALES
+from thinned.data.pixels import kind_of
 from thinned.data.split_names import assign_splits
 
 HalfTurn = restricted_number_type("HalfTurn", float, [(">=", 0), ("<=", 180)], docstring="Degrees in [0, 180].")
@@ -183,19 +182,13 @@ class ImageDataModule(SplitDataModule):
             self._say(f"The labels of data.path are {labels.said}; the classes are {shortened(self.class_names)}")
 
         headers = np.concatenate([census["header"] for census in self._census.values()])
-        depths = {SCALES[header & DEPTH] for header in np.unique(headers)}
-        self._scale = trained.get("scale", min(depths))
-        if depths != {self._scale}:
-            raise ValueError(f"Expected images of {self._scale} in data.path, but got {' and '.join(sorted(depths))}")
-        if several := int((headers & FRAMES > 0).sum()):
-            self._say(f"{several} images of data.path have several frames: the first is used")
-        if narrowed := int((headers & NARROWED > 0).sum()):
-            self._say(f"{narrowed} images of data.path have 16 bits a colour: the upper 8 of them are used")
+        kind = kind_of(headers, trained.get("scale"))
+        for line in kind.said:
+            self._say(line)
+        self._scale, self._deep = kind.scale, kind.deep
         size = self.hparams["image_size"]
         width, height = (size, size) if size else self._stored[train].open(0).size
-        channels = 3 if (headers & COLOUR).any() else 1
-        self.image_shape = (trained.get("channels", channels), height, width)
-        self._deep = bool((headers & DEPTH).any())
+        self.image_shape = (trained.get("channels", kind.channels), height, width)
 
     def _joined(self, names: tuple[str, ...]) -> StoredImages:
         """Returns the images of some stored splits as one."""
@@ -224,16 +217,11 @@ class ImageDataModule(SplitDataModule):
     def _compare_labels(self, hashes: dict[Split, np.ndarray], stage: str | None) -> None:
         """Adds digests of the labels to the facts, and compares them with those of the checkpoint."""
         assert self._facts is not None
-        before = self._trained["split"] if self._trained else self._facts
-        self._facts["labels"] = {}
-        for split, target in self.target.items():
-            classes = np.zeros(len(hashes[split]), np.uint64) if target is None else target.numpy().astype(np.uint64)
-            self._facts["labels"][split] = digest(hashes[split] + classes)
-            same = before["digests"][split] == self._facts["digests"][split]
-            if same and before["labels"][split] != self._facts["labels"][split]:
-                if stage == "fit":
-                    raise ValueError(f"Expected the labels of the training, but got others for {split} in data.path")
-                self._say(f"The labels of {split} in data.path are others than in training")
+        self._facts["labels"] = label_digests(hashes, self.target)
+        if self._trained and (changed := other_labels(self._trained["split"], self._facts)):
+            if stage == "fit":
+                raise ValueError(f"Expected the labels of the training, but got others for {changed[0]} in data.path")
+            self._say(f"The labels of {', '.join(changed)} in data.path are others than in training")
 
     @property
     def num_classes(self) -> int | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import PIL.Image
@@ -35,6 +35,39 @@ def header(content: bytes) -> int:
     narrowed = content[12:16] == b"IHDR" and content[24] == 16 and content[25] != 0
     several = getattr(image, "is_animated", False)
     return depth | (0 if is_grey else COLOUR) | (FRAMES if several else 0) | (NARROWED if narrowed else 0)
+
+
+class Kind(NamedTuple):
+    """What the headers of a set tell."""
+
+    scale: str  # one of `SCALES`
+    channels: int  # C: 3 if any image is in colour
+    deep: bool  # whether any image has more than 8 bits
+    said: list[str]  # what a person should know
+
+
+def kind_of(headers: np.ndarray, scale: str | None = None) -> Kind:
+    """Returns what kind of images a set holds, by their headers, (N,).
+
+    Args:
+        headers: What `header` tells of each image.
+        scale: The scale that the set must have; None takes its own.
+
+    Raises:
+        ValueError: If the images have several scales, or another one.
+    """
+    scales = sorted({SCALES[depth] for depth in np.unique(headers & DEPTH)})
+    scale = scale or scales[0]
+    if scales != [scale]:
+        raise ValueError(f"Expected images of {scale} in data.path, but got {' and '.join(scales)}")
+    said = []
+    for flag, fact in (
+        (FRAMES, "have several frames: the first is used"),
+        (NARROWED, "have 16 bits a colour: the upper 8 of them are used"),
+    ):
+        if number := int((headers & flag > 0).sum()):
+            said.append(f"{number} images of data.path {fact}")
+    return Kind(scale, 3 if (headers & COLOUR).any() else 1, bool((headers & DEPTH).any()), said)
 
 
 def _has_grey_palette(image: Image) -> bool:
