@@ -329,3 +329,11 @@ def test_utf_16_without_a_mark_is_refused(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_bytes("some text".encode("utf-16-le"))
     with pytest.raises(ValueError, match=r"a zero byte at offset 1 of .*text\.txt: UTF-16 needs a byte order mark"):
         list(read_text(str(tmp_path / "text.txt")).splits["train"])
+
+
+def test_a_column_may_name_the_splits(tmp_path: Path) -> None:
+    (tmp_path / "set.csv").write_text("text,Split\none,train\ntwo,dev\nthree,train\nfour,test\nfive,extra\n")
+    source = read_text(str(tmp_path / "set.csv"))
+    found = {split: list(documents) for split, documents in source.splits.items()}
+    assert found == {"train": ["one", "three"], "val": ["two"], "test": ["four"]}
+    assert source.left_out == ["1 rows of Split 'extra'"]

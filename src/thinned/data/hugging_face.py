@@ -14,7 +14,7 @@ import datasets
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 
-from thinned.data.split_names import split_of
+from thinned.data.split_names import SPLIT_COLUMNS, split_of
 
 Stored = datasets.Dataset | datasets.IterableDataset
 
@@ -92,3 +92,22 @@ def read_stored(
     if needs_train and not any(split_of(name) == "train" for name in splits):
         raise ValueError(f"Expected data.path to have a split 'train', but got {list(splits)} in {path!r}")
     return splits
+
+
+def by_column(
+    splits: dict[str, datasets.Dataset], left_out: list[str]
+) -> tuple[dict[str, datasets.Dataset], list[str]]:
+    """Returns the splits that a column names, if nothing else does, and what is left out."""
+    stored, *others = splits.values()
+    column = next((name for name in stored.column_names if name.lower() in SPLIT_COLUMNS), None)
+    if others or column is None:
+        return splits, left_out
+    feature = stored.features[column]
+    values = [feature.int2str(v) if isinstance(feature, datasets.ClassLabel) else str(v) for v in stored[column][:]]
+    if not any(split_of(value) == "train" for value in values):
+        return splits, left_out
+    rows = {value: [row for row, each in enumerate(values) if each == value] for value in dict.fromkeys(values)}
+    left_out += [
+        f"{len(of_value)} rows of {column} {value!r}" for value, of_value in rows.items() if not split_of(value)
+    ]
+    return {value: stored.select(of_value) for value, of_value in rows.items() if split_of(value)}, left_out

@@ -25,10 +25,10 @@ from PIL.Image import Image
 from sklearn.datasets import load_digits
 from torch import Tensor
 
-from thinned.data.hugging_face import declares_its_files, is_saved, read_stored, sizes_of
+from thinned.data.hugging_face import by_column, declares_its_files, is_saved, read_stored, sizes_of
 from thinned.data.image_folder import is_image, read_image_folder, walk
 from thinned.data.pixels import open_image, to_array
-from thinned.data.split_names import SPLIT_COLUMNS, split_of, stored_split
+from thinned.data.split_names import split_of, stored_split
 
 BUILDERS = {".parquet": "parquet", ".arrow": "arrow"}  # of `datasets`, for files with images in them
 EXPECTED = "'digits', a folder of images, the folder of a dataset or its id on the Hugging Face Hub"
@@ -58,7 +58,7 @@ def read_splits(path: str, label: str | None = None) -> tuple[dict[str, datasets
         return {"train": read_digits()}, []
     folder = Path(path).expanduser()
     if folder.is_file() and folder.suffix.lower() in BUILDERS:
-        return _by_column(_read_tables({"train": [folder]}), [])
+        return by_column(_read_tables({"train": [folder]}), [])
     if folder.is_dir() and not is_saved(folder) and not declares_its_files(folder):
         files = list(walk(folder))
         if tables := _tables_by_split(folder, files):
@@ -68,27 +68,8 @@ def read_splits(path: str, label: str | None = None) -> tuple[dict[str, datasets
             splits, left_out = read_image_folder(folder, files, label)
         else:
             return read_stored(path, EXPECTED, needs_train=False), []  # which says what is wrong
-        return _by_column(splits, [str(file.relative_to(folder)) for file in left_out])
-    return _by_column(read_stored(path, EXPECTED, needs_train=False), [])
-
-
-def _by_column(
-    splits: dict[str, datasets.Dataset], left_out: list[str]
-) -> tuple[dict[str, datasets.Dataset], list[str]]:
-    """Returns the splits that a column names, if nothing else does, and what is left out."""
-    stored, *others = splits.values()
-    column = next((name for name in stored.column_names if name.lower() in SPLIT_COLUMNS), None)
-    if others or column is None:
-        return splits, left_out
-    feature = stored.features[column]
-    values = [feature.int2str(v) if isinstance(feature, datasets.ClassLabel) else str(v) for v in stored[column][:]]
-    if not any(split_of(value) == "train" for value in values):
-        return splits, left_out
-    rows = {value: [row for row, each in enumerate(values) if each == value] for value in dict.fromkeys(values)}
-    left_out += [
-        f"{len(of_value)} rows of {column} {value!r}" for value, of_value in rows.items() if not split_of(value)
-    ]
-    return {value: stored.select(of_value) for value, of_value in rows.items() if split_of(value)}, left_out
+        return by_column(splits, [str(file.relative_to(folder)) for file in left_out])
+    return by_column(read_stored(path, EXPECTED, needs_train=False), [])
 
 
 def _tables_by_split(folder: Path, files: list[Path]) -> dict[str, list[Path]]:

@@ -17,7 +17,15 @@ from typing import Any
 
 import datasets
 
-from thinned.data.hugging_face import Stored, declares_its_files, fingerprint, is_saved, read_stored, sizes_of
+from thinned.data.hugging_face import (
+    Stored,
+    by_column,
+    declares_its_files,
+    fingerprint,
+    is_saved,
+    read_stored,
+    sizes_of,
+)
 from thinned.data.order import Split
 from thinned.data.split_names import assign_splits
 from thinned.data.text_files import ROWS, Layout, TextFiles, csv_header, layout, suffix
@@ -128,6 +136,10 @@ def _rows(
         stored = {split: found[stored_name] for split, stored_name in names.items()}
         if not stored:
             raise ValueError(f"Expected data.path to have splits such as 'train', 'val' and 'test', but got {left_out}")
+    if list(stored) == ["train"] and not streaming:
+        by_value, left_out = by_column({names["train"]: stored["train"]}, left_out)
+        names, _ = assign_splits(by_value)
+        stored = {split: by_value[name] for split, name in names.items()}
     column = _text_column(next(iter(stored.values())), text_column)
     columns = {split: TextColumn(rows, column, names[split]) for split, rows in stored.items()}
     for split, rows in stored.items():
