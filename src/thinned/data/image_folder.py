@@ -58,7 +58,7 @@ def read_image_folder(
         The images of each stored split with their labels, and the files that are left out.
 
     Raises:
-        ValueError: If a table has labels, but it is not clear of which images.
+        ValueError: If a table has labels, but does not say which images they belong to.
     """
     images = [path for path in files if is_image(path)]
     root = _folder_of_splits(root, images)

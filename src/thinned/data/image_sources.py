@@ -220,7 +220,7 @@ class StoredImages:
 
 @dataclass(frozen=True)
 class Statistics:
-    """Of the intensities of each channel, (C,). The range is that of pictures: all of it for 8 bits."""
+    """Describes the intensities of each channel, (C,). Pictures show the range from low to high."""
 
     mean: list[float]
     std: list[float]

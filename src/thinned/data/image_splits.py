@@ -43,7 +43,7 @@ def arrange(
     """Assigns examples to splits: as a checkpoint says if it was trained on some of them, else as it is asked.
 
     A stored split is used as it is. Without a stored test, the stored validation is the test. What is still missing is
-    taken from the stored "train". A set of which nothing was trained on is each split as a whole.
+    taken from the stored "train". If no example of a set was trained on, each split is the whole set.
 
     Args:
         hashes: Hash of each example of each stored split, (N,) uint64.

@@ -31,7 +31,7 @@ class Labels:
 
     @property
     def hidden(self) -> bool:
-        """Whether all labels are missing."""
+        """Tells whether all labels are missing."""
         return not (self.codes >= 0).any()
 
     @property

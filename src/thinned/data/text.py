@@ -170,7 +170,7 @@ class TextDataModule(SplitDataModule):
 
     @property
     def _fits(self) -> bool:
-        """Whether this is for training."""
+        """Tells whether the trainer fits."""
         return self.trainer is not None and self.trainer.state.fn == "fit"
 
     def _prepare(self) -> Prepared:
@@ -241,7 +241,7 @@ class TextDataModule(SplitDataModule):
         if self._is_another and tested in ("predict", "test") and self._ranges["val"] == self._ranges[split]:
             raise ValueError(
                 "Expected a validation split to learn from (mc_dropout.sites), but got another text in data.path than "
-                "that of the checkpoint, all of which is predicted: give a list of sites"
+                "that of the checkpoint, so all of it is predicted: give a list of sites"
             )
         return super().val_dataloader()
 
