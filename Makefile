@@ -32,6 +32,10 @@ help: ## List the targets
 train: .venv/installed ## Train, test and predict with configs/mlp_digits.yaml; ARGS="--key value" changes it
 	.venv/bin/python scripts/train.py --config configs/mlp_digits.yaml $(ARGS)
 
+evaluate: .venv/installed ## Evaluate the latest run on digits, which is trained first if there is none; ARGS changes it
+	@ls runs/mlp_digits/*/checkpoints/best.ckpt >/dev/null 2>&1 || $(MAKE) train
+	.venv/bin/python scripts/evaluate.py --ckpt_path $$(ls -t runs/mlp_digits/*/checkpoints/best.ckpt | head -1) $(ARGS)
+
 # mlp only: end
 # gpt only: begin
 train-gpt: .venv/installed ## Train a GPT on the Python reference with configs/gpt_pydocs.yaml, print coloured samples
@@ -83,5 +87,5 @@ clean: ## Remove .venv and caches; runs/ stays
 
 FORCE:
 .PHONY: help doctor test test-all lint format lines clean FORCE
-.PHONY: train  # mlp only
+.PHONY: train evaluate  # mlp only
 .PHONY: train-gpt  # gpt only

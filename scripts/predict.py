@@ -12,8 +12,10 @@ from thinned.cli import ThinnedCLI, checkpoint_arguments, one_message, restart_i
 
 def main(args: Sequence[str] | None = None) -> None:
     with one_message():
-        checkpoint, arguments = checkpoint_arguments(args)
-        cli = ThinnedCLI(arguments, checkpoint)
+        checkpoints, arguments = checkpoint_arguments(args)
+        if len(checkpoints) > 1:
+            raise ValueError(f"Expected --ckpt_path with one checkpoint, but got {len(checkpoints)}: evaluate them")
+        cli = ThinnedCLI(arguments, checkpoints, purpose="predict")
         cli.trainer.predict(cli.model, cli.datamodule, return_predictions=False)
         cli.print_results()
 

@@ -24,11 +24,20 @@ from rich.console import Console
 # Configs may name the classes of what is imported here, such as data and tasks, without their package.
 from thinned.data.module import DataOffers
 from thinned.evaluation import MCDropout
+from thinned.evaluation.ensembles import evaluation_ways
 from thinned.offers import Offers
 from thinned.runs.checkpoint_callback import Checkpoints
 from thinned.runs.checkpoint_io import AtomicCheckpointIO, checkpoint_arguments, read_checkpoint
 from thinned.runs.cpu_precision import SLOW, bf16_slowdown
-from thinned.runs.directory import checkpoint_to_resume, enter_folder, enter_run, files_of_run, find_run
+from thinned.runs.directory import (
+    Purpose,
+    checkpoint_to_resume,
+    enter_folder,
+    enter_run,
+    files_of_run,
+    find_run,
+    run_of_checkpoint,
+)
 from thinned.runs.launch import fill_in_from_launcher
 from thinned.runs.logger_settings import fill_in_loggers
 from thinned.runs.loggers import ResumableLogger
@@ -70,11 +79,18 @@ class ThinnedCLI(LightningCLI):
 
     Args:
         args: Command line arguments; None reads `sys.argv`.
-        checkpoint: What to predict from, with its path as `ckpt_path`; None trains.
+        checkpoints: Contents of what to predict from, by their paths; the first has the config. None trains.
+        purpose: What is done with them, predict or evaluate; it ends the names of such runs.
     """
 
-    def __init__(self, args: Sequence[str] | None = None, checkpoint: dict[str, Any] | None = None) -> None:
-        self.checkpoint, self.purpose = checkpoint, "predict" if checkpoint else ""  # ends the names of such runs
+    def __init__(
+        self,
+        args: Sequence[str] | None = None,
+        checkpoints: dict[str, dict[str, Any]] | None = None,
+        purpose: Purpose = "",
+    ) -> None:
+        self.checkpoints, self.purpose = checkpoints or {}, purpose
+        self.checkpoint = next(iter(self.checkpoints.values()), None)
         super().__init__(
             model_class=Task,
             datamodule_class=LightningDataModule,
@@ -150,7 +166,10 @@ class ThinnedCLI(LightningCLI):
         self._built_data = _fill_in_from_data(config)
         fill_in_from_launcher(config.trainer)
         self._given_places = {key: config[key] for key in ("trainer.logger", *PLACES)}
-        config.trainer.logger = fill_in_loggers(config.trainer.logger, self.run_dir, config.experiment)
+        trained = [run_of_checkpoint(path) for path in self.checkpoints]
+        config.trainer.logger = fill_in_loggers(
+            config.trainer.logger, self.run_dir, config.experiment, self.purpose, trained
+        )
         for key, part in PLACES.items():
             if config[key] is not None:
                 raise ValueError(f"Expected {key} to be left to runs_dir, experiment and run_id, but got {config[key]}")
@@ -160,7 +179,9 @@ class ThinnedCLI(LightningCLI):
         step = 0
         if self.checkpoint:
             self.restore(self.checkpoint)
-            self.config_init.mc_dropout.checkpoint = self.checkpoint["ckpt_path"]
+            self.config_init.mc_dropout.checkpoint = next(iter(self.checkpoints))
+            if self.purpose == "evaluate":
+                self.config_init.mc_dropout.ways = evaluation_ways(self.config_init.mc_dropout.ways, self.checkpoints)
         if self.ckpt_path:
             checkpoint = read_checkpoint(str(self.ckpt_path), check=False)  # `find_run` has checked it
             _compare_data(checkpoint["config"]["data"], self.config.data)

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from thinned.evaluation import MCDropout
+from thinned.evaluation.batch import in_half
 from thinned.models import MLP, DropoutRates
 from thinned.models.net import Logits
 from thinned.uncertainty import mc_predict
@@ -209,8 +210,10 @@ def test_automatic_sites_and_rates_are_those_of_lowest_validation_nll(run: Calla
 
     The targets are what the net says without dropout, so that the lowest rates are best.
     """
-    net, (x, y), x_val = thinnable(embedding=0.4, mlp=0.5), examples(), torch.randn(20, 4)
-    y_val = net(x_val).argmax(-1)
+    net, (x, y), x_all = thinnable(embedding=0.4, mlp=0.5), examples(), torch.randn(40, 4)
+    y_all = net(x_all).argmax(-1)
+    fitted = in_half(x_all, "fit")
+    x_val, y_val = x_all[fitted], y_all[fitted]
 
     def validation_nll(acting: Acting) -> float:
         mean = mc_predict(net, x_val, num_samples=8, seed=3, sites=acting.sites, scale=acting.scale).mean
@@ -223,7 +226,7 @@ def test_automatic_sites_and_rates_are_those_of_lowest_validation_nll(run: Calla
     expected = {acting: validation_nll(acting) for acting in [*combined, *(Acting(best_sites, s) for s in scales)]}
     best = min(expected, key=expected.__getitem__)
 
-    data = splits(val=loader(x_val, y_val), test=loader(x, y))
+    data = splits(val=loader(x_all, y_all), test=loader(x, y))
     metrics = run("test", net, data, sites="auto")
     assert metrics["mc_dropout"]["sites_nll"] == pytest.approx(
         {str(a): value for a, value in expected.items()}, rel=1e-5

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from thinned.evaluation import batch as batch_module
 from thinned.evaluation import ways as ways_module
-from thinned.evaluation.batch import Batch
+from thinned.evaluation.batch import Batch, in_half
 from thinned.evaluation.rows import predicted_rows
 from thinned.evaluation.ways import standard_ways
 from thinned.models import GPT, DropoutRates
@@ -171,6 +172,10 @@ def test_net_of_another_make(run: Callable[..., Any], read_rows: Callable[..., A
     assert metrics["deterministic"] == pytest.approx(scores(expected, "deterministic_"), rel=1e-5)
 
 
+def everything(inputs: Tensor, half: str) -> Tensor:
+    return torch.ones(len(inputs), dtype=torch.bool)
+
+
 def validation_nll(net: nn.Module, val: Text) -> Callable[[Acting], float]:
     return lambda acting: rows_of(net, val, acting)[0]["mc_dropout_nll"].mean().item()
 
@@ -183,8 +188,8 @@ def test_automatic_sites_and_rates_are_those_of_lowest_validation_nll(
     The targets are what the net says without dropout, so that the lowest rates are best.
     """
     net, test = gpt(0.3, 0, 0, 0.45), windows()
-    val = windows(5, net)
-    nll = validation_nll(net, val)
+    val = windows(9, net)
+    nll = validation_nll(net, tuple(column[in_half(val[0], "fit")] for column in val))
     combined = [Acting(sites) for sites in (("embedding",), ("mlp",), ("embedding", "mlp"))]
     sites = min(combined, key=nll).sites
     expected = {acting: nll(acting) for acting in [*combined, *(Acting(sites, s) for s in (0.25, 0.5, 2.0))]}
@@ -204,6 +209,7 @@ def test_choice_of_sites_sees_a_bounded_number_of_targets(
     bound: int, batches: int, run: Callable[..., Any], splits: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whole batches until the bound is reached, of 18, 18 and 2 targets."""
+    monkeypatch.setattr(batch_module, "in_half", everything)
     monkeypatch.setattr(ways_module, "SELECTION_TARGETS", bound)
     net, test, val = gpt(0, 0, 0.2, 0), windows(2), windows()
     metrics = run("test", net, splits(loader(*val), loader(*test)), sites="auto")
@@ -211,8 +217,11 @@ def test_choice_of_sites_sees_a_bounded_number_of_targets(
     assert metrics["mc_dropout"]["sites_nll"]["residual"] == pytest.approx(nll(Acting(("residual",))), rel=1e-5)
 
 
-def test_choice_of_sites_with_independent_masks(run: Callable[..., Any], splits: Any) -> None:
-    """The windows before a batch seed its masks; a site that does not act may have any rate."""
+def test_choice_of_sites_with_independent_masks(
+    run: Callable[..., Any], splits: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first window of a batch seeds its masks; a site that does not act may have any rate."""
+    monkeypatch.setattr(batch_module, "in_half", everything)
     net, test = gpt(0.05, 0, 0, 0.9), windows(2)
     val = windows(7, net)
     metrics = run("test", net, splits(loader(*val), loader(*test)), sites="auto", masks="independent")

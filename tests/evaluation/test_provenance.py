@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import thinned
-from thinned.evaluation.provenance import _digest_of_file, differences
+from thinned.evaluation.provenance import differences, digest_of_file
 
 Script = Callable[..., Any]
 
@@ -86,5 +86,5 @@ def test_checkpoint_of_several_files(tmp_path: Path) -> None:
     (tmp_path / "sharded.ckpt").mkdir()
     for name in "ba":
         (tmp_path / "sharded.ckpt" / name).write_text(f"shard {name}")
-    assert _digest_of_file(str(tmp_path / "sharded.ckpt")) == hashlib.sha256(b"shard ashard b").hexdigest()
-    assert _digest_of_file("s3://somewhere/best.ckpt") == "s3://somewhere/best.ckpt"
+    assert digest_of_file(str(tmp_path / "sharded.ckpt")) == hashlib.sha256(b"shard ashard b").hexdigest()
+    assert digest_of_file("s3://somewhere/best.ckpt") == "s3://somewhere/best.ckpt"

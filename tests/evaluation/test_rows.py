@@ -307,7 +307,7 @@ def test_output_that_is_known_is_not_asked_for_again(at_once: int, head: bool, m
     with torch.no_grad():
         probs = (net.logits(x) if head else x).double().softmax(-1)[None]
     monkeypatch.setattr(batch_module, "PROBABILITIES_AT_ONCE", at_once * 2 * T * V)
-    batch = Batch(tokens, index, targets, known)
+    batch = Batch(tokens, index, targets, (net, known))
     assert [len(part.index) for part in batch.parts(net, 2)] == {1: [1, 1, 1], 2: [2, 1], 3: [3]}[at_once]
     with counted_calls(net.norm) as calls:
         got, sequences = predicted_rows(batch, net, bound_ways(net))
@@ -321,7 +321,7 @@ def test_output_that_is_known_is_not_asked_for_again(at_once: int, head: bool, m
 
 def test_known_output_of_examples_is_not_asked_for_again() -> None:
     net, x, known = nn.Sequential(nn.Dropout(0.5), nn.Linear(4, 3)).eval(), torch.randn(5, 4), torch.randn(5, 3)
-    batch = Batch(x, torch.arange(5), torch.arange(5) % 3, Logits(known))
+    batch = Batch(x, torch.arange(5), torch.arange(5) % 3, (net, Logits(known)))
     with counted_calls(net) as calls:
         rows, _ = predicted_rows(batch, net, bound_ways(net))
     assert len(calls) == 2 + S  # two passes look for the dropout

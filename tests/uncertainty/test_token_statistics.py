@@ -108,7 +108,7 @@ def test_statistics_hold_the_same_after_any_number_of_samples() -> None:
     statistics, sizes = TokenStatistics(torch.randint(V, (5,)), torch.tensor([0, 0, 1, 1, 1]), 2), {}
     for count in range(1, 21):
         statistics.update(Logits(torch.randn(5, V)))
-        state = [value for value in vars(statistics).values() if not isinstance(value, int)]
+        state = [value for value in vars(statistics).values() if not isinstance(value, int | tuple)]
         assert all(isinstance(value, Tensor) for value in state)
         sizes[count] = sorted(value.untyped_storage().nbytes() for value in state)
     assert sizes[2] == sizes[20]

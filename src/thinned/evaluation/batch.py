@@ -4,20 +4,24 @@ Shapes: B examples or sequences, T tokens of a sequence, N targets (B, or the to
 """
 
 import math
-from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import closing
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Literal, Protocol, get_args
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
+from thinned.data.content_split import content_hash, uniform
 from thinned.data.module import data_offers
 from thinned.models.net import Logits, logits_of, net_offers
 from thinned.offers import task_offers
 from thinned.uncertainty.statistics import MCStatistics
 from thinned.uncertainty.token_statistics import TokenStatistics
 
+Half = Literal["fit", "calibrate"]
+HALVES: tuple[Half, Half] = get_args(Half)
+HALVES_SEED = 0
 PROBABILITIES_AT_ONCE = 2**27  # of the mean distributions of all ways over a vocabulary: 512 MiB in fp32
 
 
@@ -28,10 +32,22 @@ def trained_net(task: LightningModule) -> nn.Module:
     return net if net is not None and thinnable else task
 
 
-class Streams(Protocol):
+def in_half(inputs: Tensor, half: Half) -> Tensor:
+    """Returns whether examples belong to a half of the validation split, (B,) bool: a function of their content.
+
+    One half chooses sites and temperatures, the other calibrates prediction sets. So what is calibrated has not been
+    seen by what is chosen, and is exchangeable with the test.
+    """
+    hashes = np.array(
+        [content_hash(example.numpy().tobytes()) for example in inputs.cpu().contiguous()], dtype=np.uint64
+    )
+    return torch.from_numpy((uniform(hashes, HALVES_SEED) < 0.5) == (half == "fit"))
+
+
+class Predicts(Protocol):
     """What a batch asks of a way."""
 
-    def stream(self, batch: "Batch", /) -> Generator[Logits, None, None]: ...
+    def statistics_of(self, batch: "Batch", /) -> MCStatistics | TokenStatistics: ...
 
 
 class Batch:
@@ -41,13 +57,16 @@ class Batch:
         inputs: Nets are called with them.
         index: Place of each example in its split, (B,).
         targets: (B,), or (B, T) for text, with -100 for a token that does not count; None if they are not known.
-        output: What the trained net says of the inputs, if it has been asked already.
+        known: The trained net, and what it says of the inputs, if it has been asked already.
     """
 
-    def __init__(self, inputs: Any, index: Tensor, targets: Tensor | None, output: Logits | None = None) -> None:
+    def __init__(
+        self, inputs: Any, index: Tensor, targets: Tensor | None, known: tuple[nn.Module, Logits] | None = None
+    ) -> None:
         self.inputs, self.index, self.targets = inputs, index, targets
         self.counted = targets >= 0 if targets is not None and targets.dim() == 2 else None  # of text, (B, T)
-        self._output = output
+        self.is_void = False  # True if its targets count for nothing
+        self._known = known
         self._statistics: dict[int, MCStatistics | TokenStatistics] = {}  # by the id of a way
 
     @property
@@ -60,21 +79,23 @@ class Batch:
         """Returns what a net says of the N targets, given the batch's inputs or others of the same shape."""
         return self._of_targets(logits_of(net, self.inputs if inputs is None else inputs))
 
-    def output(self, trained: nn.Module) -> Logits:
-        """Returns what the trained net says of the N targets, from the test step if that has asked it."""
-        return self.logits(trained) if self._output is None else self._of_targets(self._output)
+    def output(self, net: nn.Module) -> Logits:
+        """Returns what a net without dropout says of the N targets, from the test step if that has asked it."""
+        if self._known is not None and net is self._known[0]:
+            return self._of_targets(self._known[1])
+        return self.logits(net)
 
     def _of_targets(self, logits: Logits) -> Logits:
         return logits if self.counted is None else logits.select(self.counted)
 
-    def statistics(self, way: Streams) -> MCStatistics | TokenStatistics:
-        """Returns the statistics of all that a way streams. The first call computes them."""
+    def statistics(self, way: Predicts) -> MCStatistics | TokenStatistics:
+        """Returns the statistics of all distributions of a way. The first call computes them."""
         if id(way) not in self._statistics:
-            with closing(way.stream(self)) as stream:  # closed on an exception, which restores the modes at once
-                self._statistics[id(way)] = self._summed_up(stream)
+            self._statistics[id(way)] = way.statistics_of(self)
         return self._statistics[id(way)]
 
-    def _summed_up(self, stream: Iterable[Logits]) -> MCStatistics | TokenStatistics:
+    def sum_up(self, stream: Iterable[Logits]) -> MCStatistics | TokenStatistics:
+        """Returns the statistics of distributions of the N targets."""
         if self.counted is None:
             examples = MCStatistics()
             for logits in stream:
@@ -85,7 +106,7 @@ class Batch:
             tokens.update(logits)
         return tokens
 
-    def mean(self, way: Streams) -> Tensor:
+    def mean(self, way: Predicts) -> Tensor:
         """Returns the prediction of a way: the mean of its distributions, (N, K)."""
         return self.statistics(way).mean
 
@@ -100,8 +121,8 @@ class Batch:
             return
         for start in range(0, len(self.index), at_once):
             rows = slice(start, start + at_once)
-            output = None if self._output is None else self._output.select(rows)
-            yield Batch(self.inputs[rows], self.index[rows], self.targets[rows], output)  # type: ignore[index]
+            known = None if self._known is None else (self._known[0], self._known[1].select(rows))
+            yield Batch(self.inputs[rows], self.index[rows], self.targets[rows], known)  # type: ignore[index]
 
 
 class Validation:
@@ -117,20 +138,24 @@ class Validation:
         self._batches, self._total = batches, total
 
     @classmethod
-    def of(cls, trainer: Trainer, task: LightningModule, num_ways: int) -> "Validation":
-        """Returns the validation split of a trainer's data module."""
+    def of(cls, trainer: Trainer, task: LightningModule, num_ways: int, half: Half) -> "Validation":
+        """Returns one half of the validation split of a trainer's data module."""
 
-        def batches() -> Iterator[Iterator[Batch]]:
+        def batches() -> Iterator[Iterable[Batch]]:
             loader = data_offers(trainer).val_dataloader
             if loader is None:
                 raise ValueError("Expected a data module, from whose validation split to learn, but got none")
-            seen = 0  # in this order they seed independent masks
-            for inputs, targets, *_ in loader():
-                inputs, targets = trainer.strategy.batch_to_device((inputs, targets), task.device)
-                index = torch.arange(seen, seen + len(targets), device=targets.device)
-                seen += len(index)
+            seen = 0
+            for inputs, targets, *rest in loader():
+                index = rest[0] if rest else torch.arange(seen, seen + len(targets))  # seeds independent masks
+                seen += len(targets)
+                chosen = in_half(inputs, half).nonzero()[:, 0]
+                rows = chosen if len(chosen) else slice(1)  # processes with a sharded net run it equally often
+                moved = trainer.strategy.batch_to_device((inputs[rows], index[rows], targets[rows]), task.device)
                 with trainer.precision_plugin.forward_context():
-                    yield Batch(inputs, index, targets).parts(trained_net(task), num_ways)
+                    batch = Batch(*moved)
+                    batch.is_void = not len(chosen)
+                    yield [batch] if batch.is_void else batch.parts(trained_net(task), num_ways)
 
         return cls(batches, lambda x: trainer.strategy.reduce(x.clone(), reduce_op="sum"))
 
@@ -141,12 +166,33 @@ class Validation:
         Args:
             values: Returns (N,) or (N, ...) for the N targets of a part.
             enough: So many targets of all processes suffice; the last batch counts as a whole.
+
+        Raises:
+            ValueError: There are no targets.
         """
         total, count = torch.zeros(()), torch.zeros((), dtype=torch.int64)
         for parts in self._batches():
             for part in parts:
-                of_part = values(part).float()  # half precision cannot count
+                of_part = values(part).float()[: 0 if part.is_void else None]  # half precision cannot count
                 total, count = total.to(of_part.device) + of_part.sum(0), count.to(of_part.device) + len(of_part)
             if enough < math.inf and self._total(count) >= enough:
                 break
-        return self._total(total) / self._total(count)
+        total, count = self._total(total), self._total(count)
+        if not count:
+            raise ValueError("Expected a validation split of two examples or more to learn from, but got fewer")
+        return total / count
+
+    @torch.no_grad()
+    def gather(self, values: Callable[[Batch], Tensor]) -> Tensor:
+        """Returns what `values` gives for the N targets of each part, (N, ...), of all processes in any order."""
+        own = [values(part)[: 0 if part.is_void else None].cpu() for parts in self._batches() for part in parts]
+        return of_all_processes(torch.cat(own))
+
+
+def of_all_processes(rows: Tensor) -> Tensor:
+    """Returns the rows that each process passes in, (N, ...) on the CPU, in the order of their ranks."""
+    if not torch.distributed.is_initialized():
+        return rows
+    of_ranks: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(of_ranks, rows)
+    return torch.cat(of_ranks)

@@ -12,12 +12,14 @@ from torch import Tensor
 
 from thinned.data.module import data_offers
 from thinned.data.order import Split
-from thinned.evaluation.batch import Batch, Validation, trained_net
+from thinned.evaluation.batch import HALVES, Batch, Validation, trained_net
 from thinned.evaluation.figures import scores_table
+from thinned.evaluation.prediction_sets import PredictionSets
 from thinned.evaluation.prediction_store import PredictionStore
 from thinned.evaluation.provenance import provenance
 from thinned.evaluation.report import write_report
 from thinned.evaluation.rows import predicted_rows
+from thinned.evaluation.validation_scores import ValidationScores
 from thinned.evaluation.ways import Way, learning_order, standard_ways
 from thinned.models.net import Logits
 from thinned.offers import task_offers
@@ -51,6 +53,10 @@ class MCDropout(Callback):
         sites: Where dropout acts: all; a list of sites; or auto, the combination, at its rates or scaled ones, with the
             lowest NLL on the validation split (on its first 25,600 targets, if it has more).
         seed: Seed of the ensemble.
+        coverage: Of conformal prediction sets for images, calibrated on half of the validation split; None leaves them
+            out.
+        validate_every: While training, log `val/mc_nll`, `val/mc_ece` and `val/mc_mutual_information` at every so many
+            validations; None never.
         dirpath: Folder of the files; the trainer's `default_root_dir` if None.
         ways: More ways to predict.
 
@@ -65,6 +71,8 @@ class MCDropout(Callback):
         masks: Masks = "auto",
         sites: Literal["all", "auto"] | list[str] = "all",
         seed: int = 0,
+        coverage: float | None = None,
+        validate_every: int | None = None,
         dirpath: str | None = None,
         ways: Sequence[Way] | None = None,
     ) -> None:
@@ -72,6 +80,8 @@ class MCDropout(Callback):
         names = [way.name for way in learning_order(self.ways)]
         if not all(name.isidentifier() for name in names) or len(set(names)) < len(names):
             raise ValueError(f"Expected mc_dropout.ways to have names, identifiers all different, but got {names}")
+        self._sets = None if coverage is None else PredictionSets(coverage, seed)
+        self._validation = None if validate_every is None else ValidationScores(validate_every)
         self.dirpath = dirpath
         self.checkpoint: str | None = None  # file that the weights come from, if the trainer has loaded none
         self.split: Split = "test"  # of the latest metrics
@@ -103,6 +113,25 @@ class MCDropout(Callback):
         if trainer.state.fn == "fit":  # as a rule the sanity check
             self._examine(trainer, batch)
 
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: Any
+    ) -> None:
+        if self._validation is not None and trainer.state.fn == "fit" and not trainer.sanity_checking:
+            with trainer.precision_plugin.forward_context():
+                self._validation.add(batch, self._trained, self.ways)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._validation is not None and trainer.state.fn == "fit" and not trainer.sanity_checking:
+            pl_module.log_dict(self._validation.end())
+
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self._validation is None else {"validations": self._validation.count}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes the number of validations so far, which decides the next one to be scored."""
+        if self._validation is not None:
+            self._validation.count = state_dict.get("validations", 0)
+
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._examine(trainer, batch)
 
@@ -129,19 +158,28 @@ class MCDropout(Callback):
         ways = learning_order(self.ways)
         for net in (net for way in ways for net in way.nets if net is not self._trained):
             net.to(pl_module.device).eval()
-        validation = Validation.of(trainer, pl_module, len(ways))
+        fit, calibrate = (Validation.of(trainer, pl_module, len(ways), half) for half in HALVES)
         learned = self._store.learned
         for way in ways:
             if learned is None:
-                way.fit(validation)
+                way.fit(fit)
             elif way.name in learned:  # else the store refuses the other settings
                 way.load_state_dict(learned[way.name])
+        state = {way.name: way.state_dict() for way in ways}
+        if self._sets is not None:
+            if learned is None:
+                self._sets.calibrate(calibrate, self.ways)
+            else:
+                self._sets.thresholds = learned.get("prediction_sets", {})
+            state["prediction_sets"] = self._sets.thresholds
         self._provenance: dict[str, Any] = {}
         if trainer.is_global_zero:  # another process may have other shards of the weights
             checkpoint = trainer.ckpt_path or self.checkpoint
             self._provenance = provenance(trainer, pl_module, checkpoint and str(checkpoint), split, ways)
         self._provenance = trainer.strategy.broadcast(self._provenance)
-        self._store.begin(self._provenance, {way.name: way.state_dict() for way in ways}, trainer.strategy.barrier)
+        if self._sets is not None:
+            self._provenance["prediction_sets"] = self._sets.settings
+        self._store.begin(self._provenance, state, trainer.strategy.barrier)
 
     def on_test_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
@@ -164,9 +202,9 @@ class MCDropout(Callback):
             position = torch.arange(self._seen, self._seen + len(inputs), device=inputs.device)
             index = position * trainer.world_size + trainer.global_rank
         self._seen += len(inputs)
-        output = outputs if isinstance(outputs, Logits) else None
+        known = (self._trained, outputs) if isinstance(outputs, Logits) else None
         with trainer.precision_plugin.forward_context():
-            rows, sequences = predicted_rows(Batch(inputs, index, targets, output), self._trained, self.ways)
+            rows, sequences = predicted_rows(Batch(inputs, index, targets, known), self._trained, self.ways, self._sets)
         data = data_offers(trainer)
         if sequences and data.tokenizer is not None:
             rows["bytes"] = data.tokenizer.token_bytes.to(rows["target"].device)[rows["target"]]

@@ -35,7 +35,7 @@ def provenance(
     limit = trainer.limit_test_batches if trainer.testing else trainer.limit_predict_batches
     return {
         "row_format": ROW_FORMAT,
-        "checkpoint": checkpoint and _digest_of_file(checkpoint),
+        "checkpoint": checkpoint and digest_of_file(checkpoint),
         "weights": None if checkpoint else _digest_of_weights(pl_module),
         "dropout": _rates(pl_module),
         "ways": {way.name: way.settings for way in ways},
@@ -71,7 +71,7 @@ def _rates(module: nn.Module) -> dict[str, float | list[float]]:
     return {site: p.pop() if len(p) == 1 else sorted(p) for site, p in sorted(rates.items())}
 
 
-def _digest_of_file(path: str) -> str:
+def digest_of_file(path: str) -> str:
     """Returns the SHA-256 of a file or of all files in a folder, or the path if it is not on this machine."""
     files = [Path(path)] if Path(path).is_file() else sorted(file for file in Path(path).rglob("*") if file.is_file())
     digest = hashlib.sha256()

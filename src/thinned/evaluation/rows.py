@@ -5,7 +5,10 @@ its row, if the data module tells); of tokens also position (tokens of context, 
 Of each way, after its name and an underscore (`mc_dropout_nll`): prediction, confidence and predictive_entropy, with
 targets nll, correct and rank (1 if the target is the most probable); of examples probs (K numbers) and brier.
 A way that streams several distributions also has expected_entropy and mutual_information, and of examples
-variation_ratio and std, of the predicted class's probability. Entropies and nll are in nats.
+variation_ratio and std, of the predicted class's probability. An ensemble has mutual_information_between (its members),
+and of examples variance_between and variance_within members, of the predicted class's probability. Entropies and nll
+are in nats. An evaluation has the size of each conformal set (`thr_size`, `aps_size`, `raps_size`), and whether it
+contains the target (`thr_covered`, ...).
 
 One row has the columns of all ways, so that two ways are compared on the same example, and a column is read alone.
 """
@@ -16,35 +19,39 @@ import torch
 from torch import Tensor, nn
 
 from thinned.evaluation.batch import Batch
+from thinned.evaluation.prediction_sets import PredictionSets
 from thinned.evaluation.ways import Way, learning_order
 from thinned.uncertainty.scores import brier, nll
 from thinned.uncertainty.statistics import MCStatistics, entropy
 from thinned.uncertainty.token_statistics import TokenStatistics
 
-ROW_FORMAT = 1  # in the metadata of the files
+ROW_FORMAT = 2  # in the metadata of the files
 
 Rows = dict[str, Tensor]
 
 
 @torch.no_grad()
-def predicted_rows(batch: Batch, trained: nn.Module, ways: Sequence[Way]) -> tuple[Rows, Rows]:
+def predicted_rows(
+    batch: Batch, trained: nn.Module, ways: Sequence[Way], sets: PredictionSets | None = None
+) -> tuple[Rows, Rows]:
     """Returns the rows of a batch, and of text those of its sequences.
 
     Args:
         batch: Examples, whose row is at `index`; or sequences, whose tokens are at `index` * T + position.
         trained: The trained net.
         ways: Those that predict; the name of each stands before its columns.
+        sets: Conformal prediction sets, if there are any.
 
     Returns:
         Columns of examples or tokens, and of sequences (empty if there are none): index, tokens, and of each way what
         `TokenStatistics.sequences` gives.
     """
-    parts = [_rows(part, ways) for part in batch.parts(trained, len(learning_order(ways)))]
+    parts = [_rows(part, ways, sets) for part in batch.parts(trained, len(learning_order(ways)))]
     rows, sequences = ({name: torch.cat([p[i][name] for p in parts]) for name in parts[0][i]} for i in (0, 1))
     return rows, sequences
 
 
-def _rows(batch: Batch, ways: Sequence[Way]) -> tuple[Rows, Rows]:
+def _rows(batch: Batch, ways: Sequence[Way], sets: PredictionSets | None) -> tuple[Rows, Rows]:
     rows: Rows = {"index": batch.index}
     sequences: Rows = {}
     if batch.counted is not None:
@@ -60,6 +67,8 @@ def _rows(batch: Batch, ways: Sequence[Way]) -> tuple[Rows, Rows]:
             sequences |= {f"{way.name}_{key}": column for key, column in statistics.sequences(columns).items()}
         else:
             columns = _example_columns(statistics, batch.targets)
+            if sets is not None:
+                columns |= sets.columns(way, statistics.mean, batch.targets, batch.index)
         rows |= {f"{way.name}_{key}": column for key, column in columns.items()}
     return rows, sequences
 
@@ -78,5 +87,11 @@ def _example_columns(statistics: MCStatistics, targets: Tensor | None) -> Rows:
             "mutual_information": spread.mutual_information,
             "variation_ratio": spread.variation_ratio,
             "std": spread.variance.gather(-1, prediction[:, None]).squeeze(-1).sqrt(),
+        }
+    if statistics.members:
+        columns |= {
+            "mutual_information_between": statistics.information_between().clamp_min(0),
+            "variance_between": statistics.variance_between().gather(-1, prediction[:, None]).squeeze(-1),
+            "variance_within": statistics.variance_within().gather(-1, prediction[:, None]).squeeze(-1),
         }
     return columns | {"probs": probs}

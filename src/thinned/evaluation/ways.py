@@ -1,4 +1,4 @@
-"""Ways to predict: the deterministic network and Monte-Carlo dropout.
+"""Ways to predict: the deterministic network, Monte-Carlo dropout, ensembles of checkpoints, and temperature.
 
 A way streams distributions, and their mean is its prediction. To add one, write a class and give it to
 `MCDropout(ways=[...])` or `--mc_dropout.ways`: its rows, scores, tables, pictures and metrics come by themselves.
@@ -20,6 +20,9 @@ from thinned.uncertainty.foreign_dropout import FoundDropout, deterministic_outp
 from thinned.uncertainty.monte_carlo import Masks, resolve_masks, sampled_outputs
 from thinned.uncertainty.scores import nll
 from thinned.uncertainty.selection import Acting, select_sites
+from thinned.uncertainty.statistics import MCStatistics
+from thinned.uncertainty.temperature import fit_temperature, nll_at, tempered
+from thinned.uncertainty.token_statistics import TokenStatistics
 
 SELECTION_TARGETS = 25_600  # of the validation split, for the choice of sites
 
@@ -30,19 +33,20 @@ class Way(ABC):
     Attributes:
         name: An identifier that no other way has. It stands before its columns, in files and in metric keys.
         label: What tables and pictures call it.
-        nets: The nets that predict: the trained one, unless a subclass has its own. They are on the device, in
-            evaluation mode.
+        own_net: A net that predicts in place of the trained one, such as another checkpoint's.
+        nets: The nets that predict. They are on the device, in evaluation mode.
         builds_on: Ways that learn before this one does, such as the one whose `Batch.mean` it changes.
     """
 
     name: str
     label: str
+    own_net: nn.Module | None = None
     nets: Sequence[nn.Module] = ()
     builds_on: Sequence["Way"] = ()
 
     def bind(self, trained: nn.Module) -> None:
         """Takes the trained net, before training too; ValueError if this way cannot predict with it."""
-        self.nets = [trained]
+        self.nets = [self.own_net or trained]
 
     def examine(self, inputs: Any) -> None:
         """Sees inputs before it predicts, and before the training; ValueError if this way cannot predict them."""
@@ -55,6 +59,11 @@ class Way(ABC):
     @abstractmethod
     def stream(self, batch: Batch) -> Generator[Logits, None, None]:
         """Yields distributions of the N targets of a batch, one at a time; memory does not grow with their number."""
+
+    def statistics_of(self, batch: Batch) -> MCStatistics | TokenStatistics:
+        """Returns the statistics of what it streams; asked through `Batch.statistics`, which keeps them."""
+        with closing(self.stream(batch)) as stream:  # closed on an exception, which restores the modes at once
+            return batch.sum_up(stream)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -120,6 +129,7 @@ class SampledNetworks(Way):
 
     def bind(self, trained: nn.Module) -> None:
         super().bind(trained)
+        (trained,) = self.nets
         thinnable = net_offers(trained).thin is not None
         if self.masks == "shared" and not thinnable:
             raise ValueError(
@@ -223,6 +233,78 @@ class SampledNetworks(Way):
 
     def metric_prefix(self, split: str) -> str:
         return "mc"
+
+
+class Ensemble(Way):
+    """The networks of several checkpoints together (Lakshminarayanan et al. 2017): the mean of their distributions.
+
+    Args:
+        members: Ways that predict with one network each, and with equally many distributions.
+        name: See `Way`.
+        label: See `Way`.
+        checkpoints: What the settings say of where the networks come from.
+    """
+
+    def __init__(self, members: Sequence[Way], name: str, label: str, checkpoints: Sequence[str] = ()) -> None:
+        self.members = self.builds_on = members
+        self.name, self.label, self.checkpoints = name, label, list(checkpoints)
+
+    def bind(self, trained: nn.Module) -> None:
+        """Its members have the networks."""
+
+    def stream(self, batch: Batch) -> Generator[Logits, None, None]:
+        for member in self.members:
+            yield from member.stream(batch)
+
+    def statistics_of(self, batch: Batch) -> MCStatistics | TokenStatistics:
+        """Returns the statistics of all members, each of which is asked once if it is reported by itself too."""
+        of_members: Sequence[Any] = [batch.statistics(member) for member in self.members]
+        return type(of_members[0]).of_ensemble(of_members)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {"checkpoints": self.checkpoints, "members": [member.settings for member in self.members]}
+
+    @property
+    def details(self) -> str:
+        return f"{len(self.members)} checkpoints"
+
+
+class Tempered(Way):
+    """Another way at the temperature that has the lowest NLL on validation (Guo et al. 2017).
+
+    The temperature acts on the mean of the other way's distributions: p ** (1 / T), normalised.
+    """
+
+    def __init__(self, way: Way) -> None:
+        self.way, self.builds_on = way, [way]
+        self.name, self.label = f"{way.name}_tempered", f"{way.label}, tempered"
+        self.temperature = 1.0
+
+    def bind(self, trained: nn.Module) -> None:
+        """Its networks are those of the other way."""
+
+    def fit(self, validation: Validation) -> None:
+        self.temperature = fit_temperature(
+            lambda betas: validation.mean(lambda batch: nll_at(batch.mean(self.way), batch.target, betas))
+        )
+
+    def stream(self, batch: Batch) -> Generator[Logits, None, None]:
+        yield Logits(tempered(batch.mean(self.way), self.temperature).log())
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {"temperature": self.temperature}
+
+    @property
+    def details(self) -> str:
+        return f"T = {self.temperature:.3g}"
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.settings
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.temperature = state["temperature"]
 
 
 def standard_ways(

@@ -21,21 +21,32 @@ from thinned.files import whole_file
 KEPT = ("seed_everything", "experiment", "runs_dir", "model", "data", "mc_dropout")
 
 
-def checkpoint_arguments(args: Sequence[str] | None = None) -> tuple[dict[str, Any], list[str]]:
-    """Turns `--ckpt_path X [options]` into the checkpoint and arguments: its config, then the options, which win.
+def checkpoint_arguments(
+    args: Sequence[str] | None = None, with_logger: bool = False
+) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """Turns `--ckpt_path X [Y ...] [options]` into checkpoints and arguments: the config of the first, then the options.
+
+    Args:
+        args: Of the command line; None reads `sys.argv`.
+        with_logger: Whether to log as the training did; else nothing is logged unless the options say so.
 
     Returns:
-        The checkpoint, with its path as `ckpt_path`, and the arguments.
+        The checkpoints by their paths, and the arguments, of which the last ones win.
     """
     epilog = "Every option of scripts/train.py may follow, and wins over what the checkpoint holds."
     options = argparse.ArgumentParser(epilog=epilog, allow_abbrev=False)
-    options.add_argument("--ckpt_path", help="Checkpoint of a run, which holds its config.")
+    options.add_argument("--ckpt_path", nargs="+", help="Checkpoint of a run, or its folder, whose best one is taken.")
     found, rest = options.parse_known_args(args)
     if found.ckpt_path is None:
         raise ValueError("Expected --ckpt_path with the path of a checkpoint, but got none")
-    checkpoint = read_checkpoint(found.ckpt_path)
-    config = {key: checkpoint["config"][key] for key in KEPT} | {"trainer": {"logger": False}}
-    return checkpoint | {"ckpt_path": found.ckpt_path}, ["--config", yaml.safe_dump(config), *rest]
+    paths = [str(Path(p, "checkpoints/best.ckpt") if Path(p).is_dir() else p) for p in found.ckpt_path]
+    if len({Path(path).resolve() for path in paths}) < len(paths):
+        raise ValueError(f"Expected --ckpt_path with each checkpoint once, but got {', '.join(paths)}")
+    checkpoints = {path: read_checkpoint(path) for path in paths}
+    given = checkpoints[paths[0]]["config"]
+    logger = given["trainer"].get("logger", False) if with_logger else False
+    config = {key: given[key] for key in KEPT} | {"trainer": {"logger": logger}}
+    return checkpoints, ["--config", yaml.safe_dump(config), *rest]
 
 
 def read_checkpoint(path: str, check: bool = True) -> dict[str, Any]:

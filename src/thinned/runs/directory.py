@@ -7,14 +7,17 @@ import shutil
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
+from typing import Literal, get_args
 
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from thinned.runs.checkpoint_io import newest_checkpoint, read_checkpoint
 from thinned.runs.claim import claim, release
 
+Purpose = Literal["", "predict", "evaluate"]  # training, and what is done with checkpoints
 
-def find_run(directory: Path, run_id: str | None, resume: str | None, purpose: str) -> tuple[Path, Path | None]:
+
+def find_run(directory: Path, run_id: str | None, resume: str | None, purpose: Purpose) -> tuple[Path, Path | None]:
     """Returns the directory of a run, and the checkpoint from which it is to resume, if one is named.
 
     Args:
@@ -61,8 +64,17 @@ def checkpoint_to_resume(run: Path) -> Path | None:
     return checkpoint
 
 
-def _latest(directory: Path, purpose: str) -> Path:
-    runs = [path for path in directory.glob("*/") if path.name.endswith("-predict") == bool(purpose)]
+def run_of_checkpoint(path: str) -> tuple[str, str] | None:
+    """Returns experiment and run id of a checkpoint that lies in its run; None for another."""
+    folder = Path(path).absolute().parent
+    return (folder.parents[1].name, folder.parent.name) if folder.name == "checkpoints" else None
+
+
+def _latest(directory: Path, purpose: Purpose) -> Path:
+    def purpose_of(run: Path) -> str:
+        return next((p for p in get_args(Purpose) if p and run.name.endswith(f"-{p}")), "")
+
+    runs = [path for path in directory.glob("*/") if purpose_of(path) == purpose]
     if not runs:
         raise ValueError(f"Expected a run to resume, but got none in {directory}")
 

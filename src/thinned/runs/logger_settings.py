@@ -4,7 +4,7 @@ import inspect
 import os
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from pydoc import locate
@@ -20,13 +20,17 @@ from thinned.runs.wandb_server import wandb_offline_reason
 PLACES = ("save_dir", "dir", "root_dir", "id", "version", "name")  # what a logger takes from its run
 
 
-def fill_in_loggers(given: Any, run: Path, experiment: str) -> Any:
+def fill_in_loggers(
+    given: Any, run: Path, experiment: str, purpose: str = "", trained: Sequence[tuple[str, str] | None] = ()
+) -> Any:
     """Fills in what loggers take from their run: the directory, W&B's name and id, and whether W&B can be reached.
 
     Args:
         given: `trainer.logger` of the config; true and null stand for a `CSVLogger`.
         run: Directory of the run.
         experiment: Its experiment.
+        purpose: W&B's `job_type`, if it is not training.
+        trained: Experiment and run id of each training from which it has checkpoints; W&B links to those.
 
     Returns:
         The loggers for the trainer; the given ones stay as they are.
@@ -49,6 +53,10 @@ def fill_in_loggers(given: Any, run: Path, experiment: str) -> Any:
     if wandb_loggers and by_class.pop(cast(type, CSVLogger), None) is not None:
         rank_zero_info("WandbLogger writes metrics.csv too, so CSVLogger is left out.")
     for logger in wandb_loggers:
+        if purpose:
+            ids = [wandb_id(*each) for each in trained if each]
+            link = {"job_type": purpose, "config": {"trained": ids}, "notes": f"{purpose} {', '.join(ids)}"}
+            logger.dict_kwargs = {**link, **logger.get("dict_kwargs", {})}
         _set_offline_if_need_be(logger, run)
     return list(by_class.values()) if isinstance(given, list) else filled[0]
 

@@ -4,6 +4,7 @@ Mean and variance by Welford (1962); entropies as in Gal (2016, section 3.3) and
 grow with S. Shapes: B examples (any leading shape), K classes. Units: nats.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -40,10 +41,15 @@ def entropy(probs: Tensor) -> Tensor:
 
 
 class MCStatistics:
-    """Accumulates samples. `mean` (B, K) is the mean of those so far."""
+    """Accumulates samples. `mean` (B, K) is the mean of those so far.
+
+    Attributes:
+        members: Of an ensemble, the statistics of each member, with equally many samples; else empty.
+    """
 
     def __init__(self) -> None:
         self.num_samples = 0
+        self.members: Sequence[MCStatistics] = ()
         self.mean = self._squares = self._entropy = self._votes = torch.empty(0)  # sums over samples, but for `mean`
 
     def update(self, probs: Tensor) -> None:
@@ -58,6 +64,36 @@ class MCStatistics:
         self.mean += delta * (1 / self.num_samples)
         self._entropy += entropy(probs)
         self._votes.scatter_add_(-1, probs.argmax(-1, keepdim=True), torch.ones_like(probs[..., :1]))
+
+    @classmethod
+    def of_ensemble(cls, members: "Sequence[MCStatistics]") -> "MCStatistics":
+        """Returns the statistics of the samples of all members together."""
+
+        def stacked(name: str) -> Tensor:
+            return torch.stack([getattr(member, name) for member in members])
+
+        joined = cls()
+        joined.members, joined.num_samples = members, sum(member.num_samples for member in members)
+        joined.mean, joined._entropy, joined._votes = (
+            stacked("mean").mean(0), stacked("_entropy").sum(0), stacked("_votes").sum(0)
+        )  # fmt: skip
+        joined._squares = stacked("_squares").sum(0) + joined.num_samples * joined.variance_between()
+        return joined
+
+    def variance_between(self) -> Tensor:
+        """Returns the variance of the members' means, (B, K): 1/M sum_m (p_m - p)^2."""
+        return torch.stack([member.mean for member in self.members]).var(0, correction=0)
+
+    def variance_within(self) -> Tensor:
+        """Returns the mean variance of a member's samples, (B, K): 1/M sum_m 1/S sum_s (p_ms - p_m)^2.
+
+        It and `variance_between` add up to the variance of all samples, 1/(M S) sum_ms (p_ms - p)^2.
+        """
+        return torch.stack([member._squares for member in self.members]).sum(0) / self.num_samples
+
+    def information_between(self) -> Tensor:
+        """Returns what the members disagree on, (B,) in nats: H[p] - 1/M sum_m H[p_m]."""
+        return entropy(self.mean) - torch.stack([entropy(member.mean) for member in self.members]).mean(0)
 
     def compute(self) -> MCPrediction:
         """The prediction; ValueError with fewer than two samples, which have no spread."""

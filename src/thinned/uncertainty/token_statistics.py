@@ -6,6 +6,7 @@ sequence. Shapes: N tokens, B sequences, V vocabulary. Units: nats.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -32,6 +33,23 @@ class TokenStatistics:
         self._entropy = torch.zeros(len(target), device=target.device)
         zeros = torch.zeros(num_sequences, device=target.device)
         self._log_likelihoods = torch.stack([zeros - math.inf, zeros])  # log sum and sum over samples (2, B)
+        self.members: Sequence[TokenStatistics] = ()  # of an ensemble; else empty
+
+    @classmethod
+    def of_ensemble(cls, members: "Sequence[TokenStatistics]") -> "TokenStatistics":
+        """Returns the statistics of the samples of all members, which have equally many, together."""
+        first, M = members[0], len(members)
+        joined = cls(first.target, first.sequence, first.num_sequences)
+        joined.members, joined.num_samples = members, sum(member.num_samples for member in members)
+        joined.mean = first.mean / M
+        for member in members:
+            if member is not first:
+                joined.mean.add_(member.mean, alpha=1 / M)
+            joined._entropy += member._entropy
+            log_sum, total = member._log_likelihoods
+            joined._log_likelihoods[0] = torch.logaddexp(joined._log_likelihoods[0], log_sum)
+            joined._log_likelihoods[1] += total
+        return joined
 
     def update(self, logits: Logits) -> None:
         """Adds one sample."""
@@ -57,22 +75,26 @@ class TokenStatistics:
         probs = self.mean
         confidence, prediction = probs.max(-1)
         own = probs.gather(-1, self.target[:, None])
-        at_once = max(1, net.LOGITS_AT_ONCE // probs.shape[-1])
-        parts = list(zip(torch.split(probs, at_once), torch.split(own, at_once), strict=True))
-        predictive = torch.cat([entropy(part) for part, _ in parts])
+        predictive = self._predictive_entropy()
         columns = {
             "prediction": prediction,
             "confidence": confidence.clamp_max(1),
             "nll": nll(probs, self.target),
             "correct": prediction == self.target,
-            "rank": 1 + torch.cat([(part > own).sum(-1) for part, own in parts]),
+            "rank": 1 + torch.cat([(p > q).sum(-1) for p, q in zip(_few(probs), _few(own, probs), strict=True)]),
             "predictive_entropy": predictive,
         }
         if self.num_samples > 1:
             expected = self._entropy / self.num_samples
             columns["expected_entropy"] = expected
             columns["mutual_information"] = (predictive - expected).clamp_min(0)
+        if self.members:
+            of_members = torch.stack([member._predictive_entropy() for member in self.members])
+            columns["mutual_information_between"] = (predictive - of_members.mean(0)).clamp_min(0)
         return columns
+
+    def _predictive_entropy(self) -> Tensor:
+        return torch.cat([entropy(part) for part in _few(self.mean)])
 
     def sequences(self, tokens: dict[str, Tensor]) -> dict[str, Tensor]:
         """Returns the columns of the sequences, (B,) each.
@@ -94,3 +116,8 @@ class TokenStatistics:
             columns["mutual_information"] = information
             columns["mutual_information_per_token"] = information / number
         return columns
+
+
+def _few(rows: Tensor, like: Tensor | None = None) -> Sequence[Tensor]:
+    """Splits rows so that few distributions over the vocabulary are computed with at once."""
+    return torch.split(rows, max(1, net.LOGITS_AT_ONCE // (rows if like is None else like).shape[-1]))

@@ -1,0 +1,26 @@
+#!/usr/bin/env python
+"""Evaluates checkpoints: is the uncertainty to be trusted? Scores with intervals, each way to predict against another.
+
+python scripts/evaluate.py --ckpt_path runs/<experiment>/<run id> [runs/<experiment>/<another> ...]
+[--data.predict_split val] [--mc_dropout.num_samples 200] [--mc_dropout.coverage 0.95]
+
+Beside the deterministic network and Monte-Carlo dropout, it evaluates both at the temperature that fits half of the
+validation split, and several checkpoints as ensembles. The other half calibrates prediction sets of 90 % coverage.
+"""
+
+from collections.abc import Sequence
+
+from thinned.cli import ThinnedCLI, checkpoint_arguments, one_message, restart_in_utf8
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    with one_message():
+        checkpoints, (config, content, *options) = checkpoint_arguments(args, with_logger=True)
+        cli = ThinnedCLI([config, content, "--mc_dropout.coverage", "0.9", *options], checkpoints, purpose="evaluate")
+        cli.trainer.predict(cli.model, cli.datamodule, return_predictions=False)
+        cli.print_results()
+
+
+if __name__ == "__main__":
+    restart_in_utf8()
+    main()

@@ -1,0 +1,65 @@
+"""The ways that an evaluation adds: ensembles of several checkpoints, and each way at its best temperature."""
+
+from collections.abc import Mapping, Sequence
+from copy import copy
+from pydoc import locate
+from typing import Any
+
+from torch import nn
+
+from thinned.evaluation.batch import trained_net
+from thinned.evaluation.provenance import differences, digest_of_file
+from thinned.evaluation.ways import Ensemble, Tempered, Way
+
+# What the checkpoints of one ensemble may differ in, of what their data modules have kept.
+INDIFFERENT = {"sketch", "path", "seed"}
+
+
+def evaluation_ways(standard: Sequence[Way], checkpoints: Mapping[str, dict[str, Any]]) -> list[Way]:
+    """Returns the ways of an evaluation: the standard ones, their ensembles, and all of these at a temperature.
+
+    Args:
+        standard: Ways that predict with the trained net, the first checkpoint's.
+        checkpoints: Contents by path. With one, there are no ensembles.
+
+    Raises:
+        ValueError: The checkpoints are of other data, splits, classes or tokenizers.
+    """
+    (first, of_first), *others = checkpoints.items()
+    nets = [_net_of(path, _compared(path, content, of_first)) for path, content in others]
+    digests = [digest_of_file(path) for path in (first, *(path for path, _ in others))] if others else []
+    ensembles: list[Way] = []
+    for way in standard if others else ():
+        members = [way, *(_with_net(way, net, f"{way.name}_{i}") for i, net in enumerate(nets, start=2))]
+        ensembles.append(Ensemble(members, f"{way.name}_ensemble", f"ensemble, {way.label}", digests))
+    untempered = [*standard, *ensembles]
+    return [*untempered, *map(Tempered, untempered)]
+
+
+def _with_net(way: Way, net: nn.Module, name: str) -> Way:
+    """Returns a way like another one that predicts with a net of its own."""
+    member = copy(way)
+    member.name, member.own_net = name, net
+    return member
+
+
+def _net_of(path: str, content: dict[str, Any]) -> nn.Module:
+    task: Any = locate(content["config"]["model"]["class_path"])
+    return trained_net(task.load_from_checkpoint(path, map_location="cpu", weights_only=True).eval())
+
+
+def _compared(path: str, content: dict[str, Any], first: dict[str, Any]) -> dict[str, Any]:
+    """Returns the content of a checkpoint; ValueError if it has seen other data than the first one."""
+    data = first["config"]["data"]["class_path"]
+    if (other := content["config"]["data"]["class_path"]) != data:
+        raise ValueError(f"Expected checkpoints of one kind of data, {data}, but got {other} in {path}")
+    state = data.rpartition(".")[2]
+    if changed := differences(_facts(content.get(state, {})), _facts(first.get(state, {}))):
+        keys = ", ".join(change.partition(" = ")[0] for change in changed)
+        raise ValueError(f"Expected checkpoints of the same data, split and names, but got another {keys} in {path}")
+    return content
+
+
+def _facts(state: dict[str, Any]) -> dict[str, Any]:
+    split = {key: value for key, value in state.get("split", {}).items() if key not in INDIFFERENT}
+    return state | {"split": split}

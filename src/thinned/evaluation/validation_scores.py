@@ -1,0 +1,56 @@
+"""How the uncertainty of each way develops while a net is trained."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from thinned.evaluation.batch import Batch, of_all_processes
+from thinned.evaluation.rows import predicted_rows
+from thinned.evaluation.ways import Way
+from thinned.uncertainty.scores import scores
+
+COLUMNS = ("nll", "confidence", "correct", "mutual_information")  # kept of each target
+SHOWN = ("nll", "ece")
+
+
+class ValidationScores:
+    """Scores the ways at some of the validations of a training, but not those that the task scores itself.
+
+    Args:
+        every: So many validations lie between two that are scored.
+    """
+
+    def __init__(self, every: int) -> None:
+        if every < 1:
+            raise ValueError(f"Expected mc_dropout.validate_every to be at least 1 or null, but got {every}")
+        self.every, self.count = every, 0
+        self._kept: dict[str, list[Tensor]] = {}  # by the prefix of a way, (N, columns)
+
+    def add(self, batch: Any, trained: nn.Module, ways: Sequence[Way]) -> None:
+        """Predicts a batch of (inputs, targets, ...), if this validation is scored."""
+        if (self.count + 1) % self.every or batch[1] is None:
+            return
+        inputs, targets, *rest = batch
+        index = rest[0] if rest else torch.arange(len(targets), device=targets.device)
+        scored = {prefix: way for way in ways if (prefix := way.metric_prefix("val")) != "val"}
+        rows, _ = predicted_rows(Batch(inputs, index, targets), trained, list(scored.values()))
+        for prefix, way in scored.items():
+            columns = [rows[f"{way.name}_{key}"].float() for key in COLUMNS if f"{way.name}_{key}" in rows]
+            self._kept.setdefault(prefix, []).append(torch.stack(columns, dim=-1).cpu())
+
+    def end(self) -> dict[str, float]:
+        """Ends a validation, and returns what is to be logged of it: the same in all processes."""
+        self.count += 1
+        logged: dict[str, float] = {}
+        for prefix, kept in self._kept.items():
+            rows = of_all_processes(torch.cat(kept))
+            columns = dict(zip(COLUMNS, rows.unbind(-1), strict=False))  # one distribution has no mutual information
+            columns["correct"] = columns["correct"].bool()
+            values = {key: value for key, value in scores(columns).items() if key in SHOWN}
+            if "mutual_information" in columns:
+                values["mutual_information"] = columns["mutual_information"].double().mean().item()
+            logged |= {f"val/{prefix}_{key}": float(value) for key, value in values.items()}
+        self._kept = {}
+        return logged
