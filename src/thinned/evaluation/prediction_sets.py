@@ -49,9 +49,7 @@ class PredictionSets:
         try:
             values = iter([threshold(column, self.coverage) for column in columns])
         except ValueError as error:
-            raise ValueError(
-                f"{error} in the half of the validation split that calibrates mc_dropout.coverage"
-            ) from None
+            raise ValueError(f"{error} in one half of the validation split (mc_dropout.coverage)") from None
         self.thresholds = {way.name: {kind: next(values) for kind in KINDS} for way in ways}
         if absent := absent_classes(targets.long(), num_classes):
             rank_zero_info(f"Prediction sets are calibrated without an example of the classes {absent}.")

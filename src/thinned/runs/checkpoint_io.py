@@ -24,7 +24,7 @@ KEPT = ("seed_everything", "experiment", "runs_dir", "model", "data", "mc_dropou
 def checkpoint_arguments(
     args: Sequence[str] | None = None, with_logger: bool = False
 ) -> tuple[dict[str, dict[str, Any]], list[str]]:
-    """Turns `--ckpt_path X [Y ...] [options]` into checkpoints and arguments: the config of the first, then the options.
+    """Turns `--ckpt_path X [Y ...] [options]` into checkpoints and arguments: the first one's config, then options.
 
     Args:
         args: Of the command line; None reads `sys.argv`.
