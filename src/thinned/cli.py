@@ -25,6 +25,7 @@ from rich.console import Console
 from thinned.data.module import DataOffers
 from thinned.evaluation import MCDropout
 from thinned.evaluation.ensembles import evaluation_ways
+from thinned.evaluation.score_tables import score_tables, verdicts
 from thinned.offers import Offers
 from thinned.runs.checkpoint_callback import Checkpoints
 from thinned.runs.checkpoint_io import AtomicCheckpointIO, checkpoint_arguments, read_checkpoint
@@ -245,11 +246,12 @@ class ThinnedCLI(LightningCLI):
 
     @rank_zero_only
     def print_results(self) -> None:
-        """Prints the table of scores, with a column for each way to predict, and the files of the run."""
+        """Prints the scores, with a column for each way to predict, what they tell, and the files of the run."""
         wandb.finish()  # before the table, which should stand last
         console = Console()
-        if table := self.config_init.mc_dropout.table():
-            console.print(table)
+        if evaluation := self.config_init.mc_dropout.evaluation:
+            console.print(*score_tables(evaluation, console.width), sep="\n")
+            console.print(*verdicts(evaluation), sep="\n", highlight=False)
         console.print(files_of_run(self.run_dir), soft_wrap=True, highlight=False)
 
 

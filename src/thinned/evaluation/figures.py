@@ -1,4 +1,4 @@
-"""What a person looks at: the table of scores, and pictures of calibration and uncertainty.
+"""Pictures of calibration and uncertainty.
 
 `rows` are the columns of N predictions that `thinned.evaluation.rows` describes; they may come from a file, which is
 read column by column. `labels` are the ways to predict: name in the columns -> what a person reads. The last of them
@@ -12,13 +12,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from matplotlib.figure import Figure
-from rich.table import Table
 from torch import Tensor
 
 from thinned.uncertainty.per_class import confusion_matrix
 from thinned.uncertainty.scores import ECE_BINS, SCORES
 
-TITLES = {"train": "Training split", "val": "Validation split", "test": "Test"}
 COLOURS = ("#9aa0a6", "#c2410c", "#3b6fa0", "#3b7a57", "#7b4fa3", "#b08900")  # of ways, in their order
 MARKERS = "os^Dvp"
 FEW_CLASSES = 10
@@ -26,33 +24,6 @@ RIGHT, WRONG = "#3b7a57", "#c2410c"
 Rows = Mapping[str, Tensor]
 Labels = Mapping[str, str]
 Images = Callable[[list[int]], Tensor]  # rows of the split -> (n, C, H, W) uint8
-
-
-def scores_table(metrics: Mapping[str, Mapping[str, Any]], labels: Labels, split: str = "test") -> Table:
-    """Returns a table with a column per way to predict and a line per score."""
-    table = Table(title=TITLES.get(split, split), title_justify="left")
-    table.add_column("")
-    for way in metrics:
-        table.add_column(labels[way], justify="right")
-    for key, score in SCORES.items():
-        if any(key in scored for scored in metrics.values()):
-            values = (scored.get(key) for scored in metrics.values())
-            table.add_row(score.label, *map(_number, values))
-    recalls = [scored.get("recall", {}) for scored in metrics.values()]
-    counts = {name: recall["n"] for name, recall in recalls[0].items()}
-    shown = list(counts)
-    if len(counts) > FEW_CLASSES:  # of unequal ones, those that are predicted worst
-        unequal = max(counts.values()) > 2 * min(counts.values())
-        shown = sorted(counts, key=lambda name: recalls[-1][name]["value"])[: FEW_CLASSES // 2 if unequal else 0]
-    if shown:
-        table.add_section()
-    for name in shown:
-        table.add_row(f"recall of {name} (n = {counts[name]})", *(_number(each[name]["value"]) for each in recalls))
-    return table
-
-
-def _number(value: float | None) -> str:
-    return "–" if value is None or value != value else f"{value:.4f}"
 
 
 def figures(rows: Rows, labels: Labels, images: Images | None, names: list[str] | None) -> dict[str, Figure]:

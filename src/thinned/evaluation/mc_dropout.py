@@ -1,5 +1,6 @@
 """The callback that predicts in several ways at test and at predict: rows to files, scores, pictures and metrics."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -7,24 +8,22 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
-from rich.table import Table
 from torch import Tensor
 
 from thinned.data.module import data_offers
 from thinned.data.order import Split
 from thinned.evaluation.batch import HALVES, Batch, Validation, trained_net
-from thinned.evaluation.figures import scores_table
 from thinned.evaluation.prediction_sets import PredictionSets
 from thinned.evaluation.prediction_store import PredictionStore
 from thinned.evaluation.provenance import provenance
 from thinned.evaluation.report import write_report
 from thinned.evaluation.rows import predicted_rows
+from thinned.evaluation.score_tables import plain_scores
 from thinned.evaluation.validation_scores import ValidationScores
 from thinned.evaluation.ways import Way, learning_order, standard_ways
 from thinned.models.net import Logits
 from thinned.offers import task_offers
 from thinned.uncertainty.monte_carlo import Masks
-from thinned.uncertainty.scores import SCORES
 
 
 class MCDropout(Callback):
@@ -41,7 +40,7 @@ class MCDropout(Callback):
     scores of Monte-Carlo dropout are those of the deterministic network: a table of several rates has no gap at 0.
 
     Writes `predictions.parquet`, one row per example or token in dataset order, and for text `sequences.parquet`. With
-    targets, which a test needs, it also writes `metrics.json` and pictures, and logs the scores of Monte-Carlo dropout
+    targets, which a test needs, it also writes `evaluation.json`, `evaluation.csv`, `metrics.json` (the values alone) and pictures, and logs the scores of Monte-Carlo dropout
     under `mc/`, and under `test/` those of the deterministic network that its task does not log. A `WandbLogger` gets
     the pictures and a table of the most uncertain examples.
 
@@ -85,7 +84,7 @@ class MCDropout(Callback):
         self.dirpath = dirpath
         self.checkpoint: str | None = None  # file that the weights come from, if the trainer has loaded none
         self.split: Split = "test"  # of the latest metrics
-        self.metrics: dict[str, dict[str, Any]] = {}  # what `metrics.json` holds
+        self.evaluation: dict[str, Any] = {}  # what `evaluation.json` holds
         self._store: PredictionStore | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -228,21 +227,20 @@ class MCDropout(Callback):
         assert self._store is not None
         self._store.flush()
         trainer.strategy.barrier("predictions end")
-        self.metrics = {}
+        self.evaluation = {}
         if trainer.is_global_zero:
             self._store.merge(self._provenance)
-            self.metrics = write_report(trainer, self._store.directory, self.ways, self.split)
+            self.evaluation = write_report(trainer, self._store.directory, self.ways, self.split)
             self._store.discard()
         self._store = None
-        self.metrics = trainer.strategy.broadcast(self.metrics)
+        self.evaluation = trainer.strategy.broadcast(self.evaluation)
         return {
-            f"{way.metric_prefix(self.split)}/{key}": value
-            for way in self.ways
-            for key, value in self.metrics.get(way.name, {}).items()
-            if key in SCORES
+            f"{way.metric_prefix(self.split)}/{key}": math.nan if score["value"] is None else score["value"]
+            for way in (self.ways if self.evaluation else ())
+            for key, score in self.evaluation["ways"][way.name]["scores"].items()
         }
 
-    def table(self) -> Table | None:
-        """Returns the latest scores, a column for each way; None if there are none."""
-        labels = {way.name: f"{way.label}, {way.details}" if way.details else way.label for way in self.ways}
-        return scores_table(self.metrics, labels, self.split) if self.metrics else None
+    @property
+    def metrics(self) -> dict[str, dict[str, Any]]:
+        """What `metrics.json` holds."""
+        return plain_scores(self.evaluation) if self.evaluation else {}

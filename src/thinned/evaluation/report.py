@@ -1,10 +1,14 @@
-"""What is left of a prediction beside its rows: the scores of each way, in a file, and pictures, which W&B gets too."""
+"""What is left of a prediction beside its rows: the scores of each way, in files, and pictures, which W&B gets too."""
 
+import csv
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 import wandb
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import WandbLogger
@@ -14,39 +18,128 @@ from thinned.data.module import data_offers
 from thinned.data.order import Split
 from thinned.evaluation import figures
 from thinned.evaluation.row_chunks import Columns
+from thinned.evaluation.score_tables import plain_scores, recall_rows, score_rows
 from thinned.evaluation.ways import Way
 from thinned.files import whole_file
+from thinned.uncertainty.conformal import KINDS
+from thinned.uncertainty.intervals import score_intervals, wilson
 from thinned.uncertainty.per_class import recall_per_class
-from thinned.uncertainty.scores import scores
 
 
-def write_report(trainer: Trainer, directory: Path, ways: Sequence[Way], split: Split) -> dict[str, dict[str, Any]]:
+class ColumnsOfWay(Mapping[str, Tensor]):
+    """The columns of one way without its name before them, and those that all ways share."""
+
+    def __init__(self, rows: Mapping[str, Tensor], name: str) -> None:
+        self.rows, self.name = rows, name
+
+    def __getitem__(self, key: str) -> Tensor:
+        prefixed = f"{self.name}_{key}"
+        return self.rows[prefixed if prefixed in self.rows else key]
+
+    def __contains__(self, key: object) -> bool:
+        return f"{self.name}_{key}" in self.rows or key in self.rows
+
+    def __iter__(self) -> Iterator[str]:
+        return (name.removeprefix(f"{self.name}_") for name in self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+def evaluation_of(
+    rows: Mapping[str, Tensor], ways: Sequence[Way], split: Split, names: list[str] | None
+) -> dict[str, Any]:
+    """Returns the content of `evaluation.json`, see `score_tables`.
+
+    Args:
+        rows: Columns of predictions with targets.
+        ways: Those that have columns in it. All others are compared with the first.
+        split: The split that was predicted.
+        names: Of the classes; None for tokens.
+    """
+    n = len(rows["target"])
+    evaluation: dict[str, Any] = {"split": split, "n": n, "baseline": ways[0].name, "ways": {}}
+    intervals, differences = score_intervals(
+        {way.name: ColumnsOfWay(rows, way.name) for way in ways}, ways[0].name, blocks_of(rows)
+    )
+    for way in ways:
+        scores = {key: _as_json(interval) for key, interval in intervals[way.name].items()}
+        for key, difference in differences.get(way.name, {}).items():
+            scores[key]["difference"] = _as_json(difference)
+        evaluation["ways"][way.name] = {
+            "label": way.label,
+            "details": way.details,
+            "settings": way.settings,
+            "scores": scores,
+            "recall": {} if names is None else _recall(rows, f"{way.name}_correct", names),
+            "coverage": {
+                kind: _recall(rows, f"{way.name}_{kind}_covered", names or [])
+                for kind in KINDS
+                if f"{way.name}_{kind}_covered" in rows
+            },
+        }
+    return evaluation
+
+
+def _as_json(result: Any) -> dict[str, Any]:
+    """Returns what a result holds, with null for NaN and without what says nothing."""
+    values = {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in asdict(result).items()}
+    return {k: v for k, v in values.items() if k not in ("why", "descriptive") or v}
+
+
+def _recall(rows: Mapping[str, Tensor], column: str, names: list[str]) -> dict[str, Any]:
+    """Returns the share of each class with examples for which a column is true: `value`, `low`, `high` and `n`."""
+    recalls, counts = recall_per_class(rows["target"], rows[column], len(names))
+    result = {}
+    for name, recall, n in zip(names, recalls.tolist(), counts.tolist(), strict=True):
+        if n:
+            low, high = wilson(recall * n, n)
+            result[name] = {"value": recall, "low": low, "high": high, "n": n}
+    return result
+
+
+def blocks_of(rows: Mapping[str, Tensor]) -> Tensor | None:
+    """Returns for each token its block of consecutive sequences, (N,) int64; None for examples, which are independent.
+
+    A block has B^(1/3) of B sequences (Hall, Horowitz and Jing 1995): tokens close to each other are alike.
+    """
+    if "position" not in rows:
+        return None
+    first = rows["index"] - rows["position"] + 1  # of the sequence
+    _, sequence = torch.unique(first, return_inverse=True)
+    return sequence // max(1, round((int(sequence.max()) + 1) ** (1 / 3)))
+
+
+def write_report(trainer: Trainer, directory: Path, ways: Sequence[Way], split: Split) -> dict[str, Any]:
     """Scores the rows that lie in a directory, and writes the scores and pictures beside them.
 
     Args:
-        trainer: Its loggers get the pictures.
+        trainer: Its loggers get pictures and tables.
         directory: Folder of `predictions.parquet`.
         ways: Those that have columns in it.
         split: The split that was predicted.
 
     Returns:
-        The scores of each way by its name, with the settings that it predicted with; empty without targets.
+        The content of `evaluation.json`; empty without targets.
     """
     rows = Columns(directory / "predictions.parquet")
     if "target" not in rows:
         return {}
     names = _class_names(trainer, rows, ways)
-    metrics = {way.name: way.settings | scores(rows, f"{way.name}_") | _recall(rows, way, names) for way in ways}
-    clean = {way: {k: None if v != v else v for k, v in scored.items()} for way, scored in metrics.items()}
-    with whole_file(directory / "metrics.json") as temporary:  # in which a NaN is null
-        temporary.write_text(json.dumps(clean, indent=2) + "\n")
+    evaluation = evaluation_of(rows, ways, split, names)
+    for name, content in (("evaluation", evaluation), ("metrics", plain_scores(evaluation))):
+        with whole_file(directory / f"{name}.json") as temporary:
+            temporary.write_text(json.dumps(content, indent=2) + "\n")
+    columns, table = score_rows(evaluation)
+    with whole_file(directory / "evaluation.csv") as temporary, temporary.open("w", newline="") as file:
+        csv.writer(file).writerows([columns, *table])
     _write_pictures(trainer, rows, directory, {way.name: way.label for way in ways}, split, names)
-    if names is not None:
-        columns, table = recall_table(metrics)
-        for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger):
-                logger.log_table(f"{split}/recall", columns, table, step=trainer.global_step)
-    return metrics
+    tables = {"scores": (columns, table)} | ({} if names is None else {"recall": recall_rows(evaluation)})
+    for logger in trainer.loggers:
+        if isinstance(logger, WandbLogger):
+            for key, (header, content) in tables.items():
+                logger.log_table(f"{split}/{key}", header, content, step=trainer.global_step)
+    return evaluation
 
 
 def _class_names(trainer: Trainer, rows: Columns, ways: Sequence[Way]) -> list[str] | None:
@@ -54,22 +147,6 @@ def _class_names(trainer: Trainer, rows: Columns, ways: Sequence[Way]) -> list[s
     if f"{ways[0].name}_brier" not in rows:
         return None
     return data_offers(trainer).class_names or [str(k) for k in range(rows[f"{ways[0].name}_probs"].shape[1])]
-
-
-def _recall(rows: Mapping[str, Tensor], way: Way, names: list[str] | None) -> dict[str, Any]:
-    """Returns the recall of each class that has examples, with their number n."""
-    if names is None:
-        return {}
-    recalls, counts = recall_per_class(rows["target"], rows[f"{way.name}_correct"], len(names))
-    each = zip(names, recalls.tolist(), counts.tolist(), strict=True)
-    return {"recall": {name: {"value": recall, "n": n} for name, recall, n in each if n}}
-
-
-def recall_table(metrics: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[list[Any]]]:
-    """Returns names and rows of a table of the recall of each class, with a column for each way."""
-    counts = {name: recall["n"] for name, recall in next(iter(metrics.values()))["recall"].items()}
-    rows = [[name, n, *(scored["recall"][name]["value"] for scored in metrics.values())] for name, n in counts.items()]
-    return ["class", "n", *metrics], rows
 
 
 def _write_pictures(
