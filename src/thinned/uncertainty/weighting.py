@@ -8,18 +8,20 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 WEIGHTS_AT_ONCE = 2**18  # those in float64: few megabytes, which a processor's cache holds
 
 
-def over_resamples(score: Callable[[Tensor], Tensor], weights: Tensor | None, num_rows: int) -> Tensor:
+def over_resamples(
+    score: Callable[[Tensor], Tensor], weights: Tensor | None, num_rows: int, order: Tensor | None = None
+) -> Tensor:
     """Applies a function of weights to those of all resamples, a few at a time.
 
     Args:
         score: Maps weights (r, N), float64, to (r, ...).
         weights: Non-negative, of any dtype, (N,) or (R, N). None: Each row counts once.
         num_rows: N.
+        order: In which `score` wants the rows, (N,). None: As they are.
 
     Returns:
         (...) for weights (N,) or None, (R, ...) for weights (R, N).
@@ -31,7 +33,7 @@ def over_resamples(score: Callable[[Tensor], Tensor], weights: Tensor | None, nu
     if weights.shape[-1] != num_rows:
         raise ValueError(f"Expected weights of {num_rows} rows, but got {tuple(weights.shape)}")
     parts = torch.atleast_2d(weights).split(max(1, WEIGHTS_AT_ONCE // max(1, num_rows)))
-    values = torch.cat([score(part.double()) for part in parts])
+    values = torch.cat([score((p if order is None else p.index_select(1, order)).double()) for p in parts])
     return values.view(weights.shape[:-1] + values.shape[1:])
 
 
@@ -71,13 +73,16 @@ def over_curves(
     """
     order = by.argsort()
     last = last_of_ties(by[order])
+    from_zero = torch.cat([last.new_zeros(1), last + 1])
     values = values[order].double()
 
     def of(w: Tensor) -> Tensor:
-        w = w.index_select(1, order)
-        return score(*(F.pad(each.cumsum(1).index_select(1, last), (1, 0)) for each in (w, w * values)))
+        curves = w.new_zeros(2, len(w), len(order) + 1)
+        torch.cumsum(w, 1, out=curves[0, :, 1:])
+        torch.cumsum(w * values, 1, out=curves[1, :, 1:])
+        return score(*(curves if len(last) == len(order) else curves.index_select(2, from_zero)))
 
-    return over_resamples(of, weights, len(by))
+    return over_resamples(of, weights, len(by), order)
 
 
 def interpolated(at: Tensor, weight: Tensor, total: Tensor) -> Tensor:
