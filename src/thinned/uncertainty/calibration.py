@@ -49,21 +49,26 @@ def adaptive_ece(confidence: Tensor, correct: Tensor, weights: Tensor | None = N
 def smooth_ece(confidence: Tensor, correct: Tensor, weights: Tensor | None = None) -> Tensor:
     r"""Returns the smooth expected calibration error (Błasiok and Nakkiran 2023, algorithm 1), () or (R,).
 
-    It is the integral of |r_s(t)| over confidences t in [0, 1], r being residuals (right or not, minus confidence) of
-    weight 1 altogether, smoothed by a Gaussian of width s that is reflected at 0 and 1; s is such that the error is s.
-    Confidences are gathered in 512 cells, and the smoothing is done in the cosine series, in which it is a product.
+    It is the integral of |r_s(t)| over confidences t in [0, 1]: The residuals, right (1) or wrong (0) minus confidence,
+    smoothed by a Gaussian whose width s is equal to the integral. The Gaussian is reflected at 0 and 1, and cut at
+    distance 1/2 as in the authors' package `relplot`. Confidences are gathered in 512 cells. Such a smoothing is a
+    product in the cosine series.
     """
     cell = (confidence.double() * CELLS).long().clamp(0, CELLS - 1)
     residual = correct.double() - confidence.double()
-    frequency = math.pi * torch.arange(CELLS, dtype=torch.float64, device=confidence.device)
-    waves = torch.cos((frequency[:, None] / math.pi + 0.5) / CELLS * frequency)  # (cells, frequencies)
+    number = torch.arange(CELLS, dtype=torch.float64, device=confidence.device)
+    centre = (number + 0.5) / CELLS
+    waves = torch.cos(math.pi * centre[:, None] * number)  # (cells, frequencies)
+    near = centre < 0.5
 
     def of(w: Tensor) -> Tensor:
         series = totals(w * residual, cell, CELLS) @ waves / w.sum(1, keepdim=True)
         series[:, 1:] *= 2
 
         def error(width: Tensor) -> Tensor:
-            return ((series * torch.exp(-((width * frequency) ** 2) / 2)) @ waves.T).abs().mean(1, keepdim=True)
+            kernel = torch.exp(-((centre[near] / width) ** 2) / 2)
+            smoothed = series * (kernel @ waves[near] / kernel.sum(1, keepdim=True))
+            return (smoothed @ waves.T).abs().mean(1, keepdim=True)
 
         low, high = torch.zeros_like(series[:, :1]), torch.ones_like(series[:, :1])
         for _ in range(10):
