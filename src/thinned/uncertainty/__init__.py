@@ -1,7 +1,17 @@
 """Monte-Carlo dropout in pure torch: sampled networks, streaming statistics, scores, and the choice of sites."""
 
 from thinned.uncertainty.monte_carlo import mc_predict, mc_samples
+from thinned.uncertainty.scores import augrc, aurc, classification_scores
 from thinned.uncertainty.selection import select_sites
 from thinned.uncertainty.statistics import MCPrediction, MCStatistics
 
-__all__ = ["MCPrediction", "MCStatistics", "mc_predict", "mc_samples", "select_sites"]
+__all__ = [
+    "MCPrediction",
+    "MCStatistics",
+    "augrc",
+    "aurc",
+    "classification_scores",
+    "mc_predict",
+    "mc_samples",
+    "select_sites",
+]

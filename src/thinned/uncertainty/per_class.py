@@ -1,38 +1,47 @@
 """How well each class is predicted.
 
-Shapes: N examples, K classes.
+Shapes: N examples, K classes, R resamples (see `thinned.uncertainty.weighting`).
 """
 
 import torch
 from torch import Tensor
 
+from thinned.uncertainty.weighting import over_resamples, totals
 
-def recall_per_class(target: Tensor, correct: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
-    """Returns the fraction of each class that is predicted as it, (K,) float64, NaN if it has no examples.
+
+def recall_per_class(
+    target: Tensor, correct: Tensor, num_classes: int, weights: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Returns the fraction of each class that is predicted as it, and the number of its examples.
 
     Args:
         target: Class of each example, (N,).
         correct: Whether its prediction is right, (N,) bool.
         num_classes: K.
+        weights: Non-negative, (N,) or (R, N).
 
     Returns:
-        The recalls, and the number of examples of each class, (K,) int64.
+        The recalls, (K,) or (R, K) float64, NaN for a class without weight; and the number n of examples of each class,
+        whatever their weights, (K,) int64.
 
     >>> recall_per_class(torch.tensor([0, 0, 1]), torch.tensor([True, False, True]), 2)
     (tensor([0.5000, 1.0000], dtype=torch.float64), tensor([2, 1]))
     """
-    target = target.long()
-    count = torch.bincount(target, minlength=num_classes)
-    return torch.bincount(target, correct.double(), num_classes) / count, count
+    target, hit = target.long(), correct.double()
+    recall = over_resamples(
+        lambda w: totals(w * hit, target, num_classes) / totals(w, target, num_classes), weights, len(target)
+    )
+    return recall, torch.bincount(target, minlength=num_classes)
 
 
-def balanced_accuracy(target: Tensor, correct: Tensor) -> Tensor:
-    """Returns the mean of the recalls of all classes that have examples (Brodersen et al. 2010).
+def balanced_accuracy(target: Tensor, correct: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Returns the mean of the recalls of all classes that have weight (Brodersen et al. 2010), () or (R,).
 
     >>> balanced_accuracy(torch.tensor([0, 0, 0, 2]), torch.tensor([True, True, True, False])).item()
     0.5
     """
-    return recall_per_class(target, correct, int(target.max()) + 1)[0].nanmean()
+    num_classes = int(target.max()) + 1 if len(target) else 0
+    return recall_per_class(target, correct, num_classes, weights)[0].nanmean(-1)
 
 
 def confusion_matrix(target: Tensor, prediction: Tensor, num_classes: int) -> Tensor:

@@ -1,20 +1,30 @@
-"""Scores of predicted distributions, and of how well an uncertainty tells errors from hits.
+"""Scores of predictions, and of how well an uncertainty tells errors from hits.
 
-Shapes: N examples, K classes.
+Each is a function of columns and of weights, of which an integer w stands for w copies of a row. Tied uncertainties
+enter together, so the order of the rows does not matter. Shapes: N predictions, K classes, R resamples.
 """
 
 import inspect
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
-from torchmetrics.functional.classification import binary_auroc, binary_calibration_error
+from torch.nn import functional as F
 
+from thinned.uncertainty.calibration import (
+    adaptive_ece,
+    brier_discrimination,
+    brier_miscalibration,
+    brier_uncertainty,
+    ece,
+    smooth_ece,
+)
 from thinned.uncertainty.per_class import balanced_accuracy
-
-ECE_BINS = 15
+from thinned.uncertainty.statistics import entropy
+from thinned.uncertainty.weighting import interpolated, mean, over_curves
 
 
 def nll(probs: Tensor, targets: Tensor) -> Tensor:
@@ -25,36 +35,93 @@ def nll(probs: Tensor, targets: Tensor) -> Tensor:
 
 def brier(probs: Tensor, targets: Tensor) -> Tensor:
     """(N,): sum_k (p_k - [k = target])^2, in [0, 2] (Brier 1950)."""
-    return (probs - torch.nn.functional.one_hot(targets, probs.shape[-1])).square().sum(-1)
+    return (probs - F.one_hot(targets, probs.shape[-1])).square().sum(-1)
 
 
-def ece(confidence: Tensor, correct: Tensor) -> Tensor:
-    """Expected calibration error of a confidence, 15 equal bins (Naeini et al. 2015; Guo et al. 2017)."""
-    return binary_calibration_error(below_one(confidence), correct.long(), ECE_BINS)
+def auroc_error(correct: Tensor, uncertainty: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Returns the probability that an error is more uncertain than a hit, a tie counting half, () or (R,).
 
+    It is NaN if all are errors, or none is.
 
-def below_one(probs: Tensor) -> Tensor:
-    """Probabilities with 1 lowered by one step: torchmetrics puts a confidence of exactly 1 in a bin of its own."""
-    return probs.clamp_max(1 - torch.finfo(probs.dtype).eps / 2)
-
-
-def auroc_error(correct: Tensor, uncertainty: Tensor) -> Tensor:
-    """The probability that an error is more uncertain than a hit; NaN if all are errors, or none is."""
-    if correct.all() or not correct.any():
-        return torch.tensor(math.nan)
-    highest = uncertainty.max().clamp_min(torch.finfo(uncertainty.dtype).tiny)
-    scaled = (uncertainty / highest).clamp(0, 1)  # to anything outside, torchmetrics applies a sigmoid
-    return binary_auroc(scaled, (~correct).long())
-
-
-def aurc(errors: Tensor, uncertainty: Tensor) -> Tensor:
-    """Area under the risk-coverage curve (Geifman and El-Yaniv 2017).
-
-    The mean, over n = 1 .. N, of the error rate among the n least uncertain examples. 0 is perfect; ties count in
-    the order given.
+    >>> auroc_error(torch.tensor([True, False, True]), torch.tensor([0.1, 0.2, 0.2])).item()
+    0.75
     """
-    risk = errors[uncertainty.argsort(stable=True)].double().cumsum(0)
-    return (risk / torch.arange(1, len(risk) + 1, device=risk.device)).mean()
+
+    def of(weight: Tensor, errors: Tensor) -> Tensor:
+        hits = weight - errors
+        return torch.trapezoid(hits, errors) / (hits[:, -1] * errors[:, -1])
+
+    return over_curves(of, uncertainty, 1 - correct.double(), weights)
+
+
+def aurc(errors: Tensor, uncertainty: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Returns the area under the risk-coverage curve (Geifman and El-Yaniv 2017), () or (R,); 0 is perfect.
+
+    It is the mean, over n = 1 .. N, of the risk (the mean error) among the n least uncertain predictions, and over all
+    orders of tied ones. Like N, and unlike in other scores, the scale of the weights matters: A few thousandths of its
+    value at N = 1,000.
+
+    Args:
+        errors: Bool, or any loss of a prediction, (N,).
+        uncertainty: Any number that should be higher for errors, (N,).
+        weights: Non-negative, (N,) or (R, N).
+
+    >>> aurc(torch.tensor([False, True]), torch.tensor([0.1, 0.1])).item()  # Mean of (0 + 1/2) / 2 and (1 + 1/2) / 2.
+    0.5
+    """
+
+    def of(weight: Tensor, total: Tensor) -> Tensor:
+        # Of m tied rows with mean risk q after W rows with total T: sum_i (T + i q) / (W + i), i = 1 .. m
+        # = m q + (T - W q) (H(W + m) - H(W)), with the harmonic numbers H(x) = digamma(x + 1) + constant.
+        m, mq = weight.diff(), total.diff()
+        q = mq / m.clamp_min(torch.finfo(m.dtype).tiny)
+        area = mq + (total[:, :-1] - weight[:, :-1] * q) * torch.digamma(weight + 1).diff()
+        return area.sum(1) / weight[:, -1]
+
+    return over_curves(of, uncertainty, errors, weights)
+
+
+def augrc(errors: Tensor, uncertainty: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Returns the area under the generalized risk-coverage curve (Traub et al. 2024), () or (R,); 0 is perfect.
+
+    The generalized risk is the sum of errors among the least uncertain predictions, divided by N: the probability of a
+    silent failure. Its curve is linear between coverages, so that for errors of 0 or 1
+    AUGRC = (1 - AUROC) a (1 - a) + (1 - a)^2 / 2 with accuracy a. Arguments are those of `aurc`.
+
+    >>> augrc(torch.tensor([False, True]), torch.tensor([0.1, 0.2])).item()
+    0.125
+    """
+    return over_curves(
+        lambda weight, total: torch.trapezoid(total, weight) / weight[:, -1] ** 2, uncertainty, errors, weights
+    )
+
+
+def coverage_at_5_risk(errors: Tensor, uncertainty: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Returns the largest coverage with a risk of at most 5 % (Geifman and El-Yaniv 2017), () or (R,); 0 if none has.
+
+    Coverages are those of a threshold on the uncertainty, which tied predictions pass together. Arguments are those of
+    `aurc`.
+    """
+
+    def of(weight: Tensor, total: Tensor) -> Tensor:
+        low = 20 * total <= weight * (1 + 1e-9)  # Sums of fractions are rounded.
+        return (weight * low).amax(1) / weight[:, -1]
+
+    return over_curves(of, uncertainty, errors, weights)
+
+
+def risk_at_80_coverage(errors: Tensor, uncertainty: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Returns the risk of the least uncertain 80 % of predictions, () or (R,).
+
+    The one on the border counts by its share; tied ones are in the mean over their orders. Arguments are those of
+    `aurc`.
+    """
+
+    def of(weight: Tensor, total: Tensor) -> Tensor:
+        at = 0.8 * weight[:, -1:]
+        return (interpolated(at, weight, total) / at).squeeze(1)
+
+    return over_curves(of, uncertainty, errors, weights)
 
 
 @dataclass(frozen=True)
@@ -63,36 +130,127 @@ class Score:
 
     Args:
         label: For tables, with the better direction and the unit.
-        of: Is called with the columns, (N,) each, that its parameters name.
+        of: Maps the columns that its parameters name, (N,) each or probs (N, K), and `weights`, None, (N,) or (R, N),
+            to () or (R,) float64. NaN: It is undefined.
+        kind: A proportion is the mean of a bool column, and a mean that of a column. Else a score is a smooth function
+            of means; depends on the ranks of uncertainties; or is a calibration error, which is biased upwards.
+        headline: Whether it is among the few that are shown first.
     """
 
     label: str
     of: Callable[..., Tensor]
+    kind: Literal["proportion", "mean", "smooth", "rank", "calibration"] = "smooth"
+    headline: bool = False
+
+    @property
+    def columns(self) -> list[str]:
+        """The names of its columns."""
+        return [name for name in inspect.signature(self.of).parameters if name != "weights"]
 
 
-# By their names in metrics.json, in metric keys and in this order in tables. An entry here adds a score.
+def _of_errors(score: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return lambda correct, predictive_entropy, weights=None: score(1 - correct.double(), predictive_entropy, weights)
+
+
+# By their names in metrics.json, in metric keys and in this order in tables. An entry here adds a score. Tokens alone
+# have a position, and no Brier score.
 SCORES = {
-    "accuracy": Score("accuracy ↑", lambda correct: correct.double().mean()),
+    "accuracy": Score("accuracy ↑", lambda correct, weights=None: mean(correct, weights), "proportion", True),
     "balanced_accuracy": Score(
         "balanced accuracy ↑",
-        lambda target, correct, brier: balanced_accuracy(target, correct),  # tokens have no Brier score
+        lambda target, correct, brier, weights=None: balanced_accuracy(target, correct, weights),
     ),
-    "nll": Score("NLL, nats ↓", lambda nll: nll.double().mean()),
-    "bits_per_byte": Score("bits per byte ↓", lambda nll, bytes: nll.double().sum() / math.log(2) / bytes.sum()),
-    "brier": Score("Brier ↓", lambda brier: brier.double().mean()),
-    "ece": Score("ECE ↓", ece),
+    "top_5": Score("top-5 accuracy ↑", lambda rank, position, weights=None: mean(rank <= 5, weights), "proportion"),
+    "nll": Score("NLL, nats ↓", lambda nll, weights=None: mean(nll, weights), "mean", True),
+    "perplexity": Score("perplexity ↓", lambda nll, position, weights=None: mean(nll, weights).exp()),
+    "bits_per_byte": Score(
+        "bits per byte ↓", lambda nll, bytes, weights=None: mean(nll, weights) / mean(bytes, weights) / math.log(2)
+    ),
+    "brier": Score("Brier ↓", lambda brier, weights=None: mean(brier, weights), "mean", True),
+    "brier_miscalibration": Score("Brier: miscalibration ↓", brier_miscalibration, "calibration"),
+    "brier_discrimination": Score("Brier: discrimination ↑", brier_discrimination, "calibration"),
+    "brier_uncertainty": Score("Brier: uncertainty of the targets", brier_uncertainty),
+    "ece": Score("ECE ↓", ece, "calibration", True),
+    "adaptive_ece": Score("adaptive ECE ↓", adaptive_ece, "calibration"),
+    "smooth_ece": Score("smooth ECE ↓", smooth_ece, "calibration"),
     "auroc_error": Score(
-        "AUROC of errors ↑", lambda correct, predictive_entropy: auroc_error(correct, predictive_entropy)
+        "AUROC of errors ↑",
+        lambda correct, predictive_entropy, weights=None: auroc_error(correct, predictive_entropy, weights),
+        "rank",
+        True,
     ),
-    "aurc": Score("AURC ↓", lambda correct, predictive_entropy: aurc(~correct, predictive_entropy)),
+    "aurc": Score("AURC ↓", _of_errors(aurc), "rank", True),
+    "augrc": Score("AUGRC ↓", _of_errors(augrc), "rank"),
+    "coverage_at_5_risk": Score("coverage at 5 % risk ↑", _of_errors(coverage_at_5_risk), "rank"),
+    "risk_at_80_coverage": Score("risk at 80 % coverage ↓", _of_errors(risk_at_80_coverage), "rank"),
 }
 
 
-def scores(rows: Mapping[str, Tensor], prefix: str = "") -> dict[str, float]:
-    """Returns all scores for which there are columns, with or without the prefix before their names."""
+@overload
+def scores(rows: Mapping[str, Tensor], prefix: str = "", weights: None = None) -> dict[str, float]: ...
+@overload
+def scores(rows: Mapping[str, Tensor], prefix: str, weights: Tensor) -> dict[str, Tensor]: ...
+def scores(
+    rows: Mapping[str, Tensor], prefix: str = "", weights: Tensor | None = None
+) -> dict[str, float] | dict[str, Tensor]:
+    """Returns all scores for which there are columns, with or without the prefix before their names.
+
+    Returns:
+        Numbers without weights; with weights, tensors () or (R,).
+    """
     values = {}
     for name, score in SCORES.items():
-        columns = [rows.get(prefix + key, rows.get(key)) for key in inspect.signature(score.of).parameters]
+        columns = [_column(rows, prefix, key) for key in score.columns]
         if not any(column is None for column in columns):
-            values[name] = score.of(*columns).item()
-    return values
+            values[name] = score.of(*columns, weights=weights)
+    return values if weights is not None else {name: value.item() for name, value in values.items()}
+
+
+def why_undefined(name: str, rows: Mapping[str, Tensor], prefix: str = "") -> str:
+    """Says in a few words why a score of rows is NaN.
+
+    >>> why_undefined("auroc_error", {"correct": torch.tensor([True]), "predictive_entropy": torch.tensor([0.1])})
+    'no prediction is wrong'
+    """
+    columns = {key: column for key in SCORES[name].columns if (column := _column(rows, prefix, key)) is not None}
+    if not all(len(column) for column in columns.values()):
+        return "there are no predictions"
+    if "bytes" in columns:
+        return "the targets have no bytes"
+    correct = columns.get("correct", torch.tensor([True, False]))
+    if correct.all():
+        return "no prediction is wrong"
+    return "a column is not a number" if correct.any() else "no prediction is right"
+
+
+def _column(rows: Mapping[str, Tensor], prefix: str, key: str) -> Tensor | None:
+    return rows[prefix + key] if prefix + key in rows else rows.get(key)
+
+
+def classification_scores(probs: Tensor, targets: Tensor) -> dict[str, float]:
+    """Returns the scores of predicted distributions, by name.
+
+    Args:
+        probs: Floats that sum to 1 over classes, (N, K).
+        targets: Classes, (N,).
+
+    Raises:
+        ValueError: The shapes do not match.
+
+    >>> scored = classification_scores(torch.tensor([[0.9, 0.1], [0.6, 0.4]]), torch.tensor([0, 1]))
+    >>> scored["accuracy"], round(scored["nll"], 4)  # -(log 0.9 + log 0.4) / 2
+    (0.5, 0.5108)
+    """
+    if probs.dim() != 2 or targets.shape != probs.shape[:1]:
+        raise ValueError(f"Expected probs (N, K) and targets (N,), but got {(*probs.shape,)} and {(*targets.shape,)}")
+    confidence, prediction = probs.max(-1)
+    return scores(
+        {
+            "target": targets,
+            "correct": prediction == targets,
+            "confidence": confidence,
+            "nll": nll(probs, targets),
+            "brier": brier(probs, targets),
+            "predictive_entropy": entropy(probs),
+        }
+    )
