@@ -90,7 +90,8 @@ def _scores(probs: Tensor, u: Tensor, kind: Kind) -> Iterator[tuple[slice, Tenso
         rest = ranked.flip(-1).cumsum(-1).flip(-1)  # the sum of each class and all after it
         scores = 1 - (rest - u[rows, None] * ranked) / rest[:, :1]
         if kind == "raps":
-            scores += LAMBDA * (torch.arange(1, 1 + p.shape[-1], device=p.device) - K_REG).clamp_min(0)
+            ranks = torch.arange(1, 1 + p.shape[-1], dtype=p.dtype, device=p.device)
+            scores += LAMBDA * (ranks - K_REG).clamp_min(0)
         yield rows, torch.empty_like(scores).scatter_(-1, order, scores)
 
 

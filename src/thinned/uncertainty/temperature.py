@@ -51,9 +51,9 @@ def nll_at(probs: Tensor, targets: Tensor, temperatures: Sequence[float]) -> Ten
         log_target = log_probs.gather(-1, targets[rows, None]).squeeze(-1)
         scaled = torch.empty_like(log_probs)
         for g, temperature in enumerate(temperatures):
-            # The largest is 0: No exponential overflows, and not all are 0.
-            log_sum = torch.mul(log_probs, 1 / temperature, out=scaled).exp_().sum(-1).log()
-            nll[rows, g] = log_sum - log_target / temperature
+            # The largest exponential is 1, to which e^-80 adds nothing. Smaller ones may be subnormal, 30 times as slow.
+            powers = torch.mul(log_probs, 1 / temperature, out=scaled).clamp_min_(-80).exp_()
+            nll[rows, g] = powers.sum(-1).log() - log_target / temperature
     return nll.masked_fill_(nll == math.inf, -math.log(torch.finfo(dtype).tiny))
 
 
