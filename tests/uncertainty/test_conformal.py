@@ -71,9 +71,7 @@ def test_a_set_contains_exactly_the_classes_whose_scores_are_at_most_the_thresho
     assert scores.dtype == torch.float64
     for limit in scores[::4].flatten().tolist():
         assert set_members(probs, u, kind, limit)[:, classes].equal(scores <= limit)
-    in_words = [
-        scores_in_words(p, v, kind, classes.tolist()) for p, v in zip(probs.tolist(), u.tolist(), strict=True)
-    ]
+    in_words = [scores_in_words(p, v, kind, classes.tolist()) for p, v in zip(probs.tolist(), u.tolist(), strict=True)]
     tolerance = 1e-6 if dtype == torch.float32 else 1e-12  # sums of rows in fp32 are that far from 1
     torch.testing.assert_close(scores, torch.tensor(in_words, dtype=torch.float64), rtol=0, atol=tolerance)
 
@@ -84,13 +82,14 @@ def test_of_equal_probabilities_the_first_class_comes_first() -> None:
     assert scores == pytest.approx([0.05, 0.3, 0.55, 0.8], abs=1e-12)
 
 
-def test_impossible_classes_have_one_score_whatever_the_rounding() -> None:
-    """Seven numbers in fp32 do not sum to 1 exactly."""
-    probs = torch.cat([torch.full((1, 7), 1 / 7), torch.zeros(1, 3)], -1)
-    assert probs.double().sum() != 1
-    scores = [conformity(probs, torch.tensor([y]), HALF)["aps"].item() for y in range(10)]
-    assert scores[7:] == [1, 1, 1]
-    assert max(scores[:7]) < 1
+def test_rounding_of_fp32_moves_no_end_of_the_scores() -> None:
+    """They begin at exactly 0 with u = 0, and are exactly 1 for a class of probability 0, though no row sums to 1."""
+    probs = rows("zeros", 1000, torch.float32)
+    assert (probs.double().sum(-1) != 1).all()
+    u = torch.zeros(12)
+    assert set_members(probs, u, "aps", 0.0).sum(-1).tolist() == [1] * 12
+    assert set_members(probs, u, "aps", 1.0).all()
+    assert set_members(probs, u, "aps", math.nextafter(1, 0)).equal(probs > 0)
 
 
 def test_few_rows_at_a_time_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

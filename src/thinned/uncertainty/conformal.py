@@ -38,7 +38,7 @@ def uniforms(seed: int, index: Tensor) -> Tensor:
 
     They are the outputs of SplitMix64 (Steele, Lea and Flood 2014) at the places `index`, (N,) of integers.
     """
-    x = index.long() * (0x9E3779B97F4A7C15 - 2**64) + derive_seed(seed, "conformal")  # int64 wraps around as uint64 does
+    x = derive_seed(seed, "conformal") + index.long() * (0x9E3779B97F4A7C15 - 2**64)  # int64 wraps like uint64
     for shift, factor in ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64), (31, 1)):
         x = (x ^ _shifted(x, shift)) * factor
     return _shifted(x, 11).double() / 2**53
