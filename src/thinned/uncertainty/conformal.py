@@ -38,9 +38,7 @@ def uniforms(seed: int, index: Tensor) -> Tensor:
 
     They are the outputs of SplitMix64 (Steele, Lea and Flood 2014) at the places `index`, (N,) of integers.
     """
-    x = index.long() * (0x9E3779B97F4A7C15 - 2**64) + derive_seed(
-        seed, "conformal"
-    )  # int64 wraps around as uint64 does
+    x = derive_seed(seed, "conformal") + index.long() * (0x9E3779B97F4A7C15 - 2**64)  # int64 wraps like uint64
     for shift, factor in ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64), (31, 1)):
         x = (x ^ _shifted(x, shift)) * factor
     return _shifted(x, 11).double() / 2**53
@@ -92,7 +90,8 @@ def _scores(probs: Tensor, u: Tensor, kind: Kind) -> Iterator[tuple[slice, Tenso
         rest = ranked.flip(-1).cumsum(-1).flip(-1)  # the sum of each class and all after it
         scores = 1 - (rest - u[rows, None] * ranked) / rest[:, :1]
         if kind == "raps":
-            scores += LAMBDA * (torch.arange(1, 1 + p.shape[-1], device=p.device) - K_REG).clamp_min(0)
+            ranks = torch.arange(1, 1 + p.shape[-1], dtype=p.dtype, device=p.device)
+            scores += LAMBDA * (ranks - K_REG).clamp_min(0)
         yield rows, torch.empty_like(scores).scatter_(-1, order, scores)
 
 
