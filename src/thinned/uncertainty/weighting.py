@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 WEIGHTS_AT_ONCE = 2**18  # those in float64: few megabytes, which a processor's cache holds
 
@@ -77,9 +78,7 @@ def over_curves(
     values = values[order].double()
 
     def of(w: Tensor) -> Tensor:
-        curves = w.new_zeros(2, len(w), len(order) + 1)
-        torch.cumsum(w, 1, out=curves[0, :, 1:])
-        torch.cumsum(w * values, 1, out=curves[1, :, 1:])
+        curves = F.pad(torch.stack([w, w * values]).cumsum(2), (1, 0))  # No `out`: weights have a gradient.
         return score(*(curves if len(last) == len(order) else curves.index_select(2, from_zero)))
 
     return over_resamples(of, weights, len(by), order)
