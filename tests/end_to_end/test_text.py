@@ -11,7 +11,7 @@ import torch
 import yaml
 from wandb_file import wandb_history
 
-from thinned.uncertainty.scores import scores
+from thinned.uncertainty.scores import SCORES, scores
 
 Script = Callable[..., Any]
 
@@ -78,7 +78,7 @@ def test_metrics_are_those_of_the_rows(trained_text: Any) -> None:
     metrics, rows = json.loads((trained_text.run / "metrics.json").read_text()), read(trained_text.run)
     for way in ("deterministic", "mc_dropout"):
         expected = scores(rows, f"{way}_")
-        assert expected.keys() == {"accuracy", "nll", "bits_per_byte", "ece", "auroc_error", "aurc"}
+        assert expected.keys() == {name for name, score in SCORES.items() if not {"brier", "probs"} & {*score.columns}}
         assert {key: metrics[way][key] for key in expected} == pytest.approx(expected, rel=1e-5)
     assert (metrics["mc_dropout"]["num_samples"], metrics["mc_dropout"]["masks"]) == (4, "shared")
 
@@ -180,7 +180,7 @@ def test_wandb_has_scores_and_samples(trained_text: Any) -> None:
     (file,) = trained_text.run.glob("wandb/offline-run-*/*.wandb")
     rows = list(wandb_history(file))
     logged = {key for row in rows for key in row if not key.startswith("_")}
-    scores = {"accuracy", "nll", "bits_per_byte", "ece", "auroc_error", "aurc"}
+    scores = {name for name, score in SCORES.items() if not {"brier", "probs"} & {*score.columns}}
     assert {f"mc/{score}" for score in scores} <= logged
     assert {f"test/{score}" for score in {"loss", "perplexity", *scores} - {"nll"}} <= logged
     assert {"train/loss", *(f"val/{score}" for score in ("loss", "perplexity", "bits_per_byte"))} <= logged

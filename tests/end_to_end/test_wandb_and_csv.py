@@ -19,10 +19,14 @@ Script = Callable[..., Any]
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SCORES = ("accuracy", "balanced_accuracy", "nll", "brier", "ece")
+MORE_SCORES = (
+    "brier_miscalibration", "brier_discrimination", "brier_uncertainty", "adaptive_ece", "smooth_ece", "auroc_error",
+    "aurc", "augrc", "coverage_at_5_risk", "risk_at_80_coverage",
+)  # fmt: skip
 KEYS = {
     "epoch", "train/loss", "train/accuracy", "val/loss", "test/loss", "lr-AdamW/pg1", "lr-AdamW/pg2",
     *(f"{stage}/{score}" for stage in ("val", "test", "mc") for score in SCORES),
-    *(f"{stage}/{score}" for stage in ("test", "mc") for score in ("auroc_error", "aurc")),
+    *(f"{stage}/{score}" for stage in ("test", "mc") for score in MORE_SCORES),
     *(f"throughput/{name}" for name in ("examples_per_second", "step_ms", "peak_memory_mib")),
 }  # fmt: skip
 MEDIA = {"test/reliability", "test/entropy", "test/uncertain", "test/confusion", "test/recall", "test/most_uncertain"}
@@ -74,7 +78,7 @@ def test_history_holds_the_scores_of_the_run(trained: Any, rows: list[dict[str, 
         logged = {key.removeprefix(f"{prefix}/"): value for key, value in last.items() if key.startswith(prefix)}
         logged.pop("loss", None)
         assert logged == pytest.approx({key: scores[key] for key in logged}, abs=1e-6)
-        assert len(logged) == 7
+        assert len(logged) == len(SCORES) + len(MORE_SCORES)
 
 
 def test_learning_rate_is_that_of_the_step(trained: Any, rows: list[dict[str, Any]]) -> None:

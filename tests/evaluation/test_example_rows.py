@@ -5,7 +5,6 @@ from collections.abc import Generator
 
 import pytest
 import torch
-from scoring import classification_scores
 from torch import Tensor, nn
 
 from thinned.evaluation.batch import Batch
@@ -13,7 +12,7 @@ from thinned.evaluation.rows import predicted_rows
 from thinned.evaluation.ways import SampledNetworks, Way, standard_ways
 from thinned.models import MLP, DropoutRates
 from thinned.models.net import Logits
-from thinned.uncertainty import mc_predict
+from thinned.uncertainty import classification_scores, mc_predict
 from thinned.uncertainty.scores import scores
 
 K, S = 3, 6
@@ -119,8 +118,10 @@ def test_scores_of_examples_are_those_of_their_probabilities() -> None:
     probs = {"mc_dropout": mc_predict(net, x, num_samples=S, seed=3).mean, "deterministic": net(x).softmax(-1)}
     for way, predicted in probs.items():
         expected = classification_scores(predicted, y)
-        assert len(expected) == 7
-        assert scores(rows, f"{way}_") == pytest.approx(expected, rel=1e-6)
+        got = scores(rows, f"{way}_")
+        parts = [got.pop(f"brier_{part}") for part in ("miscalibration", "discrimination", "uncertainty")]
+        assert got == pytest.approx(expected, rel=1e-6)
+        assert parts[0] - parts[1] + parts[2] == pytest.approx(expected["brier"], rel=1e-6)
 
 
 class Tempered(Way):

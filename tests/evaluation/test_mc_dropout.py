@@ -10,7 +10,6 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from lightning.pytorch import Trainer
-from scoring import classification_scores
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -18,12 +17,16 @@ from torch.utils.data import DataLoader, TensorDataset
 from thinned.evaluation import MCDropout
 from thinned.models import MLP, DropoutRates
 from thinned.models.net import Logits
-from thinned.uncertainty import mc_predict
+from thinned.uncertainty import classification_scores, mc_predict
 from thinned.uncertainty.acting_dropout import of_our_make
 from thinned.uncertainty.scores import nll
 from thinned.uncertainty.selection import Acting
 
-SCORES = ["accuracy", "balanced_accuracy", "nll", "ece", "auroc_error", "aurc", "brier"]
+SCORES = [
+    "accuracy", "balanced_accuracy", "nll", "brier", "ece", "adaptive_ece", "smooth_ece", "auroc_error", "aurc", "augrc",
+    "coverage_at_5_risk", "risk_at_80_coverage",
+]  # fmt: skip
+OF_PROBS = ["brier_miscalibration", "brier_discrimination", "brier_uncertainty"]
 OF_EACH_WAY = ["prediction", "confidence", "predictive_entropy", "nll", "correct", "brier", "rank", "probs"]
 DETERMINISTIC = {"index", "target", *(f"deterministic_{name}" for name in OF_EACH_WAY)}
 OF_SAMPLES = ["expected_entropy", "mutual_information", "variation_ratio", "std"]
@@ -153,11 +156,13 @@ def test_scores_of_both_networks(run: Callable[..., Any], tmp_path: Path) -> Non
         assert mean(of_class["value"] for of_class in recall.values()) == pytest.approx(
             metrics[way]["balanced_accuracy"]
         )
-    assert metrics["deterministic"] == pytest.approx(deterministic, rel=1e-5)
-    assert metrics["mc_dropout"] == pytest.approx(dropout, rel=1e-5)
+    for scored, expected in ((metrics["deterministic"], deterministic), (metrics["mc_dropout"], dropout)):
+        miscalibration, discrimination, uncertainty = (scored[key] for key in OF_PROBS)
+        assert miscalibration - discrimination + uncertainty == pytest.approx(scored["brier"])
+        assert scored == pytest.approx(expected | {key: scored[key] for key in OF_PROBS}, rel=1e-5)
     assert metrics.keys() == {"logged", "deterministic", "mc_dropout"}
-    logged = {f"mc/{key}": dropout[key] for key in SCORES}
-    logged |= {f"test/{key}": deterministic[key] for key in SCORES}
+    logged = {f"mc/{key}": metrics["mc_dropout"][key] for key in SCORES + OF_PROBS}
+    logged |= {f"test/{key}": metrics["deterministic"][key] for key in SCORES + OF_PROBS}
     assert metrics["logged"] == pytest.approx(logged, rel=1e-5)
     assert {path.name for path in tmp_path.glob("*.png")} == {"reliability.png", "entropy.png", "confusion.png"}
 
@@ -167,7 +172,9 @@ def test_scores_that_the_task_logs_are_not_logged_again(
 ) -> None:
     monkeypatch.setattr(plain, "test_scores", frozenset({"nll", "brier"}), raising=False)
     logged = run("test", thinnable(), loader(*examples()))["logged"]
-    assert logged.keys() == {f"mc/{key}" for key in SCORES} | {f"test/{key}" for key in {*SCORES} - {"nll", "brier"}}
+    assert logged.keys() == {f"mc/{key}" for key in SCORES + OF_PROBS} | {
+        f"test/{key}" for key in {*SCORES, *OF_PROBS} - {"nll", "brier"}
+    }
 
 
 def test_deterministic_network_is_not_asked_again_for_what_the_test_step_returns(
@@ -248,7 +255,7 @@ def test_no_samples_leave_the_deterministic_network(run: Callable[..., Any]) -> 
     (x, y), net = examples(), thinnable()
     metrics = run("test", net, loader(x, y), num_samples=None)
     assert metrics.keys() == {"logged", "deterministic"}
-    assert metrics["logged"].keys() == {f"test/{key}" for key in SCORES}
+    assert metrics["logged"].keys() == {f"test/{key}" for key in SCORES + OF_PROBS}
     rows = run("predict", net, loader(x, y), num_samples=None)
     assert rows.keys() == DETERMINISTIC
     torch.testing.assert_close(rows["deterministic_probs"], net(x).softmax(-1))

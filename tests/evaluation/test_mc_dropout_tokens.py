@@ -23,7 +23,10 @@ from thinned.uncertainty.selection import Acting
 V, T, S = 11, 6, 8
 BYTES = torch.arange(V) % 4  # of each token
 TOKENIZER = SimpleNamespace(token_bytes=BYTES)
-SCORES = {"accuracy", "nll", "ece", "auroc_error", "aurc"}
+SCORES = {
+    "accuracy", "top_5", "nll", "perplexity", "ece", "adaptive_ece", "smooth_ece", "auroc_error", "aurc", "augrc",
+    "coverage_at_5_risk", "risk_at_80_coverage",
+}  # fmt: skip
 Text = tuple[Tensor, Tensor, Tensor]
 
 

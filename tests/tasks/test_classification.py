@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningDataModule, Trainer
-from scoring import classification_scores
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -17,6 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from thinned.models import MLP, DropoutRates
 from thinned.tasks import ClassificationTask, StepSeed
+from thinned.uncertainty import classification_scores
 
 MakeTrainer = Callable[..., Trainer]
 SGD = partial(torch.optim.SGD, lr=0.1)

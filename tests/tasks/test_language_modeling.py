@@ -99,7 +99,7 @@ def test_each_step_of_a_test_returns_its_logits_for_evaluation(
     assert len(passes) == 3
     with torch.no_grad():
         torch.testing.assert_close(torch.cat([logits[:] for logits in outputs]), task.net.eval()(text(10)[0]))
-    assert task.test_scores == {"nll", "bits_per_byte"}
+    assert task.test_scores == {"nll", "perplexity", "bits_per_byte"}
     assert logged.keys() == {"test/loss", "test/perplexity", "test/bits_per_byte"}
     trainer = make_trainer()
     trainer.validate(task, datamodule=Data(), verbose=False)

@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-from scoring import classification_scores
 from sklearn import metrics
 from torch import Tensor
 
+from thinned.uncertainty import classification_scores
 from thinned.uncertainty.scores import SCORES, Score, aurc, auroc_error, brier, ece, nll, scores
 
 

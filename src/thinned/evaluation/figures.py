@@ -15,8 +15,9 @@ from matplotlib.figure import Figure
 from rich.table import Table
 from torch import Tensor
 
+from thinned.uncertainty.calibration import ECE_BINS
 from thinned.uncertainty.per_class import confusion_matrix
-from thinned.uncertainty.scores import ECE_BINS, SCORES
+from thinned.uncertainty.scores import SCORES
 
 TITLES = {"train": "Training split", "val": "Validation split", "test": "Test"}
 COLOURS = ("#9aa0a6", "#c2410c", "#3b6fa0", "#3b7a57", "#7b4fa3", "#b08900")  # of ways, in their order

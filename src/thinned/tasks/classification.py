@@ -87,4 +87,4 @@ class ClassificationTask(Task):
 
     def scores(self, kept: Tensor) -> dict[str, Any]:
         values = scores(dict(zip(COLUMNS, kept, strict=True)))
-        return values | {"loss": values["nll"]}
+        return {name: value for name, value in values.items() if name in self.test_scores} | {"loss": values["nll"]}

@@ -27,7 +27,7 @@ class LanguageModelingTask(Task):
         init_from: Hub id, such as gpt2, or folder of GPT-2 weights to start from. Dropout rates are the net's own.
     """
 
-    test_scores: ClassVar[frozenset[str]] = frozenset({"nll", "bits_per_byte"})  # The NLL is `test/loss`.
+    test_scores: ClassVar[frozenset[str]] = frozenset({"nll", "perplexity", "bits_per_byte"})  # The NLL is `test/loss`.
 
     def __init__(
         self,

@@ -207,8 +207,20 @@ def scores(
 
 
 def why_undefined(name: str, rows: Mapping[str, Tensor], prefix: str = "") -> str:
-    """Says why a score of rows is NaN, in a few words."""
-    raise NotImplementedError
+    """Says in a few words why a score of rows is NaN.
+
+    >>> why_undefined("auroc_error", {"correct": torch.tensor([True]), "predictive_entropy": torch.tensor([0.1])})
+    'no prediction is wrong'
+    """
+    columns = {key: column for key in SCORES[name].columns if (column := _column(rows, prefix, key)) is not None}
+    if not all(len(column) for column in columns.values()):
+        return "there are no predictions"
+    if "bytes" in columns:
+        return "the targets have no bytes"
+    correct = columns.get("correct", torch.tensor([True, False]))
+    if correct.all():
+        return "no prediction is wrong"
+    return "a column is not a number" if correct.any() else "no prediction is right"
 
 
 def _column(rows: Mapping[str, Tensor], prefix: str, key: str) -> Tensor | None:
@@ -216,7 +228,21 @@ def _column(rows: Mapping[str, Tensor], prefix: str, key: str) -> Tensor | None:
 
 
 def classification_scores(probs: Tensor, targets: Tensor) -> dict[str, float]:
-    """Returns the scores of distributions (N, K) against targets (N,), by name."""
+    """Returns the scores of predicted distributions, by name.
+
+    Args:
+        probs: Floats that sum to 1 over classes, (N, K).
+        targets: Classes, (N,).
+
+    Raises:
+        ValueError: The shapes do not match.
+
+    >>> scored = classification_scores(torch.tensor([[0.9, 0.1], [0.6, 0.4]]), torch.tensor([0, 1]))
+    >>> scored["accuracy"], round(scored["nll"], 4)  # -(log 0.9 + log 0.4) / 2
+    (0.5, 0.5108)
+    """
+    if probs.dim() != 2 or targets.shape != probs.shape[:1]:
+        raise ValueError(f"Expected probs (N, K) and targets (N,), but got {(*probs.shape,)} and {(*targets.shape,)}")
     confidence, prediction = probs.max(-1)
     return scores(
         {

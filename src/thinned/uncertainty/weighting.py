@@ -13,6 +13,7 @@ from torch.nn import functional as F
 WEIGHTS_AT_ONCE = 2**18  # those in float64: few megabytes, which a processor's cache holds
 
 
+@torch.no_grad()
 def over_resamples(
     score: Callable[[Tensor], Tensor], weights: Tensor | None, num_rows: int, order: Tensor | None = None
 ) -> Tensor:
@@ -33,7 +34,8 @@ def over_resamples(
     weights = torch.ones(num_rows) if weights is None else weights
     if weights.shape[-1] != num_rows:
         raise ValueError(f"Expected weights of {num_rows} rows, but got {tuple(weights.shape)}")
-    parts = torch.atleast_2d(weights).split(max(1, WEIGHTS_AT_ONCE // max(1, num_rows)))
+    rows = weights if weights.dim() == 2 else weights[None]
+    parts = rows.split(max(1, WEIGHTS_AT_ONCE // max(1, num_rows)))
     values = torch.cat([score((p if order is None else p.index_select(1, order)).double()) for p in parts])
     return values.view(weights.shape[:-1] + values.shape[1:])
 

@@ -1,0 +1,133 @@
+"""What holds for every score under weights: a weight is a number of copies, and the order of rows does not matter."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from thinned.uncertainty.per_class import recall_per_class
+from thinned.uncertainty.scores import SCORES, brier, nll, scores
+from thinned.uncertainty.statistics import entropy
+
+N, K = 60, 4
+UNDEFINED_WHEN_ALL_ARE_RIGHT = {"auroc_error"}
+
+
+def rows(number: int = N) -> dict[str, Tensor]:
+    """Predictions with many ties, and probabilities of exactly 0 and 1."""
+    generator = torch.Generator().manual_seed(0)
+    logits = 2 * torch.randn(number, K, generator=generator, dtype=torch.float64)
+    target = torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(1)
+    probs = (4 * (2 * logits).softmax(-1)).round()
+    probs /= probs.sum(-1, keepdim=True)
+    confidence, prediction = probs.max(-1)
+    return {
+        "target": target, "correct": prediction == target, "confidence": confidence, "probs": probs,
+        "nll": nll(probs, target), "brier": brier(probs, target), "predictive_entropy": entropy(probs),
+        "rank": 1 + torch.arange(number) % 7, "position": torch.ones(number), "bytes": 1 + torch.arange(number) % 3,
+    }  # fmt: skip
+
+
+def taken(columns: dict[str, Tensor], index: Tensor) -> dict[str, Tensor]:
+    return {name: column[index] for name, column in columns.items()}
+
+
+def close(got: dict[str, Tensor], expected: dict[str, float]) -> None:
+    assert {name: value.item() for name, value in got.items()} == pytest.approx(
+        expected, rel=1e-12, abs=1e-12, nan_ok=True
+    )
+
+
+def test_all_scores_are_tested() -> None:
+    columns = rows()
+    assert scores(columns).keys() == SCORES.keys()
+    assert len(columns["predictive_entropy"].unique()) < N / 4
+    assert {0.0, 1.0} <= {*columns["probs"].flatten().tolist()}
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.float32])
+def test_weight_is_a_number_of_copies(dtype: torch.dtype) -> None:
+    weights = torch.randint(4, (N,), generator=torch.Generator().manual_seed(1))
+    copies = torch.arange(N).repeat_interleave(weights)
+    assert len(copies) > N
+    close(scores(rows(), "", weights.to(dtype)), scores(taken(rows(), copies)))
+
+
+def test_each_resample_is_scored_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three at a time."""
+    monkeypatch.setattr("thinned.uncertainty.weighting.WEIGHTS_AT_ONCE", 3 * N)
+    weights = torch.randint(3, (8, N), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    together = scores(rows(), "", weights)
+    assert {name: (value.shape, value.dtype) for name, value in together.items()} == dict.fromkeys(
+        SCORES, (torch.Size([8]), torch.float64)
+    )
+    for i, of_resample in enumerate(weights):
+        alone = {name: value.item() for name, value in scores(rows(), "", of_resample).items()}
+        close({name: value[i] for name, value in together.items()}, alone)
+
+
+@pytest.mark.parametrize("scale", [0.1, 1 / 3, 7.0])
+def test_scale_of_the_weights_does_not_matter(scale: float) -> None:
+    """But for AURC, whose mean over n = 1 .. N depends on N."""
+    weights = torch.randint(4, (N,), generator=torch.Generator().manual_seed(1)).double()
+    got, expected = scores(rows(), "", scale * weights), scores(rows(), "", weights)
+    assert got.pop("aurc").item() == pytest.approx(expected.pop("aurc").item(), rel=0.1)
+    close(got, {name: value.item() for name, value in expected.items()})
+
+
+def test_order_of_the_rows_does_not_matter() -> None:
+    weights = torch.rand(N, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    order = torch.randperm(N, generator=torch.Generator().manual_seed(2))
+    expected = {name: value.item() for name, value in scores(rows(), "", weights).items()}
+    close(scores(taken(rows(), order), "", weights[order]), expected)
+
+
+def test_row_of_weight_zero_does_not_count() -> None:
+    weights = (torch.arange(N) % 3 > 0).long()
+    close(scores(rows(), "", weights), scores(taken(rows(), weights.nonzero().squeeze(1))))
+
+
+@pytest.mark.parametrize("number", [0, N])
+def test_without_weight_no_score_is_defined(number: int) -> None:
+    values = scores(rows(number), "", torch.zeros(number))
+    assert values.keys() == SCORES.keys()
+    assert all(math.isnan(value) for value in values.values())
+
+
+@pytest.mark.parametrize("right", [True, False])
+@pytest.mark.parametrize("number", [1, 5])
+def test_scores_of_sure_predictions(right: bool, number: int) -> None:
+    """All right, or all wrong, of a single class."""
+    target = torch.zeros(number, dtype=torch.long)
+    probs = torch.tensor([[1.0, 0.0]] if right else [[0.0, 1.0]], dtype=torch.float64).repeat(number, 1)
+    got = scores(
+        {
+            "target": target, "correct": torch.tensor([right] * number), "confidence": torch.ones(number),
+            "probs": probs, "nll": nll(probs, target), "brier": brier(probs, target),
+            "predictive_entropy": entropy(probs),
+        }
+    )  # fmt: skip
+    wrong = 1 - right
+    expected = {
+        "accuracy": right, "balanced_accuracy": right, "nll": wrong * -math.log(2.0**-1022), "brier": 2 * wrong,
+        "brier_miscalibration": 2 * wrong, "brier_discrimination": 0, "brier_uncertainty": 0,
+        "ece": wrong, "adaptive_ece": wrong, "smooth_ece": wrong, "auroc_error": math.nan,
+        "aurc": wrong, "augrc": wrong / 2, "coverage_at_5_risk": right, "risk_at_80_coverage": wrong,
+    }  # fmt: skip
+    assert got == pytest.approx(expected, abs=1e-9, nan_ok=True)
+
+
+def test_recall_under_weights() -> None:
+    """Class 1 has an example without weight; n tells of examples."""
+    target, correct = torch.tensor([0, 0, 1, 2]), torch.tensor([True, False, True, True])
+    recall, n = recall_per_class(target, correct, 3, torch.tensor([[3, 1, 0, 1], [0, 1, 2, 1]]))
+    torch.testing.assert_close(
+        recall, torch.tensor([[3 / 4, math.nan, 1], [0, 1, 1]], dtype=torch.float64), equal_nan=True
+    )
+    assert n.tolist() == [2, 1, 1]
+
+
+def test_weights_of_other_rows_are_an_error() -> None:
+    with pytest.raises(ValueError, match=r"Expected weights of 60 rows, but got \(8, 61\)"):
+        scores(rows(), "", torch.ones(8, N + 1))
