@@ -13,7 +13,6 @@ from torch.nn import functional as F
 WEIGHTS_AT_ONCE = 2**18  # those in float64: few megabytes, which a processor's cache holds
 
 
-@torch.no_grad()
 def over_resamples(
     score: Callable[[Tensor], Tensor], weights: Tensor | None, num_rows: int, order: Tensor | None = None
 ) -> Tensor:
