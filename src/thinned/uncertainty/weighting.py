@@ -34,7 +34,7 @@ def over_resamples(
     if weights.shape[-1] != num_rows:
         raise ValueError(f"Expected weights of {num_rows} rows, but got {tuple(weights.shape)}")
     rows = weights if weights.dim() == 2 else weights[None]
-    parts = rows.split(max(1, WEIGHTS_AT_ONCE // max(1, num_rows)))
+    parts = torch.split(rows, max(1, WEIGHTS_AT_ONCE // max(1, num_rows)))
     values = torch.cat([score((p if order is None else p.index_select(1, order)).double()) for p in parts])
     return values.view(weights.shape[:-1] + values.shape[1:])
 
