@@ -24,8 +24,8 @@ from thinned.uncertainty.scores import nll
 from thinned.uncertainty.selection import Acting
 
 SCORES = [
-    "accuracy", "balanced_accuracy", "nll", "brier", "ece", "adaptive_ece", "smooth_ece", "auroc_error", "aurc", "augrc",
-    "coverage_at_5_risk", "risk_at_80_coverage",
+    "accuracy", "balanced_accuracy", "nll", "brier", "ece", "adaptive_ece", "smooth_ece", "auroc_error", "aurc",
+    "augrc", "coverage_at_5_risk", "risk_at_80_coverage",
 ]  # fmt: skip
 OF_PROBS = ["brier_miscalibration", "brier_discrimination", "brier_uncertainty"]
 OF_EACH_WAY = ["prediction", "confidence", "predictive_entropy", "nll", "correct", "brier", "rank", "probs"]

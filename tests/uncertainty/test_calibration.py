@@ -108,7 +108,7 @@ def test_decomposition_is_that_of_scikit_learns_isotonic_regression(weighted: bo
     weights = torch.randint(4, (300,), generator=torch.Generator().manual_seed(0)) if weighted else torch.ones(300)
     events = torch.nn.functional.one_hot(targets, 4).numpy()
     recalibrated = np.stack(
-        [IsotonicRegression().fit_transform(p, y, weights) for p, y in zip(probs.T, events.T, strict=True)], 1
+        [IsotonicRegression().fit(p, y, weights).predict(p) for p, y in zip(probs.T, events.T, strict=True)], 1
     )
     score, after, base = (
         np.average(((p - events) ** 2).sum(1), weights=weights)

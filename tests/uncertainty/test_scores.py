@@ -1,14 +1,29 @@
 """Scores by hand, and against scikit-learn where it has them."""
 
 import math
+from itertools import permutations
 
+import numpy as np
 import pytest
 import torch
 from sklearn import metrics
 from torch import Tensor
 
 from thinned.uncertainty import classification_scores
-from thinned.uncertainty.scores import SCORES, Score, aurc, auroc_error, brier, ece, nll, scores
+from thinned.uncertainty.calibration import smooth_ece
+from thinned.uncertainty.scores import (
+    SCORES,
+    Score,
+    augrc,
+    aurc,
+    auroc_error,
+    brier,
+    coverage_at_5_risk,
+    nll,
+    risk_at_80_coverage,
+    scores,
+    why_undefined,
+)
 
 
 def binary(confidence: list[float]) -> Tensor:
@@ -27,22 +42,66 @@ def test_nll_of_an_impossible_target_is_finite() -> None:
     assert nll(torch.tensor([[1.0, 0.0]]), torch.tensor([1])).item() == pytest.approx(-math.log(2.0**-126))
 
 
-def test_ece_by_hand() -> None:
-    """Right at 0.68 and wrong at 0.72, both in bin 11 of 15 (in 10 bins they would part); right at 0.9; right at 1."""
-    error = ece(torch.tensor([0.68, 0.72, 0.9, 1.0]), torch.tensor([True, False, True, True]))
-    assert error.item() == pytest.approx((2 * abs(0.5 - 0.7) + 0.1 + 0) / 4, abs=1e-6)
-
-
-def test_confidence_of_exactly_one_shares_the_last_bin() -> None:
-    """Right at 0.95 and wrong at 1: |1/2 - 0.975|; in bins of their own they would give (0.05 + 1) / 2."""
-    assert ece(torch.tensor([0.95, 1.0]), torch.tensor([True, False])).item() == pytest.approx(0.475, abs=1e-6)
-
-
 def test_aurc_by_hand() -> None:
     errors, uncertainty = torch.tensor([False, True, False, True]), torch.tensor([0.1, 0.4, 0.2, 0.3])
     assert aurc(errors, uncertainty).item() == pytest.approx((0 + 0 + 1 / 3 + 2 / 4) / 4)
     assert aurc(errors, -uncertainty).item() == pytest.approx((1 + 2 / 2 + 2 / 3 + 2 / 4) / 4)
-    assert aurc(errors, torch.zeros(4)).item() == pytest.approx((0 + 1 / 2 + 1 / 3 + 2 / 4) / 4)  # ties, as given
+    losses = torch.tensor([0.5, 3.0, 0.0, 2.0])
+    assert aurc(losses, uncertainty).item() == pytest.approx((0.5 + 0.5 / 2 + 2.5 / 3 + 5.5 / 4) / 4)
+
+
+def test_aurc_is_the_mean_over_the_orders_of_ties() -> None:
+    losses, uncertainty = torch.tensor([1.0, 0.0, 2.5, 0.0, 1.0, 0.5]), torch.tensor([0, 1, 1, 1, 2, 2])
+    orders = [(0, *middle, *last) for middle in permutations((1, 2, 3)) for last in permutations((4, 5))]
+    areas = [np.mean(np.cumsum(losses[list(order)].numpy()) / np.arange(1, 7)) for order in orders]
+    assert aurc(losses, uncertainty).item() == pytest.approx(np.mean(areas), abs=1e-12)
+
+
+def test_augrc_by_hand() -> None:
+    """Generalized risks of 0, 0, 1/4 and 2/4 at coverages of 1/4 to 1, and lines between them."""
+    errors, uncertainty = torch.tensor([False, True, False, True]), torch.tensor([0.1, 0.4, 0.2, 0.3])
+    assert augrc(errors, uncertainty).item() == pytest.approx((0 + 0 + 1 / 8 + 3 / 8) / 4)
+    assert augrc(errors, torch.zeros(4)).item() == pytest.approx(1 / 4)  # a line from 0 to 2/4
+    losses = torch.tensor([0.5, 3.0, 0.0, 2.0])
+    assert augrc(losses, uncertainty).item() == pytest.approx((0.25 + 0.5 + 1.5 + 4) / 16)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_ranks_agree_with_scikit_learn(weighted: bool) -> None:
+    """With ties; AUGRC by its relation with AUROC and accuracy (Traub et al. 2024)."""
+    generator = torch.Generator().manual_seed(0)
+    uncertainty = torch.randint(20, (300,), generator=generator)
+    errors = torch.rand(300, generator=generator) * 30 < uncertainty
+    weights = torch.rand(300, generator=generator, dtype=torch.float64) if weighted else torch.ones(300)
+    auroc = metrics.roc_auc_score(errors, uncertainty, sample_weight=weights)
+    accuracy = metrics.accuracy_score(~errors, torch.ones(300), sample_weight=weights)
+    assert auroc_error(~errors, uncertainty, weights).item() == pytest.approx(auroc, abs=1e-9)
+    area = (1 - auroc) * accuracy * (1 - accuracy) + (1 - accuracy) ** 2 / 2
+    assert augrc(errors, uncertainty, weights).item() == pytest.approx(area, abs=1e-9)
+
+
+def test_coverage_at_a_risk_of_5_percent_by_hand() -> None:
+    """Errors at the 20th and 21st of 40: risks of 1/20, 2/21 and 2/40 after 20, 21 and 40."""
+    errors = torch.zeros(40).index_fill(0, torch.tensor([19, 20]), 1)
+    assert coverage_at_5_risk(errors, torch.arange(40)).item() == 1
+    assert coverage_at_5_risk(errors[:39], torch.arange(39)).item() == pytest.approx(20 / 39)  # 2/39 is too much
+    assert coverage_at_5_risk(errors[:39], torch.arange(39).clamp_min(19)).item() == pytest.approx(20 / 39)
+    tied = torch.tensor([*range(18), 18, 18, *range(20, 39)])  # the last hit enters with the first error
+    assert coverage_at_5_risk(errors[:39], tied).item() == pytest.approx(20 / 39)
+    tied[20] = 18  # and with the second: of 21, two are errors
+    assert coverage_at_5_risk(errors[:39], tied).item() == pytest.approx(18 / 39)
+    assert coverage_at_5_risk(errors, -torch.arange(40).clamp_max(20)).item() == 1
+    assert coverage_at_5_risk(torch.ones(3), torch.arange(3)).item() == 0
+
+
+def test_risk_at_a_coverage_of_80_percent_by_hand() -> None:
+    """Of four, 3.2 count: the fifth part of the last one."""
+    errors, uncertainty = torch.tensor([False, True, False, True]), torch.tensor([0.1, 0.4, 0.2, 0.3])
+    assert risk_at_80_coverage(errors, uncertainty).item() == pytest.approx((1 + 0.2) / 3.2)
+    assert risk_at_80_coverage(errors, torch.tensor([0, 1, 0, 1])).item() == pytest.approx(1.2 / 3.2)
+    assert risk_at_80_coverage(errors, torch.zeros(4)).item() == pytest.approx(2 / 4)
+    fifth = torch.cat([errors, torch.tensor([True])]), torch.cat([uncertainty, torch.ones(1)])
+    assert risk_at_80_coverage(*fifth).item() == pytest.approx(2 / 4)
 
 
 def columns() -> dict[str, Tensor]:
@@ -65,9 +124,17 @@ SCORES_BY_HAND = {
     "nll": 2.8 / 4,
     "bits_per_byte": 2.8 / math.log(2) / 6,
     "ece": (0.1 + 0.4 + 0.7 + 0.05) / 4,
+    # Each of the four has 3.75 of 15 bins, and what is on a border is added up there.
+    "adaptive_ece": (3 * 0.4 + (0.3 - 0.175) + 3 * 0.7 + (0.35 - 0.05) + 3 * 0.1 + (0.025 + 0.0375) + 3 * 0.05) / 15,
+    "smooth_ece": smooth_ece(columns()["confidence"], columns()["correct"]).item(),
     "auroc_error": 2 / 3,
     "aurc": (0 + 0 + 1 / 3 + 1 / 4) / 4,
+    "augrc": (0 + 0 + 1 / 8 + 1 / 4) / 4,
+    "coverage_at_5_risk": 2 / 4,
+    "risk_at_80_coverage": 1 / 3.2,
 }
+OF_CONFIDENCE = ["ece", "adaptive_ece", "smooth_ece"]
+OF_RANKS = ["auroc_error", "aurc", "augrc", "coverage_at_5_risk", "risk_at_80_coverage"]
 
 
 @pytest.mark.parametrize("unit", [1.0, math.log(16)])
@@ -85,9 +152,9 @@ def test_scores_of_columns_by_hand(unit: float) -> None:
     [
         ("bytes", ["bits_per_byte"]),
         ("nll", ["nll", "bits_per_byte"]),
-        ("confidence", ["ece"]),
-        ("predictive_entropy", ["auroc_error", "aurc"]),
-        ("correct", ["accuracy", "ece", "auroc_error", "aurc"]),
+        ("confidence", OF_CONFIDENCE),
+        ("predictive_entropy", OF_RANKS),
+        ("correct", ["accuracy", *OF_CONFIDENCE, *OF_RANKS]),
     ],
 )
 def test_score_without_its_columns_is_left_out(column: str, without: list[str]) -> None:
@@ -97,7 +164,7 @@ def test_score_without_its_columns_is_left_out(column: str, without: list[str]) 
 
 
 def test_new_score_is_a_function_of_the_columns_that_it_names(monkeypatch: pytest.MonkeyPatch) -> None:
-    worst = Score("worst NLL, nats ↓", lambda nll, target: nll[target > 4].max() + target.sum())
+    worst = Score("worst NLL, nats ↓", lambda nll, target, weights: nll[target > 4].max() + target.sum())
     monkeypatch.setitem(SCORES, "worst", worst)
     assert scores(columns())["worst"] == 24.0
 
@@ -128,8 +195,10 @@ def test_auroc_of_errors_alone_or_of_hits_alone_is_undefined(correct: bool) -> N
     rows = columns() | {"correct": torch.tensor([correct] * 4)}
     result = scores(rows)
     assert math.isnan(result.pop("auroc_error"))
-    right = SCORES_BY_HAND | {"accuracy": 1, "ece": (0.1 + 0.4 + 0.3 + 0.05) / 4, "aurc": 0}
-    wrong = SCORES_BY_HAND | {"accuracy": 0, "ece": 3.15 / 4, "aurc": 1}
+    right = SCORES_BY_HAND | dict.fromkeys(OF_CONFIDENCE, (0.1 + 0.4 + 0.3 + 0.05) / 4) | dict.fromkeys(OF_RANKS, 0)
+    wrong = SCORES_BY_HAND | dict.fromkeys(OF_CONFIDENCE, 3.15 / 4) | dict.fromkeys(OF_RANKS, 1)
+    right |= {"accuracy": 1, "coverage_at_5_risk": 1}
+    wrong |= {"accuracy": 0, "coverage_at_5_risk": 0, "augrc": 1 / 2}
     expected = right if correct else wrong
     assert result == pytest.approx({k: v for k, v in expected.items() if k != "auroc_error"}, abs=1e-6)
 
@@ -137,16 +206,15 @@ def test_auroc_of_errors_alone_or_of_hits_alone_is_undefined(correct: bool) -> N
 def test_all_by_hand() -> None:
     """Hits at 0.9, 0.6 and 0.95, an error at 0.7: it is more uncertain than two of three hits."""
     result = classification_scores(binary([0.9, 0.6, 0.7, 0.95]), torch.tensor([0, 0, 1, 0]))
-    assert list(result) == ["accuracy", "balanced_accuracy", "nll", "brier", "ece", "auroc_error", "aurc"]
+    by_hand = {name: SCORES_BY_HAND[name] for name in OF_CONFIDENCE + OF_RANKS}
+    assert list(result) == ["accuracy", "balanced_accuracy", "nll", "brier", *by_hand]
     assert result == pytest.approx(
-        {
+        by_hand
+        | {
             "accuracy": 3 / 4,
             "balanced_accuracy": (1 + 0) / 2,
             "nll": -math.log(0.9 * 0.6 * 0.3 * 0.95) / 4,
             "brier": 2 * (0.1**2 + 0.4**2 + 0.7**2 + 0.05**2) / 4,
-            "ece": (0.1 + 0.4 + 0.7 + 0.05) / 4,
-            "auroc_error": 2 / 3,
-            "aurc": (0 + 0 + 1 / 3 + 1 / 4) / 4,
         },
         abs=1e-6,
     )
@@ -175,3 +243,40 @@ def test_agrees_with_scikit_learn() -> None:
 def test_column_of_a_way_comes_before_a_shared_one(prefix: str, nll: int) -> None:
     rows = {"nll": torch.tensor([1]), "first_nll": torch.tensor([2]), "second_nll": torch.tensor([3])}
     assert scores(rows, prefix) == {"nll": nll}
+
+
+def test_scores_of_tokens_by_hand() -> None:
+    rows = {"nll": torch.tensor([1.0, 3.0]), "rank": torch.tensor([5, 6]), "position": torch.tensor([1, 2])}
+    assert scores(rows) == pytest.approx({"top_5": 1 / 2, "nll": 2, "perplexity": math.exp(2)})
+
+
+def test_headline_scores() -> None:
+    assert [n for n, s in SCORES.items() if s.headline] == ["accuracy", "nll", "brier", "ece", "auroc_error", "aurc"]
+
+
+@pytest.mark.parametrize(
+    ("name", "correct", "why"),
+    [
+        ("auroc_error", [True, True], "no prediction is wrong"),
+        ("auroc_error", [False], "no prediction is right"),
+        ("aurc", [], "there are no predictions"),
+        ("accuracy", [], "there are no predictions"),
+    ],
+)
+def test_reason_for_an_undefined_score(name: str, correct: list[bool], why: str) -> None:
+    shared = {"predictive_entropy": torch.zeros(len(correct))}
+    rows = {"first_correct": torch.tensor(correct, dtype=torch.bool), "correct": torch.tensor([True, False]), **shared}
+    assert math.isnan(scores(rows, "first_")[name])
+    assert why_undefined(name, rows, "first_") == why
+
+
+def test_reason_for_undefined_bits_per_byte() -> None:
+    rows = {"nll": torch.zeros(1), "bytes": torch.zeros(1)}
+    assert math.isnan(scores(rows)["bits_per_byte"])
+    assert why_undefined("bits_per_byte", rows) == "the targets have no bytes"
+
+
+@pytest.mark.parametrize("targets", [torch.zeros(3, 1, dtype=torch.long), torch.zeros(2, dtype=torch.long)])
+def test_targets_of_another_shape_are_an_error(targets: Tensor) -> None:
+    with pytest.raises(ValueError, match=r"Expected probs \(N, K\) and targets \(N,\), but got \(3, 2\) and"):
+        classification_scores(binary([0.9, 0.6, 0.7]), targets)

@@ -11,7 +11,6 @@ from thinned.uncertainty.scores import SCORES, brier, nll, scores
 from thinned.uncertainty.statistics import entropy
 
 N, K = 60, 4
-UNDEFINED_WHEN_ALL_ARE_RIGHT = {"auroc_error"}
 
 
 def rows(number: int = N) -> dict[str, Tensor]:
@@ -108,12 +107,12 @@ def test_scores_of_sure_predictions(right: bool, number: int) -> None:
             "predictive_entropy": entropy(probs),
         }
     )  # fmt: skip
-    wrong = 1 - right
+    hit, wrong = float(right), 1 - right
     expected = {
-        "accuracy": right, "balanced_accuracy": right, "nll": wrong * -math.log(2.0**-1022), "brier": 2 * wrong,
+        "accuracy": hit, "balanced_accuracy": hit, "nll": wrong * -math.log(2.0**-1022), "brier": 2 * wrong,
         "brier_miscalibration": 2 * wrong, "brier_discrimination": 0, "brier_uncertainty": 0,
         "ece": wrong, "adaptive_ece": wrong, "smooth_ece": wrong, "auroc_error": math.nan,
-        "aurc": wrong, "augrc": wrong / 2, "coverage_at_5_risk": right, "risk_at_80_coverage": wrong,
+        "aurc": wrong, "augrc": wrong / 2, "coverage_at_5_risk": hit, "risk_at_80_coverage": wrong,
     }  # fmt: skip
     assert got == pytest.approx(expected, abs=1e-9, nan_ok=True)
 

@@ -57,17 +57,18 @@ def smooth_ece(confidence: Tensor, correct: Tensor, weights: Tensor | None = Non
     cell = (confidence.double() * CELLS).long().clamp(0, CELLS - 1)
     residual = correct.double() - confidence.double()
     number = torch.arange(CELLS, dtype=torch.float64, device=confidence.device)
-    centre = (number + 0.5) / CELLS
-    waves = torch.cos(math.pi * centre[:, None] * number)  # (cells, frequencies)
-    near = centre < 0.5
+    waves = torch.cos(math.pi / CELLS * (number[:, None] + 0.5) * number)  # (cells, frequencies)
+    distance = number[: CELLS // 2 + 1] / CELLS
+    waves_of_distance = torch.cos(math.pi * distance[:, None] * number)
 
     def of(w: Tensor) -> Tensor:
         series = totals(w * residual, cell, CELLS) @ waves / w.sum(1, keepdim=True)
         series[:, 1:] *= 2
 
         def error(width: Tensor) -> Tensor:
-            kernel = torch.exp(-((centre[near] / width) ** 2) / 2)
-            smoothed = series * (kernel @ waves[near] / kernel.sum(1, keepdim=True))
+            kernel = torch.exp(-((distance / width) ** 2) / 2)
+            kernel[:, 0] /= 2  # Others are at two sides.
+            smoothed = series * (kernel @ waves_of_distance / kernel.sum(1, keepdim=True))
             return (smoothed @ waves.T).abs().mean(1, keepdim=True)
 
         low, high = torch.zeros_like(series[:, :1]), torch.ones_like(series[:, :1])

@@ -132,14 +132,15 @@ class Score:
         label: For tables, with the better direction and the unit.
         of: Maps the columns that its parameters name, (N,) each or probs (N, K), and `weights`, None, (N,) or (R, N),
             to () or (R,) float64. NaN: It is undefined.
-        kind: A proportion is the mean of a bool column, and a mean that of a column. Else a score is a smooth function
-            of means; depends on the ranks of uncertainties; or is a calibration error, which is biased upwards.
+        kind: What its interval is made of. A proportion is a mean of a bool column, or of such means. A smooth score
+            has a gradient in the weights. A calibration error is a sum of absolute values, which noise makes larger.
+            All else is resampled.
         headline: Whether it is among the few that are shown first.
     """
 
     label: str
     of: Callable[..., Tensor]
-    kind: Literal["proportion", "mean", "smooth", "rank", "calibration"] = "smooth"
+    kind: Literal["proportion", "smooth", "calibration", "resampled"] = "smooth"
     headline: bool = False
 
     @property
@@ -159,16 +160,17 @@ SCORES = {
     "balanced_accuracy": Score(
         "balanced accuracy ↑",
         lambda target, correct, brier, weights=None: balanced_accuracy(target, correct, weights),
+        "proportion",
     ),
     "top_5": Score("top-5 accuracy ↑", lambda rank, position, weights=None: mean(rank <= 5, weights), "proportion"),
-    "nll": Score("NLL, nats ↓", lambda nll, weights=None: mean(nll, weights), "mean", True),
+    "nll": Score("NLL, nats ↓", lambda nll, weights=None: mean(nll, weights), headline=True),
     "perplexity": Score("perplexity ↓", lambda nll, position, weights=None: mean(nll, weights).exp()),
     "bits_per_byte": Score(
         "bits per byte ↓", lambda nll, bytes, weights=None: mean(nll, weights) / mean(bytes, weights) / math.log(2)
     ),
-    "brier": Score("Brier ↓", lambda brier, weights=None: mean(brier, weights), "mean", True),
-    "brier_miscalibration": Score("Brier: miscalibration ↓", brier_miscalibration, "calibration"),
-    "brier_discrimination": Score("Brier: discrimination ↑", brier_discrimination, "calibration"),
+    "brier": Score("Brier ↓", lambda brier, weights=None: mean(brier, weights), headline=True),
+    "brier_miscalibration": Score("Brier: miscalibration ↓", brier_miscalibration, "resampled"),
+    "brier_discrimination": Score("Brier: discrimination ↑", brier_discrimination, "resampled"),
     "brier_uncertainty": Score("Brier: uncertainty of the targets", brier_uncertainty),
     "ece": Score("ECE ↓", ece, "calibration", True),
     "adaptive_ece": Score("adaptive ECE ↓", adaptive_ece, "calibration"),
@@ -176,13 +178,12 @@ SCORES = {
     "auroc_error": Score(
         "AUROC of errors ↑",
         lambda correct, predictive_entropy, weights=None: auroc_error(correct, predictive_entropy, weights),
-        "rank",
-        True,
+        headline=True,
     ),
-    "aurc": Score("AURC ↓", _of_errors(aurc), "rank", True),
-    "augrc": Score("AUGRC ↓", _of_errors(augrc), "rank"),
-    "coverage_at_5_risk": Score("coverage at 5 % risk ↑", _of_errors(coverage_at_5_risk), "rank"),
-    "risk_at_80_coverage": Score("risk at 80 % coverage ↓", _of_errors(risk_at_80_coverage), "rank"),
+    "aurc": Score("AURC ↓", _of_errors(aurc), headline=True),
+    "augrc": Score("AUGRC ↓", _of_errors(augrc)),
+    "coverage_at_5_risk": Score("coverage at 5 % risk ↑", _of_errors(coverage_at_5_risk), "resampled"),
+    "risk_at_80_coverage": Score("risk at 80 % coverage ↓", _of_errors(risk_at_80_coverage)),
 }
 
 

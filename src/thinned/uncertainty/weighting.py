@@ -8,11 +8,11 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 WEIGHTS_AT_ONCE = 2**18  # those in float64: few megabytes, which a processor's cache holds
 
 
-@torch.no_grad()
 def over_resamples(
     score: Callable[[Tensor], Tensor], weights: Tensor | None, num_rows: int, order: Tensor | None = None
 ) -> Tensor:
@@ -34,7 +34,7 @@ def over_resamples(
     if weights.shape[-1] != num_rows:
         raise ValueError(f"Expected weights of {num_rows} rows, but got {tuple(weights.shape)}")
     rows = weights if weights.dim() == 2 else weights[None]
-    parts = rows.split(max(1, WEIGHTS_AT_ONCE // max(1, num_rows)))
+    parts = torch.split(rows, max(1, WEIGHTS_AT_ONCE // max(1, num_rows)))
     values = torch.cat([score((p if order is None else p.index_select(1, order)).double()) for p in parts])
     return values.view(weights.shape[:-1] + values.shape[1:])
 
@@ -79,9 +79,7 @@ def over_curves(
     values = values[order].double()
 
     def of(w: Tensor) -> Tensor:
-        curves = w.new_zeros(2, len(w), len(order) + 1)
-        torch.cumsum(w, 1, out=curves[0, :, 1:])
-        torch.cumsum(w * values, 1, out=curves[1, :, 1:])
+        curves = F.pad(torch.stack([w, w * values]).cumsum(2), (1, 0))  # No `out`: weights have a gradient.
         return score(*(curves if len(last) == len(order) else curves.index_select(2, from_zero)))
 
     return over_resamples(of, weights, len(by), order)
