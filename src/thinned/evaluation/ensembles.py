@@ -31,7 +31,7 @@ def evaluation_ways(standard: Sequence[Way], checkpoints: Mapping[str, dict[str,
     ensembles: list[Way] = []
     for way in standard if others else ():
         members = [way, *(_with_net(way, net, f"{way.name}_{i}") for i, net in enumerate(nets, start=2))]
-        ensembles.append(Ensemble(members, f"{way.name}_ensemble", f"ensemble, {way.label}", digests))
+        ensembles.append(Ensemble(members, f"{way.name}_ensemble", f"ensemble of {way.label}", digests))
     untempered = [*standard, *ensembles]
     return [*untempered, *map(Tempered, untempered)]
 

@@ -63,9 +63,9 @@ def evaluation_of(
         {way.name: ColumnsOfWay(rows, way.name) for way in ways}, ways[0].name, blocks_of(rows)
     )
     for way in ways:
-        scores = {key: _as_json(interval) for key, interval in intervals[way.name].items()}
+        scores = {key: as_json(interval) for key, interval in intervals[way.name].items()}
         for key, difference in differences.get(way.name, {}).items():
-            scores[key]["difference"] = _as_json(difference)
+            scores[key]["difference"] = as_json(difference)
         evaluation["ways"][way.name] = {
             "label": way.label,
             "details": way.details,
@@ -81,7 +81,7 @@ def evaluation_of(
     return evaluation
 
 
-def _as_json(result: Any) -> dict[str, Any]:
+def as_json(result: Any) -> dict[str, Any]:
     """Returns what a result holds, with null for NaN and without what says nothing."""
     values = {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in asdict(result).items()}
     return {k: v for k, v in values.items() if k not in ("why", "descriptive") or v}
@@ -127,18 +127,18 @@ def write_report(trainer: Trainer, directory: Path, ways: Sequence[Way], split: 
         return {}
     names = _class_names(trainer, rows, ways)
     evaluation = evaluation_of(rows, ways, split, names)
-    for name, content in (("evaluation", evaluation), ("metrics", plain_scores(evaluation))):
-        with whole_file(directory / f"{name}.json") as temporary:
+    for file, content in (("evaluation", evaluation), ("metrics", plain_scores(evaluation))):
+        with whole_file(directory / f"{file}.json") as temporary:
             temporary.write_text(json.dumps(content, indent=2) + "\n")
     columns, table = score_rows(evaluation)
-    with whole_file(directory / "evaluation.csv") as temporary, temporary.open("w", newline="") as file:
-        csv.writer(file).writerows([columns, *table])
+    with whole_file(directory / "evaluation.csv") as temporary, temporary.open("w", newline="") as opened:
+        csv.writer(opened).writerows([columns, *table])
     _write_pictures(trainer, rows, directory, {way.name: way.label for way in ways}, split, names)
     tables = {"scores": (columns, table)} | ({} if names is None else {"recall": recall_rows(evaluation)})
     for logger in trainer.loggers:
         if isinstance(logger, WandbLogger):
-            for key, (header, content) in tables.items():
-                logger.log_table(f"{split}/{key}", header, content, step=trainer.global_step)
+            for key, (header, lines) in tables.items():
+                logger.log_table(f"{split}/{key}", header, lines, step=trainer.global_step)
     return evaluation
 
 

@@ -7,56 +7,57 @@ An evaluation is the content of `evaluation.json`: `ways` -> name -> `scores` ->
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rich import box
 from rich.table import Table
 
 from thinned.uncertainty.scores import SCORES
 
 TITLES = {"train": "Training split", "val": "Validation split", "test": "Test"}
-CELL = 19  # characters of a column with its borders
+CELL = 30  # characters of a column
 WORST_CLASSES = 3
 Evaluation = Mapping[str, Any]
 
 
 def score_tables(evaluation: Evaluation, width: int = 80) -> list[Table]:
-    """Returns tables of the headline scores, a column a way, as many of them side by side as there is room for.
+    """Returns tables of the headline scores, a column a way, with as many of them side by side as fit.
 
-    Each cell has the score, its 95 % interval, and below them the difference to the first way with its interval.
+    Each cell has the score with its 95 % interval, and below it the difference to the first way with its own.
     """
     ways = evaluation["ways"]
+    first = next(iter(ways.values()))
     shown = [key for key, score in SCORES.items() if score.headline and any(key in w["scores"] for w in ways.values())]
-    labels = max((len(SCORES[key].label) for key in shown), default=0) + 3
-    at_once = max(1, (width - labels - 1) // CELL)
-    names = list(ways)
+    labels = max((len(SCORES[key].label) for key in shown), default=0) + 2
+    at_once = max(1, (width - labels) // CELL)
     tables = []
-    for start in range(0, len(names), at_once):
-        table = Table(title_justify="left", show_lines=True)
+    for start in range(0, len(ways), at_once):
+        group = list(ways.values())[start : start + at_once]
+        table = Table("", title_justify="left", caption_justify="left", box=box.SIMPLE_HEAD, show_edge=False)
         if not start:
             table.title = f"{TITLES.get(evaluation['split'], evaluation['split'])}, n = {evaluation['n']}"
-        table.add_column("")
-        for name in names[start : start + at_once]:
-            table.add_column("\n".join(filter(None, (ways[name]["label"], ways[name]["details"]))), justify="right")
+        for way in group:
+            table.add_column("\n".join(filter(None, (way["label"], way["details"]))))
         for key in shown:
-            of_ways = (ways[name]["scores"].get(key) for name in names[start : start + at_once])
-            table.add_row(SCORES[key].label, *map(_cell, of_ways))
-        for name in _worst_classes(ways[names[0]]["recall"]):
-            recalls = [ways[way]["recall"][name] for way in names[start : start + at_once]]
-            table.add_row(f"recall of {name}\n(n = {recalls[0]['n']})", *map(_cell, recalls))
+            table.add_row(SCORES[key].label, *(_cell(way["scores"].get(key)) for way in group))
+        table.add_section()
+        for name in sorted(first["recall"], key=lambda name: first["recall"][name]["value"])[:WORST_CLASSES]:
+            recalls = [way["recall"][name] for way in group]
+            table.add_row(f"recall of {name}", *map(_cell, recalls))
         tables.append(table)
+    tables[-1].caption = "95 % intervals." + (
+        f" Δ: difference to {first['label']} on the same examples, * p < 0.05 (Holm)." if len(ways) > 1 else ""
+    )
     return tables
-
-
-def _worst_classes(recall: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    return sorted(recall, key=lambda name: recall[name]["value"])[:WORST_CLASSES]
 
 
 def _cell(score: Mapping[str, Any] | None) -> str:
     if score is None or score["value"] is None:
-        return "–" if score is None else f"–\n{score['why']}"
-    lines = [f"{score['value']:.4f}", _interval(score)]
+        return "–" if score is None else f"– ({score['why']})"
+    lines = [f"  {score['value']:.4f} {_interval(score)}"]
     if "difference" in score:
         difference = score["difference"]
-        lines += [f"Δ {difference['value']:+.4f}{' *' if difference['told_apart'] else ''}", _interval(difference)]
-    return "\n".join(filter(None, lines))
+        star = " *" if difference["told_apart"] else ""
+        lines.append(f"Δ{difference['value']:+.4f} {_interval(difference)}{star}")
+    return "\n".join(lines)
 
 
 def _interval(of: Mapping[str, Any]) -> str:
@@ -69,7 +70,9 @@ def verdicts(evaluation: Evaluation) -> list[str]:
     first = next(iter(ways.values()))["label"]
     sentences = []
     for way in list(ways.values())[1:]:
-        better, worse, unknown = [], [], []
+        better: list[str] = []
+        worse: list[str] = []
+        unknown: list[str] = []
         for key, score in SCORES.items():
             difference = way["scores"].get(key, {}).get("difference")
             if not score.headline or difference is None:
@@ -113,6 +116,10 @@ def plain_scores(evaluation: Evaluation) -> dict[str, dict[str, Any]]:
     return {
         name: way["settings"]
         | {key: score["value"] for key, score in way["scores"].items()}
-        | ({"recall": {k: {"value": r["value"], "n": r["n"]} for k, r in way["recall"].items()}} if way["recall"] else {})
+        | (
+            {"recall": {k: {"value": r["value"], "n": r["n"]} for k, r in way["recall"].items()}}
+            if way["recall"]
+            else {}
+        )
         for name, way in evaluation["ways"].items()
     }

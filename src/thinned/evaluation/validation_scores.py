@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from thinned.evaluation.batch import Batch, of_all_processes
 from thinned.evaluation.rows import predicted_rows
 from thinned.evaluation.ways import Way
-from thinned.uncertainty.scores import scores
+from thinned.uncertainty.scores import SCORES
 
 COLUMNS = ("nll", "confidence", "correct", "mutual_information")  # kept of each target
 SHOWN = ("nll", "ece")
@@ -48,7 +48,7 @@ class ValidationScores:
             rows = of_all_processes(torch.cat(kept))
             columns = dict(zip(COLUMNS, rows.unbind(-1), strict=False))  # one distribution has no mutual information
             columns["correct"] = columns["correct"].bool()
-            values = {key: value for key, value in scores(columns).items() if key in SHOWN}
+            values = {key: SCORES[key].of(*(columns[name] for name in SCORES[key].columns)).item() for key in SHOWN}
             if "mutual_information" in columns:
                 values["mutual_information"] = columns["mutual_information"].double().mean().item()
             logged |= {f"val/{prefix}_{key}": float(value) for key, value in values.items()}

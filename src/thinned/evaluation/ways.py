@@ -21,7 +21,7 @@ from thinned.uncertainty.monte_carlo import Masks, resolve_masks, sampled_output
 from thinned.uncertainty.scores import nll
 from thinned.uncertainty.selection import Acting, select_sites
 from thinned.uncertainty.statistics import MCStatistics
-from thinned.uncertainty.temperature import fit_temperature, nll_at, tempered
+from thinned.uncertainty.temperature import TEMPERATURES, fit_temperature, nll_at, tempered
 from thinned.uncertainty.token_statistics import TokenStatistics
 
 SELECTION_TARGETS = 25_600  # of the validation split, for the choice of sites
@@ -286,8 +286,13 @@ class Tempered(Way):
 
     def fit(self, validation: Validation) -> None:
         self.temperature = fit_temperature(
-            lambda betas: validation.mean(lambda batch: nll_at(batch.mean(self.way), batch.target, betas))
+            lambda temperatures: validation.mean(lambda b: nll_at(b.mean(self.way), b.target, temperatures))
         )
+        if self.temperature in (TEMPERATURES[0], TEMPERATURES[-1]):
+            rank_zero_info(
+                f"The temperature of {self.way.label} is the last of those tried, {self.temperature:g}: half of the "
+                f"validation split has too few errors to fit one."
+            )
 
     def stream(self, batch: Batch) -> Generator[Logits, None, None]:
         yield Logits(tempered(batch.mean(self.way), self.temperature).log())

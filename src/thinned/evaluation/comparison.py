@@ -1,0 +1,125 @@
+"""Runs compared on the same examples: those that agree in a setting are repetitions with other seeds.
+
+A comparison has the form of an evaluation (see `score_tables`), with a group of runs in place of each way. Its scores
+are means over the runs of a group, and have `seeds` too: the score of each run, and Student's interval of their mean.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import torch
+import yaml
+
+from thinned.evaluation.provenance import differences
+from thinned.evaluation.report import ColumnsOfWay, as_json, blocks_of
+from thinned.evaluation.row_chunks import Columns
+from thinned.uncertainty.intervals import score_intervals, t_interval
+from thinned.uncertainty.scores import SCORES
+
+# Settings of data that do not change which examples are evaluated: order in training, and where the files lie.
+INDIFFERENT = {"seed", "path", "cache_dir"}
+
+
+@dataclass(frozen=True)
+class EvaluatedRun:
+    """Rows of a run, with what decided them."""
+
+    path: Path
+    config: dict[str, Any]
+    provenance: dict[str, Any]
+    rows: Columns
+
+    @classmethod
+    def read(cls, path: Path) -> "EvaluatedRun":
+        """Opens a run's folder; ValueError if it has no predictions with targets."""
+        file = path / "predictions.parquet"
+        if not file.is_file() or "target" not in (rows := Columns(file)):
+            raise ValueError(
+                f"Expected runs with predictions of known targets, but got none in {path}: see scripts/evaluate.py"
+            )
+        provenance = json.loads((pq.read_schema(file).metadata or {}).get(b"thinned", b"{}"))
+        return cls(path, yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8")), provenance, rows)
+
+    def setting(self, key: str) -> Any:
+        """Returns a setting by its name on the command line, such as `model.net.dropout.mlp`."""
+        value: Any = self.config
+        for part in key.split("."):
+            value = value.get("init_args", value) if isinstance(value, dict) and part not in value else value
+            if not isinstance(value, dict) or part not in value:
+                raise ValueError(f"Expected --by with a key of {self.path / 'config.yaml'}, but got {key}")
+            value = value[part]
+        return value
+
+    def check_same_examples(self, first: "EvaluatedRun") -> None:
+        """Raises a ValueError if its rows are of other examples than another run's, or of another version."""
+
+        def facts(run: EvaluatedRun) -> dict[str, Any]:
+            data = {k: v for k, v in run.provenance.get("data", {}).items() if k not in INDIFFERENT}
+            version = run.provenance.get("versions", {}).get("thinned")
+            return {"row_format": run.provenance.get("row_format"), "version": version, "data": data}
+
+        changed = [change.partition(" = ")[0] for change in differences(facts(self), facts(first))]
+        if not changed:
+            changed = [name for name in ("index", "target") if not torch.equal(self.rows[name], first.rows[name])]
+        if changed:
+            raise ValueError(
+                f"Expected runs on the same examples, but got another {', '.join(changed)} in {self.path} than in "
+                f"{first.path}"
+            )
+
+
+def compared(paths: Sequence[Path], by: str | None) -> dict[str, dict[str, Any]]:
+    """Returns a comparison for each way that all runs have predicted in.
+
+    Args:
+        paths: Folders of the runs.
+        by: The setting by which they are grouped, as on the command line; None compares each with the first.
+
+    Raises:
+        ValueError: There are fewer than two groups, or runs of other data, splits or versions.
+    """
+    by_checkpoint: dict[str, EvaluatedRun] = {}
+    for run in map(EvaluatedRun.read, paths):  # a training and an evaluation of it are one
+        same = by_checkpoint.setdefault(run.provenance["checkpoint"] or run.provenance["weights"], run)
+        if same is not run:
+            print(f"Left out, with the checkpoint of {same.path}: {run.path}")
+    runs = list(by_checkpoint.values())
+    for run in runs[1:]:
+        run.check_same_examples(runs[0])
+    groups: dict[str, list[EvaluatedRun]] = {}
+    for run in runs:
+        groups.setdefault(run.path.name if by is None else f"{by} = {run.setting(by)}", []).append(run)
+    if len(groups) < 2:
+        raise ValueError(f"Expected runs of at least two groups to compare, but got {list(groups)}")
+    ways = [way for way in runs[0].provenance["ways"] if all(way in run.provenance["ways"] for run in runs)]
+    return {way: _comparison(way, groups, runs[0]) for way in ways}
+
+
+def _comparison(way: str, groups: Mapping[str, Sequence[EvaluatedRun]], first: EvaluatedRun) -> dict[str, Any]:
+    rows = {group: [ColumnsOfWay(run.rows, way) for run in runs] for group, runs in groups.items()}
+    baseline = next(iter(groups))
+    intervals, distances, of_runs = score_intervals(rows, baseline, blocks_of(first.rows))
+    result: dict[str, Any] = {
+        "split": first.provenance["data"]["predict_split"], "n": len(first.rows["target"]), "baseline": baseline
+    }  # fmt: skip
+    result["ways"] = {
+        group: {
+            "label": group,
+            "details": f"{len(runs)} run{'s' * (len(runs) > 1)}",
+            "settings": {"runs": [str(run.path) for run in runs]},
+            "recall": {},
+            "scores": {
+                key: as_json(intervals[group][key])
+                | {"seeds": {"values": of_runs[group][key]} | as_json(t_interval(of_runs[group][key]))}
+                | ({"difference": as_json(distances[group][key])} if key in distances.get(group, {}) else {})
+                for key in SCORES
+                if key in intervals[group]
+            },
+        }
+        for group, runs in groups.items()
+    }
+    return result
