@@ -77,8 +77,7 @@ class Checkpoints(ModelCheckpoint):
                 )
 
         def here(path: str) -> str:
-            inside = Path(path).is_relative_to(state_dict["dirpath"])
-            moved = str(Path(self.dirpath or ".", Path(path).relative_to(state_dict["dirpath"]))) if inside else path
+            moved = path.replace(state_dict["dirpath"], str(self.dirpath), 1)
             return moved if Path(moved).is_file() else ""
 
         best = {here(path): score for path, score in state_dict["best_k_models"].items() if here(path)}
