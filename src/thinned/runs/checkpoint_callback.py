@@ -6,6 +6,7 @@ validation due after the step, loses the row logged after the checkpoint, and dr
 
 import time
 from contextlib import suppress
+from copy import deepcopy
 from datetime import timedelta
 from math import inf
 from pathlib import Path
@@ -61,13 +62,13 @@ class Checkpoints(ModelCheckpoint):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes what an earlier process remembers of the best checkpoints, for the folder in which they are now.
 
-        A `best.ckpt` in that folder remembers its own score, which counts: it may be better than the checkpoint knows
-        from which the run resumes.
+        The score to beat is the one that a `best.ckpt` in that folder remembers of itself. It may be newer than the
+        checkpoint from which the run resumes.
         """
         best_path = Path(self.format_checkpoint_name({}))  # a filename with numbers in it names no file here
         with suppress(ValueError):  # it is missing or damaged
             callbacks = read_checkpoint(str(best_path), check=False).get("callbacks", {})
-            of_best = callbacks.get(self.state_key, state_dict)
+            of_best = deepcopy(callbacks.get(self.state_key, state_dict))  # its tensors are mapped from the file
             state_dict = of_best | {"last_model_path": state_dict["last_model_path"]}
         for key in ("monitor", "mode"):
             if (chosen := state_dict[key]) != (given := getattr(self, key)):

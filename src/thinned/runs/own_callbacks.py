@@ -98,17 +98,15 @@ class OwnCallbacks(Callback):
 
     def _resume(self, stopping: EarlyStopping, trainer: Trainer) -> None:
         stopping.patience = self._patience[stopping]  # not that of the checkpoint
-        reason = stopping.stopping_reason
-        if reason == EarlyStoppingReason.NOT_STOPPED:
-            return
-        if reason == EarlyStoppingReason.PATIENCE_EXHAUSTED and stopping.wait_count < stopping.patience:
+        exhausted = stopping.stopping_reason == EarlyStoppingReason.PATIENCE_EXHAUSTED
+        if exhausted and stopping.wait_count < stopping.patience:
             stopping.stopping_reason = EarlyStoppingReason.NOT_STOPPED
-            return
-        trainer.should_stop = True
-        rank_zero_info(
-            f"EarlyStopping ({stopping.monitor}, patience {stopping.patience}) has stopped this run after epoch "
-            f"{stopping.stopped_epoch}, so it stays stopped. To train on, leave it out or raise its patience."
-        )
+        if stopping.stopping_reason != EarlyStoppingReason.NOT_STOPPED:
+            trainer.should_stop = True
+            rank_zero_info(
+                f"EarlyStopping ({stopping.monitor}, patience {stopping.patience}) has stopped this run after epoch "
+                f"{stopping.stopped_epoch}, so it stays stopped. To train on, leave it out or raise its patience."
+            )
 
 
 def _key(callback: Callback) -> str:
