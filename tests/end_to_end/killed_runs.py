@@ -61,10 +61,12 @@ def by_step(rows: list[dict[str, Any]]) -> dict[tuple[int, str], float]:
 
 
 def assert_equal(run: Path, whole: Path) -> None:
-    """The same weights, optimiser state, log, metrics and predictions, bit by bit."""
-    ended, unbroken = (torch.load(r / "checkpoints/last.ckpt", weights_only=True) for r in (run, whole))
-    for key in ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "epoch"):
-        assert_same(ended[key], unbroken[key], key)
+    """The same weights, optimiser state, best score, log, metrics and predictions, bit by bit."""
+    for name in ("last", "best"):
+        ended, unbroken = (torch.load(r / f"checkpoints/{name}.ckpt", weights_only=True) for r in (run, whole))
+        for key in ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "epoch"):
+            assert_same(ended[key], unbroken[key], f"{name}: {key}")
+        assert_same(best_of(ended), best_of(unbroken), f"{name}: best")
     assert by_step(in_csv(run)) == by_step(in_csv(whole)) != {}
     assert by_step(in_wandb(run)) == by_step(in_wandb(whole))
     assert (run / "wandb").exists() == bool(in_wandb(run))
@@ -72,6 +74,13 @@ def assert_equal(run: Path, whole: Path) -> None:
     predictions = [pq.read_table(r / "predictions.parquet").replace_schema_metadata() for r in (run, whole)]
     assert predictions[0].equals(predictions[1])  # but for the checksum of the checkpoint, which names its run
     assert not list((run / "checkpoints").glob("*.tmp*"))
+
+
+def best_of(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint remembers of the best one, wherever its run is."""
+    memory = checkpoint["callbacks"]["Checkpoints"]
+    scores = {Path(path).name: score for path, score in memory.pop("best_k_models").items()}
+    return {k: Path(v).name if k.endswith("path") else v for k, v in memory.items() if k != "dirpath"} | scores
 
 
 def assert_same(one: Any, other: Any, where: str) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from killed_runs import assert_same
 
 Script = Callable[..., Any]
 
@@ -75,6 +76,31 @@ def test_run_elsewhere_resumes_and_tests_as_in_place(
         assert (run / "metrics.json").read_bytes() == (elsewhere / "metrics.json").read_bytes()
 
 
+def memory(run: Path, name: str = "last") -> dict[str, Any]:
+    """What a checkpoint remembers of the best one."""
+    return checkpoint(run, name)["callbacks"]["Checkpoints"]
+
+
+def test_best_is_not_replaced_by_a_worse_one_of_a_second_try(args: tuple[object, ...], run_script: Script) -> None:
+    """From the end of the first epoch again: with a rate that hardly helps in the second one, and with the same."""
+    run = run_script("train", *args, "--trainer.max_epochs", 1).run
+    first = shutil.copy(run / "checkpoints/last.ckpt", run / "checkpoints/first.ckpt")
+    whole = run_script("train", *args, "--trainer.max_epochs", 2, "--resume", "latest")
+    assert whole.status == 0, whole.err
+    best, remembered = (run / "checkpoints/best.ckpt").read_bytes(), memory(run)
+    again = ("--trainer.max_epochs", 2, "--resume", first)
+
+    worse = run_script("train", *args, *again, "--model.optimizer.lr", 1e-4)
+    assert worse.status == 0, worse.err
+    assert (run / "checkpoints/best.ckpt").read_bytes() == best
+    assert checkpoint(run)["optimizer_states"][0]["param_groups"][0]["initial_lr"] == 1e-4
+
+    same = run_script("train", *args, *again)
+    assert same.status == 0, same.err
+    assert_same(memory(run), remembered, "last")
+    assert (run / "checkpoints/best.ckpt").read_bytes() == best
+
+
 def test_own_checkpoint_is_not_what_is_tested(args: tuple[object, ...], run_script: Script) -> None:
     own = ("--trainer.callbacks", "ModelCheckpoint", "--trainer.callbacks.save_last", "true")
     done = run_script("train", *args, "--trainer.max_epochs", 1, *own)
@@ -86,6 +112,8 @@ def test_own_checkpoint_is_not_what_is_tested(args: tuple[object, ...], run_scri
 def test_callback_that_is_refused_leaves_nothing(args: tuple[object, ...], run_script: Script) -> None:
     early = ("--trainer.callbacks", "EarlyStopping", "--trainer.callbacks.monitor", "val_loss")
     assert "monitor to be logged, as are val/accuracy, " in run_script("train", *args, *early).error
+    misnamed = ("--checkpoint.monitor", "val/los", "--trainer.num_sanity_val_steps", 0)
+    assert "Expected checkpoint.monitor to be logged, as are val/a" in run_script("train", *args, *misnamed).error
     finder = run_script("train", *args, "--trainer.callbacks", "LearningRateFinder").error
     assert "Expected trainer.callbacks without LearningRateFinder" in finder
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from thinned.runs.checkpoint_callback import Checkpoints
+from thinned.runs.checkpoint_io import KEPT
 
 
 class Failing(LightningModule):
@@ -97,6 +98,37 @@ def test_best_by_another_measure_is_refused(key: str, value: str, tmp_path: Path
     checkpoints = Checkpoints(dirpath=tmp_path / "run", **{"monitor": "val/loss", key: value})
     with pytest.raises(ValueError, match=rf"Expected checkpoint\.{key} (val/loss|min), .* but got {value}"):
         checkpoints.load_state_dict(state)
+
+
+def score_after_resuming(folder: Path, in_best: float, before: float) -> float:
+    """The score to beat in a run that resumes from a checkpoint which knows of another one than `best.ckpt` holds."""
+    checkpoints = Checkpoints(dirpath=folder, monitor="val/loss", filename="best")
+    best, states = str(folder / "best.ckpt"), {}
+    for score in (in_best, before):
+        checkpoints.best_k_models, checkpoints.best_model_path = {best: torch.tensor(score)}, best
+        checkpoints.kth_best_model_path, checkpoints.current_score = best, torch.tensor(score)
+        checkpoints.best_model_score = checkpoints.kth_value = torch.tensor(score)
+        states[score] = checkpoints.state_dict()
+    config = dict.fromkeys(KEPT)
+    torch.save({"config": config, "state_dict": {}, "callbacks": {checkpoints.state_key: states[in_best]}}, best)
+    resumed = Checkpoints(dirpath=folder, monitor="val/loss", filename="best")
+    resumed.load_state_dict(states[before])
+    scores = {resumed.best_model_score, resumed.kth_value, resumed.current_score, *resumed.best_k_models.values()}
+    (score,) = {float(score) for score in scores}  # type: ignore[arg-type]
+    return score
+
+
+@pytest.mark.parametrize("in_best", [0.25, 0.75], ids=["better", "worse"])
+def test_score_to_beat_is_that_of_the_file(in_best: float, tmp_path: Path) -> None:
+    assert score_after_resuming(tmp_path, in_best=in_best, before=0.5) == in_best
+
+
+def test_damaged_best_has_no_score(tmp_path: Path) -> None:
+    state = remembered(tmp_path / "run") | {"best_k_models": {}, "best_model_path": ""}
+    (tmp_path / "run/best.ckpt").write_bytes(b"PK")
+    checkpoints = Checkpoints(dirpath=tmp_path / "run", monitor="val/loss", filename="best")
+    checkpoints.load_state_dict(state)
+    assert (checkpoints.best_k_models, checkpoints.best_model_path) == ({}, "")
 
 
 class Stopping(Callback):

@@ -169,7 +169,7 @@ def test_of_two_starts_at_any_moments_one_enters(pair: int, tmp_path: Path) -> N
             killed = context.Process(target=lambda: (enter_run(run, False), os._exit(9)))
             killed.start()
             killed.join()
-            assert list(run.glob(".claim/*"))
+            assert (run / ".claim").exists()
     both, results = context.Barrier(2, timeout=30), context.SimpleQueue()
     delays = [order.choice([0, order.uniform(0, 0.02)]) for _ in kinds]
     processes = [

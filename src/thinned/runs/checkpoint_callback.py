@@ -5,6 +5,8 @@ validation due after the step, loses the row logged after the checkpoint, and dr
 """
 
 import time
+from contextlib import suppress
+from copy import deepcopy
 from datetime import timedelta
 from math import inf
 from pathlib import Path
@@ -16,7 +18,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 
 from thinned.runs import internals
-from thinned.runs.checkpoint_io import last_checkpoint
+from thinned.runs.checkpoint_io import last_checkpoint, read_checkpoint
 from thinned.runs.interruption import Interruption
 from thinned.runs.loggers import ResumableLogger
 from thinned.runs.lost_ranks import is_lost_rank
@@ -58,7 +60,16 @@ class Checkpoints(ModelCheckpoint):
         return super().state_dict() | {"mode": self.mode}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes what an earlier process remembers of the best checkpoints, for the folder in which they are now."""
+        """Takes what an earlier process remembers of the best checkpoints, for the folder in which they are now.
+
+        The score to beat is the one that a `best.ckpt` in that folder remembers of itself. It may be newer than the
+        checkpoint from which the run resumes.
+        """
+        best_path = Path(self.format_checkpoint_name({}))  # a filename with numbers in it names no file here
+        with suppress(ValueError):  # it is missing or damaged
+            callbacks = read_checkpoint(str(best_path), check=False).get("callbacks", {})
+            of_best = deepcopy(callbacks.get(self.state_key, state_dict))  # its tensors are mapped from the file
+            state_dict = of_best | {"last_model_path": state_dict["last_model_path"]}
         for key in ("monitor", "mode"):
             if (chosen := state_dict[key]) != (given := getattr(self, key)):
                 raise ValueError(
@@ -67,8 +78,7 @@ class Checkpoints(ModelCheckpoint):
                 )
 
         def here(path: str) -> str:
-            inside = Path(path).is_relative_to(state_dict["dirpath"])
-            moved = str(Path(self.dirpath or ".", Path(path).relative_to(state_dict["dirpath"]))) if inside else path
+            moved = path.replace(state_dict["dirpath"], str(self.dirpath), 1)
             return moved if Path(moved).is_file() else ""
 
         best = {here(path): score for path, score in state_dict["best_k_models"].items() if here(path)}
@@ -80,6 +90,7 @@ class Checkpoints(ModelCheckpoint):
             state["best_model_path"] = choose(best, key=best.__getitem__, default="")
             state["best_model_score"] = best.get(state["best_model_path"])
         super().load_state_dict(state)
+        self.current_score = state["current_score"]  # Lightning 2.6.6 forgets it
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)

@@ -111,8 +111,6 @@ def enter_run(run: Path, new: bool) -> None:
     atexit.register(_leave, run, makes, parents)
     for left_by_a_killed_process in run.glob("checkpoints/.*.tmp.ckpt"):
         left_by_a_killed_process.unlink()
-    for left_by_a_killed_process in run.glob(".claim.*"):
-        shutil.rmtree(left_by_a_killed_process, ignore_errors=True)
 
 
 def _leave(run: Path, made: bool, parents: list[Path]) -> None:

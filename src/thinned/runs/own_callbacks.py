@@ -33,13 +33,15 @@ REFUSED: dict[type[Callback], str] = {
 class OwnCallbacks(Callback):
     """Watches the callbacks that a person adds to `trainer.callbacks`.
 
-    Refuses those whose effect is lost, and a monitor that nothing logs. A run that `EarlyStopping` has stopped stays
-    stopped when it resumes, until it is left out or has more patience.
+    Refuses those whose effect is lost, and a monitor that nothing logs. Only a validation tells what is logged, so each
+    run begins with a sanity check of at least one batch, also one that resumes. A run that `EarlyStopping` has stopped
+    stays stopped when it resumes, until it is left out or has more patience.
     """
 
     def __init__(self) -> None:
         self._patience: dict[EarlyStopping, int] = {}
         self._strict: dict[EarlyStopping, bool] = {}
+        self._sanity_checked = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
@@ -47,6 +49,8 @@ class OwnCallbacks(Callback):
             for average in (c for c in callbacks if isinstance(c, WeightAveraging)):
                 internals.forget_average(average)
             return
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            trainer.num_sanity_val_steps = max(1, trainer.num_sanity_val_steps)
         stoppers = [c for c in callbacks if isinstance(c, EarlyStopping)]
         for stopping in stoppers:
             if stopping.monitor.startswith("val") and not trainer.enable_validation:
@@ -55,11 +59,12 @@ class OwnCallbacks(Callback):
 
     def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Raises a ValueError for a monitor that the validation does not log, and training surely neither."""
+        self._sanity_checked = True
         logged = sorted(trainer.callback_metrics)
         foreign = not type(pl_module).__module__.startswith("thinned.")  # may log anything in training
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            monitor = getattr(callback, "monitor", None)
-            if not isinstance(monitor, str) or monitor in logged or monitor.startswith("train"):
+            monitor = _monitor(callback)
+            if not monitor or monitor in logged or monitor.startswith("train"):
                 continue
             if not foreign or monitor.startswith(("val", "test")):
                 raise ValueError(
@@ -76,6 +81,8 @@ class OwnCallbacks(Callback):
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self._sanity_checked:
+            internals.run_sanity_check(trainer)
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, GradientAccumulationScheduler):  # Lightning 2.6.6 forgets it within an epoch
                 trainer.accumulate_grad_batches = callback.get_accumulate_grad_batches(trainer.current_epoch)
@@ -91,21 +98,25 @@ class OwnCallbacks(Callback):
 
     def _resume(self, stopping: EarlyStopping, trainer: Trainer) -> None:
         stopping.patience = self._patience[stopping]  # not that of the checkpoint
-        reason = stopping.stopping_reason
-        if reason == EarlyStoppingReason.NOT_STOPPED:
-            return
-        if reason == EarlyStoppingReason.PATIENCE_EXHAUSTED and stopping.wait_count < stopping.patience:
+        exhausted = stopping.stopping_reason == EarlyStoppingReason.PATIENCE_EXHAUSTED
+        if exhausted and stopping.wait_count < stopping.patience:
             stopping.stopping_reason = EarlyStoppingReason.NOT_STOPPED
-            return
-        trainer.should_stop = True
-        rank_zero_info(
-            f"EarlyStopping ({stopping.monitor}, patience {stopping.patience}) has stopped this run after epoch "
-            f"{stopping.stopped_epoch}, so it stays stopped. To train on, leave it out or raise its patience."
-        )
+        if stopping.stopping_reason != EarlyStoppingReason.NOT_STOPPED:
+            trainer.should_stop = True
+            rank_zero_info(
+                f"EarlyStopping ({stopping.monitor}, patience {stopping.patience}) has stopped this run after epoch "
+                f"{stopping.stopped_epoch}, so it stays stopped. To train on, leave it out or raise its patience."
+            )
 
 
 def _key(callback: Callback) -> str:
     return "checkpoint" if isinstance(callback, Checkpoints) else f"trainer.callbacks.{type(callback).__name__}"
+
+
+def _monitor(callback: Callback) -> str:
+    """Returns the name of the metric that a callback monitors; empty if there is none."""
+    monitor = getattr(callback, "monitor", None)
+    return monitor if isinstance(monitor, str) else ""
 
 
 def prepare_own_callbacks(trainer: Trainer, run: Path) -> None:
@@ -122,8 +133,7 @@ def prepare_own_callbacks(trainer: Trainer, run: Path) -> None:
         for refused, why in REFUSED.items():
             if isinstance(callback, refused):
                 raise ValueError(f"Expected trainer.callbacks without {type(callback).__name__}, but got one: {why}")
-        mode, monitor = getattr(callback, "mode", None), str(getattr(callback, "monitor", None))
-        if mode == "min" and monitor.endswith("accuracy"):
-            raise ValueError(f"Expected {_key(callback)}.mode max for {monitor}, but got min")
+        if getattr(callback, "mode", None) == "min" and _monitor(callback).endswith("accuracy"):
+            raise ValueError(f"Expected {_key(callback)}.mode max for {_monitor(callback)}, but got min")
         if type(callback) is ModelCheckpoint and not callback.dirpath:  # else both may write last.ckpt
             callback.dirpath = str(run / "model_checkpoint")
