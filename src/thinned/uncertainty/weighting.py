@@ -79,7 +79,8 @@ def over_curves(
     values = values[order].double()
 
     def of(w: Tensor) -> Tensor:
-        curves = w.new_zeros(2, len(w), len(order) + 1)
+        curves = w.new_empty(2, len(w), len(order) + 1)
+        curves[:, :, 0] = 0
         torch.cumsum(w, 1, out=curves[0, :, 1:])
         torch.cumsum(w * values, 1, out=curves[1, :, 1:])
         return score(*(curves if len(last) == len(order) else curves.index_select(2, from_zero)))
