@@ -81,11 +81,8 @@ def smooth_ece(confidence: Tensor, correct: Tensor, weights: Tensor | None = Non
 
 def brier_uncertainty(target: Tensor, probs: Tensor, weights: Tensor | None = None) -> Tensor:
     """Returns UNC, the Brier score of the base rates: sum_k b_k (1 - b_k), () or (R,)."""
-
-    def of(w: Tensor) -> Tensor:
-        return 1 - (totals(w, target, probs.shape[1]) / w.sum(1, keepdim=True)).square().sum(1)
-
-    return over_resamples(of, weights, len(target))
+    number = over_resamples(lambda w: totals(w, target, probs.shape[1]), weights, len(target))
+    return 1 - (number / number.sum(-1, keepdim=True)).square().sum(-1)
 
 
 def brier_discrimination(target: Tensor, probs: Tensor, weights: Tensor | None = None) -> Tensor:

@@ -159,7 +159,7 @@ SCORES = {
     "brier": Score("Brier ↓", lambda brier, weights=None: mean(brier, weights), "mean", True),
     "brier_miscalibration": Score("Brier: miscalibration ↓", calibration.brier_miscalibration, "calibration"),
     "brier_discrimination": Score("Brier: discrimination ↑", calibration.brier_discrimination, "calibration"),
-    "brier_uncertainty": Score("Brier: uncertainty of the targets", calibration.brier_uncertainty),
+    "brier_uncertainty": Score("Brier: base rates", calibration.brier_uncertainty),
     "ece": Score("ECE ↓", calibration.ece, "calibration", True),
     "adaptive_ece": Score("adaptive ECE ↓", calibration.adaptive_ece, "calibration"),
     "smooth_ece": Score("smooth ECE ↓", calibration.smooth_ece, "calibration"),
