@@ -24,9 +24,7 @@ def ece(confidence: Tensor, correct: Tensor, weights: Tensor | None = None) -> T
     inner = torch.linspace(0, 1, ECE_BINS + 1, dtype=confidence.dtype)[1:-1].to(confidence.device)
     bins = torch.bucketize(confidence, inner, right=True)
     residual = correct.double() - confidence.double()
-    return over_resamples(
-        lambda w: totals(w * residual, bins, ECE_BINS).abs().sum(1) / w.sum(1), weights, len(residual)
-    )
+    return over_resamples(lambda w: totals(w * residual, bins, ECE_BINS).abs().sum(1) / w.sum(1), weights, len(bins))
 
 
 def adaptive_ece(confidence: Tensor, correct: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -47,7 +45,7 @@ def adaptive_ece(confidence: Tensor, correct: Tensor, weights: Tensor | None = N
 
 
 def smooth_ece(confidence: Tensor, correct: Tensor, weights: Tensor | None = None) -> Tensor:
-    r"""Returns the smooth expected calibration error (Błasiok and Nakkiran 2023, algorithm 1), () or (R,).
+    """Returns the smooth expected calibration error (Błasiok and Nakkiran 2023, algorithm 1), () or (R,).
 
     It is the integral of |r_s(t)| over confidences t in [0, 1]: The residuals, right (1) or wrong (0) minus confidence,
     smoothed by a Gaussian whose width s is equal to the integral. The Gaussian is reflected at 0 and 1, and cut at
@@ -83,7 +81,8 @@ def smooth_ece(confidence: Tensor, correct: Tensor, weights: Tensor | None = Non
 
 def brier_uncertainty(target: Tensor, probs: Tensor, weights: Tensor | None = None) -> Tensor:
     """Returns UNC, the Brier score of the base rates: sum_k b_k (1 - b_k), () or (R,)."""
-    return 1 - over_resamples(lambda w: _base_rates(w, target, probs.shape[1]).square().sum(1), weights, len(target))
+    number = over_resamples(lambda w: totals(w, target, probs.shape[1]), weights, len(target))
+    return 1 - (number / number.sum(-1, keepdim=True)).square().sum(-1)
 
 
 def brier_discrimination(target: Tensor, probs: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -95,27 +94,24 @@ def brier_discrimination(target: Tensor, probs: Tensor, weights: Tensor | None =
     """
     from scipy.optimize import isotonic_regression  # takes a while to import
 
-    num_classes = probs.shape[1]
-    target = target.long()
-    groups = [_pooled(probs[:, k], target == k) for k in range(num_classes)]
+    groups = [_pooled(probs[:, k], target == k) for k in range(probs.shape[1])]
     sizes = [int(group.max()) + 1 if len(group) else 0 for group in groups]
     first = torch.tensor([0, *sizes]).cumsum(0)
     of_event = torch.stack(groups).gather(0, target[None])[0] + first.to(target.device)[target]
     # Classes are regressed one after the other in one call. An offset of 2 keeps them apart.
-    offset = 2.0 * torch.repeat_interleave(torch.arange(num_classes), torch.tensor(sizes)).numpy()
+    offset = 2.0 * torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes)).numpy()
 
     def of(w: Tensor) -> Tensor:
         weight = torch.cat([totals(w, group, size) for group, size in zip(groups, sizes, strict=True)], 1)
         rate = totals(w, of_event, len(offset)) / weight
         squares = w.new_full((len(w),), math.nan)
         for i, (n, y) in enumerate(zip(weight.cpu().numpy(), rate.cpu().numpy(), strict=True)):
-            given = n > 0
-            if given.any():
+            if (given := n > 0).any():
                 fitted = isotonic_regression((y + offset)[given], weights=n[given]).x - offset[given]
                 squares[i] = float(n[given] @ fitted**2)
-        return squares / w.sum(1) - _base_rates(w, target, num_classes).square().sum(1)
+        return squares / w.sum(1)
 
-    return over_resamples(of, weights, len(target))
+    return over_resamples(of, weights, len(target)) - (1 - brier_uncertainty(target, probs, weights))
 
 
 def brier_miscalibration(target: Tensor, probs: Tensor, brier: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -124,15 +120,11 @@ def brier_miscalibration(target: Tensor, probs: Tensor, brier: Tensor, weights: 
     return mean(brier, weights) - recalibrated
 
 
-def _base_rates(w: Tensor, target: Tensor, num_classes: int) -> Tensor:
-    """Returns the share of each class, (r, K)."""
-    return totals(w, target, num_classes) / w.sum(1, keepdim=True)
-
-
 def _pooled(probability: Tensor, event: Tensor) -> Tensor:
     """Returns groups (N,), ascending in probability, of rows to which isotonic regression gives one value.
 
-    These are ties and, whatever the weights, two neighbours if all events of the first or none of the second happened.
+    These are ties and, whatever the weights, two neighbours if all events of the first or none of the second happened:
+    A step of the regression has less than its value before it, and more behind it.
     """
     order = probability.argsort()
     last = last_of_ties(probability[order])

@@ -1,7 +1,7 @@
 """Scores of predictions, and of how well an uncertainty tells errors from hits.
 
-Each is a function of columns and of weights, of which an integer w stands for w copies of a row. Tied uncertainties
-enter together, so the order of the rows does not matter. Shapes: N predictions, K classes, R resamples.
+Each is a function of columns and of weights, None, (N,) or (R, N); a weight w stands for w copies of a row. Tied
+uncertainties enter together, so the order of the rows does not matter. Shapes: N predictions, K classes, R resamples.
 """
 
 import inspect
@@ -14,14 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from thinned.uncertainty.calibration import (
-    adaptive_ece,
-    brier_discrimination,
-    brier_miscalibration,
-    brier_uncertainty,
-    ece,
-    smooth_ece,
-)
+from thinned.uncertainty import calibration
 from thinned.uncertainty.per_class import balanced_accuracy
 from thinned.uncertainty.statistics import entropy
 from thinned.uncertainty.weighting import interpolated, mean, over_curves
@@ -58,8 +51,7 @@ def aurc(errors: Tensor, uncertainty: Tensor, weights: Tensor | None = None) -> 
     """Returns the area under the risk-coverage curve (Geifman and El-Yaniv 2017), () or (R,); 0 is perfect.
 
     It is the mean, over n = 1 .. N, of the risk (the mean error) among the n least uncertain predictions, and over all
-    orders of tied ones. Like N, and unlike in other scores, the scale of the weights matters: A few thousandths of its
-    value at N = 1,000.
+    orders of tied ones. It alone depends on the scale of the weights, as it does on N.
 
     Args:
         errors: Bool, or any loss of a prediction, (N,).
@@ -99,8 +91,7 @@ def augrc(errors: Tensor, uncertainty: Tensor, weights: Tensor | None = None) ->
 def coverage_at_5_risk(errors: Tensor, uncertainty: Tensor, weights: Tensor | None = None) -> Tensor:
     """Returns the largest coverage with a risk of at most 5 % (Geifman and El-Yaniv 2017), () or (R,); 0 if none has.
 
-    Coverages are those of a threshold on the uncertainty, which tied predictions pass together. Arguments are those of
-    `aurc`.
+    Tied predictions pass a threshold on their uncertainty together. Arguments are those of `aurc`.
     """
 
     def of(weight: Tensor, total: Tensor) -> Tensor:
@@ -113,8 +104,7 @@ def coverage_at_5_risk(errors: Tensor, uncertainty: Tensor, weights: Tensor | No
 def risk_at_80_coverage(errors: Tensor, uncertainty: Tensor, weights: Tensor | None = None) -> Tensor:
     """Returns the risk of the least uncertain 80 % of predictions, () or (R,).
 
-    The one on the border counts by its share; tied ones are in the mean over their orders. Arguments are those of
-    `aurc`.
+    The one on the border counts by its share, tied ones by their mean. Arguments are those of `aurc`.
     """
 
     def of(weight: Tensor, total: Tensor) -> Tensor:
@@ -134,13 +124,13 @@ class Score:
             to () or (R,) float64. NaN: It is undefined.
         kind: What its interval is made of. A proportion is a mean of a bool column, or of such means. A smooth score
             has a gradient in the weights. A calibration error is a sum of absolute values, which noise makes larger.
-            All else is resampled.
+            Other scores are resampled; or descriptive, if that would not help.
         headline: Whether it is among the few that are shown first.
     """
 
     label: str
     of: Callable[..., Tensor]
-    kind: Literal["proportion", "smooth", "calibration", "resampled"] = "smooth"
+    kind: Literal["proportion", "smooth", "calibration", "resampled", "descriptive"] = "smooth"
     headline: bool = False
 
     @property
@@ -169,12 +159,12 @@ SCORES = {
         "bits per byte ↓", lambda nll, bytes, weights=None: mean(nll, weights) / mean(bytes, weights) / math.log(2)
     ),
     "brier": Score("Brier ↓", lambda brier, weights=None: mean(brier, weights), headline=True),
-    "brier_miscalibration": Score("Brier: miscalibration ↓", brier_miscalibration, "resampled"),
-    "brier_discrimination": Score("Brier: discrimination ↑", brier_discrimination, "resampled"),
-    "brier_uncertainty": Score("Brier: uncertainty of the targets", brier_uncertainty),
-    "ece": Score("ECE ↓", ece, "calibration", True),
-    "adaptive_ece": Score("adaptive ECE ↓", adaptive_ece, "calibration"),
-    "smooth_ece": Score("smooth ECE ↓", smooth_ece, "calibration"),
+    "brier_miscalibration": Score("Brier: miscalibration ↓", calibration.brier_miscalibration, "descriptive"),
+    "brier_discrimination": Score("Brier: discrimination ↑", calibration.brier_discrimination, "descriptive"),
+    "brier_uncertainty": Score("Brier: base rates", calibration.brier_uncertainty),
+    "ece": Score("ECE ↓", calibration.ece, "calibration", True),
+    "adaptive_ece": Score("adaptive ECE ↓", calibration.adaptive_ece, "calibration"),
+    "smooth_ece": Score("smooth ECE ↓", calibration.smooth_ece, "calibration"),
     "auroc_error": Score(
         "AUROC of errors ↑",
         lambda correct, predictive_entropy, weights=None: auroc_error(correct, predictive_entropy, weights),
@@ -183,7 +173,7 @@ SCORES = {
     "aurc": Score("AURC ↓", _of_errors(aurc), headline=True),
     "augrc": Score("AUGRC ↓", _of_errors(augrc)),
     "coverage_at_5_risk": Score("coverage at 5 % risk ↑", _of_errors(coverage_at_5_risk), "resampled"),
-    "risk_at_80_coverage": Score("risk at 80 % coverage ↓", _of_errors(risk_at_80_coverage)),
+    "risk_at_80_coverage": Score("risk at 80 % coverage ↓", _of_errors(risk_at_80_coverage), "resampled"),
 }
 
 
@@ -196,8 +186,7 @@ def scores(
 ) -> dict[str, float] | dict[str, Tensor]:
     """Returns all scores for which there are columns, with or without the prefix before their names.
 
-    Returns:
-        Numbers without weights; with weights, tensors () or (R,).
+    They are numbers without weights, and tensors () or (R,) with them.
     """
     values = {}
     for name, score in SCORES.items():
@@ -213,15 +202,12 @@ def why_undefined(name: str, rows: Mapping[str, Tensor], prefix: str = "") -> st
     >>> why_undefined("auroc_error", {"correct": torch.tensor([True]), "predictive_entropy": torch.tensor([0.1])})
     'no prediction is wrong'
     """
-    columns = {key: column for key in SCORES[name].columns if (column := _column(rows, prefix, key)) is not None}
-    if not all(len(column) for column in columns.values()):
+    columns = {key: _column(rows, prefix, key) for key in SCORES[name].columns}
+    if any(column is not None and not len(column) for column in columns.values()):
         return "there are no predictions"
-    if "bytes" in columns:
-        return "the targets have no bytes"
-    correct = columns.get("correct", torch.tensor([True, False]))
-    if correct.all():
-        return "no prediction is wrong"
-    return "a column is not a number" if correct.any() else "no prediction is right"
+    if (correct := columns.get("correct")) is not None and correct.all() == correct.any():
+        return "no prediction is wrong" if correct.all() else "no prediction is right"
+    return "the targets have no bytes" if "bytes" in columns else "a column is not a number"
 
 
 def _column(rows: Mapping[str, Tensor], prefix: str, key: str) -> Tensor | None:
@@ -245,13 +231,6 @@ def classification_scores(probs: Tensor, targets: Tensor) -> dict[str, float]:
     if probs.dim() != 2 or targets.shape != probs.shape[:1]:
         raise ValueError(f"Expected probs (N, K) and targets (N,), but got {(*probs.shape,)} and {(*targets.shape,)}")
     confidence, prediction = probs.max(-1)
-    return scores(
-        {
-            "target": targets,
-            "correct": prediction == targets,
-            "confidence": confidence,
-            "nll": nll(probs, targets),
-            "brier": brier(probs, targets),
-            "predictive_entropy": entropy(probs),
-        }
-    )
+    rows = {"target": targets, "correct": prediction == targets, "confidence": confidence}
+    rows |= {"nll": nll(probs, targets), "brier": brier(probs, targets), "predictive_entropy": entropy(probs)}
+    return scores(rows)
