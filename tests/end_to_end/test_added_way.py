@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from wandb_file import wandb_history
 
 from thinned.evaluation import figures
-from thinned.evaluation.batch import Batch, Validation
+from thinned.evaluation.batch import Batch, Validation, in_half
 from thinned.evaluation.ways import Way
 from thinned.models.net import Logits
 from thinned.uncertainty.scores import SCORES, nll, scores
@@ -130,15 +130,18 @@ def expected(checkpoint: Path, members: list[str]) -> tuple[float, Tensor, Tenso
     data.prepare_data()
     data.setup()
 
-    def mean_and_targets(loader: Any) -> tuple[Tensor, Tensor]:
+    def mean_and_targets(loader: Any, fit: bool = False) -> tuple[Tensor, Tensor]:
         means, targets = [], []
         for batch in loader:
+            if fit:
+                chosen = in_half(batch[0], "fit")
+                batch = [column[chosen] for column in batch]
             counted = batch[1] >= 0
             means.append(sum(net_of(path)(batch[0])[counted].double().softmax(-1) for path in members) / len(members))
             targets.append(batch[1][counted])
         return torch.cat(means), torch.cat(targets)
 
-    mean, targets = mean_and_targets(data.val_dataloader())
+    mean, targets = mean_and_targets(data.val_dataloader(), fit=True)
     best = min(TEMPERATURES.tolist(), key=lambda t: nll(tempered(mean, t), targets).double().mean().item())
     mean, targets = mean_and_targets(data.test_dataloader())
     return best, tempered(mean, best), targets
@@ -181,9 +184,15 @@ def test_it_appears_wherever_the_others_do(
     assert metrics["tempered"] == pytest.approx(of_rows | {"temperature": temperature}, rel=1e-6)
     assert metrics["tempered"]["nll"] != pytest.approx(metrics["mc_dropout"]["nll"], rel=1e-3)
 
-    assert f"tempered ensemble, T = {temperature:.2f}" in done.out
-    (line,) = [line for line in done.out.splitlines() if f" {SCORES['nll'].label} " in line]
-    assert re.findall(r"\d\.\d{4}", line)[2] == f"{of_rows['nll']:.4f}"
+    assert "tempered ensemble" in done.out
+    assert f"T = {temperature:.2f}" in done.out
+    (line,) = [line for line in done.out.splitlines() if line.startswith(f" {SCORES['nll'].label} ")]
+    assert re.findall(r"(\d\.\d{4}) \[", line)[2] == f"{of_rows['nll']:.4f}"
+    scored = json.loads((done.run / "evaluation.json").read_text())["ways"]["tempered"]["scores"]["nll"]
+    assert scored["value"] == pytest.approx(of_rows["nll"])
+    assert scored["low"] < scored["value"] < scored["high"]
+    baseline = metrics["deterministic"]["nll"]
+    assert scored["difference"]["value"] == pytest.approx(of_rows["nll"] - baseline, abs=1e-6)
 
     curve = drawn["reliability"].axes[0].lines[3]  # after the diagonal and two other ways
     assert curve.get_label() == "tempered ensemble"

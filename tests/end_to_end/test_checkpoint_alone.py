@@ -39,9 +39,9 @@ def column(run: Path, name: str) -> torch.Tensor:
 
 def test_predictions_are_those_of_the_run(trained: Any, checkpoint: Path, run_script: Script) -> None:
     predicted = run_script("predict", "--ckpt_path", checkpoint)
-    for name in ("predictions.parquet", "metrics.json"):
+    for name in ("predictions.parquet", "metrics.json", "evaluation.json"):
         assert (predicted.run / name).read_bytes() == (trained.run / name).read_bytes()
-    assert trained.out[trained.out.index("Test ") : trained.out.index("Run:")] in predicted.out  # the table
+    assert trained.out[trained.out.index("Test, n = 365") : trained.out.index("Run:")] in predicted.out  # the table
     assert not (predicted.run / "wandb").exists()
 
 

@@ -1,5 +1,6 @@
 """What a run leaves behind: its directory, the scores in it, what is printed, and a config that can be used again."""
 
+import csv
 import json
 import re
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from thinned.uncertainty import classification_scores
 from thinned.uncertainty.scores import SCORES
 
 SCORE_NAMES = {name for name, score in SCORES.items() if not {"position", "bytes"} & {*score.columns}}
+SCORES_OF_RUN = {"evaluation.json", "evaluation.csv", "metrics.json"}
 PICTURES = {"reliability.png", "entropy.png", "uncertain.png", "confusion.png"}
 
 
@@ -22,7 +24,7 @@ def test_files_of_a_run(trained: Any) -> None:
     run = trained.run
     files = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file() and "wandb" not in path.parts}
     checkpoints = {"checkpoints/best.ckpt", "checkpoints/last.ckpt"}
-    assert files == {"config.yaml", "metrics.csv", "metrics.json", "predictions.parquet"} | checkpoints | PICTURES
+    assert files == {"config.yaml", "metrics.csv", "predictions.parquet"} | SCORES_OF_RUN | checkpoints | PICTURES
     assert {path.name for path in run.iterdir() if path.is_dir()} == {"checkpoints", "wandb"}
     assert [path.name for path in run.parents[2].iterdir()] == ["runs"]  # nothing beside it
 
@@ -52,17 +54,40 @@ def test_metrics_are_those_of_the_predictions(trained: Any) -> None:
     assert (probs.argmax(-1) == torch.tensor(rows["mc_dropout_prediction"].to_pylist())).all()
 
 
-def test_printed_table_holds_the_metrics(trained: Any) -> None:
-    metrics = json.loads((trained.run / "metrics.json").read_text())
-    header = next(line for line in trained.out.splitlines() if "deterministic" in line)
-    assert header.index("deterministic") < header.index("MC dropout, S = 50, shared masks")
-    printed_labels = {key for key, score in SCORES.items() if f" {score.label} " in trained.out}
-    assert printed_labels == SCORE_NAMES
-    for key in SCORE_NAMES:
-        (line,) = [line for line in trained.out.splitlines() if line.startswith(f"│ {SCORES[key].label} ")]
-        printed = [float(number) for number in re.findall(r"\d+\.\d{4}", line)]
-        expected = [metrics["deterministic"][key], metrics["mc_dropout"][key]]
+def test_printed_table_holds_the_headline_scores_with_intervals(trained: Any) -> None:
+    ways = json.loads((trained.run / "evaluation.json").read_text())["ways"]
+    lines = trained.out.splitlines()
+    header = next(line for line in lines if "deterministic" in line)
+    assert header.split() == ["deterministic", "S", "=", "50,", "shared", "masks"]
+    headline = [key for key, score in SCORES.items() if score.headline]
+    assert headline == ["accuracy", "nll", "brier", "ece", "auroc_error", "aurc"]
+    for key in headline:
+        (line,) = [i for i, line in enumerate(lines) if line.startswith(f" {SCORES[key].label} ")]
+        printed = [float(number) for number in re.findall(r"-?\d+\.\d{4}", lines[line] + lines[line + 1])]
+        of_ways = [way["scores"][key] for way in ways.values()]
+        expected = [of[bound] for of in (*of_ways, of_ways[1]["difference"]) for bound in ("value", "low", "high")]
         assert printed == pytest.approx(expected, abs=5.1e-5), key
+    assert "the data cannot tell" in trained.out[trained.out.index("MC dropout against deterministic: ") :]
+
+
+def test_evaluation_holds_each_score_with_its_interval(trained: Any) -> None:
+    evaluation = json.loads((trained.run / "evaluation.json").read_text())
+    metrics = json.loads((trained.run / "metrics.json").read_text())
+    assert (evaluation["split"], evaluation["n"], evaluation["baseline"]) == ("test", 365, "deterministic")
+    for name, way in evaluation["ways"].items():
+        assert way["scores"].keys() == SCORE_NAMES
+        for key, score in way["scores"].items():
+            assert (score["value"], score["n"]) == (metrics[name][key], 365)
+            assert score["low"] is None or score["low"] <= score["high"]
+            assert ("difference" in score) == (name != "deterministic" and score["low"] is not None)
+        assert sum(recall["n"] for recall in way["recall"].values()) == 365
+        assert all(recall["low"] < recall["high"] for recall in way["recall"].values())
+    with (trained.run / "evaluation.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert {(row["way"], row["score"]) for row in rows} == {(w, s) for w in evaluation["ways"] for s in SCORE_NAMES}
+    for row in rows:
+        score = evaluation["ways"][row["way"]]["scores"][row["score"]]
+        assert row["value"] == ("" if score["value"] is None else str(score["value"]))
 
 
 def test_printed_files_are_those_of_the_run(trained: Any) -> None:

@@ -29,7 +29,8 @@ KEYS = {
     *(f"{stage}/{score}" for stage in ("test", "mc") for score in MORE_SCORES),
     *(f"throughput/{name}" for name in ("examples_per_second", "step_ms", "peak_memory_mib")),
 }  # fmt: skip
-MEDIA = {"test/reliability", "test/entropy", "test/uncertain", "test/confusion", "test/recall", "test/most_uncertain"}
+TABLES = {"test/scores", "test/recall", "test/most_uncertain"}
+MEDIA = {"test/reliability", "test/entropy", "test/uncertain", "test/confusion"} | TABLES
 STEPS = {  # of 57, three times 19, counted from 0; the test comes after them
     "train/loss": [9, 19, 29, 39, 49],
     "lr-AdamW/pg1": [9, 19, 29, 39, 49],
@@ -92,9 +93,14 @@ def test_learning_rate_is_that_of_the_step(trained: Any, rows: list[dict[str, An
 def test_pictures_and_table_are_there(trained: Any, rows: list[dict[str, Any]]) -> None:
     (files,) = trained.run.glob("wandb/offline-run-*/files")
     logged = {key: row[key] for row in rows for key in MEDIA if key in row}
-    for key in MEDIA - {"test/most_uncertain", "test/recall"}:
+    for key in MEDIA - TABLES:
         (picture,) = logged[key]["filenames"]
         assert (files / picture).read_bytes().startswith(b"\x89PNG"), key
+    scores = json.loads((files / logged["test/scores"]["path"]).read_text())
+    (row,) = [row for row in scores["data"] if row[:2] == ["mc_dropout", "nll"]]
+    nll = json.loads((trained.run / "evaluation.json").read_text())["ways"]["mc_dropout"]["scores"]["nll"]
+    assert row[2:6] == pytest.approx([nll["value"], nll["low"], nll["high"], 365])
+    assert row[scores["columns"].index("difference_value")] == pytest.approx(nll["difference"]["value"])
     recall = json.loads((files / logged["test/recall"]["path"]).read_text())
     assert recall["columns"] == ["class", "n", "deterministic", "mc_dropout"]
     assert [row[0] for row in recall["data"]] == list("0123456789")

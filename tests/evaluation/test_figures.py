@@ -1,6 +1,5 @@
 """What tables and figures say, read back from their cells and artists."""
 
-import math
 from itertools import pairwise
 
 import pytest
@@ -38,43 +37,6 @@ def images(indices: list[int]) -> Tensor:
 
 def titles(figure: Figure) -> list[str]:
     return [axes.get_title() for axes in figure.axes if axes.get_title()]
-
-
-def test_table_of_scores() -> None:
-    score = {"accuracy": 0.98765, "nll": 0.1, "brier": 0.2, "ece": 0.03, "auroc_error": math.nan, "aurc": None}
-    mc = dict.fromkeys(score, 0.5) | {"num_samples": 20, "masks": "shared", "sites": ["embedding", "mlp"], "scale": 1.0}
-    table = figures.scores_table({"deterministic": score, "mc_dropout": mc}, LABELS | {"mc_dropout": "MC, S = 20"})
-    labels, deterministic, dropout = (list(column.cells) for column in table.columns)
-    # In this order, and of text alone bits per byte:
-    assert labels == ["accuracy ↑", "NLL, nats ↓", "Brier ↓", "ECE ↓", "AUROC of errors ↑", "AURC ↓"]
-    assert deterministic == ["0.9877", "0.1000", "0.2000", "0.0300", "–", "–"]
-    assert dropout == ["0.5000"] * 6
-    assert [column.header for column in table.columns] == ["", "deterministic", "MC, S = 20"]
-
-
-def test_score_that_one_way_lacks_is_a_dash() -> None:
-    table = figures.scores_table({"deterministic": {"nll": 1.0}, "mc_dropout": {"nll": 2.0, "brier": 0.5}}, LABELS)
-    cells = [list(column.cells) for column in table.columns]
-    assert cells == [["NLL, nats ↓", "Brier ↓"], ["1.0000", "–"], ["2.0000", "0.5000"]]
-
-
-@pytest.mark.parametrize(("split", "title"), [("val", "Validation split"), ("test", "Test"), ("other", "other")])
-def test_title_of_the_table_names_the_split(split: str, title: str) -> None:
-    assert figures.scores_table({"deterministic": {}}, LABELS, split).title == title
-
-
-def test_table_of_text_has_bits_per_byte_and_no_brier_score() -> None:
-    text = {"accuracy": 0.5, "nll": 1.0, "ece": 0.1, "auroc_error": 0.7, "aurc": 0.3, "bits_per_byte": 1.44}
-    table = figures.scores_table({"deterministic": text}, LABELS)
-    cells = dict(zip(*(list(column.cells) for column in table.columns), strict=True))
-    assert cells["bits per byte ↓"] == "1.4400"
-    assert len(cells) == 6
-    assert "Brier ↓" not in cells
-
-
-def test_table_without_dropout_has_one_column_of_scores() -> None:
-    table = figures.scores_table({"deterministic": dict.fromkeys(figures.SCORES, 0.5)}, LABELS)
-    assert [column.header for column in table.columns] == ["", "deterministic"]
 
 
 def test_reliability_points_are_accuracy_at_mean_confidence(rows: dict[str, Tensor]) -> None:

@@ -28,6 +28,7 @@ SCORES = {
     "accuracy", "top_5", "nll", "perplexity", "ece", "adaptive_ece", "smooth_ece", "auroc_error", "aurc", "augrc",
     "coverage_at_5_risk", "risk_at_80_coverage",
 }  # fmt: skip
+FILES = {"predictions.parquet", "sequences.parquet", "metrics.json", "evaluation.json", "evaluation.csv"}
 Text = tuple[Tensor, Tensor, Tensor]
 
 
@@ -99,8 +100,7 @@ def test_test_writes_a_row_per_token_and_sequence(
     assert tokens["index"].tolist() == list(range(6 * T + 2))
     assert_rows(read_rows(), tokens | {"bytes": BYTES[tokens["target"]]})
     assert_rows(read_rows("sequences"), sequences)
-    written = {"predictions.parquet", "sequences.parquet", "metrics.json", "reliability.png", "entropy.png"}
-    assert {path.name for path in tmp_path.iterdir()} == written
+    assert {path.name for path in tmp_path.iterdir()} == FILES | {"reliability.png", "entropy.png"}
 
 
 def test_scores_are_those_of_the_rows(run: Callable[..., Any], splits: Any) -> None:
@@ -144,7 +144,7 @@ def test_predict_writes_the_rows_that_test_does(
         got = read_rows(name)
         assert got.keys() == expected.keys()
         assert all(torch.equal(got[key], column) for key, column in expected.items())
-    assert {path.name for path in tmp_path.iterdir()} == {"predictions.parquet", "sequences.parquet", "metrics.json"}
+    assert {path.name for path in tmp_path.iterdir()} == FILES
 
 
 def test_index_is_counted_where_batches_have_none(run: Callable[..., Any], read_rows: Callable[..., Any]) -> None:

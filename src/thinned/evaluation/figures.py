@@ -16,7 +16,6 @@ from torch import Tensor
 
 from thinned.uncertainty.calibration import ECE_BINS
 from thinned.uncertainty.per_class import confusion_matrix
-from thinned.uncertainty.scores import SCORES
 
 COLOURS = ("#9aa0a6", "#c2410c", "#3b6fa0", "#3b7a57", "#7b4fa3", "#b08900")  # of ways, in their order
 MARKERS = "os^Dvp"

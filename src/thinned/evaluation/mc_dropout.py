@@ -40,9 +40,10 @@ class MCDropout(Callback):
     scores of Monte-Carlo dropout are those of the deterministic network: a table of several rates has no gap at 0.
 
     Writes `predictions.parquet`, one row per example or token in dataset order, and for text `sequences.parquet`. With
-    targets, which a test needs, it also writes `evaluation.json`, `evaluation.csv`, `metrics.json` (the values alone) and pictures, and logs the scores of Monte-Carlo dropout
+    targets, which a test needs, it also writes `evaluation.json` and `evaluation.csv` (scores with intervals, and
+    against the first way), `metrics.json` (their values alone) and pictures. It logs the scores of Monte-Carlo dropout
     under `mc/`, and under `test/` those of the deterministic network that its task does not log. A `WandbLogger` gets
-    the pictures and a table of the most uncertain examples.
+    the pictures, all scores, and a table of the most uncertain examples.
 
     An interrupted `predict` resumes if the data module can begin with any example (see `DataOffers.predict_start`).
 

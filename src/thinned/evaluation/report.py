@@ -22,7 +22,8 @@ from thinned.evaluation.score_tables import plain_scores, recall_rows, score_row
 from thinned.evaluation.ways import Way
 from thinned.files import whole_file
 from thinned.uncertainty.conformal import KINDS
-from thinned.uncertainty.intervals import score_intervals, wilson
+from thinned.uncertainty.estimates import wilson
+from thinned.uncertainty.intervals import Difference, Interval, score_intervals
 from thinned.uncertainty.per_class import recall_per_class
 
 
@@ -81,10 +82,11 @@ def evaluation_of(
     return evaluation
 
 
-def as_json(result: Any) -> dict[str, Any]:
-    """Returns what a result holds, with null for NaN and without what says nothing."""
-    values = {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in asdict(result).items()}
-    return {k: v for k, v in values.items() if k not in ("why", "descriptive") or v}
+def as_json(result: Interval | Difference) -> dict[str, Any]:
+    """Returns what a result holds, with null for NaN and without a reason if there is none."""
+    values = asdict(result) | ({"told_apart": result.told_apart} if isinstance(result, Difference) else {})
+    nulled = {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in values.items()}
+    return {key: value for key, value in nulled.items() if key != "why" or value}
 
 
 def _recall(rows: Mapping[str, Tensor], column: str, names: list[str]) -> dict[str, Any]:

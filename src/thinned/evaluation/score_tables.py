@@ -1,10 +1,10 @@
 """What an evaluation says, for a person and for a file: scores with intervals, and each way against the first one.
 
-An evaluation is the content of `evaluation.json`: `ways` -> name -> `scores` -> key -> `value`, `low`, `high`, `n`, maybe
-`why` (it is undefined), and for all ways but the first `difference`: `value`, `low`, `high`, `p`, `told_apart`.
+An evaluation is the content of `evaluation.json`: `ways` -> name -> `scores` -> key -> `value`, `low`, `high`, `n`,
+maybe `why` something is null, and for all ways but the first `difference`: `value`, `low`, `high`, `p`, `told_apart`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from rich import box
