@@ -85,7 +85,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 @torch.inference_mode(False)  # in which there are no gradients
-@torch.enable_grad()  # type: ignore[no-untyped-call]
+@torch.enable_grad()
 def score_intervals(
     ways: Mapping[str, Mapping[str, Tensor]],
     baseline: str | None = None,
