@@ -86,12 +86,12 @@ def test_weights_depend_on_seed_resample_and_group_alone() -> None:
 
 
 def test_every_score_has_an_interval_around_it() -> None:
-    """But for those that are calibration errors, from whose intervals their bias is taken, or only descriptive."""
+    """But for those that are resampled, from whose intervals their bias is taken."""
     rows = way() | {"rank": torch.ones(200), "position": torch.arange(200), "bytes": torch.ones(200)}
     found = score_intervals({"mc": rows}, num_resamples=20)[0]["mc"]
-    assert found.keys() == SCORES.keys() - {"brier_miscalibration", "brier_discrimination"}  # no probabilities
+    assert found.keys() == {name for name, score in SCORES.items() if "probs" not in score.columns}
     for name, interval in found.items():
-        assert interval.n == 200 and interval.why is None
+        assert (interval.n, interval.why) == (200, None)
         assert interval.low <= interval.high
         assert SCORES[name].kind in ("calibration", "resampled") or interval.low <= interval.value <= interval.high
     assert (found["accuracy"].low, found["accuracy"].high) == pytest.approx(wilson(int(rows["correct"].sum()), 200))
@@ -111,7 +111,7 @@ def test_interval_of_auroc_has_the_variance_of_delong() -> None:
 def test_mean_intervals_are_near_those_of_the_studentized_bootstrap() -> None:
     """n = 2,000: the hypothetical error hardly counts, and BCa of scipy is right to the same order as Hall's."""
     rows = way(n=2000)
-    interval = score_intervals({"mc": rows})[0]["mc"]["nll"]
+    interval = score_intervals({"mc": rows}, num_resamples=9)[0]["mc"]["nll"]
     expected = stats.bootstrap((rows["nll"].numpy(),), np.mean, rng=0, n_resamples=2000).confidence_interval
     width = expected.high - expected.low
     assert (interval.low, interval.high) == pytest.approx((expected.low, expected.high), abs=0.1 * width)
@@ -121,10 +121,12 @@ def test_no_errors_still_give_sane_intervals() -> None:
     """1 % of 100 may well be wrong, at the 4.6 nats that a confidence of 0.99 has in store for an error."""
     probs = torch.full((100, 2), 0.01)
     probs[:, 0] = 0.99
-    found = score_intervals({"mc": columns(probs, torch.zeros(100, dtype=torch.long))})[0]["mc"]
+    found = score_intervals({"mc": columns(probs, torch.zeros(100, dtype=torch.long))}, num_resamples=9)[0]["mc"]
     assert found["accuracy"].low == pytest.approx(wilson(100, 100)[0])
-    assert found["nll"].low <= found["nll"].value == pytest.approx(-math.log(0.99)) < 0.05 < found["nll"].high < 1
-    assert math.isnan(found["auroc_error"].low) and found["auroc_error"].why == "no prediction is wrong"
+    assert found["nll"].value == pytest.approx(-math.log(0.99))
+    assert found["nll"].low <= found["nll"].value < 0.05 < found["nll"].high < 1
+    assert math.isnan(found["auroc_error"].low)
+    assert found["auroc_error"].why == "no prediction is wrong"
 
 
 def test_copies_of_an_example_in_one_group_count_once() -> None:
@@ -133,18 +135,20 @@ def test_copies_of_an_example_in_one_group_count_once() -> None:
     rows = {name: column.repeat_interleave(5, dim=0) for name, column in alone.items()}
     groups = torch.arange(400).repeat_interleave(5) + 7
     once, grouped, ungrouped = (
-        score_intervals({"mc": each}, groups=of)[0]["mc"] for each, of in ((alone, None), (rows, groups), (rows, None))
+        score_intervals({"mc": each}, groups=of, num_resamples=50)[0]["mc"]
+        for each, of in ((alone, None), (rows, groups), (rows, None))
     )
     for name in ("accuracy", "balanced_accuracy", "nll", "brier", "auroc_error", "ece"):
         width, width_once, too_small = (each[name].high - each[name].low for each in (grouped, once, ungrouped))
-        assert width == pytest.approx(width_once, rel=0.1), name
+        assert width == pytest.approx(width_once, rel=0.5 if name == "ece" else 0.1), name
         assert too_small < 0.8 * width, name
 
 
 def test_equal_ways_differ_by_nothing() -> None:
     rows = way()
-    _, differences = score_intervals({"plain": rows, "mc": dict(rows)}, "plain")
-    assert differences.keys() == {"mc"} and set(differences["mc"].values()) == {Difference(0.0, 0.0, 0.0, 1.0)}
+    _, differences = score_intervals({"plain": rows, "mc": dict(rows)}, "plain", num_resamples=9)
+    assert differences.keys() == {"mc"}
+    assert set(differences["mc"].values()) == {Difference(0.0, 0.0, 0.0, 1.0)}
 
 
 def test_differences_are_paired() -> None:
@@ -156,15 +160,14 @@ def test_differences_are_paired() -> None:
         "plain": columns(logits.softmax(-1), target),
         "sharper": columns((3 * logits).softmax(-1), target),
     }
-    found, differences = score_intervals(ways, "plain")
-    assert list(found) == list(ways) and differences.keys() == {"noisy", "sharper"}
+    found, differences = score_intervals(ways, "plain", num_resamples=9)
+    assert list(found) == list(ways)
+    assert differences.keys() == {"noisy", "sharper"}
     near, far = differences["noisy"]["nll"], differences["sharper"]["nll"]
     assert near.high - near.low < 0.05 * (found["plain"]["nll"].high - found["plain"]["nll"].low)
-    assert (
-        far.told_apart
-        and far.low > 0
-        and far.value == pytest.approx(found["sharper"]["nll"].value - found["plain"]["nll"].value)
-    )
+    assert far.told_apart
+    assert 0 < far.low < far.value
+    assert far.value == pytest.approx(found["sharper"]["nll"].value - found["plain"]["nll"].value)
 
 
 def test_difference_of_accuracies_by_hand() -> None:
@@ -173,7 +176,9 @@ def test_difference_of_accuracies_by_hand() -> None:
     probs = torch.full((100, 2), 0.5) + torch.tensor([0.1, -0.1])
     other = probs.clone()
     other[:5] = other[:5].flip(-1)
-    difference = score_intervals({"a": columns(probs, target), "b": columns(other, target)}, "b")[1]["a"]["accuracy"]
+    difference = score_intervals({"a": columns(probs, target), "b": columns(other, target)}, "b", num_resamples=9)[1][
+        "a"
+    ]["accuracy"]
     variance = (95 * 0.05**2 + 5 * 0.95**2 + 0.5 * 1**2 + 0.5 * 1**2) / 100**2 * 101 / 100
     assert difference.value == pytest.approx(0.05)
     assert difference.p == pytest.approx(2 * stats.norm.sf(0.05 / math.sqrt(variance)), rel=1e-6)
@@ -181,8 +186,11 @@ def test_difference_of_accuracies_by_hand() -> None:
 
 def test_p_values_are_corrected_for_the_number_of_ways() -> None:
     ways = {f"{factor}": way(sharper=factor) for factor in (1.0, 1.5, 1.4, 1.3)}
-    alone = [score_intervals({"1.0": ways["1.0"], key: ways[key]}, "1.0")[1][key]["nll"].p for key in list(ways)[1:]]
-    together = [of["nll"].p for of in score_intervals(ways, "1.0")[1].values()]
+    alone = [
+        score_intervals({"1.0": ways["1.0"], key: ways[key]}, "1.0", num_resamples=9)[1][key]["nll"].p
+        for key in list(ways)[1:]
+    ]
+    together = [of["nll"].p for of in score_intervals(ways, "1.0", num_resamples=9)[1].values()]
     assert together == pytest.approx(holm(alone), rel=0.2)  # The hypothetical error is where all ways doubt.
     assert all(p >= q for p, q in zip(together, alone, strict=True))
 
@@ -251,7 +259,7 @@ def test_other_intervals_hold_the_truth(sharper: float, monkeypatch: pytest.Monk
 
 @pytest.mark.slow
 def test_noise_is_rarely_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two noisy copies of one net: 5 % of 2,000 simulations, to 1.5 %, which is 3.1 standard deviations (one in 500)."""
+    """Two noisy copies of a net: 5 % of 2,000 simulations, to 1.5 %, which is 3.1 standard deviations: one seed in 500."""
     monkeypatch.setattr(intervals, "SCORES", {"nll": SCORES["nll"]})
     told_apart = 0
     for seed in range(2000):

@@ -26,7 +26,8 @@ from thinned.uncertainty.scores import Score
 
 Z = 1.959964  # 95 % of a normal variable are in [-Z, Z]
 WEIGHTS_AT_ONCE = 2**26  # of one byte each
-PARTS = 16  # of the hypothetical error, which differ in uncertainty
+HYPOTHETICAL = {"confidence", "predictive_entropy", "nll", "brier"}  # the columns that make the hypothetical error
+PARTS = 16  # of it, which differ in uncertainty
 POISSON = np.searchsorted(  # the quantiles at 2^16 levels
     np.cumsum([math.exp(-1) / math.factorial(k) for k in range(10)]), (np.arange(2**16) + 0.5) / 2**16
 ).astype(np.uint8)
