@@ -26,7 +26,8 @@ from thinned.uncertainty.scores import Score
 
 Z = 1.959964  # 95 % of a normal variable are in [-Z, Z]
 WEIGHTS_AT_ONCE = 2**26  # of one byte each
-PARTS = 16  # of the hypothetical error, which differ in uncertainty
+HYPOTHETICAL = {"confidence", "predictive_entropy", "nll", "brier"}  # the columns that make the hypothetical error
+PARTS = 16  # of it, which differ in uncertainty
 POISSON = np.searchsorted(  # the quantiles at 2^16 levels
     np.cumsum([math.exp(-1) / math.factorial(k) for k in range(10)]), (np.arange(2**16) + 0.5) / 2**16
 ).astype(np.uint8)
@@ -46,7 +47,7 @@ def wilson(successes: float, n: float) -> tuple[float, float]:
 
 
 def resample_weights(num_groups: int, resamples: range, seed: int) -> Tensor:
-    """Returns how often each group is in each bootstrap resample: (R, G) uint8, independent Poisson variables of mean 1.
+    """Returns how often each group is in each bootstrap resample, (R, G) uint8: Poisson variables of mean 1.
 
     They depend on (seed, resample, group) alone, so ways and runs on the same examples are resampled alike.
     """
@@ -66,7 +67,8 @@ class Smooth:
         at: The score with the hypothetical error.
         moves: Its gradient in the weights of groups, and of the parts of the hypothetical error, (G + E,).
         weights: 1 for groups, less for parts, (G + E,).
-        proportion: Whether it is a proportion: E is 0.
+        n: N.
+        proportion: Whether it is a proportion. E is 0 then.
         most: The largest possible score.
     """
 
@@ -74,6 +76,7 @@ class Smooth:
     at: float
     moves: Tensor
     weights: Tensor
+    n: int
     proportion: bool
     most: float
 
@@ -81,17 +84,18 @@ class Smooth:
         """Returns the 95 % interval: Hall's; or Wilson's for as many independent examples as have this variance."""
         error, skewness = self._error_and_skewness()
         if self.proportion:
-            n = len(self.moves)
-            n_effective = min(n, self.value * (1 - self.value) * n / (n - 1) / error**2) if error > 0 else n
+            groups = len(self.moves)
+            n_effective = self.value * (1 - self.value) / error**2 * groups / (groups - 1) if error > 0 else groups
             return wilson(self.value * n_effective, n_effective)
         low, high = (self.at - error * _inverse_hall(z, skewness) for z in (Z, -Z))
         return max(0.0, min(low, self.value)), min(self.most, max(high, self.value))
 
-    def above(self, other: "Smooth") -> tuple[float, float, float]:
+    def above(self, other: "Smooth | Resampled") -> tuple[float, float, float]:
         """Returns the 95 % interval of the difference to another way, and the p-value of none."""
+        assert isinstance(other, Smooth)
         value, at, moves, weights = self.value - other.value, self.at - other.at, self.moves - other.moves, self.weights
         if self.proportion:  # Half an example counts that one way alone has right, and half one that the other has.
-            moves = torch.cat([moves, moves.new_tensor([1, -1]) / len(moves)])
+            moves = torch.cat([moves, moves.new_tensor([1, -1]) / self.n])
             weights = torch.cat([weights, weights.new_full((2,), 0.5)])
         error, skewness = replace(self, moves=moves, weights=weights)._error_and_skewness()
         if error == 0:
@@ -122,8 +126,9 @@ class Resampled:
         low, high = (max(0.0, centre + z * error) ** (1 / self.power) for z in (-Z, Z))
         return low, high
 
-    def above(self, other: "Resampled") -> tuple[float, float, float]:
+    def above(self, other: "Smooth | Resampled") -> tuple[float, float, float]:
         """Returns the 95 % interval of the difference to another way, and the p-value of none."""
+        assert isinstance(other, Resampled)
         value = self.value - other.value
         centre, error = _without_bias(value, self.replicates - other.replicates)
         p = _two_sided(centre / error) if error != 0 else float(value == 0)
@@ -168,7 +173,7 @@ def estimated(
     moves = torch.cat([gradient.new_zeros(num_groups).index_add_(0, group, gradient[:n]), gradient[n:]])
     weights = torch.cat([weights.new_ones(num_groups), weights[n:]])
     most = 1.0 if columns.keys() == {"correct", "predictive_entropy"} else math.inf
-    return Smooth(value, at.item(), moves, weights, score.kind == "proportion", most)
+    return Smooth(value, at.item(), moves, weights, n, score.kind == "proportion", most)
 
 
 def hypothetical_error(rows: Mapping[str, Tensor], doubt: Tensor) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from thinned.uncertainty.estimates import Resampled, Smooth, estimated, hypothetical_error
+from thinned.uncertainty.estimates import HYPOTHETICAL, Resampled, Smooth, estimated, hypothetical_error
 from thinned.uncertainty.scores import SCORES, why_undefined
 
 
@@ -85,7 +85,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 @torch.inference_mode(False)  # in which there are no gradients
-@torch.enable_grad()  # type: ignore[no-untyped-call]
+@torch.enable_grad()
 def score_intervals(
     ways: Mapping[str, Mapping[str, Tensor]],
     baseline: str | None = None,
@@ -127,7 +127,7 @@ def score_intervals(
     of_baseline: dict[str, Smooth | Resampled] = {}
     nll_of_baseline = torch.empty(0)
     for name in sorted(ways, key=lambda name: name != baseline):
-        read = {"confidence", *(column for score in SCORES.values() for column in score.columns)} & set(ways[name])
+        read = HYPOTHETICAL.union(*(score.columns for score in SCORES.values())) & set(ways[name])
         rows = {column: ways[name][column].clone() for column in read}
         same = torch.equal(rows["nll"], nll_of_baseline)
         hypothetical = hypothetical_error(rows, doubt)
