@@ -14,7 +14,8 @@ def main(args: Sequence[str] | None = None) -> None:
     with one_message():
         checkpoints, arguments = checkpoint_arguments(args)
         if len(checkpoints) > 1:
-            raise ValueError(f"Expected --ckpt_path with one checkpoint, but got {len(checkpoints)}: evaluate them")
+            got = f"{len(checkpoints)}: scripts/evaluate.py takes several"
+            raise ValueError(f"Expected --ckpt_path with one checkpoint, but got {got}")
         cli = ThinnedCLI(arguments, checkpoints, purpose="predict")
         cli.trainer.predict(cli.model, cli.datamodule, return_predictions=False)
         cli.print_results()

@@ -232,6 +232,12 @@ def bound_run_script(tmp_path: Path) -> Callable[..., Finished]:
     return partial(run_script, cwd=tmp_path)
 
 
+@pytest.fixture(scope="session")
+def run_script_in() -> Callable[..., Finished]:
+    """`run_script` in a given directory, for what several tests share."""
+    return lambda cwd, *args, **options: run_script(*args, cwd=cwd, **options)
+
+
 @pytest.fixture(name="start_script")
 def bound_start_script(tmp_path: Path) -> Callable[..., Finished]:
     """`start_script` in the test's own directory."""

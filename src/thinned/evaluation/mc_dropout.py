@@ -231,7 +231,8 @@ class MCDropout(Callback):
         self.evaluation = {}
         if trainer.is_global_zero:
             self._store.merge(self._provenance)
-            self.evaluation = write_report(trainer, self._store.directory, self.ways, self.split)
+            coverage = self._sets and self._sets.coverage
+            self.evaluation = write_report(trainer, self._store.directory, self.ways, self.split, coverage)
             self._store.discard()
         self._store = None
         self.evaluation = trainer.strategy.broadcast(self.evaluation)

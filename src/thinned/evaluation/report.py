@@ -48,7 +48,11 @@ class ColumnsOfWay(Mapping[str, Tensor]):
 
 
 def evaluation_of(
-    rows: Mapping[str, Tensor], ways: Sequence[Way], split: Split, names: list[str] | None
+    rows: Mapping[str, Tensor],
+    ways: Sequence[Way],
+    split: Split,
+    names: list[str] | None,
+    coverage: float | None = None,
 ) -> dict[str, Any]:
     """Returns the content of `evaluation.json`, see `score_tables`.
 
@@ -57,9 +61,10 @@ def evaluation_of(
         ways: Those that have columns in it. All others are compared with the first.
         split: The split that was predicted.
         names: Of the classes; None for tokens.
+        coverage: Of prediction sets, if there are any.
     """
     n = len(rows["target"])
-    evaluation: dict[str, Any] = {"split": split, "n": n, "baseline": ways[0].name, "ways": {}}
+    evaluation: dict[str, Any] = {"split": split, "n": n, "baseline": ways[0].name, "coverage": coverage, "ways": {}}
     intervals, differences = score_intervals(
         {way.name: ColumnsOfWay(rows, way.name) for way in ways}, ways[0].name, blocks_of(rows)
     )
@@ -112,7 +117,9 @@ def blocks_of(rows: Mapping[str, Tensor]) -> Tensor | None:
     return sequence // max(1, round((int(sequence.max()) + 1) ** (1 / 3)))
 
 
-def write_report(trainer: Trainer, directory: Path, ways: Sequence[Way], split: Split) -> dict[str, Any]:
+def write_report(
+    trainer: Trainer, directory: Path, ways: Sequence[Way], split: Split, coverage: float | None
+) -> dict[str, Any]:
     """Scores the rows that lie in a directory, and writes the scores and pictures beside them.
 
     Args:
@@ -120,6 +127,7 @@ def write_report(trainer: Trainer, directory: Path, ways: Sequence[Way], split: 
         directory: Folder of `predictions.parquet`.
         ways: Those that have columns in it.
         split: The split that was predicted.
+        coverage: Of prediction sets, if there are any.
 
     Returns:
         The content of `evaluation.json`; empty without targets.
@@ -128,7 +136,7 @@ def write_report(trainer: Trainer, directory: Path, ways: Sequence[Way], split: 
     if "target" not in rows:
         return {}
     names = _class_names(trainer, rows, ways)
-    evaluation = evaluation_of(rows, ways, split, names)
+    evaluation = evaluation_of(rows, ways, split, names, coverage)
     for file, content in (("evaluation", evaluation), ("metrics", plain_scores(evaluation))):
         with whole_file(directory / f"{file}.json") as temporary:
             temporary.write_text(json.dumps(content, indent=2) + "\n")

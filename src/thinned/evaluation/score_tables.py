@@ -91,6 +91,21 @@ def verdicts(evaluation: Evaluation) -> list[str]:
     return sentences
 
 
+def set_sentences(evaluation: Evaluation) -> list[str]:
+    """Returns a sentence for each kind of prediction sets of each way: coverage, mean size, and classes they miss."""
+    level, sentences = evaluation["coverage"], []
+    for way in evaluation["ways"].values():
+        for kind, of_classes in way["coverage"].items():
+            coverage, size = way["scores"][f"{kind}_coverage"], way["scores"][f"{kind}_size"]
+            said = (
+                f"{100 * level:g} % prediction sets ({kind.upper()}) of {way['label']}: {coverage['value']:.3f} of targets "
+                f"{_interval(coverage)}, {size['value']:.2f} classes {_interval(size)}"
+            )
+            missed = [f"{name} ({c['value']:.2f}, n = {c['n']})" for name, c in of_classes.items() if c["high"] < level]
+            sentences.append(f"{said}; below {100 * level:g} %: {', '.join(missed)}" if missed else said)
+    return sentences
+
+
 def score_rows(evaluation: Evaluation) -> tuple[list[str], list[list[Any]]]:
     """Returns column names and rows of all scores: one a way and score, for `evaluation.csv` and W&B."""
     of_score, of_difference = ("value", "low", "high", "n", "why"), ("value", "low", "high", "p", "told_apart")
