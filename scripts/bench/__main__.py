@@ -15,6 +15,7 @@ from pathlib import Path  # gpt only
 import torch
 from gpt import bench_generate, bench_gpt_mc, bench_train  # gpt only
 from gpt2_124m import calculate  # gpt only
+from intervals import bench_intervals
 from mlp import bench_dropout, bench_mlp_mc, bench_overhead  # mlp only
 from prediction import bench_predict  # mlp only
 from scaling import bench_scaling
@@ -32,9 +33,11 @@ def main() -> None:
         "generate": bench_generate,  # gpt only
         "gpt2_124m": lambda _: calculate(),  # gpt only
         "scaling": bench_scaling,
+        "intervals": lambda _: bench_intervals(arguments.rows),
     }
     parser.add_argument("bench", choices=benches)
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--rows", type=int, default=10_000, help="of predictions, in `intervals`")
     parser.add_argument("--nanogpt", type=Path, help="nanoGPT's model.py, to measure against in `train`")  # gpt only
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")  # Lightning's advice on loaders and loggers, which are left out on purpose

