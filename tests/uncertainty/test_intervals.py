@@ -9,6 +9,7 @@ from scipy import stats
 from torch import Tensor
 
 from thinned.uncertainty import intervals
+from thinned.uncertainty.conformal import KINDS
 from thinned.uncertainty.estimates import resample_weights, wilson
 from thinned.uncertainty.intervals import Difference, holm, score_intervals, t_interval
 from thinned.uncertainty.scores import SCORES, brier, nll
@@ -88,6 +89,9 @@ def test_weights_depend_on_seed_resample_and_group_alone() -> None:
 def test_every_score_has_an_interval_around_it() -> None:
     """But for those that are resampled, from whose intervals their bias is taken."""
     rows = way() | {"rank": torch.ones(200), "position": torch.arange(200), "bytes": torch.ones(200)}
+    rows |= {f"{kind}_covered": torch.arange(200) > 9 for kind in KINDS} | {
+        f"{kind}_size": torch.ones(200) for kind in KINDS
+    }
     found = score_intervals({"mc": rows}, num_resamples=20)[0]["mc"]
     assert found.keys() == {name for name, score in SCORES.items() if "probs" not in score.columns}
     for name, interval in found.items():

@@ -167,7 +167,9 @@ def test_score_without_its_columns_is_left_out(column: str, without: list[str]) 
 
 
 def test_new_score_is_a_function_of_the_columns_that_it_names(monkeypatch: pytest.MonkeyPatch) -> None:
-    worst = Score("worst NLL, nats ↓", lambda nll, target, weights: nll[target > 4].max() + target.sum())
+    worst = Score(
+        "worst NLL, nats ↓", lambda nll, target, weights: nll[target > 4].max() + target.sum(), ("nll", "target")
+    )
     monkeypatch.setitem(SCORES, "worst", worst)
     assert scores(columns())["worst"] == 24.0
 

@@ -1,7 +1,7 @@
 """Runs compared on the same examples: those that agree in a setting are repetitions with other seeds.
 
 A comparison has the form of an evaluation (see `score_tables`), with a group of runs in place of each way. Its scores
-are means over the runs of a group, and have `seeds` too: the score of each run, and Student's interval of their mean.
+are means over the runs of a group, and have `runs`, the score of each, and `seeds`, Student's interval of their mean.
 """
 
 import json
@@ -18,9 +18,9 @@ from thinned.evaluation.provenance import differences
 from thinned.evaluation.report import ColumnsOfWay, as_json, blocks_of
 from thinned.evaluation.row_chunks import Columns
 from thinned.uncertainty.intervals import score_intervals, t_interval
-from thinned.uncertainty.scores import SCORES
 
-# Settings of data that do not change which examples are evaluated: order in training, and where the files lie.
+# What decides which examples are evaluated, if a checkpoint holds their split; else all settings do, but for these.
+DECIDING = {"predict_split", "examples", "class_names", "split"}
 INDIFFERENT = {"seed", "path", "cache_dir"}
 
 
@@ -58,7 +58,9 @@ class EvaluatedRun:
         """Raises a ValueError if its rows are of other examples than another run's, or of another version."""
 
         def facts(run: EvaluatedRun) -> dict[str, Any]:
-            data = {k: v for k, v in run.provenance.get("data", {}).items() if k not in INDIFFERENT}
+            data = run.provenance.get("data", {})
+            decide = DECIDING if data.get("split") else data.keys() - INDIFFERENT
+            data = {key: data[key] for key in sorted(decide & data.keys())}
             version = run.provenance.get("versions", {}).get("thinned")
             return {"row_format": run.provenance.get("row_format"), "version": version, "data": data}
 
@@ -102,7 +104,7 @@ def compared(paths: Sequence[Path], by: str | None) -> dict[str, dict[str, Any]]
 def _comparison(way: str, groups: Mapping[str, Sequence[EvaluatedRun]], first: EvaluatedRun) -> dict[str, Any]:
     rows = {group: [ColumnsOfWay(run.rows, way) for run in runs] for group, runs in groups.items()}
     baseline = next(iter(groups))
-    intervals, distances, of_runs = score_intervals(rows, baseline, blocks_of(first.rows))
+    intervals, differences = score_intervals(rows, baseline, blocks_of(first.rows))
     result: dict[str, Any] = {
         "split": first.provenance["data"]["predict_split"], "n": len(first.rows["target"]), "baseline": baseline
     }  # fmt: skip
@@ -113,11 +115,10 @@ def _comparison(way: str, groups: Mapping[str, Sequence[EvaluatedRun]], first: E
             "settings": {"runs": [str(run.path) for run in runs]},
             "recall": {},
             "scores": {
-                key: as_json(intervals[group][key])
-                | {"seeds": {"values": of_runs[group][key]} | as_json(t_interval(of_runs[group][key]))}
-                | ({"difference": as_json(distances[group][key])} if key in distances.get(group, {}) else {})
-                for key in SCORES
-                if key in intervals[group]
+                key: as_json(interval)
+                | {"seeds": as_json(t_interval(interval.runs or [interval.value]))}
+                | ({"difference": as_json(differences[group][key])} if key in differences.get(group, {}) else {})
+                for key, interval in intervals[group].items()
             },
         }
         for group, runs in groups.items()

@@ -179,6 +179,8 @@ class MCDropout(Callback):
         self._provenance = trainer.strategy.broadcast(self._provenance)
         if self._sets is not None:
             self._provenance["prediction_sets"] = self._sets.settings
+            if (n := self._provenance["data"].get("examples", 2)) < 2:
+                raise ValueError(f"Expected at least two examples of split {split} to evaluate, but got {n}")
         self._store.begin(self._provenance, state, trainer.strategy.barrier)
 
     def on_test_batch_end(
@@ -231,7 +233,7 @@ class MCDropout(Callback):
         self.evaluation = {}
         if trainer.is_global_zero:
             self._store.merge(self._provenance)
-            coverage = self._sets and self._sets.coverage
+            coverage = None if self._sets is None else self._sets.coverage
             self.evaluation = write_report(trainer, self._store.directory, self.ways, self.split, coverage)
             self._store.discard()
         self._store = None

@@ -25,6 +25,7 @@ from thinned.uncertainty.conformal import KINDS
 from thinned.uncertainty.estimates import wilson
 from thinned.uncertainty.intervals import Difference, Interval, score_intervals
 from thinned.uncertainty.per_class import recall_per_class
+from thinned.uncertainty.scores import scores
 
 
 class ColumnsOfWay(Mapping[str, Tensor]):
@@ -65,18 +66,23 @@ def evaluation_of(
     """
     n = len(rows["target"])
     evaluation: dict[str, Any] = {"split": split, "n": n, "baseline": ways[0].name, "coverage": coverage, "ways": {}}
-    intervals, differences = score_intervals(
-        {way.name: ColumnsOfWay(rows, way.name) for way in ways}, ways[0].name, blocks_of(rows)
-    )
+    columns, blocks = {way.name: ColumnsOfWay(rows, way.name) for way in ways}, blocks_of(rows)
+    if (n if blocks is None else blocks.unique().numel()) > 1:
+        intervals, differences = score_intervals(columns, ways[0].name, blocks)
+    else:
+        why = "there is one independent prediction"
+        values = {way: scores(of_way) for way, of_way in columns.items()}
+        intervals = {w: {k: Interval(v, math.nan, math.nan, n, why) for k, v in of.items()} for w, of in values.items()}
+        differences = {}
     for way in ways:
-        scores = {key: as_json(interval) for key, interval in intervals[way.name].items()}
+        scored = {key: as_json(interval) for key, interval in intervals[way.name].items()}
         for key, difference in differences.get(way.name, {}).items():
-            scores[key]["difference"] = as_json(difference)
+            scored[key]["difference"] = as_json(difference)
         evaluation["ways"][way.name] = {
             "label": way.label,
             "details": way.details,
             "settings": way.settings,
-            "scores": scores,
+            "scores": scored,
             "recall": {} if names is None else _recall(rows, f"{way.name}_correct", names),
             "coverage": {
                 kind: _recall(rows, f"{way.name}_{kind}_covered", names or [])
@@ -88,10 +94,10 @@ def evaluation_of(
 
 
 def as_json(result: Interval | Difference) -> dict[str, Any]:
-    """Returns what a result holds, with null for NaN and without a reason if there is none."""
+    """Returns what a result holds, with null for NaN, and without what is empty."""
     values = asdict(result) | ({"told_apart": result.told_apart} if isinstance(result, Difference) else {})
     nulled = {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in values.items()}
-    return {key: value for key, value in nulled.items() if key != "why" or value}
+    return {key: value for key, value in nulled.items() if key not in ("why", "runs") or value}
 
 
 def _recall(rows: Mapping[str, Tensor], column: str, names: list[str]) -> dict[str, Any]:

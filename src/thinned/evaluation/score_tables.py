@@ -15,6 +15,7 @@ from thinned.uncertainty.scores import SCORES
 TITLES = {"train": "Training split", "val": "Validation split", "test": "Test"}
 CELL = 30  # characters of a column
 WORST_CLASSES = 3
+ENOUGH_SEEDS = 5
 Evaluation = Mapping[str, Any]
 
 
@@ -53,6 +54,8 @@ def _cell(score: Mapping[str, Any] | None) -> str:
     if score is None or score["value"] is None:
         return "–" if score is None else f"– ({score['why']})"
     lines = [f"  {score['value']:.4f} {_interval(score)}"]
+    if score.get("runs"):
+        lines.append("  seeds  " + _interval(score["seeds"]))
     if "difference" in score:
         difference = score["difference"]
         star = " *" if difference["told_apart"] else ""
@@ -69,6 +72,12 @@ def verdicts(evaluation: Evaluation) -> list[str]:
     ways = evaluation["ways"]
     first = next(iter(ways.values()))["label"]
     sentences = []
+    for way in ways.values():
+        nll = way["scores"].get("nll", {})
+        if "seeds" in nll:
+            runs = nll.get("runs", [nll["value"]])
+            few = "" if len(runs) >= ENOUGH_SEEDS else ": fewer than five seeds say little of other seeds"
+            sentences.append(f"NLL of {way['label']}, by seed: {', '.join(f'{run:.4f}' for run in runs)}{few}.")
     for way in list(ways.values())[1:]:
         better: list[str] = []
         worse: list[str] = []
@@ -97,10 +106,9 @@ def set_sentences(evaluation: Evaluation) -> list[str]:
     for way in evaluation["ways"].values():
         for kind, of_classes in way["coverage"].items():
             coverage, size = way["scores"][f"{kind}_coverage"], way["scores"][f"{kind}_size"]
-            said = (
-                f"{100 * level:g} % prediction sets ({kind.upper()}) of {way['label']}: {coverage['value']:.3f} of targets "
-                f"{_interval(coverage)}, {size['value']:.2f} classes {_interval(size)}"
-            )
+            said = f"{100 * level:g} % prediction sets ({kind.upper()}) of {way['label']}: "
+            said += f"{coverage['value']:.3f} of targets {_interval(coverage)}, "
+            said += f"{size['value']:.2f} classes {_interval(size)}"
             missed = [f"{name} ({c['value']:.2f}, n = {c['n']})" for name, c in of_classes.items() if c["high"] < level]
             sentences.append(f"{said}; below {100 * level:g} %: {', '.join(missed)}" if missed else said)
     return sentences

@@ -45,8 +45,8 @@ class ValidationScores:
         self.count += 1
         logged: dict[str, float] = {}
         for prefix, kept in self._kept.items():
-            rows = of_all_processes(torch.cat(kept))
-            columns = dict(zip(COLUMNS, rows.unbind(-1), strict=False))  # one distribution has no mutual information
+            rows = of_all_processes(torch.cat(kept)).T.contiguous()
+            columns = dict(zip(COLUMNS, rows, strict=False))  # one distribution has no mutual information
             columns["correct"] = columns["correct"].bool()
             values = {key: SCORES[key].of(*(columns[name] for name in SCORES[key].columns)).item() for key in SHOWN}
             if "mutual_information" in columns:

@@ -14,8 +14,9 @@ Shapes: N predictions, G independent groups of them, E parts of the hypothetical
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from statistics import fmean
 
 import numpy as np
 import torch
@@ -106,6 +107,12 @@ class Smooth:
         high = max(at - error * _inverse_hall(-Z, skew) for skew in skews)
         return min(low, value), max(high, value), max(_two_sided(_hall(at / error, skew)) for skew in skews)
 
+    @classmethod
+    def mean_of(cls, runs: Sequence["Smooth"]) -> "Smooth":
+        """Returns the mean of a score over runs on the same examples."""
+        at, moves = fmean(run.at for run in runs), torch.stack([run.moves for run in runs]).mean(0)
+        return replace(runs[0], value=fmean(run.value for run in runs), at=at, moves=moves)
+
     def _error_and_skewness(self) -> tuple[float, float]:
         square, cube = (float(self.weights @ self.moves**power) for power in (2, 3))
         n = float(self.weights.sum())
@@ -134,6 +141,12 @@ class Resampled:
         p = _two_sided(centre / error) if error != 0 else float(value == 0)
         return min(centre - Z * error, value), max(centre + Z * error, value), p
 
+    @classmethod
+    def mean_of(cls, runs: Sequence["Resampled"]) -> "Resampled":
+        """Returns the mean of a score over runs on the same examples."""
+        replicates = torch.stack([run.replicates for run in runs]).mean(0)
+        return replace(runs[0], value=fmean(run.value for run in runs), replicates=replicates)
+
 
 def estimated(
     score: Score,
@@ -159,14 +172,16 @@ def estimated(
     if score.kind in ("calibration", "resampled"):
         at_once = max(1, WEIGHTS_AT_ONCE // n)
         parts = [range(start, min(start + at_once, num_resamples)) for start in range(0, num_resamples, at_once)]
-        replicates = [score.of(**columns, weights=resample_weights(num_groups, part, seed)[:, group]) for part in parts]
+        replicates = [
+            score.of(*columns.values(), weights=resample_weights(num_groups, part, seed)[:, group]) for part in parts
+        ]
         return Resampled(value, torch.cat(replicates), 2 if score.kind == "calibration" else 1)
 
     weights = torch.ones(n, dtype=torch.float64)
     if score.kind == "smooth" and columns.keys() <= hypothetical.keys():
         columns = {name: torch.cat([column, hypothetical[name].to(column)]) for name, column in columns.items()}
         weights = torch.cat([weights, weights.new_full((PARTS,), 1 / PARTS)])
-    at = score.of(**columns, weights=weights.requires_grad_())
+    at = score.of(*columns.values(), weights=weights.requires_grad_())
     (gradient,) = torch.autograd.grad(at, weights)
     weights = weights.detach()
     gradient = gradient - weights @ gradient / weights.sum()

@@ -6,6 +6,8 @@ Shapes: N predictions, G independent groups of them (each its own, if none are g
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from statistics import fmean
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,6 +15,8 @@ from torch import Tensor
 
 from thinned.uncertainty.estimates import HYPOTHETICAL, Resampled, Smooth, estimated, hypothetical_error
 from thinned.uncertainty.scores import SCORES, why_undefined
+
+Columns = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,7 @@ class Interval:
         high: See `low`.
         n: Number of predictions, or of seeds.
         why: Why something is NaN, in a few words.
+        runs: The score of each run, of which `value` is the mean, if there are several.
     """
 
     value: float
@@ -32,6 +37,7 @@ class Interval:
     high: float
     n: int
     why: str | None = None
+    runs: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -87,7 +93,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 @torch.inference_mode(False)  # in which there are no gradients
 @torch.enable_grad()
 def score_intervals(
-    ways: Mapping[str, Mapping[str, Tensor]],
+    ways: Mapping[str, Columns | Sequence[Columns]],
     baseline: str | None = None,
     groups: Tensor | None = None,
     num_resamples: int = 200,
@@ -98,7 +104,8 @@ def score_intervals(
     They are of the kinds that `thinned.uncertainty.estimates` describes.
 
     Args:
-        ways: The columns of each way, (N, ...), by its name. Those of one way at a time are read and held.
+        ways: The columns of each way, (N, ...), by its name; or those of several runs, whose mean score is taken. Those
+            of one way at a time are read and held.
         baseline: The way with which the others are compared, if any.
         groups: The group of each prediction, (N,) int64, if those of one group depend on each other, as tokens do.
         num_resamples: Serves a mean and a variance, and so need not grow with the number of ways.
@@ -112,11 +119,12 @@ def score_intervals(
     """
     if baseline is not None and baseline not in ways:
         raise ValueError(f"Expected a baseline among {list(ways)}, but got {baseline}")
-    doubts = {name: 1 - columns["confidence"].double() for name, columns in ways.items()}
-    lengths = {name: len(doubt) for name, doubt in doubts.items()}
-    if len(set(lengths.values())) != 1:
+    runs = {name: [way] if isinstance(way, Mapping) else list(way) for name, way in ways.items()}
+    doubts = {name: [1 - run["confidence"].double() for run in of_way] for name, of_way in runs.items()}
+    lengths = {name: len(doubt) for name, of_way in doubts.items() for doubt in of_way}
+    if len({len(doubt) for of_way in doubts.values() for doubt in of_way}) != 1:
         raise ValueError(f"Expected ways with predictions of the same examples, but got numbers of them: {lengths}")
-    doubt = torch.stack(list(doubts.values())).mean(0)
+    doubt = torch.stack([doubt for of_way in doubts.values() for doubt in of_way]).mean(0)
     n = len(doubt)
     group = torch.arange(n) if groups is None else torch.unique(groups, return_inverse=True)[1]
     if n == 0 or group.max() == 0:
@@ -127,24 +135,23 @@ def score_intervals(
     of_baseline: dict[str, Smooth | Resampled] = {}
     nll_of_baseline = torch.empty(0)
     for name in sorted(ways, key=lambda name: name != baseline):
-        read = HYPOTHETICAL.union(*(score.columns for score in SCORES.values())) & set(ways[name])
-        rows = {column: ways[name][column].clone() for column in read}
-        same = torch.equal(rows["nll"], nll_of_baseline)
-        hypothetical = hypothetical_error(rows, doubt)
-        for key, score in SCORES.items():
-            if not set(score.columns) <= read:
+        of_runs = [_estimates(run, doubt, group, num_resamples, seed) for run in runs[name]]
+        nll = torch.stack([run["nll"] for run in runs[name]])
+        for key in of_runs[0]:
+            parts = [run[key] for run in of_runs]
+            value, values = fmean(part.value for part in parts), tuple(part.value for part in parts)
+            values = values if len(parts) > 1 else ()
+            estimates = [part for part in parts if not isinstance(part, Undefined)]
+            if len(estimates) < len(parts):
+                why = next(part.why for part in parts if isinstance(part, Undefined))
+                intervals[name][key] = Interval(value, math.nan, math.nan, n, why, values)
                 continue
-            columns = {column: rows[column] for column in score.columns}
-            value = score.of(**columns).item()
-            if math.isnan(value) or score.kind == "descriptive":
-                why = why_undefined(key, rows) if math.isnan(value) else "it fits noise, which resampling does not show"
-                intervals[name][key] = Interval(value, math.nan, math.nan, n, why)
-                continue
-            estimate = estimated(score, value, columns, hypothetical, group, num_resamples, seed)
-            intervals[name][key] = Interval(value, *estimate.bounds(), n)
+            estimate = type(estimates[0]).mean_of(estimates)  # type: ignore[arg-type]  # all are of one type
+            intervals[name][key] = Interval(value, *estimate.bounds(), n, runs=values)
             if name == baseline:
-                of_baseline[key], nll_of_baseline = estimate, rows["nll"]
+                of_baseline[key], nll_of_baseline = estimate, nll
             elif key in of_baseline:
+                same = torch.equal(nll, nll_of_baseline)
                 difference = (0.0, 0.0, 1.0) if same else estimate.above(of_baseline[key])
                 differences[name][key] = Difference(value - of_baseline[key].value, *difference)
     for key in SCORES:
@@ -152,3 +159,32 @@ def score_intervals(
         for of_way, p in zip(family, holm([of_way[key].p for of_way in family]), strict=True):
             of_way[key] = replace(of_way[key], p=p)
     return intervals, differences
+
+
+class Undefined(NamedTuple):
+    """A score without an interval, and why it has none."""
+
+    value: float
+    why: str
+
+
+def _estimates(
+    way: Columns, doubt: Tensor, group: Tensor, num_resamples: int, seed: int
+) -> dict[str, Smooth | Resampled | Undefined]:
+    """Returns all scores that the columns of a way allow."""
+    read = HYPOTHETICAL.union(*(score.needs for score in SCORES.values())) & set(way)
+    rows = {column: way[column].clone() for column in read}
+    hypothetical = hypothetical_error(rows, doubt)
+    found: dict[str, Smooth | Resampled | Undefined] = {}
+    for key, score in SCORES.items():
+        if not score.needs <= read:
+            continue
+        columns = {column: rows[column] for column in score.columns}
+        value = score.of(*columns.values()).item()
+        if math.isnan(value):
+            found[key] = Undefined(value, why_undefined(key, rows))
+        elif score.kind == "descriptive":
+            found[key] = Undefined(value, "it fits noise, which resampling does not show")
+        else:
+            found[key] = estimated(score, value, columns, hypothetical, group, num_resamples, seed)
+    return found

@@ -4,7 +4,6 @@ Each is a function of columns and of weights, None, (N,) or (R, N); a weight w s
 uncertainties enter together, so the order of the rows does not matter. Shapes: N predictions, K classes, R resamples.
 """
 
-import inspect
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from thinned.uncertainty import calibration
+from thinned.uncertainty.conformal import KINDS
 from thinned.uncertainty.per_class import balanced_accuracy
 from thinned.uncertainty.statistics import entropy
 from thinned.uncertainty.weighting import interpolated, mean, over_curves
@@ -120,60 +120,78 @@ class Score:
 
     Args:
         label: For tables, with the better direction and the unit.
-        of: Maps the columns that its parameters name, (N,) each or probs (N, K), and `weights`, None, (N,) or (R, N),
-            to () or (R,) float64. NaN: It is undefined.
+        of: Maps the columns, (N,) each or probs (N, K), and `weights`, None, (N,) or (R, N), to () or (R,) float64.
+            NaN: It is undefined.
+        columns: Names of the columns.
         kind: What its interval is made of. A proportion is a mean of a bool column, or of such means. A smooth score
             has a gradient in the weights. A calibration error is a sum of absolute values, which noise makes larger.
             Other scores are resampled; or descriptive, if that would not help.
         headline: Whether it is among the few that are shown first.
+        beside: A column that has to be there too: tokens alone have a `position`, and examples a `brier`.
     """
 
     label: str
     of: Callable[..., Tensor]
+    columns: tuple[str, ...]
     kind: Literal["proportion", "smooth", "calibration", "resampled", "descriptive"] = "smooth"
     headline: bool = False
+    beside: str | None = None
 
     @property
-    def columns(self) -> list[str]:
-        """The names of its columns."""
-        return [name for name in inspect.signature(self.of).parameters if name != "weights"]
+    def needs(self) -> set[str]:
+        """The names of all columns without which there is no such score."""
+        return {*self.columns, *filter(None, [self.beside])}
 
 
 def _of_errors(score: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    return lambda correct, predictive_entropy, weights=None: score(1 - correct.double(), predictive_entropy, weights)
+    return lambda correct, uncertainty, weights=None: score(1 - correct.double(), uncertainty, weights)
 
 
-# By their names in metrics.json, in metric keys and in this order in tables. An entry here adds a score. Tokens alone
-# have a position, and no Brier score.
+ERRORS = ("correct", "predictive_entropy")
+CONFIDENCE = ("confidence", "correct")
+# By their names in metrics.json, in metric keys and in this order in tables. An entry here adds a score.
 SCORES = {
-    "accuracy": Score("accuracy ↑", lambda correct, weights=None: mean(correct, weights), "proportion", True),
+    "accuracy": Score("accuracy ↑", mean, ("correct",), "proportion", headline=True),
     "balanced_accuracy": Score(
-        "balanced accuracy ↑",
-        lambda target, correct, brier, weights=None: balanced_accuracy(target, correct, weights),
+        "balanced accuracy ↑", balanced_accuracy, ("target", "correct"), "proportion", beside="brier"
+    ),
+    "top_5": Score(
+        "top-5 accuracy ↑",
+        lambda rank, weights=None: mean(rank <= 5, weights),
+        ("rank",),
         "proportion",
+        beside="position",
     ),
-    "top_5": Score("top-5 accuracy ↑", lambda rank, position, weights=None: mean(rank <= 5, weights), "proportion"),
-    "nll": Score("NLL, nats ↓", lambda nll, weights=None: mean(nll, weights), headline=True),
-    "perplexity": Score("perplexity ↓", lambda nll, position, weights=None: mean(nll, weights).exp()),
+    "nll": Score("NLL, nats ↓", mean, ("nll",), headline=True),
+    "perplexity": Score(
+        "perplexity ↓", lambda nll, weights=None: mean(nll, weights).exp(), ("nll",), beside="position"
+    ),
     "bits_per_byte": Score(
-        "bits per byte ↓", lambda nll, bytes, weights=None: mean(nll, weights) / mean(bytes, weights) / math.log(2)
+        "bits per byte ↓",
+        lambda nll, bytes, weights=None: mean(nll, weights) / mean(bytes, weights) / math.log(2),
+        ("nll", "bytes"),
     ),
-    "brier": Score("Brier ↓", lambda brier, weights=None: mean(brier, weights), headline=True),
-    "brier_miscalibration": Score("Brier: miscalibration ↓", calibration.brier_miscalibration, "descriptive"),
-    "brier_discrimination": Score("Brier: discrimination ↑", calibration.brier_discrimination, "descriptive"),
-    "brier_uncertainty": Score("Brier: base rates", calibration.brier_uncertainty),
-    "ece": Score("ECE ↓", calibration.ece, "calibration", True),
-    "adaptive_ece": Score("adaptive ECE ↓", calibration.adaptive_ece, "calibration"),
-    "smooth_ece": Score("smooth ECE ↓", calibration.smooth_ece, "calibration"),
-    "auroc_error": Score(
-        "AUROC of errors ↑",
-        lambda correct, predictive_entropy, weights=None: auroc_error(correct, predictive_entropy, weights),
-        headline=True,
+    "brier": Score("Brier ↓", mean, ("brier",), headline=True),
+    "brier_miscalibration": Score(
+        "Brier: miscalibration ↓", calibration.brier_miscalibration, ("target", "probs", "brier"), "descriptive"
     ),
-    "aurc": Score("AURC ↓", _of_errors(aurc), headline=True),
-    "augrc": Score("AUGRC ↓", _of_errors(augrc)),
-    "coverage_at_5_risk": Score("coverage at 5 % risk ↑", _of_errors(coverage_at_5_risk), "resampled"),
-    "risk_at_80_coverage": Score("risk at 80 % coverage ↓", _of_errors(risk_at_80_coverage), "resampled"),
+    "brier_discrimination": Score(
+        "Brier: discrimination ↑", calibration.brier_discrimination, ("target", "probs"), "descriptive"
+    ),
+    "brier_uncertainty": Score("Brier: base rates", calibration.brier_uncertainty, ("target", "probs")),
+    "ece": Score("ECE ↓", calibration.ece, CONFIDENCE, "calibration", headline=True),
+    "adaptive_ece": Score("adaptive ECE ↓", calibration.adaptive_ece, CONFIDENCE, "calibration"),
+    "smooth_ece": Score("smooth ECE ↓", calibration.smooth_ece, CONFIDENCE, "calibration"),
+    "auroc_error": Score("AUROC of errors ↑", auroc_error, ERRORS, headline=True),
+    "aurc": Score("AURC ↓", _of_errors(aurc), ERRORS, headline=True),
+    "augrc": Score("AUGRC ↓", _of_errors(augrc), ERRORS),
+    "coverage_at_5_risk": Score("coverage at 5 % risk ↑", _of_errors(coverage_at_5_risk), ERRORS, "resampled"),
+    "risk_at_80_coverage": Score("risk at 80 % coverage ↓", _of_errors(risk_at_80_coverage), ERRORS, "resampled"),
+    **{
+        f"{kind}_coverage": Score(f"coverage of {kind.upper()}", mean, (f"{kind}_covered",), "proportion")
+        for kind in KINDS
+    },
+    **{f"{kind}_size": Score(f"mean size of {kind.upper()} ↓", mean, (f"{kind}_size",)) for kind in KINDS},
 }
 
 
@@ -190,9 +208,8 @@ def scores(
     """
     values = {}
     for name, score in SCORES.items():
-        columns = [_column(rows, prefix, key) for key in score.columns]
-        if not any(column is None for column in columns):
-            values[name] = score.of(*columns, weights=weights)
+        if all(_column(rows, prefix, key) is not None for key in score.needs):
+            values[name] = score.of(*(_column(rows, prefix, key) for key in score.columns), weights=weights)
     return values if weights is not None else {name: value.item() for name, value in values.items()}
 
 
