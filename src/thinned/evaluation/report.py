@@ -67,7 +67,7 @@ def evaluation_of(
     n = len(rows["target"])
     evaluation: dict[str, Any] = {"split": split, "n": n, "baseline": ways[0].name, "coverage": coverage, "ways": {}}
     columns, blocks = {way.name: ColumnsOfWay(rows, way.name) for way in ways}, blocks_of(rows)
-    if (n if blocks is None else blocks.unique().numel()) > 1:
+    if (n if blocks is None else int(blocks.max()) + 1) > 1:
         intervals, differences = score_intervals(columns, ways[0].name, blocks)
     else:
         why = "there is one independent prediction"
