@@ -25,7 +25,7 @@ from thinned.models.dropout import derive_seed
 from thinned.uncertainty.scores import Score
 
 Z = 1.959964  # 95 % of a normal variable are in [-Z, Z]
-WEIGHTS_AT_ONCE = 2**26  # of one byte each
+WEIGHTS_AT_ONCE = 2**24  # of one byte each
 HYPOTHETICAL = {"confidence", "predictive_entropy", "nll", "brier"}  # the columns that make the hypothetical error
 PARTS = 16  # of it, which differ in uncertainty
 POISSON = np.searchsorted(  # the quantiles at 2^16 levels
