@@ -1,8 +1,11 @@
 """Calibration scores by hand, and against torchmetrics, relplot and scikit-learn."""
 
+from bisect import bisect_left
+
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 from sklearn.isotonic import IsotonicRegression
 from torch import Tensor
 from torchmetrics.functional.classification import binary_calibration_error
@@ -79,6 +82,24 @@ RELPLOT = {  # relplot 1.0.3: smECE(confidence, correct)
 def test_smooth_ece_is_that_of_relplot(case: str) -> None:
     expected, confidence, correct = RELPLOT[case]
     assert smooth_ece(torch.tensor(confidence), torch.tensor(correct)).item() == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.parametrize("case", RELPLOT)
+def test_smooth_ece_is_the_integral_of_smoothed_residuals(case: str) -> None:
+    """By quadrature of the Gaussian and of its images behind 0 and 1, with a width in steps of 1/1024."""
+    _, confidence, correct = RELPLOT[case]
+    t = (np.arange(2000)[:, None] + 0.5) / 2000
+    distances = np.stack([t - confidence, t + confidence, 2 - t - confidence])
+
+    def error(width: float) -> float:
+        gaussian = stats.norm(scale=width)
+        kernel = np.where(abs(distances) <= 0.5, gaussian.pdf(distances), 0).sum(0) / (1 - 2 * gaussian.sf(0.5))
+        return float(abs(kernel @ (correct - confidence)).mean()) / len(confidence)
+
+    widths = np.arange(1, 1025) / 1024
+    width = widths[bisect_left(widths, True, key=lambda width: error(width) <= width)]
+    got = smooth_ece(torch.tensor(confidence), torch.tensor(correct)).item()
+    assert got == pytest.approx(error(width), abs=5e-5)
 
 
 @pytest.mark.parametrize("sure", [0.0, 0.5, 0.8, 1.0])

@@ -92,6 +92,9 @@ def test_coverage_at_a_risk_of_5_percent_by_hand() -> None:
     assert coverage_at_5_risk(errors[:39], tied).item() == pytest.approx(18 / 39)
     assert coverage_at_5_risk(errors, -torch.arange(40).clamp_max(20)).item() == 1
     assert coverage_at_5_risk(torch.ones(3), torch.arange(3)).item() == 0
+    for weight in (0.1, 0.3, 0.7, 0.9, 1.1):  # whose sums are rounded up or down
+        weights = torch.full((20,), weight, dtype=torch.float64)
+        assert coverage_at_5_risk(errors[:20], torch.arange(20), weights).item() == 1
 
 
 def test_risk_at_a_coverage_of_80_percent_by_hand() -> None:

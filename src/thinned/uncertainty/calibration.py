@@ -65,7 +65,7 @@ def smooth_ece(confidence: Tensor, correct: Tensor, weights: Tensor | None = Non
 
         def error(width: Tensor) -> Tensor:
             kernel = torch.exp(-((distance / width) ** 2) / 2)
-            kernel[:, 0] /= 2  # Others are at two sides.
+            kernel[:, [0, -1]] /= 2  # The trapezoidal rule.
             smoothed = series * (kernel @ waves_of_distance / kernel.sum(1, keepdim=True))
             return (smoothed @ waves.T).abs().mean(1, keepdim=True)
 
