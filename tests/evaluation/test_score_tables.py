@@ -5,7 +5,6 @@ from typing import Any
 import pytest
 
 from thinned.evaluation.score_tables import plain_scores, recall_rows, score_rows, score_tables, verdicts
-from thinned.uncertainty.scores import SCORES
 
 HEADLINE = ["accuracy", "nll", "brier", "ece", "auroc_error", "aurc"]
 
@@ -96,7 +95,3 @@ def test_plain_scores_have_settings_and_values() -> None:
         "way0": {"S": 3, "nll": 1.0, "aurc": None, "recall": {"cat": {"value": 0.5, "n": 40}}}
     }
     assert recall_rows(evaluation(way("one", recall=recall))) == (["class", "n", "way0"], [["cat", 40, 0.5]])
-
-
-def test_headline_scores_are_six() -> None:
-    assert [key for key, each in SCORES.items() if each.headline] == HEADLINE
