@@ -106,7 +106,7 @@ def set_table(evaluation: Evaluation) -> Table | None:
     if not ways:
         return None
     title = f"Prediction sets for {100 * evaluation['coverage']:g} % of targets"
-    table = Table("", title=title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False)
+    table = Table("", title=title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
     for kind in ways[0]["coverage"]:
         table.add_column(f"{kind.upper()}: coverage\nmean size", no_wrap=True)
     for way in ways:
