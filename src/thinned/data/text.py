@@ -8,7 +8,9 @@ Shapes: T tokens in a window.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -33,10 +35,10 @@ from thinned.data.text_split import (
     shares_documents,
     whole_ranges,
 )
-from thinned.data.token_cache import find_tokens
-from thinned.data.token_windows import TokenBatches
+from thinned.data.token_cache import FORMAT, Tokenised, cached_tokens
+from thinned.data.token_stream import make_tokenizer
 from thinned.data.tokenizer import Tokenizer, bpe_size
-from thinned.data.tokens import Tokenised, Tokens
+from thinned.data.tokens import TokenBatches, Tokens
 
 
 class Prepared(NamedTuple):
@@ -142,18 +144,17 @@ class TextDataModule(SplitDataModule):
         counts = {split: len(tokens) for split, tokens in files.items()}
         said = [f"Left out of data.path: {_shortened(source.left_out)}"] if source.left_out else []
         ranges = kept_ranges(self._kept, self.path, files) if self._kept and may_be_kept else None
+        self._is_another = self._kept is not None and not ranges and not self._fits
         if self._kept and not ranges:
             said.append(
                 "data.path, compared by its beginning or its documents, is another text than that of the checkpoint"
             )
-            if self._fits:
-                self._kept = None
-                rule = rule if rule.by_document else SplitRule.of(self.hparams, source.splits, by_document=False)
-                self._prepared = Prepared(source, rule, tokenised, may_be_kept)
-            else:
+            if self._is_another:
                 said[-1] += ", so all of it is predicted" if len(counts) == 1 else ", whose splits are predicted whole"
-        self._is_another = self._kept is not None and not ranges
-        self._ranges = ranges or (whole_ranges(counts) if self._kept else new_ranges(rule, counts))
+            else:
+                self._kept = None
+                rule = SplitRule.of(self.hparams, source.splits, by_document=rule.by_document)
+        self._ranges = ranges or (whole_ranges(counts) if self._is_another else new_ranges(rule, counts))
         check_sizes(self._ranges, counts, None if self._kept else self.context_length)
         self.tokens = {split: files[file].part(start, stop) for split, (file, start, stop) in self._ranges.items()}
         if self._kept and ranges:
@@ -187,17 +188,51 @@ class TextDataModule(SplitDataModule):
             extra = [f"the stored split {split}" for split in source.splits if split not in splits]
             source = replace(source, splits=splits, left_out=[*source.left_out, *extra])
         stored = {split: SplitDocuments(split, texts, rule) for split, texts in source.splits.items()}
+        spec, max_tokens = given["tokenizer"], given["max_tokens"]
 
-        def check(counts: dict[Split, int]) -> None:
-            if self._kept and not self._fits:
-                check_sizes(whole_ranges(counts), counts, None)
-            else:
-                check_sizes(new_ranges(rule, counts), counts, self.context_length)
+        def make() -> Tokenizer:
+            return tokenizer or make_tokenizer(spec, stored, rule.ends[0], max_tokens)
 
-        label = f"{source.label}-{Path(self.hparams['tokenizer']).stem}"
-        tokenised = find_tokens(source.content, label, stored, rule, self.hparams, self._given, check)
+        def check(counts: dict[Split, int]) -> dict[Split, str]:
+            is_used_whole = self._kept and not self._fits
+            ranges = whole_ranges(counts) if is_used_whole else new_ranges(rule, counts)
+            check_sizes(ranges, counts, None if is_used_whole else self.context_length)
+            return stored["train"].digests if rule.by_document else {}
+
+        tokenizer = None
+        if self._given:
+            tokenizer = Tokenizer.from_json(self._given)
+        elif spec != "char" and not bpe_size(spec):
+            tokenizer = Tokenizer.pretrained(spec)
+        folder = self._folder(source, rule)
+        if tokenizer:
+            # A checkpoint is often used on its training text: if its tokenizer was made for it, so were the tokens.
+            made = folder / "tokenizer.json"
+            if not made.exists() or made.read_text(encoding="utf-8", errors="replace") != self._given:
+                folder = self._folder(source, rule, tokenizer)
+        tokenised = cached_tokens(folder, make, stored, dict.fromkeys([*stored, *rule.taken]), max_tokens, check)
         self._prepared = Prepared(source, rule, tokenised, may_be_kept)
         return self._prepared
+
+    def _folder(self, source: TextSource, rule: SplitRule, tokenizer: Tokenizer | None = None) -> Path:
+        """Returns the folder of the tokens, whose name depends on all that they depend on.
+
+        Args:
+            source: The text.
+            rule: How it is split.
+            tokenizer: The tokenizer; None if it is made of the text.
+        """
+        spec = self.hparams["tokenizer"]
+        key = {"format": FORMAT, "content": source.content, "tokenizer": spec, "max_tokens": self.hparams["max_tokens"]}
+        if rule.by_document:
+            key["split"] = [rule.val, rule.test, rule.seed]
+        elif bpe_size(spec) and not tokenizer:
+            key["training_part"] = rule.ends[0]
+        if tokenizer:
+            key["digest"] = hashlib.sha256(tokenizer.to_json().encode()).hexdigest()
+        digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+        label = re.sub(r"[^\w.-]+", "-", f"{source.label}-{Path(spec).stem}").strip(".-")[:80]
+        return Path(self.hparams["cache_dir"]).expanduser() / f"{label}-{digest[:12]}"
 
     def _rule(self, source: TextSource) -> tuple[SplitRule, bool]:
         """Returns how the stored "train" is split, and whether this may be the text of the checkpoint.

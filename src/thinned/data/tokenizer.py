@@ -12,7 +12,6 @@ import json
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import NoReturn
 
 import numpy as np
 import tokenizers
@@ -57,7 +56,6 @@ class Tokenizer:
         self._tokenizer = tokenizer
         vocabulary = tokenizer.get_vocab(with_added_tokens=True)
         self._added = tokenizer.get_added_tokens_decoder()
-        self._special = {index for index, token in self._added.items() if token.special}
         self._names = [""] * (max(vocabulary.values(), default=-1) + 1)  # ids may have gaps
         for name, index in vocabulary.items():
             self._names[index] = name
@@ -76,17 +74,10 @@ class Tokenizer:
 
     @classmethod
     def bpe(cls, documents: Iterable[str], vocab_size: int) -> Tokenizer:
-        """Returns a byte-level BPE tokenizer trained on the documents.
+        """Returns a byte-level BPE tokenizer of `vocab_size` tokens, or fewer, trained on the documents.
 
-        Args:
-            documents: The text.
-            vocab_size: Number of tokens; a short text may give fewer.
-
-        Raises:
-            ValueError: If the 256 bytes and the end of text do not fit.
+        The library's trainer holds about 100 bytes for each character of a document, so long ones come in pieces.
         """
-        if vocab_size < MIN_BPE_SIZE:
-            raise ValueError(f"Expected a BPE vocabulary of at least {MIN_BPE_SIZE} tokens, but got {vocab_size}")
         tokenizer = tokenizers.Tokenizer(models.BPE())
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.decoder = decoders.ByteLevel()
@@ -151,44 +142,44 @@ class Tokenizer:
         return self.encode_documents([text])[0].tolist()
 
     def encode_documents(self, documents: list[str]) -> list[np.ndarray]:
-        """Returns the ids of each document as int64, encoded in threads; ValueError as for `encode`."""
+        """Returns the ids of each document as integers, encoded in threads; ValueError as for `encode`."""
         if self.by_character:
             return [self._encode_characters(document) for document in documents]
         encodings = self._tokenizer.encode_batch_fast(documents, add_special_tokens=False)
         ids = [np.array(encoding.ids, np.int64) for encoding in encodings]
         if self._unknown is not None and any((document == self._unknown).any() for document in ids):
             encodings = self._tokenizer.encode_batch(documents, add_special_tokens=False)  # this time with offsets
-            self._refuse(
-                {
-                    document[slice(*offsets)]
-                    for document, encoding in zip(documents, encodings, strict=True)
-                    for index, offsets in zip(encoding.ids, encoding.offsets, strict=True)
-                    if index == self._unknown
-                }
+            raise self._outside(
+                document[slice(*offsets)]
+                for document, encoding in zip(documents, encodings, strict=True)
+                for index, offsets in zip(encoding.ids, encoding.offsets, strict=True)
+                if index == self._unknown
             )
         return ids
 
     def _encode_characters(self, text: str) -> np.ndarray:
         """Looks code points up in a table, forty times as fast as the library."""
         points = np.frombuffer(text.encode("utf-32-le", errors="surrogatepass"), "<u4")
-        ids = self._ids[np.minimum(points, len(self._ids) - 1)]
-        if (unknown := ids < 0).any():
-            self._refuse(set(map(chr, np.unique(points[unknown]).tolist())))
+        ids = self._id_of_point.take(points, mode="clip")
+        if ids.min(initial=0) < 0:
+            raise self._outside(map(chr, points[ids < 0].tolist()))
         return ids
 
     @cached_property
-    def _ids(self) -> np.ndarray:
-        """The id of each code point, int64; -1 if it has none, as the last one."""
+    def _id_of_point(self) -> np.ndarray:
+        """The id of each code point, int32; -1 if it has none, as the last one."""
         points = np.array([ord(name) for name in self._names], np.int64)
-        ids = np.full(points.max(initial=0) + 2, -1)
+        ids = np.full(points.max(initial=0) + 2, -1, np.int32)
         ids[points] = np.arange(len(points))
         return ids
 
-    def _refuse(self, unknown: set[str]) -> NoReturn:
+    def _outside(self, parts: Iterable[str]) -> ValueError:
+        """Returns the error that names parts of a text outside the vocabulary."""
+        unknown = sorted(set(parts))
         more = f" and {len(unknown) - 10} more" if len(unknown) > 10 else ""
-        raise ValueError(
+        return ValueError(
             f"Expected text within the vocabulary of the tokenizer, which has {self.vocab_size} tokens, "
-            f"but got {', '.join(map(repr, sorted(unknown)[:10]))}{more}"
+            f"but got {', '.join(map(repr, unknown[:10]))}{more}"
         )
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -196,11 +187,8 @@ class Tokenizer:
         return self._tokenizer.decode(list(ids), skip_special_tokens=False)
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
-        r"""Returns the text of each token by itself; bytes that are not a whole character appear as `\xe2`."""
-        return [
-            self._names[index] if index in self._special else self._bytes[index].decode(errors="backslashreplace")
-            for index in ids
-        ]
+        r"""Returns the text of each token, special ones by name; bytes that are not a whole character as `\xe2`."""
+        return [self._bytes[index].decode(errors="backslashreplace") or self._names[index] for index in ids]
 
     @cached_property
     def token_bytes(self) -> Tensor:
@@ -243,7 +231,7 @@ def _cached_or_downloaded(name: str) -> str:
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """Returns the byte for each character of byte-level tokens."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = sorted(set(range(256)) - set(printable))
-    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+    """Returns the byte for each character of byte-level tokens: itself, or else those from U+0100 on, in order."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    own = {character: ord(character) for character in alphabet if ord(character) < 256}
+    return own | dict(zip(alphabet[len(own) :], sorted({*range(256)} - {*own.values()}), strict=True))
