@@ -35,7 +35,7 @@ from thinned.data.text_split import (
     shares_documents,
     whole_ranges,
 )
-from thinned.data.token_cache import FORMAT, Tokenised, cached_tokens
+from thinned.data.token_cache import FORMAT, Tokenised, cached_tokens, stored_tokenizer
 from thinned.data.token_stream import make_tokenizer
 from thinned.data.tokenizer import Tokenizer, bpe_size
 from thinned.data.tokens import TokenBatches, Tokens
@@ -47,7 +47,6 @@ class Prepared(NamedTuple):
     source: TextSource
     rule: SplitRule
     tokenised: Tokenised
-    may_be_kept: bool  # whether it may be the text of the checkpoint
 
 
 class TextDataModule(SplitDataModule):
@@ -139,11 +138,11 @@ class TextDataModule(SplitDataModule):
         """Opens the tokens, once for all stages."""
         if self.tokens:
             return
-        source, rule, tokenised, may_be_kept = self._prepare()
+        source, rule, tokenised = self._prepare()
         self.tokenizer, files, _ = tokenised
         counts = {split: len(tokens) for split, tokens in files.items()}
         said = [f"Left out of data.path: {_shortened(source.left_out)}"] if source.left_out else []
-        ranges = kept_ranges(self._kept, self.path, files) if self._kept and may_be_kept else None
+        ranges = kept_ranges(self._kept, self.path, files) if self._kept and rule.kept else None
         self._is_another = self._kept is not None and not ranges and not self._fits
         if self._kept and not ranges:
             said.append(
@@ -181,76 +180,64 @@ class TextDataModule(SplitDataModule):
         given = self.hparams
         options = given["name"], given["text_column"], given["leave_out"] or []
         source = read_text(self.path, *options, streaming=given["streaming"])
-        rule, may_be_kept = self._rule(source)
-        if self._kept and rule.by_document and may_be_kept:
+        rule = self._rule(source)
+        if self._kept and rule.by_document and rule.kept:
             # A split that the checkpoint takes from "train" does not mix with one that is stored now.
             splits = {split: source.splits[split] for split in source.splits if split in self._kept["stored"]}
             extra = [f"the stored split {split}" for split in source.splits if split not in splits]
             source = replace(source, splits=splits, left_out=[*source.left_out, *extra])
         stored = {split: SplitDocuments(split, texts, rule) for split, texts in source.splits.items()}
         spec, max_tokens = given["tokenizer"], given["max_tokens"]
-
-        def make() -> Tokenizer:
-            return tokenizer or make_tokenizer(spec, stored, rule.ends[0], max_tokens)
-
-        def check(counts: dict[Split, int]) -> dict[Split, str]:
-            is_used_whole = self._kept and not self._fits
-            ranges = whole_ranges(counts) if is_used_whole else new_ranges(rule, counts)
-            check_sizes(ranges, counts, None if is_used_whole else self.context_length)
-            return stored["train"].digests if rule.by_document else {}
-
         tokenizer = None
         if self._given:
             tokenizer = Tokenizer.from_json(self._given)
         elif spec != "char" and not bpe_size(spec):
             tokenizer = Tokenizer.pretrained(spec)
         folder = self._folder(source, rule)
-        if tokenizer:
-            # A checkpoint is often used on its training text: if its tokenizer was made for it, so were the tokens.
-            made = folder / "tokenizer.json"
-            if not made.exists() or made.read_text(encoding="utf-8", errors="replace") != self._given:
-                folder = self._folder(source, rule, tokenizer)
+        # A checkpoint is often used on its training text: if its tokenizer was made for it, so were the tokens.
+        if tokenizer and stored_tokenizer(folder) != self._given:
+            folder = self._folder(source, rule, tokenizer)
+
+        def make() -> Tokenizer:
+            return tokenizer or make_tokenizer(spec, stored, rule.ends[0], max_tokens)
+
+        def check(counts: dict[Split, int]) -> dict[Split, str]:
+            whole = self._kept and not self._fits
+            ranges = whole_ranges(counts) if whole else new_ranges(rule, counts)
+            check_sizes(ranges, counts, None if whole else self.context_length)
+            return stored["train"].digests if rule.by_document else {}
+
         tokenised = cached_tokens(folder, make, stored, dict.fromkeys([*stored, *rule.taken]), max_tokens, check)
-        self._prepared = Prepared(source, rule, tokenised, may_be_kept)
+        self._prepared = Prepared(source, rule, tokenised)
         return self._prepared
 
     def _folder(self, source: TextSource, rule: SplitRule, tokenizer: Tokenizer | None = None) -> Path:
-        """Returns the folder of the tokens, whose name depends on all that they depend on.
-
-        Args:
-            source: The text.
-            rule: How it is split.
-            tokenizer: The tokenizer; None if it is made of the text.
-        """
+        """Returns the folder of the tokens, named by all that they depend on; None for a tokenizer made of the text."""
         spec = self.hparams["tokenizer"]
-        key = {"format": FORMAT, "content": source.content, "tokenizer": spec, "max_tokens": self.hparams["max_tokens"]}
-        if rule.by_document:
-            key["split"] = [rule.val, rule.test, rule.seed]
-        elif bpe_size(spec) and not tokenizer:
-            key["training_part"] = rule.ends[0]
-        if tokenizer:
-            key["digest"] = hashlib.sha256(tokenizer.to_json().encode()).hexdigest()
-        digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+        made_of = tokenizer.to_json() if tokenizer else rule.ends[0] if bpe_size(spec) else None
+        split = [rule.val, rule.test, rule.seed] if rule.by_document else None
+        key = json.dumps([FORMAT, source.content, spec, made_of, split, self.hparams["max_tokens"]])
         label = re.sub(r"[^\w.-]+", "-", f"{source.label}-{Path(spec).stem}").strip(".-")[:80]
-        return Path(self.hparams["cache_dir"]).expanduser() / f"{label}-{digest[:12]}"
+        name = f"{label}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
+        return Path(self.hparams["cache_dir"]).expanduser() / name
 
-    def _rule(self, source: TextSource) -> tuple[SplitRule, bool]:
-        """Returns how the stored "train" is split, and whether this may be the text of the checkpoint.
+    def _rule(self, source: TextSource) -> SplitRule:
+        """Returns how the stored "train" is split.
 
         Documents are split as the checkpoint's if they have some in common. Otherwise the tokens show whether the text
         is that of the checkpoint.
         """
         if not (train := source.splits.get("train")):
             if self._kept and not self._fits:
-                return SplitRule.of(self.hparams, ["val", "test"], by_document=False), False
+                return SplitRule.of(self.hparams, ["val", "test"], by_document=False)
             raise ValueError(f"Expected data.path to have a split 'train', but got {[*source.splits]}")
         if self._kept:
-            kept = SplitRule.of(self._kept, self._kept["stored"], by_document=self._kept["by_document"])
+            kept = SplitRule.of(self._kept, self._kept["stored"], by_document=self._kept["by_document"], kept=True)
             if not kept.by_document or shares_documents(self._kept["parts"]["train"]["digest"], train, kept):
-                return kept, True
+                return kept
         rule = SplitRule.of(self.hparams, source.splits, by_document=True)
         several = enough_documents(train, rule, self.hparams["max_tokens"])
-        return replace(rule, by_document=several and (not self._kept or self._fits)), False
+        return replace(rule, by_document=several and (not self._kept or self._fits))
 
     @property
     def vocab_size(self) -> int:
@@ -296,7 +283,7 @@ class TextDataModule(SplitDataModule):
 
     def _facts(self) -> dict[str, Any]:
         """Returns how the text is split, for a checkpoint."""
-        source, rule, tokenised, _ = self._prepare()
+        source, rule, tokenised = self._prepare()
         return {
             "path": self.path,
             "stored": list(source.splits),

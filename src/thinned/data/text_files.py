@@ -10,7 +10,6 @@ import bz2
 import codecs
 import csv
 import gzip
-import hashlib
 import lzma
 import re
 import zlib
@@ -22,7 +21,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from thinned.data.order import Split
-from thinned.data.split_names import assign_splits, split_of, stored_split
+from thinned.data.split_names import assign_splits, split_of, stored_split, walk
 
 PROSE = frozenset([".txt", ".text", ".md", ".rst", ".tex", ".org", ".html", ".htm", ".xml", ".tokens", ".raw"])
 CODE = ".py .pyi .c .h .cc .cpp .hpp .cu .rs .go .java .kt .js .ts .css .sh .sql .lua"
@@ -71,15 +70,6 @@ class TextFiles:
                     f"Expected data.path to hold {error.encoding.upper()}, but got the byte 0x{content[offset]:02x} at "
                     f"offset {offset} of {path}"
                 ) from None
-
-    def digest(self, root: Path) -> str:
-        """Returns a digest of names and contents."""
-        digest = hashlib.sha256()
-        for path in self.paths:
-            content = _read(path)
-            digest.update(f"{path.relative_to(root).as_posix()}\0{len(content)}\0".encode())
-            digest.update(content)
-        return digest.hexdigest()
 
 
 def _read(path: Path) -> bytes:
@@ -136,7 +126,7 @@ def layout(folder: Path, leave_out: Sequence[str]) -> Layout | None:
     """
     if folder.is_file():
         return Layout({"train": [folder]}, suffix(folder) in ROWS, [])
-    files = sorted((path.relative_to(folder) for path in _walk(folder, set())), key=Path.as_posix)
+    files = sorted((path.relative_to(folder) for path in walk(folder) if path.is_file()), key=Path.as_posix)
     for given in leave_out:
         if not any(_is_named(path, given) for path in files):
             raise ValueError(
@@ -149,21 +139,6 @@ def layout(folder: Path, leave_out: Sequence[str]) -> Layout | None:
     chosen = {path for paths in splits.values() for path in paths}
     left_out = [path.as_posix() for path in files if folder / path not in chosen]
     return Layout(splits, suffix(used[0]) in ROWS, left_out)
-
-
-def _walk(folder: Path, seen: set[Path]) -> Iterator[Path]:
-    """Yields the files below a folder that are not hidden. A link to a folder is followed, but no folder twice."""
-    real = folder.resolve()
-    if real in seen:
-        return
-    seen.add(real)
-    for path in sorted(folder.iterdir(), key=lambda path: (path.is_symlink(), path.name)):
-        if path.name.startswith("."):
-            continue
-        if path.is_dir():
-            yield from _walk(path, seen)
-        elif path.is_file():
-            yield path
 
 
 def _split_name(path: Path, *, in_words: bool = False) -> str | None:

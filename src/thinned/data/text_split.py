@@ -34,18 +34,22 @@ class SplitRule:
         test: Fraction for the test, likewise.
         seed: Seed of the hash of documents.
         by_document: Whether whole documents are taken, instead of the end of the text.
+        kept: Whether this is the rule of a checkpoint, whose text it may be.
     """
 
     val: float
     test: float
     seed: int
     by_document: bool
+    kept: bool = False
 
     @classmethod
-    def of(cls, settings: Mapping[str, Any], stored: Collection[Split], *, by_document: bool) -> SplitRule:
+    def of(
+        cls, settings: Mapping[str, Any], stored: Collection[Split], *, by_document: bool, kept: bool = False
+    ) -> SplitRule:
         """Returns the rule by these settings of the data, if these splits are stored."""
         val, test = (0.0 if split in stored else settings[f"{split}_fraction"] for split in ("val", "test"))
-        return cls(val, test, settings["split_seed"], by_document)
+        return cls(val, test, settings["split_seed"], by_document, kept)
 
     @property
     def ends(self) -> tuple[float, float]:
@@ -75,7 +79,7 @@ def enough_documents(documents: Iterable[str], rule: SplitRule, max_tokens: int 
         return False
     found = set[int]()
     for _, text in sure_to_fit((("train", text) for text in documents if text), max_tokens):
-        found.add(rule.hash(text))
+        found.add(hash(text))
         if len(found) * min(fractions) >= ENOUGH:
             return True
     return False
@@ -98,7 +102,7 @@ class SplitDocuments:
             number = self.rule.hash(text)
             split = self.rule.split_of(number)
             smallest = self.smallest.setdefault(split, [])
-            if (len(smallest) < KEPT_HASHES or number < smallest[-1]) and number not in smallest:
+            if number not in smallest:
                 insort(smallest, number)
                 del smallest[KEPT_HASHES:]
             yield split, text
@@ -111,8 +115,8 @@ class SplitDocuments:
 
 def shares_documents(digest: str, documents: Iterable[str], rule: SplitRule) -> bool:
     """Returns whether any of the documents is among those of a digest by the same rule."""
-    known = {int(digest[i : i + 16], 16) for i in range(0, len(digest), 16)}
-    return any(rule.hash(text) in known for text in documents)
+    known = {digest[i : i + 16] for i in range(0, len(digest), 16)}
+    return any(f"{rule.hash(text):016x}" in known for text in documents)
 
 
 def new_ranges(rule: SplitRule, counts: Mapping[Split, int]) -> dict[Split, Range]:

@@ -23,7 +23,7 @@ from thinned.data.token_stream import Document, first, token_arrays
 from thinned.data.tokenizer import Tokenizer
 from thinned.data.tokens import Tokens
 
-FORMAT = 2  # of the files; another one has other folders
+FORMAT = 3  # of the files; another one has other folders
 
 
 class Tokenised(NamedTuple):
@@ -88,12 +88,20 @@ def cached_tokens(
     return found
 
 
+def stored_tokenizer(folder: Path) -> str | None:
+    """Returns the JSON of the tokenizer in a folder of tokens; None if it cannot be read."""
+    try:
+        return (folder / "tokenizer.json").read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return None
+
+
 def _open(folder: Path) -> Tokenised | None:
     """Returns the tokens in a folder; None if something is missing or not as it was written."""
     tokens = {}
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        tokenizer = Tokenizer.from_json((folder / "tokenizer.json").read_text(encoding="utf-8"))
+        tokenizer = Tokenizer.from_json(stored_tokenizer(folder) or "")
         dtype, digests = manifest["dtype"], manifest["digests"]
         for split, count in manifest["tokens"].items():
             path = folder / f"{split}.bin"

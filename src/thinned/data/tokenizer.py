@@ -54,11 +54,8 @@ class Tokenizer:
         tokenizer.no_truncation()
         tokenizer.encode_special_tokens = True
         self._tokenizer = tokenizer
-        vocabulary = tokenizer.get_vocab(with_added_tokens=True)
-        self._added = tokenizer.get_added_tokens_decoder()
-        self._names = [""] * (max(vocabulary.values(), default=-1) + 1)  # ids may have gaps
-        for name, index in vocabulary.items():
-            self._names[index] = name
+        size = max(tokenizer.get_vocab().values(), default=-1) + 1
+        self._names = [tokenizer.id_to_token(index) or "" for index in range(size)]  # ids may have gaps
         word_level = isinstance(tokenizer.model, models.WordLevel) and isinstance(tokenizer.decoder, decoders.Fuse)
         self.by_character = word_level and all(len(name) == 1 for name in self._names)
 
@@ -211,7 +208,7 @@ class Tokenizer:
             both = self._tokenizer.decode_batch(pairs, skip_special_tokens=False)
             fallback = {f"<0x{byte:02X}>": bytes([byte]) for byte in range(256)}  # of Llama 2, for rare characters
             found = [fallback.get(name, text[skip:].encode()) for name, text in zip(self._names, both, strict=True)]
-        for index, token in self._added.items():
+        for index, token in self._tokenizer.get_added_tokens_decoder().items():
             found[index] = b"" if token.special else token.content.encode()
         return found
 
