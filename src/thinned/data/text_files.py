@@ -53,32 +53,34 @@ class TextFiles:
 
     paths: list[Path]
 
+    def __len__(self) -> int:
+        return len(self.paths)
+
     def __iter__(self) -> Iterator[str]:
-        for path in self.paths:
-            content = _read(path)
-            mark = next(mark for mark in BYTE_ORDER_MARKS if content.startswith(mark))
-            if not mark and (place := content.find(b"\0")) >= 0:
-                raise ValueError(
-                    f"Expected data.path to hold text, but got a zero byte at offset {place} of {path}: "
-                    "UTF-16 needs a byte order mark"
-                )
-            try:
-                yield content[len(mark) :].decode(BYTE_ORDER_MARKS[mark])
-            except UnicodeDecodeError as error:
-                offset = error.start + len(mark)
-                raise ValueError(
-                    f"Expected data.path to hold {error.encoding.upper()}, but got the byte 0x{content[offset]:02x} at "
-                    f"offset {offset} of {path}"
-                ) from None
+        return map(_read, self.paths)
 
 
-def _read(path: Path) -> bytes:
+def _read(path: Path) -> str:
     try:
         # Reading as text would change the newlines.
         with OPEN.get(path.suffix.lower(), open)(path, "rb") as file:
-            return file.read()
+            content = file.read()
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         raise OSError(f"Expected data.path to hold files that can be read, but got {error} ({path})") from None
+    mark = next(mark for mark in BYTE_ORDER_MARKS if content.startswith(mark))
+    if not mark and (place := content.find(b"\0")) >= 0:
+        raise ValueError(
+            f"Expected data.path to hold text, but got a zero byte at offset {place} of {path}: "
+            "UTF-16 needs a byte order mark"
+        )
+    try:
+        return content[len(mark) :].decode(BYTE_ORDER_MARKS[mark])
+    except UnicodeDecodeError as error:
+        offset = error.start + len(mark)
+        raise ValueError(
+            f"Expected data.path to hold {error.encoding.upper()}, but got the byte 0x{content[offset]:02x} at "
+            f"offset {offset} of {path}"
+        ) from None
 
 
 def csv_header(paths: Sequence[Path]) -> tuple[str, list[str]]:

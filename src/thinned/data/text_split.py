@@ -9,9 +9,11 @@ Splits that are stored are used as they are. Those that are missing are taken fr
 
 from __future__ import annotations
 
+import sys
 from bisect import insort
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from operator import length_hint
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +77,7 @@ class SplitRule:
 def enough_documents(documents: Iterable[str], rule: SplitRule, max_tokens: int | None) -> bool:
     """Returns whether each part can expect `ENOUGH` different documents of those that are sure to be kept."""
     fractions = [fraction for fraction in (rule.val, rule.test) if fraction]
-    if not fractions:
+    if not fractions or length_hint(documents, sys.maxsize) * min(fractions) < ENOUGH:
         return False
     found = set[int]()
     for _, text in sure_to_fit((("train", text) for text in documents if text), max_tokens):

@@ -37,13 +37,12 @@ def make_tokenizer(
     if size := bpe_size(spec):
 
         def training() -> Iterator[Document]:
-            documents = (each for each in sure_to_fit(stored["train"], max_tokens) if each[0] == "train")
-            return ((split, piece) for split, text in documents for piece in pieces(text))
+            return in_pieces(each for each in sure_to_fit(stored["train"], max_tokens) if each[0] == "train")
 
         limit = None if training_part == 1 else int(training_part * sum(len(text) for _, text in training()))
         return Tokenizer.bpe((text for _, text in first(training(), limit)), size)
     several = any(len(list(islice(filter(_has_text, documents), 2))) > 1 for documents in stored.values())
-    texts = chain.from_iterable(first(documents, max_tokens) for documents in stored.values())
+    texts = chain.from_iterable(first(in_pieces(documents), max_tokens) for documents in stored.values())
     return Tokenizer.characters(chain([SEPARATOR] if several else [], (text for _, text in texts)))
 
 
@@ -95,6 +94,11 @@ def pieces(document: str, tokenizer: Tokenizer | None = None) -> Iterator[str]:
         yield document[start:stop]
         start = stop
     yield document[start:]
+
+
+def in_pieces(documents: Iterable[Document], tokenizer: Tokenizer | None = None) -> Iterator[Document]:
+    """Yields the pieces of documents, with the split of each."""
+    return ((split, piece) for split, document in documents for piece in pieces(document, tokenizer))
 
 
 def _separable(document: str, cut: int, tokenizer: Tokenizer) -> bool:

@@ -9,6 +9,7 @@ Shapes: V tokens in the vocabulary.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -62,8 +63,11 @@ class Tokenizer:
     @classmethod
     def characters(cls, documents: Iterable[str]) -> Tokenizer:
         """Returns the tokenizer whose tokens are the characters of the documents, in Unicode order."""
-        characters = sorted(set().union(*documents))
-        tokenizer = tokenizers.Tokenizer(models.WordLevel({name: index for index, name in enumerate(characters)}))
+        has_point = np.zeros(sys.maxunicode + 1, bool)
+        for document in documents:
+            has_point[_code_points(document)] = True
+        names = map(chr, np.flatnonzero(has_point))
+        tokenizer = tokenizers.Tokenizer(models.WordLevel({name: index for index, name in enumerate(names)}))
         # In this syntax of regular expressions, a dot under (?m) also matches a newline.
         tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("(?m)."), "isolated")
         tokenizer.decoder = decoders.Fuse()
@@ -156,7 +160,7 @@ class Tokenizer:
 
     def _encode_characters(self, text: str) -> np.ndarray:
         """Looks code points up in a table, forty times as fast as the library."""
-        points = np.frombuffer(text.encode("utf-32-le", errors="surrogatepass"), "<u4")
+        points = _code_points(text)
         ids = self._id_of_point.take(points, mode="clip")
         if ids.min(initial=0) < 0:
             raise self._outside(map(chr, points[ids < 0].tolist()))
@@ -225,6 +229,10 @@ def _cached_or_downloaded(name: str) -> str:
     except LocalEntryNotFoundError:
         HfApi().model_info(name, timeout=5)  # fails at once if the hub is out of reach; a download tries for 23 seconds
         return hf_hub_download(name, "tokenizer.json")
+
+
+def _code_points(text: str) -> np.ndarray:
+    return np.frombuffer(text.encode("utf-32-le", errors="surrogatepass"), "<u4")
 
 
 def _byte_alphabet() -> dict[str, int]:
