@@ -8,9 +8,7 @@ Shapes: T tokens in a window.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import re
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -28,16 +26,15 @@ from thinned.data.text_split import (
     SplitRule,
     changes,
     check_sizes,
-    enough_documents,
     kept_ranges,
     kept_settings,
     new_ranges,
-    shares_documents,
+    rule_of,
     whole_ranges,
 )
-from thinned.data.token_cache import FORMAT, Tokenised, cached_tokens, stored_tokenizer
+from thinned.data.token_cache import Tokenised, cached_tokens, folder_of, stored_tokenizer
 from thinned.data.token_stream import make_tokenizer
-from thinned.data.tokenizer import Tokenizer, bpe_size
+from thinned.data.tokenizer import Tokenizer, bpe_size, known_tokenizer
 from thinned.data.tokens import TokenBatches, Tokens
 
 
@@ -180,7 +177,7 @@ class TextDataModule(SplitDataModule):
         given = self.hparams
         options = given["name"], given["text_column"], given["leave_out"] or []
         source = read_text(self.path, *options, streaming=given["streaming"])
-        rule = self._rule(source)
+        rule = rule_of(given, source.splits, self._kept, fits=self._fits)
         if self._kept and rule.by_document and rule.kept:
             # A split that the checkpoint takes from "train" does not mix with one that is stored now.
             splits = {split: source.splits[split] for split in source.splits if split in self._kept["stored"]}
@@ -188,15 +185,13 @@ class TextDataModule(SplitDataModule):
             source = replace(source, splits=splits, left_out=[*source.left_out, *extra])
         stored = {split: SplitDocuments(split, texts, rule) for split, texts in source.splits.items()}
         spec, max_tokens = given["tokenizer"], given["max_tokens"]
-        tokenizer = None
-        if self._given:
-            tokenizer = Tokenizer.from_json(self._given)
-        elif spec != "char" and not bpe_size(spec):
-            tokenizer = Tokenizer.pretrained(spec)
-        folder = self._folder(source, rule)
-        # A checkpoint is often used on its training text: if its tokenizer was made for it, so were the tokens.
+        tokenizer = known_tokenizer(spec, self._given)
+        split = [rule.val, rule.test, rule.seed] if rule.by_document else None
+        label, key = f"{source.label}-{Path(spec).stem}", [source.content, spec, split, max_tokens]
+        folder = folder_of(given["cache_dir"], label, [*key, rule.ends[0] if bpe_size(spec) else None])
+        # A checkpoint is often used on its training text: if its tokenizer was made of it, so were the tokens.
         if tokenizer and stored_tokenizer(folder) != self._given:
-            folder = self._folder(source, rule, tokenizer)
+            folder = folder_of(given["cache_dir"], label, [*key, tokenizer.to_json()])
 
         def make() -> Tokenizer:
             return tokenizer or make_tokenizer(spec, stored, rule.ends[0], max_tokens)
@@ -210,34 +205,6 @@ class TextDataModule(SplitDataModule):
         tokenised = cached_tokens(folder, make, stored, dict.fromkeys([*stored, *rule.taken]), max_tokens, check)
         self._prepared = Prepared(source, rule, tokenised)
         return self._prepared
-
-    def _folder(self, source: TextSource, rule: SplitRule, tokenizer: Tokenizer | None = None) -> Path:
-        """Returns the folder of the tokens, named by all that they depend on; None for a tokenizer made of the text."""
-        spec = self.hparams["tokenizer"]
-        made_of = tokenizer.to_json() if tokenizer else rule.ends[0] if bpe_size(spec) else None
-        split = [rule.val, rule.test, rule.seed] if rule.by_document else None
-        key = json.dumps([FORMAT, source.content, spec, made_of, split, self.hparams["max_tokens"]])
-        label = re.sub(r"[^\w.-]+", "-", f"{source.label}-{Path(spec).stem}").strip(".-")[:80]
-        name = f"{label}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
-        return Path(self.hparams["cache_dir"]).expanduser() / name
-
-    def _rule(self, source: TextSource) -> SplitRule:
-        """Returns how the stored "train" is split.
-
-        Documents are split as the checkpoint's if they have some in common. Otherwise the tokens show whether the text
-        is that of the checkpoint.
-        """
-        if not (train := source.splits.get("train")):
-            if self._kept and not self._fits:
-                return SplitRule.of(self.hparams, ["val", "test"], by_document=False)
-            raise ValueError(f"Expected data.path to have a split 'train', but got {[*source.splits]}")
-        if self._kept:
-            kept = SplitRule.of(self._kept, self._kept["stored"], by_document=self._kept["by_document"], kept=True)
-            if not kept.by_document or shares_documents(self._kept["parts"]["train"]["digest"], train, kept):
-                return kept
-        rule = SplitRule.of(self.hparams, source.splits, by_document=True)
-        several = enough_documents(train, rule, self.hparams["max_tokens"])
-        return replace(rule, by_document=several and (not self._kept or self._fits))
 
     @property
     def vocab_size(self) -> int:

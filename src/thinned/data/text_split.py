@@ -12,7 +12,7 @@ from __future__ import annotations
 import sys
 from bisect import insort
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from operator import length_hint
 from pathlib import Path
 from typing import Any
@@ -46,12 +46,10 @@ class SplitRule:
     kept: bool = False
 
     @classmethod
-    def of(
-        cls, settings: Mapping[str, Any], stored: Collection[Split], *, by_document: bool, kept: bool = False
-    ) -> SplitRule:
+    def of(cls, settings: Mapping[str, Any], stored: Collection[Split], *, by_document: bool) -> SplitRule:
         """Returns the rule by these settings of the data, if these splits are stored."""
         val, test = (0.0 if split in stored else settings[f"{split}_fraction"] for split in ("val", "test"))
-        return cls(val, test, settings["split_seed"], by_document, kept)
+        return cls(val, test, settings["split_seed"], by_document)
 
     @property
     def ends(self) -> tuple[float, float]:
@@ -115,10 +113,36 @@ class SplitDocuments:
         return {split: "".join(f"{number:016x}" for number in self.smallest[split]) for split in self.smallest}
 
 
-def shares_documents(digest: str, documents: Iterable[str], rule: SplitRule) -> bool:
-    """Returns whether any of the documents is among those of a digest by the same rule."""
-    known = {digest[i : i + 16] for i in range(0, len(digest), 16)}
-    return any(f"{rule.hash(text):016x}" in known for text in documents)
+def rule_of(
+    settings: Mapping[str, Any], stored: Mapping[Split, Iterable[str]], kept: Mapping[str, Any] | None, *, fits: bool
+) -> SplitRule:
+    """Returns how the stored "train" is split.
+
+    Documents are split as the checkpoint's if they have some in common. Otherwise the tokens show whether the text is
+    that of the checkpoint.
+
+    Args:
+        settings: Those of the data.
+        stored: Documents of each stored split.
+        kept: The `split` in the state of a `TextDataModule`, of a checkpoint.
+        fits: Whether this is for training.
+
+    Raises:
+        ValueError: If there is no "train" to train on.
+    """
+    if "train" not in stored:
+        if kept and not fits:
+            return SplitRule.of(settings, ["val", "test"], by_document=False)
+        raise ValueError(f"Expected data.path to have a split 'train', but got {[*stored]}")
+    if kept:
+        rule = replace(SplitRule.of(kept, kept["stored"], by_document=kept["by_document"]), kept=True)
+        digest = kept["parts"]["train"]["digest"]
+        known = {digest[i : i + 16] for i in range(0, len(digest), 16)}
+        if not rule.by_document or any(f"{rule.hash(text):016x}" in known for text in stored["train"]):
+            return rule
+    rule = SplitRule.of(settings, stored, by_document=True)
+    several = (fits or not kept) and enough_documents(stored["train"], rule, settings["max_tokens"])
+    return replace(rule, by_document=several)
 
 
 def new_ranges(rule: SplitRule, counts: Mapping[Split, int]) -> dict[Split, Range]:

@@ -6,12 +6,14 @@ something is missing or of another size is made anew.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from filelock import FileLock
@@ -32,6 +34,13 @@ class Tokenised(NamedTuple):
     tokenizer: Tokenizer
     tokens: dict[Split, Tokens]
     digests: dict[Split, str]  # of the splits that consist of whole documents
+
+
+def folder_of(cache_dir: str, label: str, key: list[Any]) -> Path:
+    """Returns the folder of tokens: the label is for people, and the key is all that they depend on, as JSON."""
+    digest = hashlib.sha256(json.dumps([FORMAT, *key]).encode()).hexdigest()
+    name = re.sub(r"[^\w.-]+", "-", label).strip(".-")[:80]
+    return Path(cache_dir).expanduser() / f"{name}-{digest[:12]}"
 
 
 def cached_tokens(

@@ -41,6 +41,13 @@ def bpe_size(spec: str) -> int | None:
     raise ValueError(f"Expected data.tokenizer to be {EXPECTED}, but got {spec!r}")
 
 
+def known_tokenizer(spec: str, given: str | None) -> Tokenizer | None:
+    """Returns the tokenizer given as JSON, or a pretrained one; None if it is made of the text."""
+    if given:
+        return Tokenizer.from_json(given)
+    return None if spec == "char" or bpe_size(spec) else Tokenizer.pretrained(spec)
+
+
 class Tokenizer:
     """Encodes text as ids and decodes them.
 
