@@ -9,7 +9,7 @@ Shapes: T tokens in a window.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,7 +32,7 @@ from thinned.data.text_split import (
     rule_of,
     whole_ranges,
 )
-from thinned.data.token_cache import Tokenised, cached_tokens, folder_of, stored_tokenizer
+from thinned.data.token_cache import Tokenised, cached_tokens, folder_of, open_tokens
 from thinned.data.token_stream import make_tokenizer
 from thinned.data.tokenizer import Tokenizer, bpe_size, known_tokenizer
 from thinned.data.tokens import TokenBatches, Tokens
@@ -138,7 +138,9 @@ class TextDataModule(SplitDataModule):
         source, rule, tokenised = self._prepare()
         self.tokenizer, files, _ = tokenised
         counts = {split: len(tokens) for split, tokens in files.items()}
-        said = [f"Left out of data.path: {_shortened(source.left_out)}"] if source.left_out else []
+        said = []
+        if out := source.left_out:
+            said.append(f"Left out of data.path: {', '.join(out[:5])}" + f" and {len(out) - 5} more" * (len(out) > 5))
         ranges = kept_ranges(self._kept, self.path, files) if self._kept and rule.kept else None
         self._is_another = self._kept is not None and not ranges and not self._fits
         if self._kept and not ranges:
@@ -189,8 +191,9 @@ class TextDataModule(SplitDataModule):
         split = [rule.val, rule.test, rule.seed] if rule.by_document else None
         label, key = f"{source.label}-{Path(spec).stem}", [source.content, spec, split, max_tokens]
         folder = folder_of(given["cache_dir"], label, [*key, rule.ends[0] if bpe_size(spec) else None])
+        made = open_tokens(folder)
         # A checkpoint is often used on its training text: if its tokenizer was made of it, so were the tokens.
-        if tokenizer and stored_tokenizer(folder) != self._given:
+        if tokenizer and not (made and made.tokenizer.to_json() == self._given):
             folder = folder_of(given["cache_dir"], label, [*key, tokenizer.to_json()])
 
         def make() -> Tokenizer:
@@ -284,8 +287,3 @@ class TextDataModule(SplitDataModule):
     def batches(self, split: Split, *, training: bool) -> TokenBatches:
         """Returns a split as windows; those for training begin at another offset each epoch."""
         return TokenBatches(self.tokens[split], self.context_length, self.hparams["seed"], training)
-
-
-def _shortened(names: Sequence[str]) -> str:
-    """Shows the first names of many."""
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

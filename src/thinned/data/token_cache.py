@@ -66,10 +66,10 @@ def cached_tokens(
         OSError: If the files cannot be written.
         ValueError: If the text cannot be encoded.
     """
-    if found := _open(folder):
+    if found := open_tokens(folder):
         return found
     with _replacing(folder) as partial:
-        if found := _open(folder):  # another process has written it
+        if found := open_tokens(folder):  # another process has written it
             return found
         partial.mkdir()
         tokenizer = make()
@@ -92,25 +92,17 @@ def cached_tokens(
         manifest = {"dtype": dtype, "tokens": counts, "digests": check(counts)}
         (partial / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
         (partial / "manifest.json").write_text(json.dumps(manifest, indent=2), encoding="utf-8")
-    found = _open(folder)
+    found = open_tokens(folder)
     assert found
     return found
 
 
-def stored_tokenizer(folder: Path) -> str | None:
-    """Returns the JSON of the tokenizer in a folder of tokens; None if it cannot be read."""
-    try:
-        return (folder / "tokenizer.json").read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
-        return None
-
-
-def _open(folder: Path) -> Tokenised | None:
+def open_tokens(folder: Path) -> Tokenised | None:
     """Returns the tokens in a folder; None if something is missing or not as it was written."""
     tokens = {}
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        tokenizer = Tokenizer.from_json(stored_tokenizer(folder) or "")
+        tokenizer = Tokenizer.from_json((folder / "tokenizer.json").read_text(encoding="utf-8"))
         dtype, digests = manifest["dtype"], manifest["digests"]
         for split, count in manifest["tokens"].items():
             path = folder / f"{split}.bin"
