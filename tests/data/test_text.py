@@ -429,6 +429,12 @@ class TestBadInput:
             make(tmp_path / "set", tokenizer=tokenizer)
         assert not (tmp_path / "cache").exists()
 
+    @pytest.mark.parametrize("tokenizer", ["char", "bpe:300"])
+    def test_an_empty_file(self, make: Make, tmp_path: Path, tokenizer: str) -> None:
+        with pytest.raises(ValueError, match=r"at least 9 tokens for train .*, but got 0 of the 0 in data\.path"):
+            make(tmp_path / "empty.txt", "", tokenizer=tokenizer)
+        assert not (tmp_path / "cache").exists()
+
     def test_bytes_that_are_no_text(self, make: Make, tmp_path: Path) -> None:
         (tmp_path / "bad.txt").write_bytes(b"abc" * 50 + b"\xff")
         with pytest.raises(ValueError, match=r"data\.path to hold UTF-8, but got the byte 0xff at offset 150 of .*bad"):

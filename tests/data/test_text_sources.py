@@ -36,7 +36,6 @@ def test_pydocs() -> None:
     topics = pydoc_data.topics.topics
     source = read_text("pydocs")
     assert documents(source) == {"train": [topics[key] for key in sorted(topics)]}
-    assert source.label == "pydocs"
 
 
 class TestFiles:
@@ -45,7 +44,6 @@ class TestFiles:
         path.write_bytes("a\r\n\rü\n".encode())
         source = read_text(str(path))
         assert documents(source) == {"train": ["a\r\n\rü\n"]}
-        assert source.label == "some"
 
     def test_of_a_folder_are_sorted_and_are_text(self, tmp_path: Path) -> None:
         for name in ("b.txt", "a/z.md", "a.TXT", "a/b/c.py", "picture.png", ".git/config.txt", "no_suffix", "a/.x.txt"):
@@ -83,12 +81,6 @@ class TestFiles:
         with pytest.raises(ValueError, match=message):
             documents(read_text(str(tmp_path)))
 
-    def test_without_text(self, tmp_path: Path) -> None:
-        (tmp_path / "empty.txt").touch()
-        for path in (tmp_path, tmp_path / "empty.txt"):
-            with pytest.raises(ValueError, match=rf"Expected text in data\.path, but got nothing in '{path}'"):
-                read_text(str(path))
-
     def test_that_cannot_be_read(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (tmp_path / "a.txt").write_text("a")
         source = read_text(str(tmp_path))
@@ -123,7 +115,6 @@ class TestDatasets:
             "val": ["validation", "and more"],
             "test": ["test", "and more"],
         }
-        assert source.label == "set"
 
     def test_saved_to_disk(self, tmp_path: Path, streaming: bool) -> None:
         saved = DatasetDict(train=Dataset.from_dict({"story": ["a", "b"]}), valid=Dataset.from_dict({"story": ["c"]}))
@@ -183,7 +174,6 @@ class TestDatasets:
         (tmp_path / "set" / "README.md").write_text(f"---\nconfigs: {json.dumps(names)}\n---\n")
         source = read_text(str(tmp_path / "set"), "second", streaming=streaming)
         assert documents(source) == {"train": ["second"]}
-        assert source.label == "set-second"
         assert source.content != read_text(str(tmp_path / "set"), "first", streaming=streaming).content
         with pytest.raises(FileNotFoundError, match=r"data\.path .* 'third'"):
             read_text(str(tmp_path / "set"), "third", streaming=streaming)

@@ -147,7 +147,7 @@ class TestPretrained:
         for name in (tmp_path, tmp_path / "tokenizer.json"):
             assert Tokenizer.pretrained(str(name)).encode("the cat") == bpe.encode("the cat")
         (tmp_path / "tokenizer.json").write_text("{}")
-        with pytest.raises(ValueError, match=r"Expected data\.tokenizer '.*' to hold a tokenizer, but got .*'\{\}'"):
+        with pytest.raises(ValueError, match=r"Expected data\.tokenizer to hold a tokenizer as JSON, but got '\{\}'"):
             Tokenizer.pretrained(str(tmp_path))
 
     def test_from_the_cache_of_the_hub(self, tmp_path: Path, bpe: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -189,7 +189,7 @@ class TextDataModule(SplitDataModule):
         spec, max_tokens = given["tokenizer"], given["max_tokens"]
         tokenizer = known_tokenizer(spec, self._given)
         split = [rule.val, rule.test, rule.seed] if rule.by_document else None
-        label, key = f"{source.label}-{Path(spec).stem}", [source.content, spec, split, max_tokens]
+        label, key = f"{Path(self.path).resolve().stem}-{Path(spec).stem}", [source.content, spec, split, max_tokens]
         folder = folder_of(given["cache_dir"], label, [*key, rule.ends[0] if bpe_size(spec) else None])
         made = open_tokens(folder)
         # A checkpoint is often used on its training text: if its tokenizer was made of it, so were the tokens.

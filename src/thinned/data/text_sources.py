@@ -7,7 +7,6 @@ installation has.
 from __future__ import annotations
 
 import glob
-import hashlib
 import json
 import pydoc_data.topics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -39,7 +38,6 @@ class TextSource:
 
     splits: Mapping[Split, Iterable[str]]  # those that are stored; each can be read again
     content: str  # differs between sources of different text
-    label: str  # for people; it can be part of a file name
     left_out: Sequence[str] = ()  # stored splits or files that are not used
 
 
@@ -85,41 +83,36 @@ def read_text(
         FileNotFoundError: If nothing can be read.
         ValueError: If there is no text, or an argument does not apply to it.
     """
-    folder = Path(path).expanduser()
-    settings: dict[str, Any] = {"name": name, "text_column": text_column, "streaming": streaming}
-    if path == "pydocs":
-        topics = pydoc_data.topics.topics
-        documents = [topics[key] for key in sorted(topics)]
-        source = TextSource({"train": documents}, hashlib.sha256(json.dumps(documents).encode()).hexdigest(), path)
-        settings["leave_out"] = leave_out
-    else:
-        by_name = folder.exists() and not is_saved(folder) and not declares_its_files(folder)
-        files = layout(folder, leave_out) if by_name else None
-        if not files or files.rows:
-            return _rows(path, None if name else files, name, text_column, leave_out, streaming)
-        if not any(file.stat().st_size for paths in files.splits.values() for file in paths):
-            raise ValueError(f"Expected text in data.path, but got nothing in {str(folder)!r}")
-        content = json.dumps({split: _states(paths) for split, paths in files.splits.items()})
-        texts = {split: TextFiles(paths) for split, paths in files.splits.items()}
-        source = TextSource(texts, content, _label(folder), files.left_out)
-    for key, value in settings.items():
+    folder, is_pydocs = Path(path).expanduser(), path == "pydocs"
+    by_name = not is_pydocs and folder.exists() and not is_saved(folder) and not declares_its_files(folder)
+    files = layout(folder, leave_out) if by_name else None
+    if not is_pydocs and (files is None or files.rows):
+        return _rows(path, None if name else files, name, text_column, leave_out, streaming)
+    unused = {
+        "name": name,
+        "text_column": text_column,
+        "streaming": streaming,
+        "leave_out": leave_out if is_pydocs else (),
+    }
+    for key, value in unused.items():
         if value:
             raise ValueError(
                 f"Expected data.path to be files of rows or the id of a dataset on the Hugging Face Hub, as data.{key} "
                 f"is {value!r}, but got {path!r}"
             )
-    return source
+    if files:
+        content = json.dumps({split: _states(paths) for split, paths in files.splits.items()})
+        texts = {split: TextFiles(paths) for split, paths in files.splits.items()}
+        return TextSource(texts, content, files.left_out)
+    topics = pydoc_data.topics.topics
+    documents = [topics[key] for key in sorted(topics)]
+    return TextSource({"train": documents}, json.dumps(documents))
 
 
 def _states(files: Iterable[Path]) -> list[tuple[str, int, int]]:
     """Returns what tells files from others, and from what they were: a copy or an archive cannot set the ctime back."""
     stats = {str(file.absolute()): file.stat() for file in files}
     return [(path, stat.st_size, stat.st_ctime_ns) for path, stat in stats.items()]
-
-
-def _label(folder: Path) -> str:
-    """Returns the name of a folder or a file, without what says what is in it."""
-    return folder.resolve().name.partition(".")[0] if folder.is_file() else folder.resolve().stem
 
 
 def _rows(
@@ -151,9 +144,8 @@ def _rows(
     elif folder.exists():
         identity = _states([folder] if folder.is_file() else walk(folder))
     content = json.dumps([streaming, column, name, names, identity])
-    label = _label(folder) if folder.exists() else path.replace("/", "-")
     columns = {split: TextColumn(rows, column, names[split]) for split, rows in stored.items()}
-    return TextSource(columns, content, f"{label}-{name}" if name else label, left_out)
+    return TextSource(columns, content, left_out)
 
 
 def _read_files(paths: list[Path], streaming: bool) -> Stored:

@@ -15,7 +15,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from operator import length_hint
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from thinned.data.content_split import content_hash
 from thinned.data.order import Split
@@ -124,7 +124,7 @@ def rule_of(
     Args:
         settings: Those of the data.
         stored: Documents of each stored split.
-        kept: The `split` in the state of a `TextDataModule`, of a checkpoint.
+        kept: The `split` in a checkpoint's state of a `TextDataModule`.
         fits: Whether this is for training.
 
     Raises:
@@ -158,9 +158,8 @@ def new_ranges(rule: SplitRule, counts: Mapping[Split, int]) -> dict[Split, Rang
 
 def whole_ranges(counts: Mapping[Split, int]) -> dict[Split, Range]:
     """Returns the stored splits of a text that was not trained on, or else all of it for each."""
-    names: list[Split] = ["train", "val", "test"]
-    first: Split = next(iter(counts))
-    files: dict[Split, Split] = {split: split if split in counts else first for split in names}
+    first = next(iter(counts))
+    files: dict[Split, Split] = {split: split if split in counts else first for split in get_args(Split)}
     return {split: (file, 0, counts[file]) for split, file in files.items()}
 
 
@@ -184,7 +183,7 @@ def kept_ranges(kept: Mapping[str, Any], path: str, tokens: Mapping[Split, Token
     What has been added to the end of a text is in no split. Stored splits, and documents, are used as they are now.
 
     Args:
-        kept: The `split` in the state of a `TextDataModule`.
+        kept: The `split` in a checkpoint's state of a `TextDataModule`.
         path: The value of `data.path` now.
         tokens: The tokens of each file now. If the checkpoint's documents were split, these are, by the same rule.
 
@@ -215,11 +214,9 @@ def kept_ranges(kept: Mapping[str, Any], path: str, tokens: Mapping[Split, Token
         file: Split = part["file"]
         if file not in tokens:
             raise ValueError(f"Expected data.path to have a stored split {file!r}, as in training, but got {[*tokens]}")
-        if file == "train" and by_position:
-            start, stop = (min(part[end], len(tokens[file])) for end in ("start", "stop"))
-            ranges[split] = file, start, stop
-        else:
-            ranges[split] = file, 0, len(tokens[file])
+        count = len(tokens[file])
+        stop = part["stop"] if by_position and file == "train" else count
+        ranges[split] = file, min(part["start"], count), min(stop, count)
     return ranges
 
 
@@ -232,13 +229,7 @@ def kept_settings(kept: Mapping[str, Any], *, training: bool) -> dict[str, Any]:
 
 
 def changes(kept: Mapping[str, Any], parts: Mapping[Split, Any], counts: Mapping[Split, int]) -> list[str]:
-    """Returns what is to be said of a text that is not as it was.
-
-    Args:
-        kept: The `split` in the state of a `TextDataModule`.
-        parts: Its `parts` as they are now, split as the checkpoint has it.
-        counts: The number of tokens of each file now.
-    """
+    """Returns what is to be said of a text that is not as it was: `parts` and the size of each file are of now."""
     said, ends = [], dict.fromkeys(counts, 0)
     for split, part in parts.items():
         before, after = (each["stop"] - each["start"] for each in (kept["parts"][split], part))

@@ -110,19 +110,19 @@ def _separable(document: str, cut: int, tokenizer: Tokenizer) -> bool:
 def token_arrays(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[tuple[Split, np.ndarray]]:
     """Yields splits and tokens of all documents in order, each followed by what separates them; no empty ones."""
     end = np.array([tokenizer.end_of_text])
-    texts = _texts(documents, tokenizer)
+    texts = in_pieces(_separated(documents, tokenizer), tokenizer)
     while group := list(islice(texts, GROUP)):
         encoded = iter(tokenizer.encode_documents([text for _, text in group if text]))
         yield from ((split, next(encoded) if text else end) for split, text in group)
 
 
-def _texts(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[Document]:
-    """Yields split and text of the pieces of all documents, and of what separates them: "" stands for its token."""
+def _separated(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[Document]:
+    """Yields documents that have text, and what separates them: "" stands for its token, if there is one."""
     begun = set[Split]()
     for split, document in filter(_has_text, documents):
         if split in begun and tokenizer.end_of_text is None:
             yield split, SEPARATOR
         begun.add(split)
-        yield from ((split, piece) for piece in pieces(document, tokenizer))
+        yield split, document
         if tokenizer.end_of_text is not None:
             yield split, ""

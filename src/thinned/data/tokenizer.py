@@ -117,10 +117,7 @@ class Tokenizer:
             raise FileNotFoundError(
                 f"Expected data.tokenizer to be {EXPECTED}, but got {name!r} ({type(error).__name__}: {cause})"
             ) from None
-        try:
-            return cls.from_json(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"Expected data.tokenizer {name!r} to hold a tokenizer, but got {error}") from None
+        return cls.from_json(path.read_text(encoding="utf-8", errors="replace"))
 
     @classmethod
     def from_json(cls, text: str) -> Tokenizer:
@@ -128,7 +125,9 @@ class Tokenizer:
         try:
             return cls(tokenizers.Tokenizer.from_str(text))
         except Exception as error:  # the library raises bare Exceptions
-            raise ValueError(f"Expected the JSON of a tokenizer, but got {text[:40]!r} ({error})") from None
+            raise ValueError(
+                f"Expected data.tokenizer to hold a tokenizer as JSON, but got {text[:40]!r} ({error})"
+            ) from None
 
     def to_json(self) -> str:
         """Returns the whole tokenizer in the format of tokenizer.json."""
