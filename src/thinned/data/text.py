@@ -57,7 +57,8 @@ class TextDataModule(SplitDataModule):
     A checkpoint keeps the split, whatever the settings say later: in the same text, which may have grown, no token is
     tested that was trained on. All of another text is predicted.
 
-    The text is tokenised once, into files in `cache_dir` that later runs find again.
+    The text is tokenised once, into files in `cache_dir` that later runs find again while path, size and time of change
+    of the text are the same.
 
     Args:
         path: "pydocs" for Python's own documentation, a file, the id of a dataset on the Hugging Face Hub, or a folder:
