@@ -3,5 +3,6 @@
 from thinned.uncertainty.monte_carlo import mc_predict, mc_samples
 from thinned.uncertainty.selection import select_sites
 from thinned.uncertainty.statistics import MCPrediction, MCStatistics
+from thinned.uncertainty.thinned_networks import ThinnedNetworks
 
-__all__ = ["MCPrediction", "MCStatistics", "mc_predict", "mc_samples", "select_sites"]
+__all__ = ["MCPrediction", "MCStatistics", "ThinnedNetworks", "mc_predict", "mc_samples", "select_sites"]

@@ -17,6 +17,7 @@ from thinned.models.net import check_logits, logits_in, net_offers
 from thinned.uncertainty.acting_dropout import acting_sites, of_our_make, only_dropout_active, seeded_output
 from thinned.uncertainty.foreign_dropout import FoundDropout, find_dropout
 from thinned.uncertainty.statistics import MCPrediction, MCStatistics
+from thinned.uncertainty.thinned_networks import ThinnedNetworks
 
 Masks = Literal["auto", "shared", "independent"]
 Output = TypeVar("Output")
@@ -44,6 +45,7 @@ def sampled_outputs(
     sites: Collection[str] | None = None,
     scale: float = 1.0,
     found: FoundDropout | None = None,
+    kept: ThinnedNetworks | None = None,
 ) -> Generator[Output, None, None]:
     """Yields what `evaluate` returns for each of the S sampled networks.
 
@@ -66,8 +68,8 @@ def sampled_outputs(
             output = evaluate(net)
         yield from repeat(output, num_samples)
     elif shared:
-        for sample in range(num_samples):
-            yield evaluate(net.thin(seed, sample, sites, scale))  # type: ignore[operator]
+        kept = kept or ThinnedNetworks(max_bytes=0)
+        yield from map(evaluate, kept.sampled(net, num_samples, seed=seed, sites=sites, scale=scale))
     else:
         watched = evaluate if found is None else found.pass_of(evaluate)
         with only_dropout_active(net, sites, scale, () if found is None else found.owners):
@@ -94,6 +96,7 @@ def mc_predict(
     seed: int = 0,
     sites: Collection[str] | None = None,
     scale: float = 1.0,
+    kept: ThinnedNetworks | None = None,
 ) -> MCPrediction:
     """Predicts with S networks sampled by dropout and says how much they differ.
 
@@ -109,14 +112,17 @@ def mc_predict(
         seed: Of the ensemble. The global random state is left as it was.
         sites: Those at which dropout acts; None for all. Only for nets built from `thinned.models.Dropout`.
         scale: Multiplies the rates of `thinned.models.Dropout`.
+        kept: Keeps the thinned networks of shared masks for the next call. None keeps nothing.
 
     Raises:
         ValueError: S below 2, unknown site, no dropout, dropout with a rate that never draws, a net of which dropout
             cannot act alone, or outputs that are no logits.
     """
     statistics = MCStatistics()
-    samples = mc_samples(net, inputs, num_samples=num_samples, masks=masks, seed=seed, sites=sites, scale=scale)
-    with closing(samples):  # an exception here restores the modes at once
+    settings: dict[str, Any] = {"num_samples": num_samples, "masks": masks, "seed": seed, "sites": sites}
+    with closing(
+        mc_samples(net, inputs, **settings, scale=scale, kept=kept)
+    ) as samples:  # an exception here restores the modes at once
         for probs in samples:
             statistics.update(probs)
     return statistics.compute()
