@@ -142,7 +142,7 @@ class MLP(nn.Module):
 
     def stack(
         self, seed: int, samples: Sequence[int], sites: Collection[str] | None = None, scale: float = 1.0
-    ) -> nn.Sequential:
+    ) -> "MLP":
         """Returns S thinned networks as one module, from inputs (B, ...) to logits (S, B, K), if anything drops.
 
         It shares all weights. The first mask, (S, 1, ...), repeats its input S times: what is before it runs once.
@@ -150,7 +150,7 @@ class MLP(nn.Module):
         weights = next(self.parameters())
         masks = sample_masks(self, seed, samples, sites, scale, weights.dtype)
         stacked = {name: mask.unsqueeze(1).to(weights.device) for name, mask in masks.items()}
-        return with_masks(self.stages, stacked, "stages.")
+        return with_masks(self, stacked)
 
 
 def _residual_sublayer(size: int, units: int, activation: str, layer_norm: bool, dropout: DropoutRates) -> nn.Module:
