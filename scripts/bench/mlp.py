@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from thinned.models import MLP, DropoutRates
 from thinned.tasks import ClassificationTask, StepSeed
-from thinned.uncertainty import ThinnedNetworks, mc_predict, thinned_networks
+from thinned.uncertainty import ThinnedNetworks, mc_predict, monte_carlo
 
 WIDTHS = (1024, 1024, 1024)  # Srivastava et al. 2014 on MNIST: 784-1024-1024-1024-10
 
@@ -92,8 +92,8 @@ def bench_mlp_batch(repeats: int) -> None:
             inputs = torch.randn(count, 1, 28, 28)
 
             def predict(stacked: int | None, kept: ThinnedNetworks | None, inputs: Tensor = inputs) -> object:
-                limit = thinned_networks.STACKED_INPUTS if stacked is None else stacked
-                with mock.patch.object(thinned_networks, "STACKED_INPUTS", limit):
+                limit = monte_carlo.STACKED_INPUTS if stacked is None else stacked
+                with mock.patch.object(monte_carlo, "STACKED_INPUTS", limit):
                     return mc_predict(net, inputs, num_samples=samples, kept=kept)  # noqa: B023
 
             sides: dict[str, Callable[[], object]] = {

@@ -417,9 +417,9 @@ def test_net_of_another_make_that_drops_nothing_is_refused_when_it_predicts() ->
 def test_networks_are_cut_once_in_a_stage_and_forgotten_before_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
     net, cut, thin = mlp(), list[int](), MLP.thin
 
-    def counted(net: MLP, seed: int, sample: int, **settings: Any) -> nn.Module:
+    def counted(net: MLP, seed: int, sample: int, *settings: Any) -> nn.Module:
         cut.append(sample)
-        return thin(net, seed, sample, **settings)
+        return thin(net, seed, sample, *settings)
 
     monkeypatch.setattr(MLP, "thin", counted)
     way = sampled(net)

@@ -16,9 +16,9 @@ def test_networks_are_cut_once_while_the_weights_stay(monkeypatch: pytest.Monkey
     net = GPT(20, 8, num_layers=1, num_heads=2, width=16, dropout=DropoutRates(0.1, 0.2, 0.3, 0.4)).double().eval()
     kept, tokens, cut, thin = ThinnedNetworks(), torch.randint(20, (3, 8)), Counter[int](), GPT.thin
 
-    def counted(net: GPT, seed: int, sample: int, **settings: Any) -> GPT:
+    def counted(net: GPT, seed: int, sample: int, *settings: Any) -> GPT:
         cut[sample] += 1
-        return thin(net, seed, sample, **settings)
+        return thin(net, seed, sample, *settings)
 
     monkeypatch.setattr(GPT, "thin", counted)
     for round in (1, 2):  # by tied weights of the head alone

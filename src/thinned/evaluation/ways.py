@@ -17,7 +17,7 @@ from thinned.models.dropout import check_sites, derive_seed, sites_in
 from thinned.models.net import Logits, check_logits, logits_in, net_offers
 from thinned.uncertainty.acting_dropout import acting_sites, of_our_make
 from thinned.uncertainty.foreign_dropout import FoundDropout, deterministic_output, find_dropout
-from thinned.uncertainty.monte_carlo import Masks, resolve_masks, sampled_outputs
+from thinned.uncertainty.monte_carlo import Masks, resolve_masks, sampled_logits, sampled_outputs
 from thinned.uncertainty.scores import nll
 from thinned.uncertainty.selection import Acting, select_sites
 from thinned.uncertainty.thinned_networks import ThinnedNetworks
@@ -170,8 +170,13 @@ class SampledNetworks(Way):
         # Its first example seeds the independent masks of a batch, or all batches would draw the same.
         seed = self.seed if settings["masks"] == "shared" else derive_seed(self.seed, int(batch.index[0]))
         sites = None if self._acting is None else self._acting.sites
-        each = {"seed": seed, "sites": sites, "found": self._found, "kept": self._kept, **settings}
-        yield from sampled_outputs(net, batch.logits, **each)
+        settings |= {"seed": seed, "sites": sites, "found": self._found, "kept": self._kept}
+        if batch.counted is not None:
+            yield from sampled_outputs(net, batch.logits, **settings)
+            return
+        with closing(sampled_logits(net, batch.inputs, **settings)) as parts:
+            for logits in parts:
+                yield from map(Logits, logits)
 
     @property
     def _has_to_look(self) -> bool:

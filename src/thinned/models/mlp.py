@@ -143,12 +143,15 @@ class MLP(nn.Module):
     def stack(
         self, seed: int, samples: Sequence[int], sites: Collection[str] | None = None, scale: float = 1.0
     ) -> "MLP":
-        """Returns S thinned networks as one module, from inputs (B, ...) to logits (S, B, K), if anything drops.
+        """Returns S thinned networks as one module, from inputs (B, ...) to logits (S, B, K).
 
         It shares all weights. The first mask, (S, 1, ...), repeats its input S times: what is before it runs once.
         """
         weights = next(self.parameters())
         masks = sample_masks(self, seed, samples, sites, scale, weights.dtype)
+        if not masks:
+            shape = (len(samples), *self.stages.get_submodule("embedding_dropout").shape)  # type: ignore[misc]
+            masks["stages.embedding_dropout"] = torch.ones(shape, dtype=weights.dtype)
         stacked = {name: mask.unsqueeze(1).to(weights.device) for name, mask in masks.items()}
         return with_masks(self, stacked)
 
