@@ -83,8 +83,10 @@ def test_thinned_network_is_the_network_under_its_masks(stem: str, layer_norm: b
 def test_thinned_network_has_no_dropout(stem: str, layer_norm: bool, hidden: tuple[int, ...]) -> None:
     thinned = make(stem, layer_norm, hidden).train().thin(0, 0)
     x = torch.randn(3, 2, 4, 4, dtype=torch.float64)
-    assert not any(isinstance(module, Dropout) for module in thinned.modules())
-    assert torch.equal(thinned.train()(x), thinned.eval()(x))
+    stack = make(stem, layer_norm, hidden).train().stack(0, [0, 1], ["embedding"])
+    for module in (thinned, stack):
+        assert not any(isinstance(part, Dropout) for part in module.modules())
+        assert torch.equal(module.train()(x), module.eval()(x))
 
 
 @pytest.mark.parametrize("training", [False, True])

@@ -148,6 +148,16 @@ def test_another_net_has_other_networks() -> None:
             assert torch.equal(samples(net, images(size), kept), samples(net, images(size)))
 
 
+def test_another_net_of_the_same_weights_has_other_networks() -> None:
+    net, other = make(), make()
+    other.stages.activation0 = nn.Identity()
+    other.load_state_dict(net.state_dict(keep_vars=True), assign=True)
+    for size in (FEW, MANY):
+        kept = ThinnedNetworks()
+        for each in (net, other):
+            assert torch.equal(samples(each, images(size), kept), samples(each, images(size)))
+
+
 def test_changed_device_or_dtype_gives_networks_there() -> None:
     net, kept = make(), ThinnedNetworks()
     for size in (FEW, MANY):
