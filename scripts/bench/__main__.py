@@ -16,7 +16,7 @@ import torch
 from gpt import bench_generate, bench_gpt_mc, bench_train  # gpt only
 from gpt2_124m import calculate  # gpt only
 from intervals import bench_intervals
-from mlp import bench_dropout, bench_mlp_mc, bench_overhead  # mlp only
+from mlp import bench_dropout, bench_mlp_batch, bench_mlp_mc, bench_overhead  # mlp only
 from prediction import bench_predict  # mlp only
 from scaling import bench_scaling
 
@@ -26,6 +26,7 @@ def main() -> None:
     benches: dict[str, Callable[[int], None]] = {
         "dropout": bench_dropout,  # mlp only
         "mc_mlp": bench_mlp_mc,  # mlp only
+        "mc_batch": bench_mlp_batch,  # mlp only
         "overhead": bench_overhead,  # mlp only
         "predict": lambda _: bench_predict(),  # once: it takes minutes  # mlp only
         "train": lambda repeats: bench_train(repeats, arguments.nanogpt),  # gpt only

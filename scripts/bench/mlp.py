@@ -2,6 +2,9 @@
 
 import time
 from collections.abc import Callable
+from functools import partial
+from itertools import product
+from unittest import mock
 
 import lightning.pytorch as pl
 import torch
@@ -13,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from thinned.models import MLP, DropoutRates
 from thinned.tasks import ClassificationTask, StepSeed
-from thinned.uncertainty import mc_predict
+from thinned.uncertainty import ThinnedNetworks, mc_predict, monte_carlo
 
 WIDTHS = (1024, 1024, 1024)  # Srivastava et al. 2014 on MNIST: 784-1024-1024-1024-10
 
@@ -65,6 +68,50 @@ def run_textbook(p: float, num_samples: int) -> object:
 
 def run_thinned(p: float, num_samples: int) -> object:
     return mc_predict(mlp(p).eval(), torch.randn(1000, 1, 28, 28), num_samples=num_samples)
+
+
+def predict_repeated(net: nn.Module, inputs: Tensor, num_samples: int) -> Tensor:
+    """One batch, in which each input stands S times with masks of its own."""
+    net.train()
+    with torch.no_grad():
+        probs = net(inputs.repeat(num_samples, 1, 1, 1)).softmax(-1)
+    return probs.view(num_samples, len(inputs), -1).mean(0)
+
+
+def run_batch(count: int, num_samples: int, keep: bool) -> object:
+    net, kept = mlp(0.5).eval(), ThinnedNetworks() if keep else None
+    return [mc_predict(net, torch.randn(count, 1, 28, 28), num_samples=num_samples, kept=kept) for _ in range(2)]
+
+
+def bench_mlp_batch(repeats: int) -> None:
+    """S = 50 samples for few inputs and many, at both sides of `STACKED_INPUTS`, whichever it is."""
+    samples = 50
+    for p in (0.5, 0.1):
+        net, baseline, ours = mlp(p).eval(), textbook(p), mlp(p)
+        for count in (1, 8, 32, 64, 128, 1000):
+            inputs = torch.randn(count, 1, 28, 28)
+
+            def predict(stacked: int | None, kept: ThinnedNetworks | None, inputs: Tensor = inputs) -> object:
+                limit = monte_carlo.STACKED_INPUTS if stacked is None else stacked
+                with mock.patch.object(monte_carlo, "STACKED_INPUTS", limit):
+                    return mc_predict(net, inputs, num_samples=samples, kept=kept)  # noqa: B023
+
+            sides: dict[str, Callable[[], object]] = {
+                "mc_predict": partial(predict, None, None),
+                "mc_predict, kept": partial(predict, None, ThinnedNetworks()),
+                "stacked": partial(predict, count, None),
+                "stacked, kept": partial(predict, count, ThinnedNetworks()),
+                "cut": partial(predict, 0, None),
+                "cut, kept": partial(predict, 0, ThinnedNetworks()),
+                "textbook loop": partial(predict_textbook, baseline, inputs, samples),
+            }
+            if count < 1000:
+                sides["repeated batch, nn.Dropout"] = partial(predict_repeated, baseline, inputs, samples)
+                sides["repeated batch, thinned.models.Dropout"] = partial(predict_repeated, ours, inputs, samples)
+            show(f"{count} inputs, p = {p}, S = {samples}", compare(sides, repeats))
+    for count, keep in product((1, 64, 1000), (False, True)):
+        peaks = " MiB, ".join(f"S = {S}: {peak_memory(run_batch, count, S, keep):.0f}" for S in (20, 50, 200))
+        print(f"peak memory, {count} inputs, {'kept' if keep else 'nothing kept'}: {peaks} MiB")
 
 
 def bench_mlp_mc(repeats: int) -> None:

@@ -1,6 +1,7 @@
 """Ways to predict: what they are asked, in which order they learn, from what, and what they keep of it."""
 
 import json
+import weakref
 from collections.abc import Callable, Generator, Iterator
 from threading import Barrier, Thread
 from typing import Any
@@ -408,3 +409,24 @@ def test_net_of_another_make_that_drops_nothing_is_refused_when_it_predicts() ->
     way = sampled(nn.Linear(4, K))
     with pytest.raises(ValueError, match="rate above 0 in Linear"):
         batch_of(3).statistics(way)
+
+
+# Networks over batches
+
+
+def test_networks_are_cut_once_in_a_stage_and_forgotten_before_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    net, cut, thin = mlp(), list[int](), MLP.thin
+
+    def counted(net: MLP, seed: int, sample: int, *settings: Any) -> nn.Module:
+        cut.append(sample)
+        return thin(net, seed, sample, *settings)
+
+    monkeypatch.setattr(MLP, "thin", counted)
+    way = sampled(net)
+    batches = [batch_of(100), batch_of(80, 100), batch_of(3, 180)]
+    for batch in batches:
+        torch.testing.assert_close(batch.mean(way), mc_predict(net, batch.inputs, num_samples=S, seed=3).mean)
+    assert sorted(cut) == sorted([*range(S)] * 3)  # the way's, and those of two calls of `mc_predict`
+    first = weakref.ref(way._kept)
+    way.bind(net)
+    assert first() is None

@@ -74,14 +74,19 @@ def test_thinned_network_is_the_network_under_its_masks(stem: str, layer_norm: b
         with masked(net, masks):
             expected = net(x)
         torch.testing.assert_close(net.thin(7, sample, subset)(x), expected, rtol=1e-12, atol=1e-12)
+        if masks:
+            _, logits = net.stack(7, [sample + 1, sample], subset)(x)
+            torch.testing.assert_close(logits, expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize(("stem", "layer_norm", "hidden"), ARCHITECTURES)
 def test_thinned_network_has_no_dropout(stem: str, layer_norm: bool, hidden: tuple[int, ...]) -> None:
     thinned = make(stem, layer_norm, hidden).train().thin(0, 0)
     x = torch.randn(3, 2, 4, 4, dtype=torch.float64)
-    assert not any(isinstance(module, Dropout) for module in thinned.modules())
-    assert torch.equal(thinned.train()(x), thinned.eval()(x))
+    stack = make(stem, layer_norm, hidden).train().stack(0, [0, 1], ["embedding"])
+    for module in (thinned, stack):
+        assert not any(isinstance(part, Dropout) for part in module.modules())
+        assert torch.equal(module.train()(x), module.eval()(x))
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -90,7 +95,8 @@ def test_thinning_draws_nothing_and_leaves_the_net_as_it_was(training: bool) -> 
     net.stages.head.eval()  # a mode of its own
     before = {name: value.clone() for name, value in net.state_dict().items()}
     modes, state = [module.training for module in net.modules()], torch.get_rng_state()
-    net.thin(0, 0)(torch.ones(1, 2, 4, 4, dtype=torch.float64))
+    for thinned in (net.thin(0, 0), net.stack(0, [0, 1])):
+        thinned(torch.ones(1, 2, 4, 4, dtype=torch.float64))
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
     assert [module.training for module in net.modules()] == modes

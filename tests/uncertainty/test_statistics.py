@@ -41,6 +41,15 @@ def test_entropy_in_nats() -> None:
     assert entropy(probs).tolist() == pytest.approx([0, math.log(2), 1.5 * math.log(2)], abs=1e-15)
 
 
+@pytest.mark.parametrize("sizes", [[7], [1, 6], [4, 3], [2, 3, 2]])
+def test_samples_may_come_several_at_a_time(sizes: list[int]) -> None:
+    samples, statistics = random_samples(7), MCStatistics()
+    for part in samples.split(sizes):
+        statistics.update_all(part)
+    assert_equal(statistics.compute(), predict(samples))
+    torch.testing.assert_close(statistics.compute().variance, samples.var(0), rtol=1e-12, atol=1e-12)
+
+
 def test_three_samples_by_hand() -> None:
     prediction = predict(torch.tensor([[[1.0, 0.0]], [[0.5, 0.5]], [[0.0, 1.0]]], dtype=torch.float64))
     assert prediction.mean.tolist() == [[0.5, 0.5]]

@@ -4,7 +4,8 @@ A unit is kept with probability 1 - p and scaled by 1 / (1 - p) in training, so 
 """
 
 import hashlib
-from collections.abc import Collection
+import math
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -76,14 +77,30 @@ def dropout_mask(shape: tuple[int, ...], p: float, dtype: torch.dtype | None = N
         return mask.zero_()
     if seed is None:
         seed = int(torch.empty((), dtype=torch.int64).random_())
-    bits = 8 if (256 * p).is_integer() else 16 if 0.001 <= p <= 0.5 else 32
-    half = 2 ** (bits - 1)
-    threshold = min(round(p * 2 * half) - half, half - 1)
+    bits, threshold = _bits_and_threshold(p)
     words = np.random.SFC64(seed)
     for part in torch.split(mask.view(-1), WORDS_AT_ONCE * 64 // bits):
         drawn = torch.from_numpy(words.random_raw(-(-len(part) * bits // 64)).view(f"i{bits // 8}"))[: len(part)]
         part.copy_(drawn.ge_(threshold)).mul_(1 / (1 - p))
     return mask
+
+
+def dropout_masks(shape: tuple[int, ...], p: float, dtype: torch.dtype, seeds: Sequence[int]) -> Tensor:
+    """Returns what `dropout_mask` does for each seed, stacked: (S, *shape). Small masks cost a third."""
+    if p == 1:
+        return torch.zeros(len(seeds), *shape, dtype=dtype)
+    bits, threshold = _bits_and_threshold(p)
+    count = math.prod(shape)
+    words = np.stack([np.random.SFC64(seed).random_raw(-(-count * bits // 64)) for seed in seeds])
+    kept = torch.from_numpy(words.view(f"i{bits // 8}"))[:, :count] >= threshold
+    return kept.to(dtype).mul_(1 / (1 - p)).view(len(seeds), *shape)
+
+
+def _bits_and_threshold(p: float) -> tuple[int, int]:
+    """Returns the bits of a random signed integer, and the least one that keeps an element."""
+    bits = 8 if (256 * p).is_integer() else 16 if 0.001 <= p <= 0.5 else 32
+    half = 2 ** (bits - 1)
+    return bits, min(round(p * 2 * half) - half, half - 1)
 
 
 class Dropout(nn.Module):
@@ -120,7 +137,7 @@ def sites_in(net: nn.Module) -> tuple[str, ...]:
 def sample_masks(
     net: nn.Module,
     seed: int,
-    sample: int,
+    sample: int | Sequence[int],
     sites: Collection[str] | None = None,
     scale: float = 1.0,
     dtype: torch.dtype = torch.float64,
@@ -132,7 +149,7 @@ def sample_masks(
     Args:
         net: The net, whose `Dropout` modules know their shapes.
         seed: Seed of the whole ensemble.
-        sample: Which network of the ensemble, 0 <= sample < S.
+        sample: Which network of the ensemble, 0 <= sample < S; or several, whose masks are stacked: (S, *shape).
         sites: The sites that drop; None is all.
         scale: Factor on each rate.
         dtype: The masks' dtype, on which the units that are dropped do not depend.
@@ -143,5 +160,8 @@ def sample_masks(
         if isinstance(module, Dropout) and module.p * scale > 0 and module.site in chosen:
             assert module.shape is not None, f"Expected a shape of the mask of {name}"
             p = check_rate(scale * module.p, f"scale * dropout.{module.site}")
-            masks[name] = dropout_mask(module.shape, p, dtype, derive_seed(seed, sample, name))
+            if isinstance(sample, int):
+                masks[name] = dropout_mask(module.shape, p, dtype, derive_seed(seed, sample, name))
+            else:
+                masks[name] = dropout_masks(module.shape, p, dtype, [derive_seed(seed, s, name) for s in sample])
     return masks

@@ -15,7 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from thinned.models.dropout import Dropout, DropoutRates, sample_masks
-from thinned.models.thinning import AttentionPooling, Mask, PatchEmbedding, Residual, kept_units, thin_linear
+from thinned.models.thinning import (
+    AttentionPooling,
+    Mask,
+    PatchEmbedding,
+    Residual,
+    kept_units,
+    thin_linear,
+    with_masks,
+)
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "relu": lambda: nn.ReLU(inplace=True),  # nothing else reads its input, and fresh memory is slow
@@ -131,6 +139,21 @@ class MLP(nn.Module):
         attention stay, since no weight can carry them. Layers that no mask touches are shared, not copied.
         """
         return _thin_chain(self.stages, "stages.", self.masks(seed, sample, sites, scale))
+
+    def stack(
+        self, seed: int, samples: Sequence[int], sites: Collection[str] | None = None, scale: float = 1.0
+    ) -> "MLP":
+        """Returns S thinned networks as one module, from inputs (B, ...) to logits (S, B, K).
+
+        It shares all weights. The first mask, (S, 1, ...), repeats its input S times: what is before it runs once.
+        """
+        weights = next(self.parameters())
+        masks = sample_masks(self, seed, samples, sites, scale, weights.dtype)
+        if not masks:
+            shape = (len(samples), *self.stages.get_submodule("embedding_dropout").shape)  # type: ignore[misc]
+            masks["stages.embedding_dropout"] = torch.ones(shape, dtype=weights.dtype)
+        stacked = {name: mask.unsqueeze(1).to(weights.device) for name, mask in masks.items()}
+        return with_masks(self, stacked)
 
 
 def _residual_sublayer(size: int, units: int, activation: str, layer_norm: bool, dropout: DropoutRates) -> nn.Module:

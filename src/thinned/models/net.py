@@ -26,6 +26,8 @@ class NetOffers(Protocol):
     context_length: int | None = None
     # `thin(seed, sample, sites, scale)`: a thinned network, with masks that all inputs share.
     thin: Callable[..., nn.Module] | None = None
+    # `stack(seed, samples, sites, scale)`: S of them as one module, (B, ...) -> (S, B, K), cheaper for few inputs.
+    stack: Callable[..., nn.Module] | None = None
     # `features(inputs)`, (B, T, C), and `logits(features)`, (n, C) -> (n, V): with V, not all logits exist at once.
     features: Callable[[Any], Tensor] | None = None
     logits: Callable[[Tensor], Tensor] | None = None

@@ -10,6 +10,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from thinned.models.dropout import Dropout
+
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -41,7 +43,7 @@ class AttentionPooling(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         key, value = self.key_value(x).chunk(2, dim=-1)  # (B, P, E) each
         attention = torch.softmax(key @ self.query / math.sqrt(len(self.query)), dim=-1)  # (B, P)
-        return torch.einsum("bp,bpe->be", self.attention_dropout(attention), value)
+        return torch.einsum("...p,...pe->...e", self.attention_dropout(attention), value)
 
 
 class Residual(nn.Module):
@@ -64,6 +66,18 @@ class Mask(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.mask
+
+
+def with_masks(module: M, masks: dict[str, Tensor], prefix: str = "") -> M:
+    """Returns a copy of a module in which each dropout is a mask, by its name, or nothing. All else is shared."""
+    changed: dict[str, nn.Module] = {}
+    for name, part in module.named_children():
+        path = prefix + name
+        if isinstance(part, Dropout):
+            changed[name] = Mask(masks[path]) if path in masks else nn.Identity()
+        elif any(isinstance(inner, Dropout) for inner in part.modules()):
+            changed[name] = with_masks(part, masks, f"{path}.")
+    return replace_modules(module, **changed)
 
 
 def kept_units(mask: Tensor) -> Tensor:

@@ -4,10 +4,12 @@ from thinned.uncertainty.monte_carlo import mc_predict, mc_samples
 from thinned.uncertainty.scores import augrc, aurc, classification_scores
 from thinned.uncertainty.selection import select_sites
 from thinned.uncertainty.statistics import MCPrediction, MCStatistics
+from thinned.uncertainty.thinned_networks import ThinnedNetworks
 
 __all__ = [
     "MCPrediction",
     "MCStatistics",
+    "ThinnedNetworks",
     "augrc",
     "aurc",
     "classification_scores",

@@ -1,7 +1,13 @@
 """Monte-Carlo dropout (Gal and Ghahramani 2016): the predictions of S networks sampled by dropout.
 
-`shared` masks sample a network and evaluate it on every input (`net.thin`). `independent` masks are drawn for every
-input and element, by whatever dropout the net contains.
+`shared` masks sample a network and evaluate it on every input. `independent` masks are drawn for every input and
+element, by whatever dropout the net contains.
+
+Shared masks have two ways to the same logits. Few inputs pass once through all weights for many networks, with their
+masks on the activations (`net.stack`). Many inputs pass through the smaller weights of one network after the other
+(`net.thin`), which repays the cutting.
+
+Shapes: B inputs, S samples, n of them at once, K classes.
 """
 
 from collections.abc import Callable, Collection, Generator
@@ -17,9 +23,15 @@ from thinned.models.net import check_logits, logits_in, net_offers
 from thinned.uncertainty.acting_dropout import acting_sites, of_our_make, only_dropout_active, seeded_output
 from thinned.uncertainty.foreign_dropout import FoundDropout, find_dropout
 from thinned.uncertainty.statistics import MCPrediction, MCStatistics
+from thinned.uncertainty.thinned_networks import ThinnedNetworks
 
 Masks = Literal["auto", "shared", "independent"]
 Output = TypeVar("Output")
+
+# On a CPU, for 784-1024-1024-1024-10 (`scripts/bench mc_batch`), a stack is cheaper below about 130 inputs at a rate of
+# 0.5, and below 30 if networks are kept; at a rate of 0.1 below about 1,000, and 120.
+STACKED_INPUTS = 64
+ROWS_AT_ONCE = 512  # networks times inputs in a stack: their activations stay in the cache
 
 
 def resolve_masks(net: nn.Module, masks: Masks) -> Literal["shared", "independent"]:
@@ -44,13 +56,15 @@ def sampled_outputs(
     sites: Collection[str] | None = None,
     scale: float = 1.0,
     found: FoundDropout | None = None,
+    kept: ThinnedNetworks | None = None,
+    at_once: int = 1,
 ) -> Generator[Output, None, None]:
     """Yields what `evaluate` returns for each of the S sampled networks.
 
     Shared masks depend on (seed, sample) alone: the same networks whatever the inputs, the batch or the device.
     Independent masks depend on the shape of the inputs too. If all rates are 0, the deterministic network is evaluated
-    once, and yielded S times. `found` is what `find_dropout` says of a net of another make; it is asked if None. Other
-    Args and Raises: see `mc_predict`.
+    once, and yielded S times. `found` is what `find_dropout` says of a net of another make; it is asked if None. With
+    `at_once` above 1, `evaluate` is given stacks of so many networks. Other Args and Raises: see `mc_predict`.
     """
     if num_samples < 2:
         raise ValueError(f"Expected num_samples to be at least 2, but got {num_samples}")
@@ -66,8 +80,8 @@ def sampled_outputs(
             output = evaluate(net)
         yield from repeat(output, num_samples)
     elif shared:
-        for sample in range(num_samples):
-            yield evaluate(net.thin(seed, sample, sites, scale))  # type: ignore[operator]
+        kept = kept or ThinnedNetworks(max_bytes=0)
+        yield from map(evaluate, kept.networks(net, num_samples, at_once, seed, sites, scale))
     else:
         watched = evaluate if found is None else found.pass_of(evaluate)
         with only_dropout_active(net, sites, scale, () if found is None else found.owners):
@@ -75,13 +89,29 @@ def sampled_outputs(
                 yield seeded_output(net, watched, derive_seed(seed, sample))
 
 
-def mc_samples(net: nn.Module, inputs: Any, **settings: Any) -> Generator[Tensor, None, None]:
-    """Yields the S sampled predictive distributions: softmax of the logits, (B, K). See `mc_predict`."""
+def sampled_logits(
+    net: nn.Module, inputs: Any, masks: Masks = "auto", sites: Collection[str] | None = None, **settings: Any
+) -> Generator[Tensor, None, None]:
+    """Yields the logits of S sampled networks, (n, B, K) for the next n of them. See `sampled_outputs`."""
+    can_stack = resolve_masks(net, masks) == "shared" and net_offers(net).stack is not None
+    stacked = can_stack and len(inputs) <= STACKED_INPUTS and acting_sites(net, sites) != ()
+    at_once = ROWS_AT_ONCE // max(len(inputs), 1) if stacked else 1
+    settings |= {"masks": masks, "sites": sites, "at_once": at_once}
     with closing(sampled_outputs(net, lambda sampled: logits_in(sampled, inputs), **settings)) as outputs:
         for number, logits in enumerate(outputs):  # closed on an exception, which restores the modes at once
             if number == 0 and not of_our_make(net):
                 check_logits(net, logits)
-            yield torch.softmax(logits if logits.dtype == torch.float64 else logits.float(), dim=-1)
+            if not stacked:
+                yield logits[None]
+            else:  # weights get no gradients through thinned networks
+                yield logits if inputs.requires_grad else logits.detach()
+
+
+def mc_samples(net: nn.Module, inputs: Any, **settings: Any) -> Generator[Tensor, None, None]:
+    """Yields the S sampled predictive distributions: softmax of the logits, (B, K). See `mc_predict`."""
+    with closing(sampled_logits(net, inputs, **settings)) as parts:
+        for logits in parts:
+            yield from _probabilities(logits)
 
 
 @torch.no_grad()
@@ -94,6 +124,7 @@ def mc_predict(
     seed: int = 0,
     sites: Collection[str] | None = None,
     scale: float = 1.0,
+    kept: ThinnedNetworks | None = None,
 ) -> MCPrediction:
     """Predicts with S networks sampled by dropout and says how much they differ.
 
@@ -109,14 +140,19 @@ def mc_predict(
         seed: Of the ensemble. The global random state is left as it was.
         sites: Those at which dropout acts; None for all. Only for nets built from `thinned.models.Dropout`.
         scale: Multiplies the rates of `thinned.models.Dropout`.
+        kept: Keeps the thinned networks of shared masks for the next call. None keeps nothing.
 
     Raises:
         ValueError: S below 2, unknown site, no dropout, dropout with a rate that never draws, a net of which dropout
             cannot act alone, or outputs that are no logits.
     """
     statistics = MCStatistics()
-    samples = mc_samples(net, inputs, num_samples=num_samples, masks=masks, seed=seed, sites=sites, scale=scale)
-    with closing(samples):  # an exception here restores the modes at once
-        for probs in samples:
-            statistics.update(probs)
+    settings: dict[str, Any] = {"num_samples": num_samples, "masks": masks, "seed": seed, "sites": sites}
+    with closing(sampled_logits(net, inputs, **settings, scale=scale, kept=kept)) as parts:
+        for logits in parts:  # closed on an exception, which restores the modes at once
+            statistics.update_all(_probabilities(logits))
     return statistics.compute()
+
+
+def _probabilities(logits: Tensor) -> Tensor:
+    return torch.softmax(logits if logits.dtype == torch.float64 else logits.float(), dim=-1)

@@ -1,7 +1,8 @@
 """Statistics of S sampled predictive distributions, accumulated one sample at a time.
 
-Mean and variance by Welford (1962); entropies as in Gal (2016, section 3.3) and Smith and Gal (2018). Memory does not
-grow with S. Shapes: B examples (any leading shape), K classes. Units: nats.
+Mean and variance by Welford (1962), and for several samples at once by Chan, Golub and LeVeque (1983); entropies as in
+Gal (2016, section 3.3) and Smith and Gal (2018). Memory does not grow with S. Shapes: B examples (any leading shape),
+K classes. Units: nats.
 """
 
 from collections.abc import Sequence
@@ -54,16 +55,23 @@ class MCStatistics:
 
     def update(self, probs: Tensor) -> None:
         """Adds one sample: probs (B, K), which sum to 1 over K. Half precisions are accumulated in fp32."""
+        self.update_all(probs[None])
+
+    def update_all(self, probs: Tensor) -> None:
+        """Adds n samples at once: probs (n, B, K)."""
         probs = probs if probs.dtype == torch.float64 else probs.float()
         if self.num_samples == 0:
-            self.mean, self._squares, self._votes = (torch.zeros_like(probs) for _ in range(3))
-            self._entropy = torch.zeros_like(probs[..., 0])
-        delta = probs - self.mean
-        self._squares += delta.square() * (self.num_samples / (self.num_samples + 1))
-        self.num_samples += 1
-        self.mean += delta * (1 / self.num_samples)
-        self._entropy += entropy(probs)
-        self._votes.scatter_add_(-1, probs.argmax(-1, keepdim=True), torch.ones_like(probs[..., :1]))
+            self.mean, self._squares, self._votes = (torch.zeros_like(probs[0]) for _ in range(3))
+            self._entropy = torch.zeros_like(probs[0, ..., 0])
+        before, n = self.num_samples, len(probs)
+        self.num_samples += n
+        mean = probs.mean(0)
+        delta = mean - self.mean
+        self._squares += delta.square() * (before * n / self.num_samples) + (probs - mean).square().sum(0)
+        self.mean += delta * (n / self.num_samples)
+        self._entropy += entropy(probs).sum(0)
+        votes = probs.argmax(-1).movedim(0, -1)  # (B, n)
+        self._votes.scatter_add_(-1, votes, torch.ones_like(votes, dtype=probs.dtype))
 
     @classmethod
     def of_ensemble(cls, members: "Sequence[MCStatistics]") -> "MCStatistics":
