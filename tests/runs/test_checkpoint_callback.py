@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from thinned.runs.checkpoint_callback import Checkpoints
-from thinned.runs.checkpoint_io import KEPT
+from thinned.files import KEPT
 
 
 class Failing(LightningModule):
