@@ -1,8 +1,8 @@
 """Monte-Carlo dropout in pure torch: sampled networks, streaming statistics, scores, and the choice of sites."""
 
+from thinned.uncertainty.kept_networks import KeptNetworks
 from thinned.uncertainty.monte_carlo import mc_predict, mc_samples
 from thinned.uncertainty.selection import select_sites
 from thinned.uncertainty.statistics import MCPrediction, MCStatistics
-from thinned.uncertainty.thinned_networks import ThinnedNetworks
 
-__all__ = ["MCPrediction", "MCStatistics", "ThinnedNetworks", "mc_predict", "mc_samples", "select_sites"]
+__all__ = ["KeptNetworks", "MCPrediction", "MCStatistics", "mc_predict", "mc_samples", "select_sites"]
