@@ -69,7 +69,7 @@ PARTS = {
         tests/test_without_runs.py
         tests/uncertainty/test_monte_carlo.py
         tests/uncertainty/test_selection.py  tests/uncertainty/test_sites.py
-        tests/uncertainty/test_thinned_networks.py
+        tests/uncertainty/test_kept_networks.py
     """,
     "template": "scripts/adopt.py  tests/test_adopt.py",
 }

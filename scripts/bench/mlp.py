@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from thinned.models import MLP, DropoutRates
 from thinned.tasks import ClassificationTask, StepSeed
-from thinned.uncertainty import ThinnedNetworks, mc_predict, monte_carlo
+from thinned.uncertainty import KeptNetworks, mc_predict, monte_carlo
 
 WIDTHS = (1024, 1024, 1024)  # Srivastava et al. 2014 on MNIST: 784-1024-1024-1024-10
 
@@ -79,39 +79,33 @@ def predict_repeated(net: nn.Module, inputs: Tensor, num_samples: int) -> Tensor
 
 
 def run_batch(count: int, num_samples: int, keep: bool) -> object:
-    net, kept = mlp(0.5).eval(), ThinnedNetworks() if keep else None
+    net, kept = mlp(0.5).eval(), KeptNetworks() if keep else None
     return [mc_predict(net, torch.randn(count, 1, 28, 28), num_samples=num_samples, kept=kept) for _ in range(2)]
 
 
 def bench_mlp_batch(repeats: int) -> None:
-    """S = 50 samples for few inputs and many, at both sides of `STACKED_INPUTS`, whichever it is."""
+    """S = 50 samples for few inputs: networks in stacks, cut networks, and each input S times in one batch."""
     samples = 50
-    for p in (0.5, 0.1):
-        net, baseline, ours = mlp(p).eval(), textbook(p), mlp(p)
-        for count in (1, 8, 32, 64, 128, 1000):
-            inputs = torch.randn(count, 1, 28, 28)
+    for p, count in product((0.5, 0.1), (1, 32, 64, 128)):
+        net, baseline, ours, inputs = mlp(p).eval(), textbook(p), mlp(p), torch.randn(count, 1, 28, 28)
 
-            def predict(stacked: int | None, kept: ThinnedNetworks | None, inputs: Tensor = inputs) -> object:
-                limit = monte_carlo.STACKED_INPUTS if stacked is None else stacked
-                with mock.patch.object(monte_carlo, "STACKED_INPUTS", limit):
-                    return mc_predict(net, inputs, num_samples=samples, kept=kept)  # noqa: B023
+        def predict(most: int, kept: KeptNetworks | None, net: MLP = net, inputs: Tensor = inputs) -> object:
+            with mock.patch.object(monte_carlo, "STACKED_INPUTS", most):
+                return mc_predict(net, inputs, num_samples=samples, kept=kept)
 
-            sides: dict[str, Callable[[], object]] = {
-                "mc_predict": partial(predict, None, None),
-                "mc_predict, kept": partial(predict, None, ThinnedNetworks()),
-                "stacked": partial(predict, count, None),
-                "stacked, kept": partial(predict, count, ThinnedNetworks()),
-                "cut": partial(predict, 0, None),
-                "cut, kept": partial(predict, 0, ThinnedNetworks()),
-                "textbook loop": partial(predict_textbook, baseline, inputs, samples),
-            }
-            if count < 1000:
-                sides["repeated batch, nn.Dropout"] = partial(predict_repeated, baseline, inputs, samples)
-                sides["repeated batch, thinned.models.Dropout"] = partial(predict_repeated, ours, inputs, samples)
-            show(f"{count} inputs, p = {p}, S = {samples}", compare(sides, repeats))
+        sides: dict[str, Callable[[], object]] = {
+            "stacked": partial(predict, count, None),
+            "stacked, kept": partial(predict, count, KeptNetworks()),
+            "cut": partial(predict, 0, None),
+            "cut, kept": partial(predict, 0, KeptNetworks()),
+            "repeated inputs, nn.Dropout": partial(predict_repeated, baseline, inputs, samples),
+            "repeated inputs, thinned.models.Dropout": partial(predict_repeated, ours, inputs, samples),
+            "textbook": partial(predict_textbook, baseline, inputs, samples),
+        }
+        show(f"MLP, Monte-Carlo prediction of {count} inputs, p = {p}, S = {samples}", compare(sides, repeats))
     for count, keep in product((1, 64, 1000), (False, True)):
-        peaks = " MiB, ".join(f"S = {S}: {peak_memory(run_batch, count, S, keep):.0f}" for S in (20, 50, 200))
-        print(f"peak memory, {count} inputs, {'kept' if keep else 'nothing kept'}: {peaks} MiB")
+        peaks = ", ".join(f"{peak_memory(run_batch, count, S, keep):.0f} MiB with S = {S}" for S in (20, 200))
+        print(f"peak memory, {count} inputs, {'kept' if keep else 'nothing kept'}: {peaks}")
 
 
 def bench_mlp_mc(repeats: int) -> None:

@@ -17,12 +17,12 @@ from thinned.models.dropout import check_sites, derive_seed, sites_in
 from thinned.models.net import Logits, check_logits, logits_in, net_offers
 from thinned.uncertainty.acting_dropout import acting_sites, of_our_make
 from thinned.uncertainty.foreign_dropout import FoundDropout, deterministic_output, find_dropout
+from thinned.uncertainty.kept_networks import KeptNetworks
 from thinned.uncertainty.monte_carlo import Masks, resolve_masks, sampled_logits, sampled_outputs
 from thinned.uncertainty.scores import nll
 from thinned.uncertainty.selection import Acting, select_sites
 from thinned.uncertainty.statistics import MCStatistics
 from thinned.uncertainty.temperature import TEMPERATURES, fit_temperature, nll_at, tempered
-from thinned.uncertainty.thinned_networks import ThinnedNetworks
 from thinned.uncertainty.token_statistics import TokenStatistics
 
 SELECTION_TARGETS = 25_600  # of the validation split, for the choice of sites
@@ -126,7 +126,7 @@ class SampledNetworks(Way):
         self.off = False  # whether all rates are 0, so that every sampled network is the deterministic one
         self._found: FoundDropout | None = None  # of a net of another make, as soon as it has run
         self._said_resting = ""
-        self._kept = ThinnedNetworks()
+        self._kept = KeptNetworks()
         self.selection: dict[Acting, float] = {}  # with sites=auto: validation NLL of each choice, best first
 
     def bind(self, trained: nn.Module) -> None:
@@ -138,7 +138,7 @@ class SampledNetworks(Way):
                 f"Expected mc_dropout.masks to be auto or independent for a net that is sharded or has no `thin`, such "
                 f"as this {type(trained).__name__}, but got 'shared': scripts/predict.py has it on one device"
             )
-        self._found, self._kept = None, ThinnedNetworks()  # a training needs the memory of the test before it
+        self._found, self._kept = None, KeptNetworks()  # a training needs the memory of the test before it
         if of_our_make(trained) or self.sites != "all":
             try:
                 sites = acting_sites(trained, None if isinstance(self.sites, str) else self.sites)

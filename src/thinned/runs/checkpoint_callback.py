@@ -17,8 +17,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 
-from thinned.runs import internals
 from thinned.files import read_checkpoint
+from thinned.runs import internals
 from thinned.runs.checkpoint_io import last_checkpoint
 from thinned.runs.interruption import Interruption
 from thinned.runs.loggers import ResumableLogger

@@ -1,15 +1,15 @@
 """Monte-Carlo dropout in pure torch: sampled networks, streaming statistics, scores, and the choice of sites."""
 
+from thinned.uncertainty.kept_networks import KeptNetworks
 from thinned.uncertainty.monte_carlo import mc_predict, mc_samples
 from thinned.uncertainty.scores import augrc, aurc, classification_scores
 from thinned.uncertainty.selection import select_sites
 from thinned.uncertainty.statistics import MCPrediction, MCStatistics
-from thinned.uncertainty.thinned_networks import ThinnedNetworks
 
 __all__ = [
+    "KeptNetworks",
     "MCPrediction",
     "MCStatistics",
-    "ThinnedNetworks",
     "augrc",
     "aurc",
     "classification_scores",

@@ -22,14 +22,14 @@ from thinned.models.dropout import derive_seed
 from thinned.models.net import check_logits, logits_in, net_offers
 from thinned.uncertainty.acting_dropout import acting_sites, of_our_make, only_dropout_active, seeded_output
 from thinned.uncertainty.foreign_dropout import FoundDropout, find_dropout
+from thinned.uncertainty.kept_networks import KeptNetworks
 from thinned.uncertainty.statistics import MCPrediction, MCStatistics
-from thinned.uncertainty.thinned_networks import ThinnedNetworks
 
 Masks = Literal["auto", "shared", "independent"]
 Output = TypeVar("Output")
 
-# On a CPU, for 784-1024-1024-1024-10 (`scripts/bench mc_batch`), a stack is cheaper below about 130 inputs at a rate of
-# 0.5, and below 30 if networks are kept; at a rate of 0.1 below about 1,000, and 120.
+# On a CPU, for 784-1024-1024-1024-10 (`scripts/bench mc_batch`), a stack is cheaper below about 100 inputs at a rate of
+# 0.5, and below 25 if networks are kept; at a rate of 0.1 below more than 128, and about 130.
 STACKED_INPUTS = 64
 ROWS_AT_ONCE = 512  # networks times inputs in a stack: their activations stay in the cache
 
@@ -56,7 +56,7 @@ def sampled_outputs(
     sites: Collection[str] | None = None,
     scale: float = 1.0,
     found: FoundDropout | None = None,
-    kept: ThinnedNetworks | None = None,
+    kept: KeptNetworks | None = None,
     at_once: int = 1,
 ) -> Generator[Output, None, None]:
     """Yields what `evaluate` returns for each of the S sampled networks.
@@ -80,7 +80,7 @@ def sampled_outputs(
             output = evaluate(net)
         yield from repeat(output, num_samples)
     elif shared:
-        kept = kept or ThinnedNetworks(max_bytes=0)
+        kept = kept or KeptNetworks(max_bytes=0)
         yield from map(evaluate, kept.networks(net, num_samples, at_once, seed, sites, scale))
     else:
         watched = evaluate if found is None else found.pass_of(evaluate)
@@ -124,7 +124,7 @@ def mc_predict(
     seed: int = 0,
     sites: Collection[str] | None = None,
     scale: float = 1.0,
-    kept: ThinnedNetworks | None = None,
+    kept: KeptNetworks | None = None,
 ) -> MCPrediction:
     """Predicts with S networks sampled by dropout and says how much they differ.
 

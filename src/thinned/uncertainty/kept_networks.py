@@ -16,7 +16,7 @@ from thinned.models.net import net_offers
 KEPT_BYTES = 2**29  # 512 MiB: 50 networks of 784-1024-1024-1024-10 take 182 MiB at a rate of 0.5
 
 
-class ThinnedNetworks:
+class KeptNetworks:
     """Makes the thinned networks of a net, and keeps them for the batches to come.
 
     They depend on the net, its rates, its weights and the settings. All are compared before any is used again: the

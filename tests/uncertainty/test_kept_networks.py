@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from thinned.models import MLP, Dropout, DropoutRates
-from thinned.uncertainty import ThinnedNetworks, mc_predict, mc_samples
+from thinned.uncertainty import KeptNetworks, mc_predict, mc_samples
 from thinned.uncertainty.monte_carlo import ROWS_AT_ONCE, STACKED_INPUTS
 
 FEW, MANY = 3, STACKED_INPUTS + 1
@@ -54,7 +54,7 @@ def images(count: int) -> Tensor:
     return torch.randn(count, 2, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
 
-def samples(net: MLP, x: Tensor, kept: ThinnedNetworks | None = None, **settings: Any) -> Tensor:
+def samples(net: MLP, x: Tensor, kept: KeptNetworks | None = None, **settings: Any) -> Tensor:
     with torch.no_grad():
         return torch.stack(list(mc_samples(net, x, kept=kept, **{"num_samples": S} | settings)))
 
@@ -74,7 +74,7 @@ def test_few_inputs_see_the_networks_that_many_see(stem: str, settings: dict[str
 
 @pytest.mark.parametrize("size", [FEW, MANY])
 def test_networks_are_made_once_for_many_batches(size: int) -> None:
-    net, kept = make(), ThinnedNetworks()
+    net, kept = make(), KeptNetworks()
     for start in (0, 1, 2):
         x = images(size + start)[start:]
         assert torch.equal(samples(net, x, kept), samples(make(), x))
@@ -119,7 +119,7 @@ CHANGES: dict[str, Callable[[MLP], object]] = {
 @pytest.mark.parametrize("size", [FEW, MANY])
 @pytest.mark.parametrize("change", CHANGES)
 def test_networks_of_other_weights_are_forgotten(change: str, size: int) -> None:
-    net, kept, x = make("residual-patches"), ThinnedNetworks(), images(size)
+    net, kept, x = make("residual-patches"), KeptNetworks(), images(size)
     before = samples(net, x, kept)
     CHANGES[change](net)
     after = samples(net, x, kept)
@@ -130,7 +130,7 @@ def test_networks_of_other_weights_are_forgotten(change: str, size: int) -> None
 @pytest.mark.parametrize("size", [FEW, MANY])
 @pytest.mark.parametrize("settings", [{"seed": 1}, {"sites": ["mlp"]}, {"scale": 0.5}, {"num_samples": S + 1}])
 def test_other_settings_have_other_networks(settings: dict[str, Any], size: int) -> None:
-    net, kept, x = make(), ThinnedNetworks(), images(size)
+    net, kept, x = make(), KeptNetworks(), images(size)
     samples(net, x, kept)
     for each in (settings, {}):
         assert torch.equal(samples(net, x, kept, **each), samples(net, x, **each))
@@ -142,7 +142,7 @@ def test_an_input_of_another_shape_is_not_broadcast_by_a_mask() -> None:
 
 
 def test_another_net_has_other_networks() -> None:
-    kept = ThinnedNetworks()
+    kept = KeptNetworks()
     for size in (FEW, MANY):
         for net in (make(), make(start=1)):
             assert torch.equal(samples(net, images(size), kept), samples(net, images(size)))
@@ -153,13 +153,13 @@ def test_another_net_of_the_same_weights_has_other_networks() -> None:
     other.stages.activation0 = nn.Identity()
     other.load_state_dict(net.state_dict(keep_vars=True), assign=True)
     for size in (FEW, MANY):
-        kept = ThinnedNetworks()
+        kept = KeptNetworks()
         for each in (net, other):
             assert torch.equal(samples(each, images(size), kept), samples(each, images(size)))
 
 
 def test_changed_device_or_dtype_gives_networks_there() -> None:
-    net, kept = make(), ThinnedNetworks()
+    net, kept = make(), KeptNetworks()
     for size in (FEW, MANY):
         samples(net, images(size), kept)
         assert samples(net.float(), images(size).float(), kept).dtype == torch.float32
@@ -170,7 +170,7 @@ def test_no_more_is_kept_than_the_budget_holds() -> None:
     net, x = make(), images(MANY)
     sizes = [sum(parameter.nbytes for parameter in net.thin(0, s).parameters()) for s in range(S)]
     net.made.clear()
-    kept = ThinnedNetworks(max_bytes=sizes[0] + sizes[1])
+    kept = KeptNetworks(max_bytes=sizes[0] + sizes[1])
     for _ in range(3):
         assert torch.equal(samples(net, x, kept), samples(make(), x))
     assert net.made["cut"] == S + 2 * (S - 2)
@@ -180,14 +180,14 @@ def test_what_networks_share_with_the_net_takes_no_room() -> None:
     """With masks on the output of a residual block alone, its last layer is a copy, and the rest is shared."""
     net = make("residual")
     down = [getattr(net.stages, f"block{i}").sublayer.down for i in (0, 1)]
-    kept = ThinnedNetworks(max_bytes=S * sum(each.weight.nbytes + each.bias.nbytes for each in down))
+    kept = KeptNetworks(max_bytes=S * sum(each.weight.nbytes + each.bias.nbytes for each in down))
     for _ in range(2):
         samples(net, images(MANY), kept, sites=["residual"])
     assert net.made["cut"] == S
 
 
 def test_a_failing_pass_leaves_the_net_and_what_is_kept_as_they_were() -> None:
-    net, kept, x = make(), ThinnedNetworks(), images(FEW)
+    net, kept, x = make(), KeptNetworks(), images(FEW)
     expected, modules = samples(net, x, kept), [*net.modules()]
     for wrong in (images(FEW)[:, :1], images(MANY)[:, :1]):
         with pytest.raises((ValueError, RuntimeError), match=r"of shape|shapes cannot be multiplied"):
@@ -198,7 +198,7 @@ def test_a_failing_pass_leaves_the_net_and_what_is_kept_as_they_were() -> None:
 
 
 def test_an_inference_leaves_no_tensors_that_gradients_cannot_use() -> None:
-    net, kept, x = make("projected"), ThinnedNetworks(), images(FEW).requires_grad_()
+    net, kept, x = make("projected"), KeptNetworks(), images(FEW).requires_grad_()
     with torch.inference_mode():
         mc_predict(net, x, num_samples=S, kept=kept)
     next(mc_samples(net, x, num_samples=S, kept=kept))[0, 0].backward()

@@ -7,14 +7,14 @@ import pytest
 import torch
 
 from thinned.models import GPT, DropoutRates
-from thinned.uncertainty import ThinnedNetworks
+from thinned.uncertainty import KeptNetworks
 from thinned.uncertainty.monte_carlo import sampled_outputs
 
 
 def test_networks_are_cut_once_while_the_weights_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     net = GPT(20, 8, num_layers=1, num_heads=2, width=16, dropout=DropoutRates(0.1, 0.2, 0.3, 0.4)).double().eval()
-    kept, tokens, cut, thin = ThinnedNetworks(), torch.randint(20, (3, 8)), Counter[int](), GPT.thin
+    kept, tokens, cut, thin = KeptNetworks(), torch.randint(20, (3, 8)), Counter[int](), GPT.thin
 
     def counted(net: GPT, seed: int, sample: int, *settings: Any) -> GPT:
         cut[sample] += 1
