@@ -1,4 +1,4 @@
-"""Provenance: what decides the rows of a prediction, and nothing else; and the settings that an evaluation has measured."""
+"""Provenance: what decides the rows of a prediction, and nothing else."""
 
 import hashlib
 import json
