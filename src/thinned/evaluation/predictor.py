@@ -71,9 +71,8 @@ class Predictor:
 
         Args:
             path: A checkpoint of scripts/train.py, or the folder of its run, whose best one is taken.
-            evaluation: Folder of an evaluation of this checkpoint, or its evaluation.json: S, masks, sites, seed and
-                temperature are those that it has measured. None takes the config's, all sites for auto, and no
-                temperature.
+            evaluation: Folder of an evaluation of this checkpoint, or its evaluation.json, whose S, masks, sites, seed
+                and temperature are used. None takes the config's, without a temperature, and all sites for auto.
             device: Where to compute.
 
         Raises:
@@ -126,20 +125,16 @@ class Predictor:
             self.way.examine(batch.inputs)
             self._examined = True
         statistics, probs = batch.statistics(self.way), batch.mean(self.reported)  # (B, K)
-        if isinstance(statistics, TokenStatistics):
-            columns, number = statistics.tokens(), min(TOKENS, probs.shape[1])
-        else:
-            columns, number = example_columns(statistics, None), probs.shape[1]
+        columns = statistics.tokens() if isinstance(statistics, TokenStatistics) else example_columns(statistics, None)
         information = columns.get("mutual_information", torch.zeros(len(probs)))
+        highest = probs.topk(min(TOKENS, probs.shape[1]) if self._tokenizer else probs.shape[1])
         predictions = []
-        for p, classes, h, i in zip(*probs.topk(number), entropy(probs), information, strict=True):
-            named = list(zip(self._names(classes.tolist()), p.tolist(), strict=True))
-            highest = dict(named) | dict(reversed(named))  # of tokens with the same text, the most probable
-            predictions.append(Prediction(named[0][0], highest, h.item(), i.item(), statistics.num_samples))
+        for p, k, h, mi in zip(*highest, entropy(probs).tolist(), information.tolist(), strict=True):
+            names = self._tokenizer.pieces(k.tolist()) if self._tokenizer else [self.data.class_names[i] for i in k]
+            named = list(zip(names, p.tolist(), strict=True))
+            probabilities = dict(named) | dict(reversed(named))  # of tokens with the same text, the most probable
+            predictions.append(Prediction(named[0][0], probabilities, h, mi, statistics.num_samples))
         return predictions
-
-    def _names(self, classes: list[int]) -> list[str]:
-        return self._tokenizer.pieces(classes) if self._tokenizer else [self.data.class_names[k] for k in classes]
 
 
 def _way(net: nn.Module, settings: Mapping[str, Any]) -> Way:
