@@ -95,7 +95,7 @@ class Predictor:
         """Returns a `Prediction`, or a list of them for a list.
 
         Args:
-            given: An image (see `data.pixels.image_of`), a text whose next token is predicted, or a list of either.
+            given: What `input_of` of the data module takes, an image or a text, or a list of them.
 
         Raises:
             ValueError: The network does not take this.
