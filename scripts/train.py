@@ -13,7 +13,7 @@ def main(args: Sequence[str] | None = None) -> None:
     with one_message():
         cli = ThinnedCLI(args)
         cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.ckpt_path, weights_only=True)
-        cli.trainer.test(cli.model, cli.datamodule, ckpt_path=cli.best, verbose=False)
+        cli.trainer.test(cli.model, cli.datamodule, ckpt_path=cli.best, verbose=False, weights_only=True)
         cli.print_results()
 
 

@@ -25,7 +25,7 @@ from rich.console import Console
 from thinned.data.module import DataOffers
 from thinned.evaluation import MCDropout
 from thinned.evaluation.ensembles import evaluation_ways
-from thinned.evaluation.score_tables import score_tables, set_sentences, verdicts
+from thinned.evaluation.score_tables import missed_classes, score_tables, set_table, verdicts
 from thinned.files import read_checkpoint
 from thinned.offers import Offers
 from thinned.runs.checkpoint_callback import Checkpoints
@@ -252,7 +252,9 @@ class ThinnedCLI(LightningCLI):
         console = Console()
         if evaluation := self.config_init.mc_dropout.evaluation:
             console.print(*score_tables(evaluation, console.width), sep="\n")
-            console.print(*verdicts(evaluation), *set_sentences(evaluation), sep="\n", highlight=False)
+            console.print(*verdicts(evaluation), sep="\n", highlight=False)
+            if table := set_table(evaluation):
+                console.print(table, *missed_classes(evaluation), sep="\n", highlight=False)
         console.print(files_of_run(self.run_dir), soft_wrap=True, highlight=False)
 
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from thinned.data.image_folder import read_image_folder, walk
+from thinned.data.image_folder import read_image_folder
+from thinned.data.split_names import walk
 
 
 def draw(path: Path, value: int = 0) -> Path:

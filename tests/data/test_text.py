@@ -18,10 +18,9 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 import thinned.data.text as text_module
-import thinned.data.tokens as tokens_module
+import thinned.data.token_cache as cache_module
 from thinned.data import TextDataModule, TokenBatch
-from thinned.data.text import TokenBatches
-from thinned.data.tokens import Tokens
+from thinned.data.tokens import TokenBatches, Tokens
 
 Make = Callable[..., TextDataModule]
 LETTERS = "".join(chr(ord("a") + i * i % 26) for i in range(500))
@@ -219,7 +218,7 @@ class TestEvaluation:
 class TestPreparation:
     def test_text_is_tokenised_once(self, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
         first = make()
-        monkeypatch.setattr(tokens_module, "token_arrays", lambda *_: pytest.fail("tokenised again"))
+        monkeypatch.setattr(cache_module, "token_arrays", lambda *_: pytest.fail("tokenised again"))
         second = make(context_length=4, val_fraction=0.3, batch_size=1, seed=7)
         assert text(second, "train") == LETTERS[:350]
         assert second.tokenizer.to_json() == first.tokenizer.to_json()
@@ -288,7 +287,7 @@ class TestCheckpoint:
         self, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after_setup: bool
     ) -> None:
         state = make(tokenizer="bpe:300").state_dict()
-        monkeypatch.setattr(tokens_module, "token_arrays", lambda *_: pytest.fail("tokenised again"))
+        monkeypatch.setattr(cache_module, "token_arrays", lambda *_: pytest.fail("tokenised again"))
         data = TextDataModule(
             str(tmp_path / "letters.txt"), None, None, "bpe:300", 8, cache_dir=str(tmp_path / "cache")
         )
@@ -430,6 +429,12 @@ class TestBadInput:
             make(tmp_path / "set", tokenizer=tokenizer)
         assert not (tmp_path / "cache").exists()
 
+    @pytest.mark.parametrize("tokenizer", ["char", "bpe:300"])
+    def test_an_empty_file(self, make: Make, tmp_path: Path, tokenizer: str) -> None:
+        with pytest.raises(ValueError, match=r"at least 9 tokens for train .*, but got 0 of the 0 in data\.path"):
+            make(tmp_path / "empty.txt", "", tokenizer=tokenizer)
+        assert not (tmp_path / "cache").exists()
+
     def test_bytes_that_are_no_text(self, make: Make, tmp_path: Path) -> None:
         (tmp_path / "bad.txt").write_bytes(b"abc" * 50 + b"\xff")
         with pytest.raises(ValueError, match=r"data\.path to hold UTF-8, but got the byte 0xff at offset 150 of .*bad"):
@@ -440,7 +445,7 @@ class TestBadInput:
         def full(*_: Any) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-        monkeypatch.setattr(tokens_module, "token_arrays", full)
+        monkeypatch.setattr(cache_module, "token_arrays", full)
         with pytest.raises(OSError, match=r"data\.cache_dir, but got .*No space left"):
             make()
         assert not (tmp_path / "cache").exists()

@@ -110,8 +110,6 @@ class TestBpe:
         assert bpe.pieces(bpe.encode("é\n")) == [r"\xc3", r"\xa9", "\n"]
 
     def test_size(self) -> None:
-        with pytest.raises(ValueError, match="at least 257 tokens, but got 256"):
-            Tokenizer.bpe(["a"], 256)
         assert Tokenizer.bpe(["ab"], 257).vocab_size == 257
 
 
@@ -149,7 +147,7 @@ class TestPretrained:
         for name in (tmp_path, tmp_path / "tokenizer.json"):
             assert Tokenizer.pretrained(str(name)).encode("the cat") == bpe.encode("the cat")
         (tmp_path / "tokenizer.json").write_text("{}")
-        with pytest.raises(ValueError, match=r"Expected data\.tokenizer '.*' to hold a tokenizer, but got .*'\{\}'"):
+        with pytest.raises(ValueError, match=r"Expected data\.tokenizer to hold a tokenizer as JSON, but got '\{\}'"):
             Tokenizer.pretrained(str(tmp_path))
 
     def test_from_the_cache_of_the_hub(self, tmp_path: Path, bpe: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:

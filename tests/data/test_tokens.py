@@ -16,11 +16,12 @@ import pytest
 import tokenizers
 from tokenizers import models, normalizers
 
+import thinned.data.token_cache as cache_module
 import thinned.data.token_stream as tokenisation_module
-import thinned.data.tokens as tokens_module
 from thinned.data import Tokenizer
-from thinned.data.token_stream import first_characters, make_tokenizer, pieces, token_arrays
-from thinned.data.tokens import Tokens, open_tokens, write_tokens
+from thinned.data.token_cache import cached_tokens
+from thinned.data.token_stream import make_tokenizer, pieces, token_arrays
+from thinned.data.tokens import Tokens
 
 Build = Callable[..., dict[str, Tokens]]
 
@@ -42,8 +43,7 @@ def build(directory: Path) -> Build:
     def run(max_tokens: int | None = None, check: Any = lambda _: {}, **splits: Any) -> dict[str, Tokens]:
         make = Tokenizer.characters
         stored = {split: labelled(documents, split) for split, documents in splits.items()}
-        write_tokens(directory, lambda: make(["abcdefghij\n"]), stored, stored, max_tokens, check)
-        return open_tokens(directory).tokens
+        return cached_tokens(directory, lambda: make(["abcdefghij\n"]), stored, stored, max_tokens, check).tokens
 
     return run
 
@@ -60,6 +60,11 @@ def below(folder: Path) -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
 
 
+def awkward_lines() -> str:
+    lines = ["def f(x):", "    return x  ", "", "\tpass", "\r", "it's 42!!", "  ", "naïve", "end.\r", "!\x1c\u3000x"]
+    return "\n".join(np.random.default_rng(0).choice(lines, 400))
+
+
 class TestReading:
     def test_of_any_part(self, build: Build) -> None:
         tokens = build(train=["abcdefghij"])["train"]
@@ -73,16 +78,16 @@ class TestReading:
         assert tokens.read(0, 1).dtype == np.int64
         assert tokens.part(2, 9).part(3, 5).read(1, 2).tolist() == [7]
         for bad in ((-1, 2), (2, 1), (0, 11)):
-            with pytest.raises(IndexError, match=r"Expected tokens in \[0, 10\]"):
+            with pytest.raises(AssertionError):
                 tokens.read(*bad)
-        with pytest.raises(IndexError, match=r"Expected tokens in \[0, 3\]"):
+        with pytest.raises(AssertionError):
             tokens.part(2, 5).read(0, 4)
 
     def test_a_file_that_is_cut_off_is_an_error(self, build: Build, directory: Path) -> None:
         tokens = build(train=["abcdef"])["train"]
         os.truncate(tokens.path, 6)
         assert tokens.read(0, 3).tolist() == [1, 2, 3]
-        with pytest.raises(ValueError, match=rf"but got a shorter file {tokens.path}; delete {directory} to have"):
+        with pytest.raises(ValueError, match=rf"but got a shorter file {tokens.path}: start again to have"):
             tokens.read(2, 4)
 
     def test_pickles_where_the_tokens_are_and_not_what_they_are(self, build: Build) -> None:
@@ -102,8 +107,7 @@ class TestReading:
         characters = "".join(map(chr, range(0xE000, 0xE000 + vocab_size)))
         tokenizer = Tokenizer.characters([characters])
         stored = {"train": labelled([characters[::-1]])}
-        write_tokens(directory, lambda: tokenizer, stored, stored, None, lambda _: {})
-        tokens = open_tokens(directory).tokens["train"]
+        tokens = cached_tokens(directory, lambda: tokenizer, stored, stored, None, lambda _: {}).tokens["train"]
         assert tokens.dtype == dtype
         assert tokens.path.stat().st_size == vocab_size * int(dtype[-1])
         assert tokens.read(0, vocab_size).tolist() == list(range(vocab_size))[::-1]
@@ -135,8 +139,7 @@ class TestDocuments:
     def test_cuts_leave_the_tokens_as_they_are(self, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(tokenisation_module, "PIECE", 40)
         monkeypatch.setattr(tokenisation_module, "GROUP", 100)
-        lines = ["def f(x):", "    return x  ", "", "\tpass", "\r", "it's 42!!", "  ", "naïve", "end.\r"]
-        document = "\n".join(np.random.default_rng(0).choice(lines, 400))
+        document = awkward_lines()
         tokenizer = Tokenizer.characters([document]) if kind == "char" else Tokenizer.bpe([document], 400)
         cut = list(pieces(document, tokenizer))
         assert len(cut) > 30
@@ -151,7 +154,7 @@ class TestDocuments:
         library.normalizer = normalizers.Prepend("▁")
         document = "a\nb\n" * 9
         assert list(pieces(document, Tokenizer(library))) == [document]
-        assert len(list(pieces(document, Tokenizer.bpe(["a"], 257)))) == 6
+        assert len(list(pieces(document, Tokenizer.bpe(["a"], 257)))) == 9
 
 
 class Stored:
@@ -172,6 +175,13 @@ class TestTokenizers:
         # half of it is 160 characters
         assert set("".join(make_tokenizer("bpe:400", stored, 0.5, None).pieces(range(257, 265)))) == set("abcd")
 
+    def test_bpe_learns_from_pieces_what_it_learns_from_the_whole(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        document = awkward_lines()
+        monkeypatch.setattr(tokenisation_module, "PIECE", 20)
+        assert len(list(pieces(document))) > 100
+        in_pieces = make_tokenizer("bpe:400", {"train": Stored([document])}, 1.0, None)
+        assert in_pieces.to_json() == Tokenizer.bpe([document], 400).to_json()
+
     def test_bpe_sees_the_training_documents_alone(self) -> None:
         stored: Any = {"train": Stored(["abab" * 20, "cdcd" * 20, "efef" * 20], "train", "val", "train")}
         tokenizer = make_tokenizer("bpe:400", stored, 1, None)
@@ -188,10 +198,6 @@ class TestTokenizers:
         assert make_tokenizer("char", stored, 0.5, 2).decode(range(5)) == "\nabxy"
         nothing_to_separate: Any = {"train": Stored(["ab", ""])}
         assert make_tokenizer("char", nothing_to_separate, 0.5, None).vocab_size == 2
-
-    def test_first_characters(self) -> None:
-        assert [text for _, text in first_characters(labelled(["ab", "cd", "ef"]), 3)] == ["ab", "c"]
-        assert [text for _, text in first_characters(labelled(["ab"]), None)] == ["ab"]
 
 
 class TestFailures:
@@ -231,7 +237,7 @@ class TestFailures:
         def full(*_: Any) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-        monkeypatch.setattr(tokens_module, "token_arrays", full)
+        monkeypatch.setattr(cache_module, "token_arrays", full)
         with pytest.raises(
             OSError, match=r"data\.cache_dir, but got OSError \(.*No space left.*\) for .*/cache/tokens"
         ):
@@ -263,24 +269,24 @@ class TestReuse:
         assert {path: path.stat().st_mtime_ns for path in directory.iterdir()} == before
 
     @pytest.mark.parametrize(
-        ("damage", "message"),
+        "damage",
         [
-            (lambda folder: (folder / "train.bin").write_bytes(b"\1\0\2\0"), "bin has 4 bytes instead of 6"),
-            (lambda folder: (folder / "train.bin").unlink(), "FileNotFoundError: .*train.bin"),
-            (lambda folder: (folder / "manifest.json").unlink(), "FileNotFoundError: .*manifest.json"),
-            (lambda folder: (folder / "manifest.json").write_text("{}"), "KeyError: 'dtype'"),
-            (lambda folder: (folder / "tokenizer.json").write_text("{}"), "the JSON of a tokenizer"),
+            lambda folder: (folder / "train.bin").write_bytes(b"\1\0\2\0"),
+            lambda folder: (folder / "train.bin").write_bytes(b"\1\0\2\0\3\0\4\0"),
+            lambda folder: (folder / "train.bin").write_bytes(b""),
+            lambda folder: (folder / "train.bin").unlink(),
+            lambda folder: (folder / "manifest.json").unlink(),
+            lambda folder: (folder / "manifest.json").write_text("{}"),
+            lambda folder: (folder / "tokenizer.json").write_text("{}"),
         ],
     )
-    def test_damage_is_found(self, build: Build, directory: Path, damage: Any, message: str) -> None:
+    def test_damage_is_made_anew(self, build: Build, directory: Path, damage: Any) -> None:
         build(train=["abc"])
+        before = {path.name: path.read_bytes() for path in directory.iterdir()}
         damage(directory)
-        with pytest.raises(
-            ValueError, match=rf"(?s)data\.cache_dir, but got .*{message}.*; delete {directory} to have"
-        ):
-            build(train=["abc"])
-        shutil.rmtree(directory)
         assert text(build(train=["abc"])["train"]) == "abc"
+        assert {path.name: path.read_bytes() for path in directory.iterdir()} == before
+        assert [path.name for path in directory.parent.iterdir()] == [directory.name]
 
     def test_manifest(self, build: Build, directory: Path) -> None:
         build(train=["abc"], val=["a"])
@@ -300,8 +306,8 @@ def slow_build(directory: Path, log: Path, fail_first: bool) -> None:
         return Tokenizer.characters(["abc"])
 
     stored = {"train": labelled(["abc"])}
-    write_tokens(directory, tokenizer, stored, stored, None, lambda _: {})
-    assert open_tokens(directory).tokens["train"].read(0, 3).tolist() == [0, 1, 2]
+    found = cached_tokens(directory, tokenizer, stored, stored, None, lambda _: {})
+    assert found.tokens["train"].read(0, 3).tolist() == [0, 1, 2]
 
 
 @pytest.mark.filterwarnings("ignore:This process.*is multi-threaded:DeprecationWarning")

@@ -101,7 +101,7 @@ def test_prediction_sets_are_calibrated_for_each_way(evaluated: Any) -> None:
                 rows[f"{name}_{kind}_size"].double().mean().item()
             )
             assert sum(of_class["n"] for of_class in way["coverage"][kind].values()) == 365
-    assert "90 % prediction sets" in evaluated.out
+    assert "Prediction sets for 90 % of targets" in evaluated.out
 
 
 def test_wandb_has_a_run_of_its_own(trained: Any, evaluated: Any) -> None:
@@ -122,7 +122,7 @@ def test_two_processes_evaluate_the_same(
         "--trainer.devices", 2,
     ).run  # fmt: skip
     ours, theirs = (json.loads((run / "evaluation.json").read_text()) for run in (two, evaluated.run))
-    assert ours == pytest.approx(theirs) or _close(ours, theirs)
+    assert _close(ours, theirs)
 
 
 def _close(one: Any, other: Any) -> bool:
@@ -219,9 +219,9 @@ def test_runs_that_agree_in_a_setting_are_repetitions(
     assert done.error.startswith("error: Expected runs of at least two groups to compare")
     done = run_script("compare", *runs, trained.run, "--by", "model.net.dropout.mlp", "--out", "by.json")
     groups = json.loads((done.cwd / "by.json").read_text())["deterministic"]["ways"]
-    assert list(groups) == [f"model.net.dropout.mlp = {rate}" for rate in (0.3, 0.1, 0.2)]
+    assert list(groups) == [f"mlp = {rate}" for rate in (0.3, 0.1, 0.2)]
     values = [columns(run)["deterministic_nll"].double().mean().item() for run in (runs[0], trained.run)]
-    nlls = groups["model.net.dropout.mlp = 0.3"]["scores"]["nll"]
+    nlls = groups["mlp = 0.3"]["scores"]["nll"]
     assert nlls["runs"] == pytest.approx(values)
     assert nlls["value"] == nlls["seeds"]["value"] == pytest.approx(sum(values) / 2)
     assert nlls["low"] < nlls["value"] < nlls["high"]

@@ -4,8 +4,15 @@ from typing import Any
 
 import pytest
 
-from thinned.evaluation.score_tables import plain_scores, recall_rows, score_rows, score_tables, verdicts
-from thinned.uncertainty.scores import SCORES
+from thinned.evaluation.score_tables import (
+    missed_classes,
+    plain_scores,
+    recall_rows,
+    score_rows,
+    score_tables,
+    set_table,
+    verdicts,
+)
 
 HEADLINE = ["accuracy", "nll", "brier", "ece", "auroc_error", "aurc"]
 
@@ -38,7 +45,7 @@ def test_cells_hold_score_interval_and_difference() -> None:
     assert cells(table) == [
         ["NLL, nats ↓", "AURC ↓"],  # AUGRC is in the files alone
         ["  0.5000 [0.4000, 0.6000]", "– (no prediction is wrong)"],
-        ["  0.4000 [0.3000, 0.5000]\nΔ-0.1000 [-0.1100, -0.0900] *", "  0.3000 [0.2000, 0.4000]"],
+        ["  0.4000 [0.3000, 0.5000]\nΔ-0.1000*[-0.1100, -0.0900]", "  0.3000 [0.2000, 0.4000]"],
     ]
     assert [column.header for column in table.columns] == ["", "deterministic", "MC dropout\nS = 20"]
     assert table.title == "Test, n = 40"
@@ -81,6 +88,20 @@ def test_sentences_say_what_is_better_worse_and_unknown() -> None:
     ]
 
 
+def test_prediction_sets_have_coverage_size_and_the_classes_that_they_miss() -> None:
+    of_classes = {"cat": score(0.7, 0.1), "dog": score(0.85, 0.1), "cow": score(0.6, 0.1)}
+    sets = {"thr_coverage": score(0.9, 0.02), "thr_size": score(1.2, 0.1)}
+    with_sets = evaluation(way("one", **sets) | {"coverage": {"thr": of_classes}}) | {"coverage": 0.9}
+    table = set_table(with_sets)
+    assert table is not None
+    assert cells(table) == [["one"], ["0.900 [0.880, 0.920]\n1.200 [1.100, 1.300]"]]
+    assert table.title == "Prediction sets for 90 % of targets"
+    assert missed_classes(with_sets) == [
+        "THR sets of one contain too rarely class cow in 0.60 of 40, cat in 0.70 of 40."
+    ]
+    assert set_table(evaluation(way("one") | {"coverage": {}})) is None
+
+
 def test_files_hold_all_scores() -> None:
     first, second = way("one", augrc=score(0.2)), way("other", augrc=score(0.1, difference=apart(-0.1)))
     columns, rows = score_rows(evaluation(first, second))
@@ -96,7 +117,3 @@ def test_plain_scores_have_settings_and_values() -> None:
         "way0": {"S": 3, "nll": 1.0, "aurc": None, "recall": {"cat": {"value": 0.5, "n": 40}}}
     }
     assert recall_rows(evaluation(way("one", recall=recall))) == (["class", "n", "way0"], [["cat", 40, 0.5]])
-
-
-def test_headline_scores_are_six() -> None:
-    assert [key for key, each in SCORES.items() if each.headline] == HEADLINE

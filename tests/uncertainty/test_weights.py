@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from thinned.uncertainty.conformal import KINDS
 from thinned.uncertainty.per_class import recall_per_class
 from thinned.uncertainty.scores import SCORES, brier, nll, scores
 from thinned.uncertainty.statistics import entropy
@@ -25,6 +26,8 @@ def rows(number: int = N) -> dict[str, Tensor]:
         "target": target, "correct": prediction == target, "confidence": confidence, "probs": probs,
         "nll": nll(probs, target), "brier": brier(probs, target), "predictive_entropy": entropy(probs),
         "rank": 1 + torch.arange(number) % 7, "position": torch.ones(number), "bytes": 1 + torch.arange(number) % 3,
+        **{f"{kind}_covered": torch.arange(number) % 9 > i for i, kind in enumerate(KINDS)},
+        **{f"{kind}_size": torch.arange(number) % (2 + i) for i, kind in enumerate(KINDS)},
     }  # fmt: skip
 
 

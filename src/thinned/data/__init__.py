@@ -4,7 +4,7 @@ from thinned.data.image_batches import Batch
 from thinned.data.images import ImageDataModule
 from thinned.data.order import EpochBatchSampler
 from thinned.data.text import TextDataModule
-from thinned.data.token_windows import TokenBatch
 from thinned.data.tokenizer import Tokenizer
+from thinned.data.tokens import TokenBatch
 
 __all__ = ["Batch", "EpochBatchSampler", "ImageDataModule", "TextDataModule", "TokenBatch", "Tokenizer"]

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 from collections import defaultdict
-from collections.abc import Iterator
 from pathlib import Path, PurePath
 
 import datasets
@@ -21,18 +19,6 @@ from thinned.data.split_names import SPLIT_COLUMNS, split_of, stored_split
 TABLES = (".csv", ".tsv", ".json", ".jsonl")
 NAMING = ("id", "image", "img", "file", "name", "path")
 Columns = dict[str, list[object]]  # "image" holds paths, the others are labels
-
-
-def walk(folder: Path) -> Iterator[Path]:
-    """Yields all visible files below a folder in the order of their paths. A linked folder is followed once."""
-    seen = set()
-    for directory, folders, files in os.walk(folder, followlinks=True):
-        if (real := os.path.realpath(directory)) in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith((".", "__MACOSX")))
-        yield from (Path(directory, name) for name in sorted(files) if not name.startswith("."))
 
 
 def is_image(path: Path) -> bool:

@@ -26,9 +26,9 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 
 from thinned.data.hugging_face import by_column, declares_its_files, is_saved, read_stored, sizes_of
-from thinned.data.image_folder import is_image, read_image_folder, walk
+from thinned.data.image_folder import is_image, read_image_folder
 from thinned.data.pixels import open_image, to_array
-from thinned.data.split_names import split_of, stored_split
+from thinned.data.split_names import split_of, stored_split, walk
 
 BUILDERS = {".parquet": "parquet", ".arrow": "arrow"}  # of `datasets`, for files with images in them
 EXPECTED = "'digits', a folder of images, the folder of a dataset or its id on the Hugging Face Hub"

@@ -1,8 +1,9 @@
-"""Which stored split is which, by its name: the same table for datasets, folders and files, of images and of text."""
+"""Which files are stored, and which split is which, by its name: the same rules for images and for text."""
 
+import os
 import re
-from collections.abc import Iterable
-from pathlib import PurePath
+from collections.abc import Iterable, Iterator
+from pathlib import Path, PurePath
 from typing import TypeVar, get_args
 
 from thinned.data.order import Split
@@ -22,6 +23,19 @@ IN_FILE_NAME = re.compile(rf"(?:^|\.)({NAMES}){SHARD}(?:\.|$)", re.IGNORECASE)
 IN_WORDS = re.compile(rf"^({NAMES})[-_ ]|[-_ ]({NAMES}){SHARD}(?:\.|$)", re.IGNORECASE)
 
 Name = TypeVar("Name", bound=str)
+
+
+def walk(folder: Path) -> Iterator[Path]:
+    """Yields visible files below a folder in the order of their names; a linked folder is followed once, and last."""
+    seen = set()
+    for directory, folders, files in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(directory)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        visible = (name for name in folders if not name.startswith((".", "__MACOSX")))
+        folders[:] = sorted(visible, key=lambda name: (os.path.islink(os.path.join(directory, name)), name))
+        yield from (Path(directory, name) for name in sorted(files) if not name.startswith("."))
 
 
 def split_of(name: str) -> Split | None:

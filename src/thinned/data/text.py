@@ -9,7 +9,7 @@ Shapes: T tokens in a window.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,17 +28,16 @@ from thinned.data.text_split import (
     SplitRule,
     changes,
     check_sizes,
-    enough_documents,
     kept_ranges,
     kept_settings,
     new_ranges,
-    shares_documents,
+    rule_of,
     whole_ranges,
 )
-from thinned.data.token_cache import find_tokens
-from thinned.data.token_windows import TokenBatches
-from thinned.data.tokenizer import Tokenizer, bpe_size
-from thinned.data.tokens import Tokenised, Tokens
+from thinned.data.token_cache import Tokenised, cached_tokens, folder_of, open_tokens
+from thinned.data.token_stream import make_tokenizer
+from thinned.data.tokenizer import Tokenizer, bpe_size, known_tokenizer
+from thinned.data.tokens import TokenBatches, Tokens
 
 
 class Prepared(NamedTuple):
@@ -47,7 +46,6 @@ class Prepared(NamedTuple):
     source: TextSource
     rule: SplitRule
     tokenised: Tokenised
-    may_be_kept: bool  # whether it may be the text of the checkpoint
 
 
 class TextDataModule(SplitDataModule):
@@ -61,7 +59,8 @@ class TextDataModule(SplitDataModule):
     A checkpoint keeps the split, whatever the settings say later: in the same text, which may have grown, no token is
     tested that was trained on. All of another text is predicted.
 
-    The text is tokenised once, into files in `cache_dir` that later runs find again.
+    The text is tokenised once, into files in `cache_dir` that later runs find again while path, size and time of change
+    of the text are the same.
 
     Args:
         path: "pydocs" for Python's own documentation, a file, the id of a dataset on the Hugging Face Hub, or a folder:
@@ -139,23 +138,24 @@ class TextDataModule(SplitDataModule):
         """Opens the tokens, once for all stages."""
         if self.tokens:
             return
-        source, rule, tokenised, may_be_kept = self._prepare()
+        source, rule, tokenised = self._prepare()
         self.tokenizer, files, _ = tokenised
         counts = {split: len(tokens) for split, tokens in files.items()}
-        said = [f"Left out of data.path: {_shortened(source.left_out)}"] if source.left_out else []
-        ranges = kept_ranges(self._kept, self.path, files) if self._kept and may_be_kept else None
+        said = []
+        if out := source.left_out:
+            said.append(f"Left out of data.path: {', '.join(out[:5])}" + f" and {len(out) - 5} more" * (len(out) > 5))
+        ranges = kept_ranges(self._kept, self.path, files) if self._kept and rule.kept else None
+        self._is_another = self._kept is not None and not ranges and not self._fits
         if self._kept and not ranges:
             said.append(
                 "data.path, compared by its beginning or its documents, is another text than that of the checkpoint"
             )
-            if self._fits:
-                self._kept = None
-                rule = rule if rule.by_document else SplitRule.of(self.hparams, source.splits, by_document=False)
-                self._prepared = Prepared(source, rule, tokenised, may_be_kept)
-            else:
+            if self._is_another:
                 said[-1] += ", so all of it is predicted" if len(counts) == 1 else ", whose splits are predicted whole"
-        self._is_another = self._kept is not None and not ranges
-        self._ranges = ranges or (whole_ranges(counts) if self._kept else new_ranges(rule, counts))
+            else:
+                self._kept = None
+                rule = SplitRule.of(self.hparams, source.splits, by_document=rule.by_document)
+        self._ranges = ranges or (whole_ranges(counts) if self._is_another else new_ranges(rule, counts))
         check_sizes(self._ranges, counts, None if self._kept else self.context_length)
         self.tokens = {split: files[file].part(start, stop) for split, (file, start, stop) in self._ranges.items()}
         if self._kept and ranges:
@@ -182,42 +182,35 @@ class TextDataModule(SplitDataModule):
         given = self.hparams
         options = given["name"], given["text_column"], given["leave_out"] or []
         source = read_text(self.path, *options, streaming=given["streaming"])
-        rule, may_be_kept = self._rule(source)
-        if self._kept and rule.by_document and may_be_kept:
+        rule = rule_of(given, source.splits, self._kept, fits=self._fits)
+        if self._kept and rule.by_document and rule.kept:
             # A split that the checkpoint takes from "train" does not mix with one that is stored now.
             splits = {split: source.splits[split] for split in source.splits if split in self._kept["stored"]}
             extra = [f"the stored split {split}" for split in source.splits if split not in splits]
             source = replace(source, splits=splits, left_out=[*source.left_out, *extra])
         stored = {split: SplitDocuments(split, texts, rule) for split, texts in source.splits.items()}
+        spec, max_tokens = given["tokenizer"], given["max_tokens"]
+        tokenizer = known_tokenizer(spec, self._given)
+        split = [rule.val, rule.test, rule.seed] if rule.by_document else None
+        label, key = f"{Path(self.path).resolve().stem}-{Path(spec).stem}", [source.content, spec, split, max_tokens]
+        folder = folder_of(given["cache_dir"], label, [*key, rule.ends[0] if bpe_size(spec) else None])
+        made = open_tokens(folder)
+        # A checkpoint is often used on its training text: if its tokenizer was made of it, so were the tokens.
+        if tokenizer and not (made and made.tokenizer.to_json() == self._given):
+            folder = folder_of(given["cache_dir"], label, [*key, tokenizer.to_json()])
 
-        def check(counts: dict[Split, int]) -> None:
-            if self._kept and not self._fits:
-                check_sizes(whole_ranges(counts), counts, None)
-            else:
-                check_sizes(new_ranges(rule, counts), counts, self.context_length)
+        def make() -> Tokenizer:
+            return tokenizer or make_tokenizer(spec, stored, rule.ends[0], max_tokens)
 
-        label = f"{source.label}-{Path(self.hparams['tokenizer']).stem}"
-        tokenised = find_tokens(source.content, label, stored, rule, self.hparams, self._given, check)
-        self._prepared = Prepared(source, rule, tokenised, may_be_kept)
+        def check(counts: dict[Split, int]) -> dict[Split, str]:
+            whole = self._kept and not self._fits
+            ranges = whole_ranges(counts) if whole else new_ranges(rule, counts)
+            check_sizes(ranges, counts, None if whole else self.context_length)
+            return stored["train"].digests if rule.by_document else {}
+
+        tokenised = cached_tokens(folder, make, stored, dict.fromkeys([*stored, *rule.taken]), max_tokens, check)
+        self._prepared = Prepared(source, rule, tokenised)
         return self._prepared
-
-    def _rule(self, source: TextSource) -> tuple[SplitRule, bool]:
-        """Returns how the stored "train" is split, and whether this may be the text of the checkpoint.
-
-        Documents are split as the checkpoint's if they have some in common. Otherwise the tokens show whether the text
-        is that of the checkpoint.
-        """
-        if not (train := source.splits.get("train")):
-            if self._kept and not self._fits:
-                return SplitRule.of(self.hparams, ["val", "test"], by_document=False), False
-            raise ValueError(f"Expected data.path to have a split 'train', but got {[*source.splits]}")
-        if self._kept:
-            kept = SplitRule.of(self._kept, self._kept["stored"], by_document=self._kept["by_document"])
-            if not kept.by_document or shares_documents(self._kept["parts"]["train"]["digest"], train, kept):
-                return kept, True
-        rule = SplitRule.of(self.hparams, source.splits, by_document=True)
-        several = enough_documents(train, rule, self.hparams["max_tokens"])
-        return replace(rule, by_document=several and (not self._kept or self._fits)), False
 
     @property
     def vocab_size(self) -> int:
@@ -263,7 +256,7 @@ class TextDataModule(SplitDataModule):
 
     def _facts(self) -> dict[str, Any]:
         """Returns how the text is split, for a checkpoint."""
-        source, rule, tokenised, _ = self._prepare()
+        source, rule, tokenised = self._prepare()
         return {
             "path": self.path,
             "stored": list(source.splits),
@@ -307,8 +300,3 @@ class TextDataModule(SplitDataModule):
     def batches(self, split: Split, *, training: bool) -> TokenBatches:
         """Returns a split as windows; those for training begin at another offset each epoch."""
         return TokenBatches(self.tokens[split], self.context_length, self.hparams["seed"], training)
-
-
-def _shortened(names: Sequence[str]) -> str:
-    """Shows the first names of many."""
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

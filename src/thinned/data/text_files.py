@@ -10,7 +10,6 @@ import bz2
 import codecs
 import csv
 import gzip
-import hashlib
 import lzma
 import re
 import zlib
@@ -22,7 +21,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from thinned.data.order import Split
-from thinned.data.split_names import assign_splits, split_of, stored_split
+from thinned.data.split_names import assign_splits, split_of, stored_split, walk
 
 PROSE = frozenset([".txt", ".text", ".md", ".rst", ".tex", ".org", ".html", ".htm", ".xml", ".tokens", ".raw"])
 CODE = ".py .pyi .c .h .cc .cpp .hpp .cu .rs .go .java .kt .js .ts .css .sh .sql .lua"
@@ -54,41 +53,34 @@ class TextFiles:
 
     paths: list[Path]
 
+    def __len__(self) -> int:
+        return len(self.paths)
+
     def __iter__(self) -> Iterator[str]:
-        for path in self.paths:
-            content = _read(path)
-            mark = next(mark for mark in BYTE_ORDER_MARKS if content.startswith(mark))
-            if not mark and (place := content.find(b"\0")) >= 0:
-                raise ValueError(
-                    f"Expected data.path to hold text, but got a zero byte at offset {place} of {path}: "
-                    "UTF-16 needs a byte order mark"
-                )
-            try:
-                yield content[len(mark) :].decode(BYTE_ORDER_MARKS[mark])
-            except UnicodeDecodeError as error:
-                offset = error.start + len(mark)
-                raise ValueError(
-                    f"Expected data.path to hold {error.encoding.upper()}, but got the byte 0x{content[offset]:02x} at "
-                    f"offset {offset} of {path}"
-                ) from None
-
-    def digest(self, root: Path) -> str:
-        """Returns a digest of names and contents."""
-        digest = hashlib.sha256()
-        for path in self.paths:
-            content = _read(path)
-            digest.update(f"{path.relative_to(root).as_posix()}\0{len(content)}\0".encode())
-            digest.update(content)
-        return digest.hexdigest()
+        return map(_read, self.paths)
 
 
-def _read(path: Path) -> bytes:
+def _read(path: Path) -> str:
     try:
         # Reading as text would change the newlines.
         with OPEN.get(path.suffix.lower(), open)(path, "rb") as file:
-            return file.read()
+            content = file.read()
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         raise OSError(f"Expected data.path to hold files that can be read, but got {error} ({path})") from None
+    mark = next(mark for mark in BYTE_ORDER_MARKS if content.startswith(mark))
+    if not mark and (place := content.find(b"\0")) >= 0:
+        raise ValueError(
+            f"Expected data.path to hold text, but got a zero byte at offset {place} of {path}: "
+            "UTF-16 needs a byte order mark"
+        )
+    try:
+        return content[len(mark) :].decode(BYTE_ORDER_MARKS[mark])
+    except UnicodeDecodeError as error:
+        offset = error.start + len(mark)
+        raise ValueError(
+            f"Expected data.path to hold {error.encoding.upper()}, but got the byte 0x{content[offset]:02x} at "
+            f"offset {offset} of {path}"
+        ) from None
 
 
 def csv_header(paths: Sequence[Path]) -> tuple[str, list[str]]:
@@ -136,7 +128,7 @@ def layout(folder: Path, leave_out: Sequence[str]) -> Layout | None:
     """
     if folder.is_file():
         return Layout({"train": [folder]}, suffix(folder) in ROWS, [])
-    files = sorted((path.relative_to(folder) for path in _walk(folder, set())), key=Path.as_posix)
+    files = sorted((path.relative_to(folder) for path in walk(folder) if path.is_file()), key=Path.as_posix)
     for given in leave_out:
         if not any(_is_named(path, given) for path in files):
             raise ValueError(
@@ -149,21 +141,6 @@ def layout(folder: Path, leave_out: Sequence[str]) -> Layout | None:
     chosen = {path for paths in splits.values() for path in paths}
     left_out = [path.as_posix() for path in files if folder / path not in chosen]
     return Layout(splits, suffix(used[0]) in ROWS, left_out)
-
-
-def _walk(folder: Path, seen: set[Path]) -> Iterator[Path]:
-    """Yields the files below a folder that are not hidden. A link to a folder is followed, but no folder twice."""
-    real = folder.resolve()
-    if real in seen:
-        return
-    seen.add(real)
-    for path in sorted(folder.iterdir(), key=lambda path: (path.is_symlink(), path.name)):
-        if path.name.startswith("."):
-            continue
-        if path.is_dir():
-            yield from _walk(path, seen)
-        elif path.is_file():
-            yield path
 
 
 def _split_name(path: Path, *, in_words: bool = False) -> str | None:

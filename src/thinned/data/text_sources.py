@@ -7,7 +7,6 @@ installation has.
 from __future__ import annotations
 
 import glob
-import hashlib
 import json
 import pydoc_data.topics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -27,7 +26,7 @@ from thinned.data.hugging_face import (
     sizes_of,
 )
 from thinned.data.order import Split
-from thinned.data.split_names import assign_splits
+from thinned.data.split_names import assign_splits, walk
 from thinned.data.text_files import ROWS, Layout, TextFiles, csv_header, layout, suffix
 
 EXPECTED = "'pydocs', a file of text or rows, a folder of them, or the id of a dataset on the Hugging Face Hub"
@@ -39,7 +38,6 @@ class TextSource:
 
     splits: Mapping[Split, Iterable[str]]  # those that are stored; each can be read again
     content: str  # differs between sources of different text
-    label: str  # for people; it can be part of a file name
     left_out: Sequence[str] = ()  # stored splits or files that are not used
 
 
@@ -85,51 +83,47 @@ def read_text(
         FileNotFoundError: If nothing can be read.
         ValueError: If there is no text, or an argument does not apply to it.
     """
-    folder = Path(path).expanduser()
-    files = None
-    if path == "pydocs":
-        topics = pydoc_data.topics.topics
-        documents = [topics[key] for key in sorted(topics)]
-        source = TextSource({"train": documents}, hashlib.sha256(json.dumps(documents).encode()).hexdigest(), path)
-    else:
-        if folder.exists() and not is_saved(folder) and not declares_its_files(folder):
-            files = layout(folder, leave_out)
-        if not files or files.rows:
-            return _rows(path, name, text_column, leave_out, None if name else files, streaming=streaming)
-        splits: dict[Split, TextFiles] = {split: TextFiles(paths) for split, paths in files.splits.items()}
-        if not any(path.stat().st_size for text in splits.values() for path in text.paths):
-            raise ValueError(f"Expected text in data.path, but got nothing in {str(folder)!r}")
-        content = json.dumps({split: text.digest(folder) for split, text in splits.items()})
-        source = TextSource(splits, content, _label(folder), files.left_out)
-    settings = {"name": name, "text_column": text_column, "streaming": streaming}
-    for key, value in (settings if files else settings | {"leave_out": leave_out}).items():
+    folder, is_pydocs = Path(path).expanduser(), path == "pydocs"
+    by_name = not is_pydocs and folder.exists() and not is_saved(folder) and not declares_its_files(folder)
+    files = layout(folder, leave_out) if by_name else None
+    if not is_pydocs and (files is None or files.rows):
+        return _rows(path, None if name else files, name, text_column, leave_out, streaming)
+    unused = {
+        "name": name,
+        "text_column": text_column,
+        "streaming": streaming,
+        "leave_out": leave_out if is_pydocs else (),
+    }
+    for key, value in unused.items():
         if value:
             raise ValueError(
                 f"Expected data.path to be files of rows or the id of a dataset on the Hugging Face Hub, as data.{key} "
                 f"is {value!r}, but got {path!r}"
             )
-    return source
+    if files:
+        content = json.dumps({split: _states(paths) for split, paths in files.splits.items()})
+        texts = {split: TextFiles(paths) for split, paths in files.splits.items()}
+        return TextSource(texts, content, files.left_out)
+    topics = pydoc_data.topics.topics
+    documents = [topics[key] for key in sorted(topics)]
+    return TextSource({"train": documents}, json.dumps(documents))
 
 
-def _label(folder: Path) -> str:
-    """Returns the name of a folder or a file, without what says what is in it."""
-    return folder.resolve().name.partition(".")[0] if folder.is_file() else folder.resolve().stem
+def _states(files: Iterable[Path]) -> list[tuple[str, int, int]]:
+    """Returns what tells files from others, and from what they were: a copy or an archive cannot set the ctime back."""
+    stats = {str(file.absolute()): file.stat() for file in files}
+    return [(path, stat.st_size, stat.st_ctime_ns) for path, stat in stats.items()]
 
 
 def _rows(
-    path: str,
-    name: str | None,
-    text_column: str | None,
-    leave_out: Sequence[str],
-    files: Layout | None,
-    *,
-    streaming: bool,
+    path: str, files: Layout | None, name: str | None, column: str | None, leave_out: Sequence[str], streaming: bool
 ) -> TextSource:
-    """Returns the documents of a dataset, or of files of rows."""
+    """Returns the documents of files of rows, or of a dataset."""
+    folder = Path(path).expanduser()
+    names: dict[Split, str]
     if files:
-        names: dict[Split, str] = {split: split for split in files.splits}
-        stored = {split: _read_files(paths, streaming=streaming) for split, paths in files.splits.items()}
-        left_out = files.left_out
+        names, left_out = {split: split for split in files.splits}, files.left_out
+        stored = {split: _read_files(paths, streaming) for split, paths in files.splits.items()}
     else:
         found = read_stored(path, EXPECTED, name, streaming=streaming, needs_train=False)
         names, left_out = assign_splits(found, leave_out)
@@ -139,26 +133,22 @@ def _rows(
     if list(stored) == ["train"] and not streaming:
         by_value, left_out = by_column({names["train"]: stored["train"]}, left_out)
         names, _ = assign_splits(by_value)
-        stored = {split: by_value[name] for split, name in names.items()}
-    column = _text_column(next(iter(stored.values())), text_column)
-    columns = {split: TextColumn(rows, column, names[split]) for split, rows in stored.items()}
+        stored = {split: by_value[value] for split, value in names.items()}
+    column = _text_column(next(iter(stored.values())), column)
     for split, rows in stored.items():
         if column not in (strings := _string_columns(rows)):
             raise ValueError(f"Expected a column {column!r} in split {names[split]!r} of data.path, but got {strings}")
-    folder = Path(path).expanduser()
-    content: list[Any] = [streaming, column, name]
+    identity: Any = path  # only the hub knows its current content
     if not streaming:
-        content += [[split, fingerprint(rows)] for split, rows in stored.items()]
+        identity = {split: fingerprint(rows) for split, rows in stored.items()}
     elif folder.exists():
-        below = [folder] if folder.is_file() else sorted(file for file in folder.rglob("*") if file.is_file())
-        content += [list(names.items()), [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in below]]
-    else:  # only the hub knows its current content
-        content += [path, list(names.items())]
-    label = _label(folder) if folder.exists() else path.replace("/", "-")
-    return TextSource(columns, json.dumps(content), f"{label}-{name}" if name else label, left_out)
+        identity = _states([folder] if folder.is_file() else walk(folder))
+    content = json.dumps([streaming, column, name, names, identity])
+    columns = {split: TextColumn(rows, column, names[split]) for split, rows in stored.items()}
+    return TextSource(columns, content, left_out)
 
 
-def _read_files(paths: list[Path], *, streaming: bool) -> Stored:
+def _read_files(paths: list[Path], streaming: bool) -> Stored:
     """Returns the rows of files of one kind."""
     kinds = sorted({suffix(path) for path in paths})
     options: dict[str, Any] = {"description": sizes_of(paths)}

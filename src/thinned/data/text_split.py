@@ -9,11 +9,13 @@ Splits that are stored are used as they are. Those that are missing are taken fr
 
 from __future__ import annotations
 
+import sys
 from bisect import insort
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from operator import length_hint
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from thinned.data.content_split import content_hash
 from thinned.data.order import Split
@@ -34,12 +36,14 @@ class SplitRule:
         test: Fraction for the test, likewise.
         seed: Seed of the hash of documents.
         by_document: Whether whole documents are taken, instead of the end of the text.
+        kept: Whether this is the rule of a checkpoint, whose text it may be.
     """
 
     val: float
     test: float
     seed: int
     by_document: bool
+    kept: bool = False
 
     @classmethod
     def of(cls, settings: Mapping[str, Any], stored: Collection[Split], *, by_document: bool) -> SplitRule:
@@ -71,11 +75,11 @@ class SplitRule:
 def enough_documents(documents: Iterable[str], rule: SplitRule, max_tokens: int | None) -> bool:
     """Returns whether each part can expect `ENOUGH` different documents of those that are sure to be kept."""
     fractions = [fraction for fraction in (rule.val, rule.test) if fraction]
-    if not fractions:
+    if not fractions or length_hint(documents, sys.maxsize) * min(fractions) < ENOUGH:
         return False
     found = set[int]()
     for _, text in sure_to_fit((("train", text) for text in documents if text), max_tokens):
-        found.add(rule.hash(text))
+        found.add(hash(text))
         if len(found) * min(fractions) >= ENOUGH:
             return True
     return False
@@ -98,7 +102,7 @@ class SplitDocuments:
             number = self.rule.hash(text)
             split = self.rule.split_of(number)
             smallest = self.smallest.setdefault(split, [])
-            if (len(smallest) < KEPT_HASHES or number < smallest[-1]) and number not in smallest:
+            if number not in smallest:
                 insort(smallest, number)
                 del smallest[KEPT_HASHES:]
             yield split, text
@@ -109,10 +113,36 @@ class SplitDocuments:
         return {split: "".join(f"{number:016x}" for number in self.smallest[split]) for split in self.smallest}
 
 
-def shares_documents(digest: str, documents: Iterable[str], rule: SplitRule) -> bool:
-    """Returns whether any of the documents is among those of a digest by the same rule."""
-    known = {int(digest[i : i + 16], 16) for i in range(0, len(digest), 16)}
-    return any(rule.hash(text) in known for text in documents)
+def rule_of(
+    settings: Mapping[str, Any], stored: Mapping[Split, Iterable[str]], kept: Mapping[str, Any] | None, *, fits: bool
+) -> SplitRule:
+    """Returns how the stored "train" is split.
+
+    Documents are split as the checkpoint's if they have some in common. Otherwise the tokens show whether the text is
+    that of the checkpoint.
+
+    Args:
+        settings: Those of the data.
+        stored: Documents of each stored split.
+        kept: The `split` in a checkpoint's state of a `TextDataModule`.
+        fits: Whether this is for training.
+
+    Raises:
+        ValueError: If there is no "train" to train on.
+    """
+    if "train" not in stored:
+        if kept and not fits:
+            return SplitRule.of(settings, ["val", "test"], by_document=False)
+        raise ValueError(f"Expected data.path to have a split 'train', but got {[*stored]}")
+    if kept:
+        rule = replace(SplitRule.of(kept, kept["stored"], by_document=kept["by_document"]), kept=True)
+        digest = kept["parts"]["train"]["digest"]
+        known = {digest[i : i + 16] for i in range(0, len(digest), 16)}
+        if not rule.by_document or any(f"{rule.hash(text):016x}" in known for text in stored["train"]):
+            return rule
+    rule = SplitRule.of(settings, stored, by_document=True)
+    several = (fits or not kept) and enough_documents(stored["train"], rule, settings["max_tokens"])
+    return replace(rule, by_document=several)
 
 
 def new_ranges(rule: SplitRule, counts: Mapping[Split, int]) -> dict[Split, Range]:
@@ -128,9 +158,8 @@ def new_ranges(rule: SplitRule, counts: Mapping[Split, int]) -> dict[Split, Rang
 
 def whole_ranges(counts: Mapping[Split, int]) -> dict[Split, Range]:
     """Returns the stored splits of a text that was not trained on, or else all of it for each."""
-    names: list[Split] = ["train", "val", "test"]
-    first: Split = next(iter(counts))
-    files: dict[Split, Split] = {split: split if split in counts else first for split in names}
+    first = next(iter(counts))
+    files: dict[Split, Split] = {split: split if split in counts else first for split in get_args(Split)}
     return {split: (file, 0, counts[file]) for split, file in files.items()}
 
 
@@ -154,7 +183,7 @@ def kept_ranges(kept: Mapping[str, Any], path: str, tokens: Mapping[Split, Token
     What has been added to the end of a text is in no split. Stored splits, and documents, are used as they are now.
 
     Args:
-        kept: The `split` in the state of a `TextDataModule`.
+        kept: The `split` in a checkpoint's state of a `TextDataModule`.
         path: The value of `data.path` now.
         tokens: The tokens of each file now. If the checkpoint's documents were split, these are, by the same rule.
 
@@ -185,11 +214,9 @@ def kept_ranges(kept: Mapping[str, Any], path: str, tokens: Mapping[Split, Token
         file: Split = part["file"]
         if file not in tokens:
             raise ValueError(f"Expected data.path to have a stored split {file!r}, as in training, but got {[*tokens]}")
-        if file == "train" and by_position:
-            start, stop = (min(part[end], len(tokens[file])) for end in ("start", "stop"))
-            ranges[split] = file, start, stop
-        else:
-            ranges[split] = file, 0, len(tokens[file])
+        count = len(tokens[file])
+        stop = part["stop"] if by_position and file == "train" else count
+        ranges[split] = file, min(part["start"], count), min(stop, count)
     return ranges
 
 
@@ -202,13 +229,7 @@ def kept_settings(kept: Mapping[str, Any], *, training: bool) -> dict[str, Any]:
 
 
 def changes(kept: Mapping[str, Any], parts: Mapping[Split, Any], counts: Mapping[Split, int]) -> list[str]:
-    """Returns what is to be said of a text that is not as it was.
-
-    Args:
-        kept: The `split` in the state of a `TextDataModule`.
-        parts: Its `parts` as they are now, split as the checkpoint has it.
-        counts: The number of tokens of each file now.
-    """
+    """Returns what is to be said of a text that is not as it was: `parts` and the size of each file are of now."""
     said, ends = [], dict.fromkeys(counts, 0)
     for split, part in parts.items():
         before, after = (each["stop"] - each["start"] for each in (kept["parts"][split], part))

@@ -1,76 +1,142 @@
-"""Finds the tokens of a text that an earlier run has written, or writes them."""
+"""Text is tokenised once, into a file for each split, which later runs find again.
+
+A folder of tokens appears by a rename, and its manifest has the number of tokens of each file. A folder in which
+something is missing or of another size is made anew.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
+from filelock import FileLock
+from rich.console import Console
+from rich.progress import Progress, TimeElapsedColumn
 
 from thinned.data.order import Split
-from thinned.data.text_split import SplitDocuments, SplitRule
-from thinned.data.token_stream import make_tokenizer
-from thinned.data.tokenizer import Tokenizer, bpe_size
-from thinned.data.tokens import FORMAT, Tokenised, open_tokens, write_tokens
+from thinned.data.token_stream import Document, first, token_arrays
+from thinned.data.tokenizer import Tokenizer
+from thinned.data.tokens import Tokens
+
+FORMAT = 3  # of the files; another one has other folders
 
 
-def find_tokens(
-    content: str,
-    label: str,
-    stored: Mapping[Split, SplitDocuments],
-    rule: SplitRule,
-    settings: Mapping[str, Any],
-    given: str | None,
-    check: Callable[[dict[Split, int]], None],
+class Tokenised(NamedTuple):
+    """Text as tokens."""
+
+    tokenizer: Tokenizer
+    tokens: dict[Split, Tokens]
+    digests: dict[Split, str]  # of the splits that consist of whole documents
+
+
+def folder_of(cache_dir: str, label: str, key: list[Any]) -> Path:
+    """Returns the folder of tokens: the label is for people, and the key is all that they depend on, as JSON."""
+    digest = hashlib.sha256(json.dumps([FORMAT, *key]).encode()).hexdigest()
+    name = re.sub(r"[^\w.-]+", "-", label).strip(".-")[:80]
+    return Path(cache_dir).expanduser() / f"{name}-{digest[:12]}"
+
+
+def cached_tokens(
+    folder: Path,
+    make: Callable[[], Tokenizer],
+    stored: Mapping[Split, Iterable[Document]],
+    splits: Iterable[Split],
+    max_tokens: int | None,
+    check: Callable[[dict[Split, int]], dict[Split, str]],
 ) -> Tokenised:
-    """Returns the tokens of a text, from the folder `data.cache_dir`.
+    """Returns the tokens in a folder. If there are none, one of several processes writes them; the others wait.
 
     Args:
-        content: Differs between texts.
-        label: Begins the name of the folder of these tokens.
-        stored: Documents of each stored split.
-        rule: How "train" is divided.
-        settings: Those of the data.
-        given: JSON of the tokenizer; None for that of the settings.
-        check: Called with the number of tokens of each split; it raises an error if they will not do.
+        folder: The folder; an error leaves nothing of it.
+        make: Makes the tokenizer.
+        stored: Documents of each stored split, with the splits to which they go.
+        splits: All of these.
+        max_tokens: The most tokens of a stored split; None for all.
+        check: Called with the number of tokens of each split. Returns digests to keep, or raises an error if the
+            tokens will not do.
 
     Raises:
         OSError: If the files cannot be written.
-        ValueError: If the text cannot be encoded, or the tokens are not as they were written.
+        ValueError: If the text cannot be encoded.
     """
-    spec, max_tokens = settings["tokenizer"], settings["max_tokens"]
-    key = {"format": FORMAT, "content": content, "tokenizer": spec, "max_tokens": max_tokens}
-    if rule.by_document:
-        key["split"] = [rule.val, rule.test, rule.seed]
-    elif bpe_size(spec):
-        key["training_part"] = rule.ends[0]
-    tokenizer = None
-    if given:
-        tokenizer = Tokenizer.from_json(given)
-    elif spec != "char" and not bpe_size(spec):
-        tokenizer = Tokenizer.pretrained(spec)
-    if tokenizer:
-        # A checkpoint is often used on its training text: if its tokenizer was made for it, so were the tokens.
-        made = _directory(settings, label, key) / "tokenizer.json"
-        if not made.exists() or made.read_text(encoding="utf-8", errors="replace") != given:
-            key.pop("training_part", None)
-            key["digest"] = hashlib.sha256(tokenizer.to_json().encode()).hexdigest()
+    if found := open_tokens(folder):
+        return found
+    with _replacing(folder) as partial:
+        if found := open_tokens(folder):  # another process has written it
+            return found
+        partial.mkdir()
+        tokenizer = make()
+        dtype = "<u2" if tokenizer.vocab_size <= 2**16 else "<u4"
+        columns = "Tokenising data.path: {task.completed:,.0f} tokens", TimeElapsedColumn()
+        progress = Progress(*columns, console=Console(stderr=True), transient=True)
+        with progress, ExitStack() as stack:
+            task = progress.add_task("")
+            files = {split: stack.enter_context((partial / f"{split}.bin").open("wb")) for split in splits}
+            for name, documents in stored.items():
+                if tokenizer.by_character:  # it may lack characters of the text that is not kept
+                    documents = first(documents, max_tokens)
+                try:
+                    for split, tokens in first(token_arrays(documents, tokenizer), max_tokens):
+                        files[split].write(tokens.astype(dtype).tobytes())
+                        progress.advance(task, len(tokens))
+                except ValueError as error:
+                    raise ValueError(f"{error} (data.path, split {name!r})") from None
+            counts = {split: file.tell() // np.dtype(dtype).itemsize for split, file in files.items()}
+        manifest = {"dtype": dtype, "tokens": counts, "digests": check(counts)}
+        (partial / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
+        (partial / "manifest.json").write_text(json.dumps(manifest, indent=2), encoding="utf-8")
+    found = open_tokens(folder)
+    assert found
+    return found
 
-    def make() -> Tokenizer:
-        return tokenizer or make_tokenizer(spec, stored, rule.ends[0], max_tokens)
 
-    def digests(counts: dict[Split, int]) -> dict[Split, str]:
-        check(counts)
-        return stored["train"].digests if rule.by_document else {}
+def open_tokens(folder: Path) -> Tokenised | None:
+    """Returns the tokens in a folder; None if something is missing or not as it was written."""
+    tokens = {}
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        tokenizer = Tokenizer.from_json((folder / "tokenizer.json").read_text(encoding="utf-8"))
+        dtype, digests = manifest["dtype"], manifest["digests"]
+        for split, count in manifest["tokens"].items():
+            path = folder / f"{split}.bin"
+            if path.stat().st_size != count * np.dtype(dtype).itemsize:
+                return None
+            tokens[split] = Tokens(path, dtype, 0, count)
+    except (KeyError, OSError, TypeError, ValueError):
+        return None
+    return Tokenised(tokenizer, tokens, digests)
 
-    directory = _directory(settings, label, key)
-    write_tokens(directory, make, stored, dict.fromkeys([*stored, *rule.taken]), max_tokens, digests)
-    return open_tokens(directory)
 
-
-def _directory(settings: Mapping[str, Any], label: str, key: dict[str, Any]) -> Path:
-    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-    name = re.sub(r"[^\w.-]+", "-", label).strip(".-")[:80]
-    return Path(settings["cache_dir"]).expanduser() / f"{name}-{digest[:12]}"
+@contextmanager
+def _replacing(folder: Path) -> Iterator[Path]:
+    """Yields the path of a new folder, which replaces `folder` if all goes well, while other processes wait."""
+    made = [above for above in (folder.parent, *folder.parent.parents) if not above.exists()]
+    lock, partial = (folder.with_name(f".{folder.name}.{kind}") for kind in ("lock", "partial"))
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(lock):
+            shutil.rmtree(partial, ignore_errors=True)  # left by a process that was killed
+            try:
+                yield partial
+                if partial.exists():
+                    shutil.rmtree(folder, ignore_errors=True)
+                    partial.rename(folder)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
+                lock.unlink(missing_ok=True)  # a process that waits for it notices, and makes a new one
+    except BaseException as error:
+        for above in made:
+            with suppress(OSError):  # it may hold files of others
+                above.rmdir()
+        if isinstance(error, OSError) and error.errno is not None:  # the errors of data.path have no errno
+            raise OSError(
+                f"Expected to write tokens to data.cache_dir, but got {type(error).__name__} ({error}) for {folder}"
+            ) from None
+        raise

@@ -1,24 +1,26 @@
 """Documents to tokens: makes the tokenizer of a text, and yields its tokens in order.
 
-Each document comes with the name of its split.
+Each document comes with the name of its split. Long ones are worked on in pieces, so that memory does not grow.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from itertools import chain, groupby, islice
+from itertools import chain, islice
+from typing import TypeVar
 
 import numpy as np
 
 from thinned.data.order import Split
 from thinned.data.tokenizer import Tokenizer, bpe_size
 
-PIECE = 2**16  # characters that are encoded as one text; threads share the pieces
-GROUP = 2**20  # characters that are encoded by one call
+PIECE = 2**15  # characters that are encoded as one text
+GROUP = 64  # pieces that are encoded by one call; threads share them
 SEPARATOR = "\n\n"  # between documents, if the tokenizer has no token for it
-LINE_BREAK = re.compile(r"(?<=\S)\r?\n(?=\S)")
+GAP = re.compile(r"(?<=\S)(?=[ \t\r\n])")  # the start of white space
 Document = tuple[Split, str]
+Sized = TypeVar("Sized", str, np.ndarray)
 
 
 def make_tokenizer(
@@ -32,16 +34,15 @@ def make_tokenizer(
         training_part: Fraction of the characters for training on which BPE is trained.
         max_tokens: The most tokens kept of a stored split; None for all.
     """
-    size = bpe_size(spec)
-    if size:
+    if size := bpe_size(spec):
 
         def training() -> Iterator[Document]:
-            return (each for each in sure_to_fit(stored["train"], max_tokens) if each[0] == "train")
+            return in_pieces(each for each in sure_to_fit(stored["train"], max_tokens) if each[0] == "train")
 
         limit = None if training_part == 1 else int(training_part * sum(len(text) for _, text in training()))
-        return Tokenizer.bpe((text for _, text in first_characters(training(), limit)), size)
+        return Tokenizer.bpe((text for _, text in first(training(), limit)), size)
     several = any(len(list(islice(filter(_has_text, documents), 2))) > 1 for documents in stored.values())
-    texts = chain.from_iterable(first_characters(documents, max_tokens) for documents in stored.values())
+    texts = chain.from_iterable(first(in_pieces(documents), max_tokens) for documents in stored.values())
     return Tokenizer.characters(chain([SEPARATOR] if several else [], (text for _, text in texts)))
 
 
@@ -55,40 +56,49 @@ def sure_to_fit(documents: Iterable[Document], max_tokens: int | None) -> Iterat
         if max_tokens is None:
             yield split, text
             continue
-        content = text.encode()[:max_tokens]
+        content = text[:max_tokens].encode()[:max_tokens]
         yield split, content.decode(errors="ignore")
         max_tokens -= len(content) + 1  # one for the end of the document
         if max_tokens <= 0:
             return
 
 
-def first_characters(documents: Iterable[Document], limit: int | None) -> Iterator[Document]:
-    """Yields documents up to a number of characters, the last one cut off; None is no limit."""
-    for split, text in documents:
-        if limit is not None and limit <= len(text):
-            yield split, text[:limit]
-            return
-        yield split, text
-        limit = None if limit is None else limit - len(text)
+def first(parts: Iterable[tuple[Split, Sized]], limit: int | None) -> Iterator[tuple[Split, Sized]]:
+    """Yields texts up to a number of characters, or arrays up to a number of tokens, the last one cut off.
+
+    >>> list(first([("train", "ab"), ("val", "cd"), ("train", "ef")], 3))
+    [('train', 'ab'), ('val', 'c')]
+    """
+    for split, part in parts:
+        yield split, part[:limit]
+        if limit is not None:
+            limit -= len(part)
+            if limit <= 0:
+                return
 
 
-def pieces(document: str, tokenizer: Tokenizer) -> Iterator[str]:
-    """Yields the pieces of a long document, cut only at line breaks where the cut does not change the tokens.
+def pieces(document: str, tokenizer: Tokenizer | None = None) -> Iterator[str]:
+    """Yields the pieces of a long document, cut only where the cut does not change its tokens.
 
-    GPT-2 has no token that spans a line break between two lines, but other tokenizers have, or begin every text with a
-    space. So each cut is tried on the text around it.
+    No token of GPT-2 spans the start of white space, but other tokenizers have some that do, or begin every text with a
+    space. So each cut is tried on the text around it. Without a tokenizer, the pieces are for training one as GPT-2's.
     """
     start = 0
     while len(document) - start > PIECE:
         stop = start + PIECE
-        if not tokenizer.by_character:
-            ends = (match.end() for match in islice(LINE_BREAK.finditer(document, stop), 4))
-            stop = next((end for end in ends if _separable(document, end, tokenizer)), 0)
+        if not (tokenizer and tokenizer.by_character):
+            cuts = (gap.start() for gap in islice(GAP.finditer(document, stop), 4))
+            stop = next((cut for cut in cuts if not tokenizer or _separable(document, cut, tokenizer)), 0)
             if not stop:
                 break
         yield document[start:stop]
         start = stop
     yield document[start:]
+
+
+def in_pieces(documents: Iterable[Document], tokenizer: Tokenizer | None = None) -> Iterator[Document]:
+    """Yields the pieces of documents, with the split of each."""
+    return ((split, piece) for split, document in documents for piece in pieces(document, tokenizer))
 
 
 def _separable(document: str, cut: int, tokenizer: Tokenizer) -> bool:
@@ -97,37 +107,22 @@ def _separable(document: str, cut: int, tokenizer: Tokenizer) -> bool:
     return np.array_equal(whole, np.concatenate(parts))
 
 
-def _texts(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[tuple[Split, str, bool]]:
-    """Yields split and text of the pieces of all documents, and whether each ends its document."""
+def token_arrays(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[tuple[Split, np.ndarray]]:
+    """Yields splits and tokens of all documents in order, each followed by what separates them; no empty ones."""
+    end = np.array([tokenizer.end_of_text])
+    texts = in_pieces(_separated(documents, tokenizer), tokenizer)
+    while group := list(islice(texts, GROUP)):
+        encoded = iter(tokenizer.encode_documents([text for _, text in group if text]))
+        yield from ((split, next(encoded) if text else end) for split, text in group)
+
+
+def _separated(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[Document]:
+    """Yields documents that have text, and what separates them: "" stands for its token, if there is one."""
     begun = set[Split]()
     for split, document in filter(_has_text, documents):
         if split in begun and tokenizer.end_of_text is None:
-            yield split, SEPARATOR, False
+            yield split, SEPARATOR
         begun.add(split)
-        *parts, last = pieces(document, tokenizer)
-        for part in parts:
-            yield split, part, False
-        yield split, last, True
-
-
-def _groups(texts: Iterator[tuple[Split, str, bool]]) -> Iterator[list[tuple[Split, str, bool]]]:
-    """Yields lists of texts, of about `GROUP` characters in all."""
-    group, size = [], 0
-    for text in texts:
-        group.append(text)
-        size += len(text[1])
-        if size >= GROUP:
-            yield group
-            group, size = [], 0
-    if group:
-        yield group
-
-
-def token_arrays(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[tuple[Split, np.ndarray]]:
-    """Yields splits and tokens of all documents in order, each followed by what separates them; no empty ones."""
-    end = np.array([] if tokenizer.end_of_text is None else [tokenizer.end_of_text], np.int64)
-    for group in _groups(_texts(documents, tokenizer)):
-        encoded = tokenizer.encode_documents([text for _, text, _ in group])
-        tokens = [(split, ids, end[:last]) for ids, (split, _, last) in zip(encoded, group, strict=True)]
-        for split, run in groupby(tokens, key=lambda each: each[0]):
-            yield split, np.concatenate([part for _, *parts in run for part in parts])
+        yield split, document
+        if tokenizer.end_of_text is not None:
+            yield split, ""

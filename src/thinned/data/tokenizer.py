@@ -9,10 +9,10 @@ Shapes: V tokens in the vocabulary.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import NoReturn
 
 import numpy as np
 import tokenizers
@@ -41,6 +41,13 @@ def bpe_size(spec: str) -> int | None:
     raise ValueError(f"Expected data.tokenizer to be {EXPECTED}, but got {spec!r}")
 
 
+def known_tokenizer(spec: str, given: str | None) -> Tokenizer | None:
+    """Returns the tokenizer given as JSON, or a pretrained one; None if it is made of the text."""
+    if given:
+        return Tokenizer.from_json(given)
+    return None if spec == "char" or bpe_size(spec) else Tokenizer.pretrained(spec)
+
+
 class Tokenizer:
     """Encodes text as ids and decodes them.
 
@@ -55,20 +62,19 @@ class Tokenizer:
         tokenizer.no_truncation()
         tokenizer.encode_special_tokens = True
         self._tokenizer = tokenizer
-        vocabulary = tokenizer.get_vocab(with_added_tokens=True)
-        self._added = tokenizer.get_added_tokens_decoder()
-        self._special = {index for index, token in self._added.items() if token.special}
-        self._names = [""] * (max(vocabulary.values(), default=-1) + 1)  # ids may have gaps
-        for name, index in vocabulary.items():
-            self._names[index] = name
+        size = max(tokenizer.get_vocab().values(), default=-1) + 1
+        self._names = [tokenizer.id_to_token(index) or "" for index in range(size)]  # ids may have gaps
         word_level = isinstance(tokenizer.model, models.WordLevel) and isinstance(tokenizer.decoder, decoders.Fuse)
         self.by_character = word_level and all(len(name) == 1 for name in self._names)
 
     @classmethod
     def characters(cls, documents: Iterable[str]) -> Tokenizer:
         """Returns the tokenizer whose tokens are the characters of the documents, in Unicode order."""
-        characters = sorted(set().union(*documents))
-        tokenizer = tokenizers.Tokenizer(models.WordLevel({name: index for index, name in enumerate(characters)}))
+        has_point = np.zeros(sys.maxunicode + 1, bool)
+        for document in documents:
+            has_point[_code_points(document)] = True
+        names = map(chr, np.flatnonzero(has_point))
+        tokenizer = tokenizers.Tokenizer(models.WordLevel({name: index for index, name in enumerate(names)}))
         # In this syntax of regular expressions, a dot under (?m) also matches a newline.
         tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("(?m)."), "isolated")
         tokenizer.decoder = decoders.Fuse()
@@ -76,17 +82,10 @@ class Tokenizer:
 
     @classmethod
     def bpe(cls, documents: Iterable[str], vocab_size: int) -> Tokenizer:
-        """Returns a byte-level BPE tokenizer trained on the documents.
+        """Returns a byte-level BPE tokenizer of `vocab_size` tokens, or fewer, trained on the documents.
 
-        Args:
-            documents: The text.
-            vocab_size: Number of tokens; a short text may give fewer.
-
-        Raises:
-            ValueError: If the 256 bytes and the end of text do not fit.
+        The library's trainer holds about 100 bytes for each character of a document, so long ones come in pieces.
         """
-        if vocab_size < MIN_BPE_SIZE:
-            raise ValueError(f"Expected a BPE vocabulary of at least {MIN_BPE_SIZE} tokens, but got {vocab_size}")
         tokenizer = tokenizers.Tokenizer(models.BPE())
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.decoder = decoders.ByteLevel()
@@ -118,10 +117,7 @@ class Tokenizer:
             raise FileNotFoundError(
                 f"Expected data.tokenizer to be {EXPECTED}, but got {name!r} ({type(error).__name__}: {cause})"
             ) from None
-        try:
-            return cls.from_json(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"Expected data.tokenizer {name!r} to hold a tokenizer, but got {error}") from None
+        return cls.from_json(path.read_text(encoding="utf-8", errors="replace"))
 
     @classmethod
     def from_json(cls, text: str) -> Tokenizer:
@@ -129,7 +125,9 @@ class Tokenizer:
         try:
             return cls(tokenizers.Tokenizer.from_str(text))
         except Exception as error:  # the library raises bare Exceptions
-            raise ValueError(f"Expected the JSON of a tokenizer, but got {text[:40]!r} ({error})") from None
+            raise ValueError(
+                f"Expected data.tokenizer to hold a tokenizer as JSON, but got {text[:40]!r} ({error})"
+            ) from None
 
     def to_json(self) -> str:
         """Returns the whole tokenizer in the format of tokenizer.json."""
@@ -151,44 +149,44 @@ class Tokenizer:
         return self.encode_documents([text])[0].tolist()
 
     def encode_documents(self, documents: list[str]) -> list[np.ndarray]:
-        """Returns the ids of each document as int64, encoded in threads; ValueError as for `encode`."""
+        """Returns the ids of each document as integers, encoded in threads; ValueError as for `encode`."""
         if self.by_character:
             return [self._encode_characters(document) for document in documents]
         encodings = self._tokenizer.encode_batch_fast(documents, add_special_tokens=False)
         ids = [np.array(encoding.ids, np.int64) for encoding in encodings]
         if self._unknown is not None and any((document == self._unknown).any() for document in ids):
             encodings = self._tokenizer.encode_batch(documents, add_special_tokens=False)  # this time with offsets
-            self._refuse(
-                {
-                    document[slice(*offsets)]
-                    for document, encoding in zip(documents, encodings, strict=True)
-                    for index, offsets in zip(encoding.ids, encoding.offsets, strict=True)
-                    if index == self._unknown
-                }
+            raise self._outside(
+                document[slice(*offsets)]
+                for document, encoding in zip(documents, encodings, strict=True)
+                for index, offsets in zip(encoding.ids, encoding.offsets, strict=True)
+                if index == self._unknown
             )
         return ids
 
     def _encode_characters(self, text: str) -> np.ndarray:
         """Looks code points up in a table, forty times as fast as the library."""
-        points = np.frombuffer(text.encode("utf-32-le", errors="surrogatepass"), "<u4")
-        ids = self._ids[np.minimum(points, len(self._ids) - 1)]
-        if (unknown := ids < 0).any():
-            self._refuse(set(map(chr, np.unique(points[unknown]).tolist())))
+        points = _code_points(text)
+        ids = self._id_of_point.take(points, mode="clip")
+        if ids.min(initial=0) < 0:
+            raise self._outside(map(chr, points[ids < 0].tolist()))
         return ids
 
     @cached_property
-    def _ids(self) -> np.ndarray:
-        """The id of each code point, int64; -1 if it has none, as the last one."""
+    def _id_of_point(self) -> np.ndarray:
+        """The id of each code point, int32; -1 if it has none, as the last one."""
         points = np.array([ord(name) for name in self._names], np.int64)
-        ids = np.full(points.max(initial=0) + 2, -1)
+        ids = np.full(points.max(initial=0) + 2, -1, np.int32)
         ids[points] = np.arange(len(points))
         return ids
 
-    def _refuse(self, unknown: set[str]) -> NoReturn:
+    def _outside(self, parts: Iterable[str]) -> ValueError:
+        """Returns the error that names parts of a text outside the vocabulary."""
+        unknown = sorted(set(parts))
         more = f" and {len(unknown) - 10} more" if len(unknown) > 10 else ""
-        raise ValueError(
+        return ValueError(
             f"Expected text within the vocabulary of the tokenizer, which has {self.vocab_size} tokens, "
-            f"but got {', '.join(map(repr, sorted(unknown)[:10]))}{more}"
+            f"but got {', '.join(map(repr, unknown[:10]))}{more}"
         )
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -196,11 +194,8 @@ class Tokenizer:
         return self._tokenizer.decode(list(ids), skip_special_tokens=False)
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
-        r"""Returns the text of each token by itself; bytes that are not a whole character appear as `\xe2`."""
-        return [
-            self._names[index] if index in self._special else self._bytes[index].decode(errors="backslashreplace")
-            for index in ids
-        ]
+        r"""Returns the text of each token, special ones by name; bytes that are not a whole character as `\xe2`."""
+        return [self._bytes[index].decode(errors="backslashreplace") or self._names[index] for index in ids]
 
     @cached_property
     def token_bytes(self) -> Tensor:
@@ -223,7 +218,7 @@ class Tokenizer:
             both = self._tokenizer.decode_batch(pairs, skip_special_tokens=False)
             fallback = {f"<0x{byte:02X}>": bytes([byte]) for byte in range(256)}  # of Llama 2, for rare characters
             found = [fallback.get(name, text[skip:].encode()) for name, text in zip(self._names, both, strict=True)]
-        for index, token in self._added.items():
+        for index, token in self._tokenizer.get_added_tokens_decoder().items():
             found[index] = b"" if token.special else token.content.encode()
         return found
 
@@ -242,8 +237,12 @@ def _cached_or_downloaded(name: str) -> str:
         return hf_hub_download(name, "tokenizer.json")
 
 
+def _code_points(text: str) -> np.ndarray:
+    return np.frombuffer(text.encode("utf-32-le", errors="surrogatepass"), "<u4")
+
+
 def _byte_alphabet() -> dict[str, int]:
-    """Returns the byte for each character of byte-level tokens."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = sorted(set(range(256)) - set(printable))
-    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+    """Returns the byte for each character of byte-level tokens: itself, or else those from U+0100 on, in order."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    own = {character: ord(character) for character in alphabet if ord(character) < 256}
+    return own | dict(zip(alphabet[len(own) :], sorted({*range(256)} - {*own.values()}), strict=True))

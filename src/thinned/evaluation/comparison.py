@@ -94,7 +94,9 @@ def compared(paths: Sequence[Path], by: str | None) -> dict[str, dict[str, Any]]
         run.check_same_examples(runs[0])
     groups: dict[str, list[EvaluatedRun]] = {}
     for run in runs:
-        groups.setdefault(run.path.name if by is None else f"{by} = {run.setting(by)}", []).append(run)
+        groups.setdefault(run.path.name if by is None else f"{by.rpartition('.')[2]} = {run.setting(by)}", []).append(
+            run
+        )
     if len(groups) < 2:
         raise ValueError(f"Expected runs of at least two groups to compare, but got {list(groups)}")
     ways = [way for way in runs[0].provenance["ways"] if all(way in run.provenance["ways"] for run in runs)]

@@ -58,8 +58,8 @@ def _cell(score: Mapping[str, Any] | None) -> str:
         lines.append("  seeds  " + _interval(score["seeds"]))
     if "difference" in score:
         difference = score["difference"]
-        star = " *" if difference["told_apart"] else ""
-        lines.append(f"Δ{difference['value']:+.4f} {_interval(difference)}{star}")
+        star = "*" if difference["told_apart"] else " "
+        lines.append(f"Δ{difference['value']:+.4f}{star}{_interval(difference)}")
     return "\n".join(lines)
 
 
@@ -100,17 +100,35 @@ def verdicts(evaluation: Evaluation) -> list[str]:
     return sentences
 
 
-def set_sentences(evaluation: Evaluation) -> list[str]:
-    """Returns a sentence for each kind of prediction sets of each way: coverage, mean size, and classes they miss."""
-    level, sentences = evaluation["coverage"], []
+def set_table(evaluation: Evaluation) -> Table | None:
+    """Returns the coverage and the mean size of the prediction sets of each way; None if there are none."""
+    ways = [way for way in evaluation["ways"].values() if way["coverage"]]
+    if not ways:
+        return None
+    title = f"Prediction sets for {100 * evaluation['coverage']:g} % of targets"
+    table = Table("", title=title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
+    for kind in ways[0]["coverage"]:
+        table.add_column(f"{kind.upper()}: coverage\nmean size", no_wrap=True)
+    for way in ways:
+        pairs = ((way["scores"][f"{kind}_coverage"], way["scores"][f"{kind}_size"]) for kind in way["coverage"])
+        table.add_row(way["label"], *(f"{_brief(coverage)}\n{_brief(size)}" for coverage, size in pairs))
+    return table
+
+
+def _brief(score: Mapping[str, Any]) -> str:
+    return f"{score['value']:.3f} [{score['low']:.3f}, {score['high']:.3f}]"
+
+
+def missed_classes(evaluation: Evaluation) -> list[str]:
+    """Returns a sentence for each way and kind of prediction sets that contain some class too rarely."""
+    sentences, level = [], evaluation["coverage"]
     for way in evaluation["ways"].values():
         for kind, of_classes in way["coverage"].items():
-            coverage, size = way["scores"][f"{kind}_coverage"], way["scores"][f"{kind}_size"]
-            said = f"{100 * level:g} % prediction sets ({kind.upper()}) of {way['label']}: "
-            said += f"{coverage['value']:.3f} of targets {_interval(coverage)}, "
-            said += f"{size['value']:.2f} classes {_interval(size)}"
-            missed = [f"{name} ({c['value']:.2f}, n = {c['n']})" for name, c in of_classes.items() if c["high"] < level]
-            sentences.append(f"{said}; below {100 * level:g} %: {', '.join(missed)}" if missed else said)
+            if missed := {name: c for name, c in of_classes.items() if c["high"] < level}:
+                shown = sorted(missed, key=lambda name: missed[name]["value"])[:WORST_CLASSES]
+                more = f" and {len(missed) - len(shown)} more" * (len(missed) > len(shown))
+                listed = ", ".join(f"{name} in {missed[name]['value']:.2f} of {missed[name]['n']}" for name in shown)
+                sentences.append(f"{kind.upper()} sets of {way['label']} contain too rarely class {listed}{more}.")
     return sentences
 
 

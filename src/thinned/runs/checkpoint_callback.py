@@ -183,7 +183,7 @@ class Checkpoints(ModelCheckpoint):
         if trainer.fast_dev_run or self._step_of_last == trainer.global_step:  # type: ignore[attr-defined]
             return
         self.last_model_path = f"{self.dirpath}/{self.CHECKPOINT_NAME_LAST}{self.FILE_EXTENSION}"
-        trainer.save_checkpoint(self.last_model_path)
+        trainer.save_checkpoint(self.last_model_path, weights_only=False)
         self._step_of_last = trainer.global_step
         for logger in trainer.loggers if trainer.is_global_zero else ():
             logger.after_save_checkpoint(proxy(self))

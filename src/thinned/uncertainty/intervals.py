@@ -78,13 +78,13 @@ def t_interval(values: Sequence[float]) -> Interval:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Returns the p-values of a family of tests, adjusted so that they hold together (Holm 1979).
+    """Returns the p-values of a family of tests, adjusted so that they hold together (Holm 1979); NaN is no test.
 
     >>> holm([0.04, 0.01, 0.03])
     [0.06, 0.03, 0.06]
     """
     adjusted, largest = [math.nan] * len(p_values), 0.0
-    order = sorted(range(len(p_values)), key=lambda i: p_values[i])
+    order = sorted((i for i, p in enumerate(p_values) if not math.isnan(p)), key=lambda i: p_values[i])
     for rank, i in enumerate(order):
         largest = adjusted[i] = max(largest, min(1.0, (len(order) - rank) * p_values[i]))
     return adjusted

@@ -170,6 +170,7 @@ SCORES = {
         "bits per byte ↓",
         lambda nll, bytes, weights=None: mean(nll, weights) / mean(bytes, weights) / math.log(2),
         ("nll", "bytes"),
+        headline=True,
     ),
     "brier": Score("Brier ↓", mean, ("brier",), headline=True),
     "brier_miscalibration": Score(
