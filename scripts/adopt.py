@@ -64,6 +64,7 @@ PARTS = {
         tests/evaluation/test_example_rows.py  tests/evaluation/test_ways.py
         tests/evaluation/test_interrupted_prediction.py
         tests/evaluation/test_mc_dropout.py
+        tests/evaluation/test_predictor.py
         tests/evaluation/test_provenance.py
         tests/tasks/test_classification.py
         tests/test_without_runs.py

@@ -26,9 +26,10 @@ from thinned.data.module import DataOffers
 from thinned.evaluation import MCDropout
 from thinned.evaluation.ensembles import evaluation_ways
 from thinned.evaluation.score_tables import missed_classes, score_tables, set_table, verdicts
+from thinned.files import read_checkpoint
 from thinned.offers import Offers
 from thinned.runs.checkpoint_callback import Checkpoints
-from thinned.runs.checkpoint_io import AtomicCheckpointIO, checkpoint_arguments, read_checkpoint
+from thinned.runs.checkpoint_io import AtomicCheckpointIO, checkpoint_arguments
 from thinned.runs.cpu_precision import SLOW, bf16_slowdown
 from thinned.runs.directory import (
     Purpose,

@@ -1,9 +1,18 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and checkpoints, opened without running code in them."""
 
 import os
+import pickle
+import warnings
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
+
+import torch
+
+# Keys of the config that prediction takes from a checkpoint: not where to run (trainer).
+KEPT = ("seed_everything", "experiment", "runs_dir", "model", "data", "mc_dropout")
 
 
 @contextmanager
@@ -30,6 +39,36 @@ def whole_file(path: Path) -> Iterator[Path]:
         if isinstance(error, OSError):
             raise OSError(f"Expected to write {path}, but got {error.strerror or error}") from error
         raise
+
+
+def read_checkpoint(path: str, check: bool = True) -> dict[str, Any]:
+    """Opens a checkpoint written by the scripts with `weights_only`, so that no pickled code runs.
+
+    Args:
+        path: Path of the file.
+        check: Whether to compare every byte with its checksum, which torch does not.
+
+    Raises:
+        ValueError: The file is missing, truncated, foreign, or holds anything but tensors and primitives.
+    """
+    expected = "Expected a checkpoint of scripts/train.py, but got"
+    if not Path(path).is_file():
+        raise ValueError(f"{expected} no file: {path}")
+    try:
+        if check:
+            with zipfile.ZipFile(path) as file:
+                if file.testzip():
+                    raise zipfile.BadZipFile
+        with warnings.catch_warnings(action="ignore"):
+            checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"{expected} a file with other objects than tensors and primitives: {path}") from error
+    except Exception as error:  # torch.load fails in many ways on foreign bytes
+        raise ValueError(f"{expected} a truncated or foreign file: {path}") from error
+    config = checkpoint.get("config") if isinstance(checkpoint, dict) else None
+    if not isinstance(config, dict) or "state_dict" not in checkpoint or not set(KEPT) <= config.keys():
+        raise ValueError(f"{expected} a file without its config: {path}")
+    return checkpoint
 
 
 def _sync_directory(directory: Path) -> None:

@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import pytest
+import torch
 from PIL import Image
 
-from thinned.data.pixels import COLOUR, DEPTH, FRAMES, header, open_image, to_array
+from thinned.data.pixels import COLOUR, DEPTH, FRAMES, depth_of, header, image_of, open_image, to_array
 
 GREY = np.random.default_rng(0).integers(0, 256, (5, 7), dtype=np.uint8)
 RGB = np.random.default_rng(1).integers(0, 256, (5, 7, 3), dtype=np.uint8)
@@ -136,3 +137,26 @@ def test_another_size_is_refused_or_resized() -> None:
         read(written(Image.fromarray(GREY.T.copy())))
     expected = Image.fromarray(GREY.T.copy()).resize((7, 5), Image.Resampling.BILINEAR)
     assert np.array_equal(read(written(Image.fromarray(GREY.T.copy())), resize=True)[0], np.asarray(expected))
+
+
+def test_pixels_are_the_image_that_a_file_of_them_would_be() -> None:
+    rgba = np.dstack([RGB, GREY])
+    for pixels, mode in ((GREY, "L"), (RGB[..., :2], "LA"), (RGB, "RGB"), (rgba, "RGBA")):
+        shapes = [pixels] if pixels.ndim == 2 else [pixels, pixels.transpose(2, 0, 1)]
+        shapes += [pixels[None], pixels[..., None]] if pixels.ndim == 2 else []
+        for given in (*shapes, *(torch.from_numpy(each.copy()) for each in shapes)):
+            image = image_of(given)
+            assert image.mode == mode
+            assert np.array_equal(np.asarray(image), pixels)
+
+
+def test_the_type_of_pixels_is_their_depth() -> None:
+    deep = GREY.astype(np.uint16) * 257
+    assert depth_of(image_of(deep)) == depth_of(image_of(torch.from_numpy(deep))) == 1
+    assert np.array_equal(to_array(image_of(deep), (1, 5, 7), deep=True)[0], deep / np.float32(65535))
+    assert np.array_equal(np.asarray(image_of(RGB.astype(np.uint16) * 256 + 255)), RGB)  # the upper 8 bits
+    assert depth_of(image_of(GREY.astype(np.int32))) == 2
+    for kind in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        image = image_of(torch.from_numpy(GREY.copy()).to(kind).requires_grad_())
+        assert depth_of(image) == 3
+        np.testing.assert_allclose(np.asarray(image), GREY, rtol=0.004)

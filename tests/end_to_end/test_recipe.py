@@ -1,15 +1,18 @@
 """The README's recipe for one's own model, and its Python example, followed to the letter."""
 
+import copy
 import importlib.util
 import json
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import thinned.models
+from thinned.data.image_sources import read_digits
 from thinned.tasks import ClassificationTask
 
 ROOT = Path(__file__).parents[2]
@@ -54,3 +57,22 @@ def test_the_python_example_runs() -> None:
     prediction = names["prediction"]
     assert prediction.mean.sum(-1).tolist() == pytest.approx([1.0] * 4)  # type: ignore[attr-defined]
     assert (prediction.mutual_information > 0).all()  # type: ignore[attr-defined]
+
+
+def test_a_predictor_from_a_checkpoint_and_its_net_exported(
+    trained: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    read_digits()[3]["image"].save("digit.png")
+    names: dict[str, Any] = {}
+    exec(code("python", "digit.png").replace("runs/...", str(trained.run)), names)
+    assert capsys.readouterr().out.startswith(f"{names['prediction'].label} {{")
+
+    net = names["predictor"].net
+    names["net"] = copy.deepcopy(net)
+    for parameter in names["net"].parameters():
+        parameter.data.zero_()
+    exec(code("python", "net.safetensors"), names)
+    images = torch.randn(5, 1, 8, 8)
+    assert torch.equal(names["net"](images), net(images))
+    assert torch.equal(torch.export.load("net.pt2").module()(images), net(images))

@@ -10,8 +10,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from thinned.files import KEPT
 from thinned.runs.checkpoint_callback import Checkpoints
-from thinned.runs.checkpoint_io import KEPT
 
 
 class Failing(LightningModule):

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import thinned.runs.checkpoint_io
-from thinned.runs.checkpoint_io import AtomicCheckpointIO, newest_checkpoint, read_checkpoint
+from thinned.files import read_checkpoint
+from thinned.runs.checkpoint_io import AtomicCheckpointIO, newest_checkpoint
 
 
 def test_newest_is_the_one_with_the_most_steps(tmp_path: Path, any_run: Any) -> None:

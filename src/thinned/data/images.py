@@ -29,7 +29,7 @@ from thinned.data.image_splits import arrange, label_digests, other_labels
 from thinned.data.labels import Labels, label_column, match_names, read_labels, shortened
 from thinned.data.module import SplitDataModule
 from thinned.data.order import Split
-from thinned.data.pixels import kind_of
+from thinned.data.pixels import SCALES, depth_of, image_of, kind_of, to_array
 from thinned.data.split_names import assign_splits
 
 HalfTurn = restricted_number_type("HalfTurn", float, [(">=", 0), ("<=", 180)], docstring="Degrees in [0, 180].")
@@ -288,6 +288,7 @@ class ImageDataModule(SplitDataModule):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes classes, statistics and split from a checkpoint."""
         self._trained, self._statistics = state_dict, Statistics(**state_dict["statistics"])
+        self.class_names = state_dict["class_names"]
         if state_dict["background"] != self.hparams["background"]:
             self._say(f"The background is that of the training: {state_dict['background']} (data.background)")
         if self._images and self.state_dict() != state_dict:  # Lightning loads a checkpoint after setup
@@ -300,14 +301,41 @@ class ImageDataModule(SplitDataModule):
 
     def batches(self, split: Split, *, training: bool) -> ImageBatches:
         """Returns a split as batches, augmented for training."""
-        unit = 1 if self._deep else 255
         return ImageBatches(
             self._pixels(split),
             self.rows[split],
             self.target[split],
-            mean=unit * torch.tensor(self.mean)[:, None, None],
-            std=unit * torch.tensor(self.std)[:, None, None],
+            *self._mean_and_std(self._deep),
             rotation=self.hparams["rotation"] if training else 0.0,
             shift=self.hparams["shift"] if training else 0.0,
             seed=self.hparams["seed"],
         )
+
+    def _mean_and_std(self, deep: bool) -> tuple[Tensor, Tensor]:
+        """Returns mean and standard deviation of intensities as `to_array` gives them, (C, 1, 1) each."""
+        unit = 1 if deep else 255
+        return unit * torch.tensor(self.mean)[:, None, None], unit * torch.tensor(self.std)[:, None, None]
+
+    def input_of(self, given: Any) -> Tensor:
+        """Returns an image as a trained network takes it, (C, H, W) float32: of `data.image_size`, standardised.
+
+        Args:
+            given: See `pixels.image_of`.
+
+        Raises:
+            ValueError: It is no image, or has another depth or more channels than those of the training.
+        """
+        image, trained, size = image_of(given), self._trained or self.state_dict(), self.hparams["image_size"]
+        if (scale := SCALES[depth_of(image)]) != trained["scale"]:
+            raise ValueError(f"Expected an image of {trained['scale']}, as in the training, but got one of {scale}")
+        width, height = (size, size) if size else image.size
+        shape, deep = (trained["channels"], height, width), depth_of(image) > 0
+        try:
+            pixels = to_array(image, shape, resize=bool(size), deep=deep, background=trained["background"])
+        except ValueError as error:
+            raise ValueError(f"Expected an image like those of the training, but got one that {error}") from None
+        alone = torch.from_numpy(np.stack([pixels]))
+        batches = ImageBatches(
+            alone, torch.zeros(1, dtype=torch.int64), None, *self._mean_and_std(deep), rotation=0, shift=0, seed=0
+        )
+        return batches[0, [0]].image[0]

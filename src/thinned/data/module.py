@@ -35,6 +35,9 @@ class DataOffers(Protocol):
     class_names: list[str] | None = None
     # `raw_images(split, indices)`: uint8 (n, C, H, W), for pictures.
     raw_images: Callable[[Split, Sequence[int]], Tensor] | None = None
+    # `input_of(example)`: an image or a text as the net takes it, without a batch dimension; before `setup` too, with a
+    # checkpoint's state. `thinned.evaluation.Predictor` needs it.
+    input_of: Callable[[Any], Tensor] | None = None
     # Ways to predict are fitted on it.
     val_dataloader: Callable[[], Iterable[Any]] | None = None
     # Turns text to tokens and back; its `token_bytes` (V,) gives bits per byte.

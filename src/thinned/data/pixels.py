@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import PIL.Image
+import torch
 from PIL import ImageColor, ImageOps
 from PIL.Image import Image, Resampling
 
@@ -30,11 +31,19 @@ def header(content: bytes) -> int:
     if content[12:16] == b"IHDR" and content[24:26] in PLAIN_PNG and not (b"tRNS" in content or b"acTL" in content):
         return 0  # a short way for the most frequent case
     image = PIL.Image.open(io.BytesIO(content))
-    depth = 1 if image.mode.startswith("I;16") else {"I": 2, "F": 3}.get(image.mode, 0)
     is_grey = image.mode in GREY or (image.mode in ("P", "PA") and _has_grey_palette(image))
     narrowed = content[12:16] == b"IHDR" and content[24] == 16 and content[25] != 0
     several = getattr(image, "is_animated", False)
-    return depth | (0 if is_grey else COLOUR) | (FRAMES if several else 0) | (NARROWED if narrowed else 0)
+    return depth_of(image) | (0 if is_grey else COLOUR) | (FRAMES if several else 0) | (NARROWED if narrowed else 0)
+
+
+def depth_of(image: Image) -> int:
+    """Returns the depth of an image: 0 for 8 bits, 1 for 16 bits, 2 for 32-bit integers, 3 for floats.
+
+    >>> depth_of(PIL.Image.new("RGBA", (2, 2))), depth_of(PIL.Image.new("I;16", (2, 2)))
+    (0, 1)
+    """
+    return 1 if image.mode.startswith("I;16") else {"I": 2, "F": 3}.get(image.mode, 0)
 
 
 class Kind(NamedTuple):
@@ -81,6 +90,51 @@ def open_image(stored: dict[str, Any]) -> Image:
     image = PIL.Image.open(io.BytesIO(content))
     image.load()
     return ImageOps.exif_transpose(image)
+
+
+def image_of(given: Any) -> Image:
+    """Returns an image that a person has, decoded and upright.
+
+    Args:
+        given: Path of a file, a PIL image, or an array or tensor of pixels: (H, W), (H, W, C) or (C, H, W), where C is
+            1 for grey, 2 for grey and alpha, 3 for RGB, 4 for RGBA. The type says the depth: uint8, uint16, int32 or
+            floats; the last two in one channel. Of uint16 in several channels, the upper 8 bits are used, as of files.
+
+    Raises:
+        ValueError: It is none of these.
+    """
+    if isinstance(given, torch.Tensor):
+        given = given.detach().cpu()
+        given = (given.float() if given.is_floating_point() else given).numpy()
+    if isinstance(given, np.ndarray):
+        return _image_of_pixels(given)
+    try:
+        if isinstance(given, str | Path):
+            return open_image({"bytes": None, "path": given})
+        if isinstance(given, Image):
+            return ImageOps.exif_transpose(given)
+    except Exception as error:  # PIL raises many types
+        cause = getattr(error, "strerror", None) or str(error).partition(" <_io")[0]
+        raise ValueError(f"Expected an image that can be decoded, but got {given} ({cause})") from None
+    raise ValueError(f"Expected an image, its pixels or the path of its file, but got {type(given).__name__}")
+
+
+def _image_of_pixels(pixels: np.ndarray) -> Image:
+    shape, kind = pixels.shape, pixels.dtype
+    channels_first, channels_last = (len(shape) == 3 and 1 <= shape[axis] <= 4 for axis in (0, 2))
+    if pixels.size == 0 or not (len(shape) == 2 or channels_first != channels_last):
+        raise ValueError(f"Expected pixels (H, W), (H, W, C) or (C, H, W) with C from 1 to 4, but got {shape}")
+    pixels = np.moveaxis(pixels, 0, -1) if channels_first else pixels
+    pixels = pixels[..., 0] if pixels.shape[2:] == (1,) else pixels
+    if np.issubdtype(kind, np.floating):
+        pixels = pixels.astype(np.float32)
+    elif kind not in (np.uint8, np.uint16, np.int32):
+        raise ValueError(f"Expected pixels of type uint8, uint16, int32 or floats, but got {kind}")
+    if pixels.ndim == 3 and kind == np.uint16:
+        pixels = (pixels >> 8).astype(np.uint8)
+    if pixels.ndim == 3 and pixels.dtype != np.uint8:
+        raise ValueError(f"Expected one channel of type {kind}, but got the shape {shape}")
+    return PIL.Image.fromarray(pixels)
 
 
 def to_array(

@@ -14,8 +14,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, OpenUnitInterval, PositiveInt
 from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from thinned.data.module import SplitDataModule
@@ -277,6 +279,7 @@ class TextDataModule(SplitDataModule):
         if self.tokens and state_dict == self.state_dict():
             return
         self._given, self._kept, self._prepared = state_dict["tokenizer"], state_dict.get("split"), None
+        self.tokenizer = Tokenizer.from_json(self._given)
         if self.tokens:  # Lightning loads a checkpoint after setup
             self.tokens = {}
             self.setup()
@@ -284,6 +287,15 @@ class TextDataModule(SplitDataModule):
     def num_examples(self, split: Split) -> int:
         """Returns the number of windows in the evaluation of a split, after setup."""
         return len(self.batches(split, training=False))
+
+    def input_of(self, text: Any) -> Tensor:
+        """Returns the tokens of a text, (t,) int64; ValueError unless it is a str of 1 to T known tokens."""
+        if not isinstance(text, str):
+            raise ValueError(f"Expected a text, a str, but got {type(text).__name__}")
+        tokens = torch.tensor(self.tokenizer.encode(text), dtype=torch.int64)
+        if not 1 <= len(tokens) <= self.context_length:
+            raise ValueError(f"Expected a text of 1 to {self.context_length} tokens, but got {len(tokens)}")
+        return tokens
 
     def batches(self, split: Split, *, training: bool) -> TokenBatches:
         """Returns a split as windows; those for training begin at another offset each epoch."""

@@ -5,6 +5,7 @@ Shapes: B examples or sequences, T tokens of a sequence, N targets (B, or the to
 
 import math
 from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
@@ -16,6 +17,7 @@ from thinned.data.content_split import content_hash, uniform
 from thinned.data.module import data_offers
 from thinned.models.net import Logits, logits_of, net_offers
 from thinned.offers import task_offers
+from thinned.uncertainty.monte_carlo import ROWS_AT_ONCE
 from thinned.uncertainty.statistics import MCStatistics
 from thinned.uncertainty.token_statistics import TokenStatistics
 
@@ -94,12 +96,12 @@ class Batch:
             self._statistics[id(way)] = way.statistics_of(self)
         return self._statistics[id(way)]
 
-    def sum_up(self, stream: Iterable[Logits]) -> MCStatistics | TokenStatistics:
+    def sum_up(self, stream: Iterator[Logits]) -> MCStatistics | TokenStatistics:
         """Returns the statistics of distributions of the N targets."""
         if self.counted is None:
-            examples = MCStatistics()
-            for logits in stream:
-                examples.update(torch.softmax(logits[:], dim=-1))
+            examples, at_once = MCStatistics(), max(1, ROWS_AT_ONCE // max(1, len(self.index)))
+            while samples := list(islice(stream, at_once)):
+                examples.update_all(torch.softmax(torch.stack([logits[:] for logits in samples]), dim=-1))
             return examples
         tokens = TokenStatistics(self.target, self.counted.nonzero()[:, 0], len(self.index))
         for logits in stream:

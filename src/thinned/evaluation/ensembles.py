@@ -26,7 +26,7 @@ def evaluation_ways(standard: Sequence[Way], checkpoints: Mapping[str, dict[str,
         ValueError: The checkpoints are of other data, splits, classes or tokenizers.
     """
     (first, of_first), *others = checkpoints.items()
-    nets = [_net_of(path, _compared(path, content, of_first)) for path, content in others]
+    nets = [net_of(path, _compared(path, content, of_first)) for path, content in others]
     digests = [digest_of_file(path) for path in (first, *(path for path, _ in others))] if others else []
     ensembles: list[Way] = []
     for way in standard if others else ():
@@ -43,7 +43,8 @@ def _with_net(way: Way, net: nn.Module, name: str) -> Way:
     return member
 
 
-def _net_of(path: str, content: dict[str, Any]) -> nn.Module:
+def net_of(path: str, content: dict[str, Any]) -> nn.Module:
+    """Returns the trained net of a checkpoint, on the CPU and in evaluation mode: see `trained_net`."""
     task: Any = locate(content["config"]["model"]["class_path"])
     return trained_net(task.load_from_checkpoint(path, map_location="cpu", weights_only=True).eval())
 

@@ -1,12 +1,14 @@
 """Provenance: what decides the rows of a prediction, and nothing else."""
 
 import hashlib
+import json
 import platform
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning
+import pyarrow.parquet as pq
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
@@ -60,6 +62,28 @@ def differences(now: dict[str, Any], then: dict[str, Any], prefix: str = "") -> 
         elif ours != theirs:
             found.append(f"{prefix}{key} = {ours} instead of {theirs}")
     return found
+
+
+def measured_settings(evaluation: Path, checkpoint: str) -> dict[str, dict[str, Any]]:
+    """Returns the settings of each way of an evaluation, such as a temperature, by the name of the way.
+
+    Args:
+        evaluation: Folder of an evaluation, or its evaluation.json.
+        checkpoint: Path of the checkpoint that it has to be of.
+
+    Raises:
+        ValueError: There is no evaluation, or it is of another checkpoint.
+    """
+    folder = evaluation if evaluation.is_dir() else evaluation.parent
+    try:
+        ways = json.loads((folder / "evaluation.json").read_text())["ways"]
+        provenance = json.loads(pq.read_schema(folder / "predictions.parquet").metadata[b"thinned"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        cause = " ".join(str(error).split())
+        raise ValueError(f"Expected an evaluation by scripts/evaluate.py, but got {evaluation} ({cause})") from None
+    if provenance["checkpoint"] != digest_of_file(checkpoint):
+        raise ValueError(f"Expected an evaluation of {checkpoint}, but got one of another checkpoint, {evaluation}")
+    return {name: way["settings"] for name, way in ways.items()}
 
 
 def _rates(module: nn.Module) -> dict[str, float | list[float]]:

@@ -66,14 +66,15 @@ def _rows(batch: Batch, ways: Sequence[Way], sets: PredictionSets | None) -> tup
             columns = statistics.tokens()
             sequences |= {f"{way.name}_{key}": column for key, column in statistics.sequences(columns).items()}
         else:
-            columns = _example_columns(statistics, batch.targets)
+            columns = example_columns(statistics, batch.targets)
             if sets is not None:
                 columns |= sets.columns(way, statistics.mean, batch.targets, batch.index)
         rows |= {f"{way.name}_{key}": column for key, column in columns.items()}
     return rows, sequences
 
 
-def _example_columns(statistics: MCStatistics, targets: Tensor | None) -> Rows:
+def example_columns(statistics: MCStatistics, targets: Tensor | None) -> Rows:
+    """Returns the columns of one way for B examples, whose targets (B,) may be unknown."""
     probs = statistics.mean
     confidence, prediction = probs.max(-1)
     columns = {"prediction": prediction, "confidence": confidence, "predictive_entropy": entropy(probs)}

@@ -284,10 +284,10 @@ class Tempered(Way):
     The temperature acts on the mean of the other way's distributions: p ** (1 / T), normalised.
     """
 
-    def __init__(self, way: Way) -> None:
+    def __init__(self, way: Way, temperature: float = 1.0) -> None:
         self.way, self.builds_on = way, [way]
         self.name, self.label = f"{way.name}_tempered", f"{way.label}, tempered"
-        self.temperature = 1.0
+        self.temperature = temperature
 
     def bind(self, trained: nn.Module) -> None:
         """Its networks are those of the other way."""

@@ -17,8 +17,9 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 
+from thinned.files import read_checkpoint
 from thinned.runs import internals
-from thinned.runs.checkpoint_io import last_checkpoint, read_checkpoint
+from thinned.runs.checkpoint_io import last_checkpoint
 from thinned.runs.interruption import Interruption
 from thinned.runs.loggers import ResumableLogger
 from thinned.runs.lost_ranks import is_lost_rank

@@ -1,9 +1,6 @@
-"""Checkpoints that stand alone: weights and the config of their run, opened without running code in them."""
+"""Checkpoints that the scripts are given, and those that a run writes and resumes from."""
 
 import argparse
-import pickle
-import warnings
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,10 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_warn
 
-from thinned.files import whole_file
-
-# Keys of the config that prediction takes from a checkpoint: not where to run (trainer).
-KEPT = ("seed_everything", "experiment", "runs_dir", "model", "data", "mc_dropout")
+from thinned.files import KEPT, read_checkpoint, whole_file
 
 
 def checkpoint_arguments(
@@ -47,36 +41,6 @@ def checkpoint_arguments(
     logger = given["trainer"].get("logger", False) if with_logger else False
     config = {key: given[key] for key in KEPT} | {"trainer": {"logger": logger}}
     return checkpoints, ["--config", yaml.safe_dump(config), *rest]
-
-
-def read_checkpoint(path: str, check: bool = True) -> dict[str, Any]:
-    """Opens a checkpoint written by the scripts with `weights_only`, so that no pickled code runs.
-
-    Args:
-        path: Path of the file.
-        check: Whether to compare every byte with its checksum, which torch does not.
-
-    Raises:
-        ValueError: The file is missing, truncated, foreign, or holds anything but tensors and primitives.
-    """
-    expected = "Expected a checkpoint of scripts/train.py, but got"
-    if not Path(path).is_file():
-        raise ValueError(f"{expected} no file: {path}")
-    try:
-        if check:
-            with zipfile.ZipFile(path) as file:
-                if file.testzip():
-                    raise zipfile.BadZipFile
-        with warnings.catch_warnings(action="ignore"):
-            checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(f"{expected} a file with other objects than tensors and primitives: {path}") from error
-    except Exception as error:  # torch.load fails in many ways on foreign bytes
-        raise ValueError(f"{expected} a truncated or foreign file: {path}") from error
-    config = checkpoint.get("config") if isinstance(checkpoint, dict) else None
-    if not isinstance(config, dict) or "state_dict" not in checkpoint or not set(KEPT) <= config.keys():
-        raise ValueError(f"{expected} a file without its config: {path}")
-    return checkpoint
 
 
 def newest_checkpoint(directory: Path) -> Path | None:

@@ -11,7 +11,8 @@ from typing import Literal, get_args
 
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
-from thinned.runs.checkpoint_io import newest_checkpoint, read_checkpoint
+from thinned.files import read_checkpoint
+from thinned.runs.checkpoint_io import newest_checkpoint
 from thinned.runs.claim import claim, release
 
 Purpose = Literal["", "predict", "evaluate"]  # training, and what is done with checkpoints

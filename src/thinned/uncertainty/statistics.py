@@ -65,7 +65,7 @@ class MCStatistics:
             self._entropy = torch.zeros_like(probs[0, ..., 0])
         before, n = self.num_samples, len(probs)
         self.num_samples += n
-        mean = probs.mean(0)
+        mean = probs[0] + (probs - probs[0]).mean(0)  # of equal samples, exactly the sample
         delta = mean - self.mean
         self._squares += delta.square() * (before * n / self.num_samples) + (probs - mean).square().sum(0)
         self.mean += delta * (n / self.num_samples)
