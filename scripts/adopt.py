@@ -52,6 +52,7 @@ PARTS = {
         tests/end_to_end/test_batches_and_processes.py
         tests/end_to_end/test_checkpoint_alone.py
         tests/end_to_end/test_dead_rank.py
+        tests/end_to_end/test_evaluate.py
         tests/end_to_end/test_interruption.py
         tests/end_to_end/test_launchers.py
         tests/end_to_end/test_messages.py

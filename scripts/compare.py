@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Compares runs on the same examples; those that agree in a setting are repetitions with other seeds.
 
-python scripts/compare.py runs/mlp_mnist/* --by model.net.dropout.mlp [--out comparison.json]
+python scripts/compare.py runs/<experiment>/* --by model.net.dropout.mlp [--out comparison.json]
 """
 
 import argparse
