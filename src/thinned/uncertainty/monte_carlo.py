@@ -32,6 +32,15 @@ Output = TypeVar("Output")
 # 0.5, and below 25 if networks are kept; at a rate of 0.1 below more than 128, and about 130.
 STACKED_INPUTS = 64
 ROWS_AT_ONCE = 512  # networks times inputs in a stack: their activations stay in the cache
+# On an H200, where cutting 50 networks takes 69 ms, and a pass through kept ones 15 ms: a stack takes 1 ms for 128
+# inputs, 6 for 1,000, 24 for 4,000 and 67 for 10,000.
+STACKED_INPUTS_ON_GPU = 4096
+ROWS_AT_ONCE_ON_GPU = 2**15
+
+
+def stack_limits(device: torch.device) -> tuple[int, int]:
+    """Returns how many inputs at most pass through a stack, and the most rows of it: networks times inputs."""
+    return (STACKED_INPUTS, ROWS_AT_ONCE) if device.type == "cpu" else (STACKED_INPUTS_ON_GPU, ROWS_AT_ONCE_ON_GPU)
 
 
 def resolve_masks(net: nn.Module, masks: Masks) -> Literal["shared", "independent"]:
@@ -94,8 +103,9 @@ def sampled_logits(
 ) -> Generator[Tensor, None, None]:
     """Yields the logits of S sampled networks, (n, B, K) for the next n of them. See `sampled_outputs`."""
     can_stack = resolve_masks(net, masks) == "shared" and net_offers(net).stack is not None
-    stacked = can_stack and len(inputs) <= STACKED_INPUTS and acting_sites(net, sites) != ()
-    at_once = ROWS_AT_ONCE // max(len(inputs), 1) if stacked else 1
+    most_inputs, most_rows = stack_limits(inputs.device) if can_stack else (0, 0)
+    stacked = can_stack and len(inputs) <= most_inputs and acting_sites(net, sites) != ()
+    at_once = most_rows // max(len(inputs), 1) if stacked else 1
     settings |= {"masks": masks, "sites": sites, "at_once": at_once}
     with closing(sampled_outputs(net, lambda sampled: logits_in(sampled, inputs), **settings)) as outputs:
         for number, logits in enumerate(outputs):  # closed on an exception, which restores the modes at once
