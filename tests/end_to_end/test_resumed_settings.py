@@ -39,7 +39,7 @@ def test_config_optimiser_and_schedule_agree(args: tuple[object, ...], run_scrip
         settings = config["model"]["init_args"]["optimizer"]["init_args"]
         assert (settings["lr"], settings["weight_decay"]) == (0.5, 0.25)
     with (run / "metrics.csv").open() as file:
-        rates = {int(row["step"]): row["lr-AdamW/pg1"] for row in csv.DictReader(file) if row["lr-AdamW/pg1"]}
+        rates = {int(row["step"]): row["train/lr"] for row in csv.DictReader(file) if row["train/lr"]}
     assert (rates[29], float(rates[9])) == ("0.5", pytest.approx(0.002 * 10 / 51))
 
 
