@@ -1,6 +1,7 @@
 """Text from end to end: a GPT takes its sizes from the data, and its checkpoint alone predicts any text."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

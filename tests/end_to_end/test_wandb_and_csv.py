@@ -5,14 +5,17 @@ import json
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from killed_runs import end, start
 from wandb_file import wandb_config, wandb_history, wandb_records, wandb_summary
 
 Script = Callable[..., Any]
@@ -191,6 +194,43 @@ def test_logger_can_be_left_out(run_script: Script) -> None:
     assert finished.status == 0
     assert not [path for path in finished.new if "wandb" in path.name]
     assert "W&B" not in finished.err
+
+
+def test_killed_run_has_its_config(tmp_path: Path) -> None:
+    """Each process is killed, W&B's too, which by itself would write when it has 32 KiB or 15 seconds are over."""
+    quiet = ("--trainer.enable_progress_bar", "false", "--trainer.max_epochs", 1000, "--trainer.accelerator", "cpu")
+    process = start("--config", CONFIGS / "mlp_digits.yaml", *quiet, "--run_id", "killed", cwd=tmp_path)
+    run, deadline = tmp_path / "runs/mlp_digits/killed", time.monotonic() + 60
+    while not (run / "metrics.csv").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(2)
+    os.killpg(process.pid, signal.SIGKILL)
+    end(process)
+    config = wandb_config(wandb_file(run))
+    assert config["model"] == yaml.safe_load((run / "config.yaml").read_text())["model"]
+    assert (config["dropout/mlp"], config["params"]) == (0.2, 301066)
+
+
+def test_checkpoint_and_code_are_artifacts_if_asked_for(start_script: Script, tmp_path: Path) -> None:
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code/mine.py").write_text("print(1)")
+    logger = {
+        "class_path": "thinned.runs.WandbLogger",
+        "init_args": {"log_model": True},
+        "dict_kwargs": {"settings": {"save_code": True, "code_dir": str(tmp_path / "code")}},
+    }
+    (tmp_path / "asked.yaml").write_text(yaml.safe_dump({"trainer": {"logger": logger}}))
+    few = ("--trainer.max_epochs", 1, "--trainer.accelerator", "cpu", "--mc_dropout.num_samples", "null")
+    asked = ("--config", tmp_path / "asked.yaml")
+    run = start_script("scripts/train.py", "--config", CONFIGS / "mlp_digits.yaml", *asked, *few).run
+    records = wandb_records(wandb_file(run))
+    artifacts = [record.artifact for record in records if record.WhichOneof("record_type") == "artifact"]
+    files = {artifact.type: [content.path for content in artifact.manifest.contents] for artifact in artifacts}
+    assert files["code"] == ["mine.py"]
+    assert files["model"] == ["model.ckpt"]
+    (model,) = [artifact for artifact in artifacts if artifact.type == "model"]
+    assert list(model.aliases) == ["latest", "best"]
+    assert model.manifest.contents[0].size == (run / "checkpoints/best.ckpt").stat().st_size
 
 
 def test_csv_has_the_same_keys_and_steps(run_script: Script) -> None:
