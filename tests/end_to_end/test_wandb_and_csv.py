@@ -214,23 +214,17 @@ def test_killed_run_has_its_config(tmp_path: Path) -> None:
 def test_checkpoint_and_code_are_artifacts_if_asked_for(start_script: Script, tmp_path: Path) -> None:
     (tmp_path / "code").mkdir()
     (tmp_path / "code/mine.py").write_text("print(1)")
-    logger = {
-        "class_path": "thinned.runs.WandbLogger",
-        "init_args": {"log_model": True},
-        "dict_kwargs": {"settings": {"save_code": True, "code_dir": str(tmp_path / "code")}},
-    }
-    (tmp_path / "asked.yaml").write_text(yaml.safe_dump({"trainer": {"logger": logger}}))
     few = ("--trainer.max_epochs", 1, "--trainer.accelerator", "cpu", "--mc_dropout.num_samples", "null")
-    asked = ("--config", tmp_path / "asked.yaml")
-    run = start_script("scripts/train.py", "--config", CONFIGS / "mlp_digits.yaml", *asked, *few).run
+    asked = {"WANDB_SAVE_CODE": "true", "WANDB_CODE_DIR": str(tmp_path / "code")}
+    model = ("--trainer.logger.log_model", "true")
+    run = start_script("scripts/train.py", "--config", CONFIGS / "mlp_digits.yaml", *few, *model, **asked).run
     records = wandb_records(wandb_file(run))
     artifacts = [record.artifact for record in records if record.WhichOneof("record_type") == "artifact"]
-    files = {artifact.type: [content.path for content in artifact.manifest.contents] for artifact in artifacts}
-    assert files["code"] == ["mine.py"]
-    assert files["model"] == ["model.ckpt"]
-    (model,) = [artifact for artifact in artifacts if artifact.type == "model"]
-    assert list(model.aliases) == ["latest", "best"]
-    assert model.manifest.contents[0].size == (run / "checkpoints/best.ckpt").stat().st_size
+    code, *models = [a for a in artifacts if a.type in ("code", "model")]
+    assert [content.path for content in code.manifest.contents] == ["mine.py"]
+    assert {tuple(sorted(model.aliases)) for model in models} == {("latest",), ("best", "latest")}
+    sizes = {model.manifest.contents[0].size for model in models}
+    assert sizes == {path.stat().st_size for path in (run / "checkpoints").glob("*.ckpt")}
 
 
 def test_csv_has_the_same_keys_and_steps(run_script: Script) -> None:

@@ -107,9 +107,9 @@ class SplitDataModule(LightningDataModule, ABC):
     def fit_dataloader(self) -> DataLoader[Any]:
         """Returns as many training examples as there are for validation, without augmentation: a function of `seed`."""
         dataset = self.batches("train", training=False)
-        num_train, num_val = self.num_examples("train"), self.num_examples("val")
+        total, count = self.num_examples("train"), self.num_examples("val")
         generator = np.random.default_rng((self.hparams["seed"], 0, 2))  # the order is (seed, epoch)
-        chosen = np.sort(generator.choice(num_train, min(num_train, num_val), replace=False, shuffle=False))
+        chosen = np.sort(generator.choice(total, min(total, count), replace=False, shuffle=False))
         batches = [(epoch, chosen[places].tolist()) for epoch, places in self._sampler(len(chosen))]
         return self._loader(Subset(dataset, batches))  # type: ignore[arg-type]
 
