@@ -111,9 +111,9 @@ def test_own_checkpoint_is_not_what_is_tested(args: tuple[object, ...], run_scri
 
 def test_callback_that_is_refused_leaves_nothing(args: tuple[object, ...], run_script: Script) -> None:
     early = ("--trainer.callbacks", "EarlyStopping", "--trainer.callbacks.monitor", "val_loss")
-    assert "monitor to be logged, as are val/accuracy, " in run_script("train", *args, *early).error
+    assert "monitor to be logged, as are fit/accuracy, " in run_script("train", *args, *early).error
     misnamed = ("--checkpoint.monitor", "val/los", "--trainer.num_sanity_val_steps", 0)
-    assert "Expected checkpoint.monitor to be logged, as are val/a" in run_script("train", *args, *misnamed).error
+    assert "Expected checkpoint.monitor to be logged, as are fit/a" in run_script("train", *args, *misnamed).error
     finder = run_script("train", *args, "--trainer.callbacks", "LearningRateFinder").error
     assert "Expected trainer.callbacks without LearningRateFinder" in finder
 

@@ -39,7 +39,7 @@ class LearningCurves(Callback):
 
 
 def learning_curves(rows: Sequence[Mapping[str, str]]) -> Figure:
-    """Draws NLL, and accuracy if there is one, against the number of optimiser steps, from the rows of `metrics.csv`."""
+    """Draws NLL, and accuracy if there is one, against the number of optimiser steps, from rows of `metrics.csv`."""
     scores = [score for score in ("nll", "accuracy") if any(row.get(f"val/{score}") for row in rows)] or ["nll"]
     figure = Figure(figsize=(1.4 + 4.2 * len(scores), 4), layout="constrained")
     panels = figure.subplots(1, len(scores), squeeze=False)[0]
