@@ -168,7 +168,7 @@ def wandb_server() -> Verdict:
 
 
 def offline_runs() -> Verdict:
-    logs = [log for log in Path("runs").glob("**/offline-run-*/*.wandb") if not Path(f"{log}.synced").exists()]
+    logs = [log for log in Path("runs").glob("*/*/wandb/offline-run-*/*.wandb") if not Path(f"{log}.synced").exists()]
     if logs and wandb.setup().settings.api_key:
         return Verdict("warn", f"{len(logs)} below runs/ are not sent", "wandb sync runs/*/*/wandb/offline-run-*")
     return Verdict("ok", f"{len(logs)} below runs/")

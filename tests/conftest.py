@@ -152,7 +152,7 @@ class Finished:
         """The directory of its only run."""
         assert self.status == 0, self.err
         below = [path.parts for path in self.new if path.parts[0] == "runs" and len(path.parts) >= 3]
-        (run,) = {Path(*parts[:3]) for parts in below}  # runs/<experiment>/<id>
+        (run,) = {Path(*parts[:3]) for parts in below if parts[1] != "wandb"}  # runs/<experiment>/<id>
         return self.cwd / run
 
     @property
@@ -183,6 +183,7 @@ def run_script(name: str, *args: object, cwd: Path, pictures: bool = False, **en
         stack.enter_context(mock.patch("thinned.runs.directory.atexit", fake_atexit))
         if not pictures:
             stack.enter_context(mock.patch("thinned.evaluation.figures.figures", return_value={}))
+            stack.enter_context(mock.patch("thinned.evaluation.learning_curves.LearningCurves.on_fit_end"))
         for context in (redirect_stdout(out), redirect_stderr(err), chdir(cwd)):
             stack.enter_context(context)
         stack.enter_context(same_start())  # first to exit, so that W&B ends where it ran

@@ -16,7 +16,6 @@ import wandb
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, Trainer, seed_everything
-from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from rich.console import Console
@@ -25,6 +24,7 @@ from rich.console import Console
 from thinned.data.module import DataOffers
 from thinned.evaluation import MCDropout
 from thinned.evaluation.ensembles import evaluation_ways
+from thinned.evaluation.learning_curves import LearningCurves
 from thinned.evaluation.score_tables import missed_classes, score_tables, set_table, verdicts
 from thinned.files import read_checkpoint
 from thinned.offers import Offers
@@ -104,7 +104,7 @@ class ThinnedCLI(LightningCLI):
             seed_everything_default=0,
             trainer_defaults={
                 "use_distributed_sampler": False,
-                "callbacks": [Throughput(), LostRanks(), OwnCallbacks()],
+                "callbacks": [Throughput(), LostRanks(), OwnCallbacks(), LearningCurves()],
             },
             args=None if args is None else list(args),
             run=False,
@@ -125,7 +125,7 @@ class ThinnedCLI(LightningCLI):
         parser.add_argument("--run_id", type=str | None, help="Name of the run's folder; the time of day if null.")
         parser.add_argument("--resume", type=str | None, help="Run to resume: a folder, a checkpoint in it, or latest.")
         parser.add_lightning_class_args(Checkpoints, "checkpoint")
-        defaults = {"filename": "best", "monitor": "val/loss", "enable_version_counter": False}
+        defaults = {"filename": "best", "monitor": "val/nll", "enable_version_counter": False}
         parser.set_defaults({f"checkpoint.{key}": value for key, value in defaults.items()})
         parser.add_lightning_class_args(StepSeed, "step_seed")
         parser.link_arguments("seed_everything", "step_seed.seed", compute_fn=self._seed)
@@ -169,8 +169,9 @@ class ThinnedCLI(LightningCLI):
         fill_in_from_launcher(config.trainer)
         self._given_places = {key: config[key] for key in ("trainer.logger", *PLACES)}
         trained = [run_of_checkpoint(path) for path in self.checkpoints]
+        content = yaml.safe_load(self.parser.dump(config, skip_unset=False))
         config.trainer.logger = fill_in_loggers(
-            config.trainer.logger, self.run_dir, config.experiment, self.purpose, trained
+            config.trainer.logger, self.run_dir, config.experiment, self.purpose, trained, content
         )
         for key, part in PLACES.items():
             if config[key] is not None:
@@ -203,8 +204,6 @@ class ThinnedCLI(LightningCLI):
             self.datamodule = self._built_data
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        if self.config_init.trainer.logger is not False:
-            self.trainer_defaults["callbacks"].append(LearningRateMonitor("step"))
         kwargs["plugins"] = [*(self.config_init.get("trainer.plugins") or []), AtomicCheckpointIO()]
         try:
             trainer = super().instantiate_trainer(**kwargs)

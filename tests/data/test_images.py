@@ -110,6 +110,19 @@ class TestDigits:
         order = [next(iter(data.train_dataloader())).index.tolist() for _ in range(2)]
         assert order[0] == order[1] != sorted(order[0])
 
+    def test_fit_examples_are_a_fixed_part_of_the_training_split_as_it_is(self) -> None:
+        data, again, other = (ready(shift=2, rotation=90, seed=seed, eval_batch_size=50) for seed in (0, 0, 1))
+        batches = list(data.fit_dataloader())
+        fit = Batch(*map(torch.cat, zip(*batches, strict=True)))
+        assert [len(batch.index) for batch in batches] == [50, 50, 50, DIGITS["val"] - 150]
+        assert len(set(fit.index.tolist())) == DIGITS["val"] < DIGITS["train"]
+        back = fit.image * data.std[0] + data.mean[0]
+        assert torch.allclose(back, data.raw_images("train", fit.index) / 255.0, atol=1e-6)  # not rotated, not shifted
+        assert torch.equal(fit.target, data.target["train"][fit.index])
+        same, another = (torch.cat([batch.index for batch in each.fit_dataloader()]) for each in (again, other))
+        assert torch.equal(same, fit.index)
+        assert not torch.equal(another, fit.index)
+
     def test_setup_reads_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
         reads: list[str] = []
         read = images_module.read_splits

@@ -174,6 +174,28 @@ class Echoes(SplitDataModule):
         return len(Echo())
 
 
+FIT = [3, 5, 7, 9, 10, 13, 19]  # of 20 examples, recorded: a resumed run has to find them again
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_processes_share_the_fit_examples(world_size: int) -> None:
+    """Of which there are as many as for validation; reading them draws nothing from the global generator."""
+
+    class Split(Echoes):
+        def num_examples(self, split: Any) -> int:
+            return {"train": len(Echo()), "val": 7}[split]
+
+    def fit(rank: int) -> list[list[int]]:
+        trainer = SimpleNamespace(global_rank=rank, world_size=world_size, accumulate_grad_batches=1)
+        return [batch.tolist()[1:] for batch in Split(trainer, 3, 0).fit_dataloader()]
+
+    generator = torch.get_rng_state()
+    shares = [fit(rank) for rank in range(world_size)]
+    assert torch.get_rng_state().equal(generator)
+    assert sorted(index for share in shares for batch in share for index in batch) == FIT
+    assert len({len(share) for share in shares}) == 1  # as many batches for each
+
+
 class Late(LightningDataModule):
     """Makes its loader when it is asked to, as by then a trainer knows where it resumes."""
 

@@ -215,6 +215,15 @@ class TestEvaluation:
         assert train.tokenizer.decode(next(iter(train.predict_dataloader())).input[0].tolist()) == LETTERS[:8]
 
 
+def test_fit_windows_are_a_fixed_part_of_the_training_split(make: Make) -> None:
+    data = make(text="0123456789" * 40, val_fraction=0.25, eval_batch_size=3)
+    windows = [len(data.batches(split, training=False)) for split in ("train", "val")]
+    fit = TokenBatch(*map(torch.cat, zip(*data.fit_dataloader(), strict=True)))
+    assert len(set(fit.index.tolist())) == len(fit.index) == windows[1] < windows[0]
+    assert fit.input[:, 0].equal(data.batches("train", training=False)[0, fit.index.tolist()].input[:, 0])
+    assert fit.index.equal(torch.cat([batch.index for batch in data.fit_dataloader()]))
+
+
 class TestPreparation:
     def test_text_is_tokenised_once(self, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
         first = make()

@@ -11,7 +11,7 @@ from thinned.models import dropout
 
 
 class RankWitness(Callback):
-    """Saves what this process had as `rank<r>.pt`: indices of each batch, masks that it drew, weights at the end."""
+    """Saves what this process had as `rank<r>.pt`: indices and masks of each batch, weights and fit scores at last."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.indices: list[torch.Tensor] = []
@@ -33,5 +33,6 @@ class RankWitness(Callback):
         self.spy.stop()
         weights = [parameter.detach() for parameter in pl_module.parameters()]
         weights = [weight.full_tensor() if isinstance(weight, DTensor) else weight for weight in weights]
-        seen = {"indices": self.indices, "masks": self.masks, "weights": weights}
+        fit = {key: float(value) for key, value in trainer.callback_metrics.items() if key.startswith("fit/")}
+        seen = {"fit": fit, "indices": self.indices, "masks": self.masks, "weights": weights}
         torch.save(seen, f"rank{trainer.global_rank}.pt")

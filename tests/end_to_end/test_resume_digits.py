@@ -83,9 +83,9 @@ def test_best_is_chosen_at_validations_however_often_last_is_written(
     written: dict[str, list[int]] = {"best": [], "last": []}
     save = Trainer.save_checkpoint
 
-    def spy(trainer: Trainer, filepath: str, *args: Any) -> None:
+    def spy(trainer: Trainer, filepath: str, *args: Any, **options: Any) -> None:
         written[Path(filepath).stem].append(trainer.global_step)
-        save(trainer, filepath, *args)
+        save(trainer, filepath, *args, **options)
 
     monkeypatch.setattr(Trainer, "save_checkpoint", spy)
     few = ("--trainer.max_steps", 25, "--trainer.logger", "false", "--mc_dropout.num_samples", "null")

@@ -39,7 +39,7 @@ def test_config_optimiser_and_schedule_agree(args: tuple[object, ...], run_scrip
         settings = config["model"]["init_args"]["optimizer"]["init_args"]
         assert (settings["lr"], settings["weight_decay"]) == (0.5, 0.25)
     with (run / "metrics.csv").open() as file:
-        rates = {int(row["step"]): row["lr-AdamW/pg1"] for row in csv.DictReader(file) if row["lr-AdamW/pg1"]}
+        rates = {int(row["step"]): row["train/lr"] for row in csv.DictReader(file) if row["train/lr"]}
     assert (rates[29], float(rates[9])) == ("0.5", pytest.approx(0.002 * 10 / 51))
 
 
@@ -111,9 +111,9 @@ def test_own_checkpoint_is_not_what_is_tested(args: tuple[object, ...], run_scri
 
 def test_callback_that_is_refused_leaves_nothing(args: tuple[object, ...], run_script: Script) -> None:
     early = ("--trainer.callbacks", "EarlyStopping", "--trainer.callbacks.monitor", "val_loss")
-    assert "monitor to be logged, as are val/accuracy, " in run_script("train", *args, *early).error
+    assert "monitor to be logged, as are fit/accuracy, " in run_script("train", *args, *early).error
     misnamed = ("--checkpoint.monitor", "val/los", "--trainer.num_sanity_val_steps", 0)
-    assert "Expected checkpoint.monitor to be logged, as are val/a" in run_script("train", *args, *misnamed).error
+    assert "Expected checkpoint.monitor to be logged, as are fit/a" in run_script("train", *args, *misnamed).error
     finder = run_script("train", *args, "--trainer.callbacks", "LearningRateFinder").error
     assert "Expected trainer.callbacks without LearningRateFinder" in finder
 

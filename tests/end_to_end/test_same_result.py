@@ -105,7 +105,7 @@ def test_two_processes_do_what_one_does(task: Task, run_script: Any, start_scrip
     assert [[*chain(*zip(*pair, strict=True))] for pair in zip(first, second, strict=True)] == whole
     assert_close(two, one)
     scores = logged(one)
-    assert {"test/accuracy", "test/loss", "test/ece"} <= scores.keys()
+    assert {"test/accuracy", "test/nll", "test/ece"} <= scores.keys()
     assert ("test/perplexity" in scores) == ("test/bits_per_byte" in scores) == ("test/brier" not in scores)
     assert logged(two) == pytest.approx(scores, rel=1e-5, abs=1e-6)
 

@@ -35,10 +35,12 @@ def assert_trained_alike(sharded: Seen, copied: Seen) -> None:
         assert len(ours["masks"]) > 0
         for name in ("indices", "masks"):
             assert all(a.equal(b) for a, b in zip(ours[name], theirs[name], strict=True)), name
+        assert ours["fit"] == pytest.approx(theirs["fit"], rel=1e-5)
         for a, b in zip(ours["weights"], theirs["weights"], strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
     first, second = (seen["masks"] for seen in sharded)
     assert not any(a.equal(b) for a, b in zip(first, second, strict=True))
+    assert sharded[0]["fit"] == sharded[1]["fit"]
 
 
 # gpt only: begin
@@ -54,6 +56,7 @@ def test_gpt(start_script: Any, run_script: Any, text_file: Path, small_gpt: Any
     finished = start_script(*gpt, *four, *FSDP)
     run = finished.run
     sharded = ranks(tmp_path)
+    assert sharded[0]["fit"].keys() == {"fit/nll"}
     assert start_script(*gpt, *four, *DDP).status == 0
     assert_trained_alike(sharded, ranks(tmp_path))
 

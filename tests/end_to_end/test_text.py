@@ -1,6 +1,7 @@
 """Text from end to end: a GPT takes its sizes from the data, and its checkpoint alone predicts any text."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
-from wandb_file import wandb_history
+from wandb_file import wandb_history, wandb_summary
 
 from thinned.uncertainty.scores import SCORES, scores
 
@@ -180,11 +181,14 @@ def test_wandb_has_scores_and_samples(trained_text: Any) -> None:
     (file,) = trained_text.run.glob("wandb/offline-run-*/*.wandb")
     rows = list(wandb_history(file))
     logged = {key for row in rows for key in row if not key.startswith("_")}
-    scores = {name for name, score in SCORES.items() if not {"brier", "probs"} & {*score.columns}}
-    assert {f"mc/{score}" for score in scores} <= logged
-    assert {f"test/{score}" for score in {"loss", "perplexity", *scores} - {"nll"}} <= logged
-    assert {"train/loss", *(f"val/{score}" for score in ("loss", "perplexity", "bits_per_byte"))} <= logged
-    (table,) = [row["samples"] for row in rows if "samples" in row]
+    scores = set(json.loads((trained_text.run / "evaluation.json").read_text())["ways"]["mc_dropout"]["scores"])
+    assert "bits_per_byte" in scores
+    summary = wandb_summary(file)
+    assert {f"mc/{score}" for score in scores} | {f"test/{score}" for score in {"perplexity", *scores}} <= set(summary)
+    assert summary["test/perplexity"] == pytest.approx(math.exp(summary["test/nll"]), rel=1e-6)
+    assert {"train/loss", "fit/nll", *(f"val/{score}" for score in ("nll", "perplexity", "bits_per_byte"))} <= logged
+    assert not [key for key in logged if key.startswith(("mc/", "test/"))]
+    table = summary["samples"]
     assert (table["_type"], table["nrows"]) == ("table-file", 2)
     (page,) = [row["samples_page"] for row in rows if "samples_page" in row]
     (copy,) = trained_text.run.glob(f"wandb/offline-run-*/files/{page['path']}")

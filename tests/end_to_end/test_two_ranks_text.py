@@ -1,5 +1,6 @@
 """A data-parallel run on text: different masks, equal weights, a text that is tokenised once, all tokens scored."""
 
+import csv
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,10 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import torch
+from torch.nn import functional as F
+
+from thinned.data import TextDataModule
+from thinned.tasks import LanguageModelingTask
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 STEPS = 4
@@ -28,6 +33,15 @@ def test_two_ranks(
     assert not any(one.equal(other) for one, other in zip(first["masks"], second["masks"], strict=True))
     assert all(one.equal(other) for one, other in zip(first["weights"], second["weights"], strict=True))
     assert len(list((tmp_path / "data").iterdir())) == 1
+
+    task = LanguageModelingTask.load_from_checkpoint(run / "checkpoints/last.ckpt", weights_only=True).eval()
+    data = TextDataModule.load_from_checkpoint(run / "checkpoints/last.ckpt", weights_only=True)
+    data.setup("fit")
+    tokens, targets, _ = map(torch.cat, zip(*data.fit_dataloader(), strict=True))
+    with torch.no_grad():
+        nll = F.cross_entropy(task(tokens).transpose(1, 2), targets)
+    rows = csv.DictReader((run / "metrics.csv").read_text().splitlines())
+    assert [float(row["fit/nll"]) for row in rows if row["fit/nll"]] == [pytest.approx(nll.item(), rel=1e-5)]
 
     alone = run_script("predict", "--ckpt_path", run / "checkpoints/best.ckpt", "--data.eval_batch_size", 5).run
     for name in ("predictions", "sequences"):

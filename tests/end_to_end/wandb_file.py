@@ -2,7 +2,7 @@
 
 import json
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,25 @@ def wandb_history(file: Path) -> Iterator[dict[str, Any]]:
                     place = place.setdefault(key, {})
                 place[last] = json.loads(item.value_json)
             yield row
+
+
+def wandb_summary(file: Path) -> dict[str, Any]:
+    """The latest value of each key; that of a metric with a best value is a dict, such as {"min": 0.1}."""
+    return _updated(record.summary for record in wandb_records(file) if record.WhichOneof("record_type") == "summary")
+
+
+def wandb_config(file: Path) -> dict[str, Any]:
+    """What the first record of the run and later ones say of its settings."""
+    records = list(wandb_records(file))
+    configs = (getattr(r, kind) for r in records if (kind := r.WhichOneof("record_type")) in ("run", "config"))
+    return _updated(getattr(content, "config", content) for content in configs)
+
+
+def _updated(contents: Iterable[Any]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for item in (item for content in contents for item in content.update):
+        values[item.key or "/".join(item.nested_key)] = json.loads(item.value_json)
+    return values
 
 
 def wandb_records(file: Path) -> Iterator[Record]:

@@ -48,9 +48,9 @@ def numbers(trainer: Trainer) -> dict[str, float]:
 def test_validation_and_test_log_the_same_metrics(make_trainer: MakeTrainer) -> None:
     data = loader(*digits(40), batch_size=16)
     trainer, task = make_trainer(max_epochs=1, log_every_n_steps=1), ClassificationTask(net())
-    names = ["loss", "accuracy", "balanced_accuracy", "nll", "brier", "ece"]
+    names = ["accuracy", "balanced_accuracy", "nll", "brier", "ece"]
     trainer.fit(task, data, data)
-    assert numbers(trainer).keys() == {"train/loss", "train/accuracy", *(f"val/{name}" for name in names)}
+    assert numbers(trainer).keys() == {"train/loss", "train/accuracy", "train/lr", *(f"val/{name}" for name in names)}
     trainer.test(task, data, verbose=False)
     assert numbers(trainer).keys() == {f"test/{name}" for name in names}
 
@@ -64,7 +64,7 @@ def test_metrics_are_the_scores_of_the_whole_split(make_trainer: MakeTrainer) ->
     expected = classification_scores(logits.softmax(-1), y)
     trainer.validate(task, loader(x, y, 8), verbose=False)
     got = numbers(trainer)
-    assert got.pop("val/loss") == pytest.approx(F.cross_entropy(logits, y).item(), rel=1e-5)
+    assert got["val/nll"] == pytest.approx(F.cross_entropy(logits, y).item(), rel=1e-5)
     assert got == pytest.approx({key: expected[key.removeprefix("val/")] for key in got}, rel=1e-5)
 
 
@@ -74,7 +74,7 @@ def test_each_step_of_a_test_returns_its_logits_for_evaluation(tested: Callable[
     outputs, logged = tested(task, loader(x, y, 8))
     assert [len(logits) for logits in outputs] == [8, 8, 4]
     torch.testing.assert_close(torch.cat([logits[:] for logits in outputs]), task.net.eval()(x))
-    assert {f"test/{name}" for name in task.test_scores} == logged.keys() - {"test/loss"}
+    assert {f"test/{name}" for name in task.test_scores} == logged.keys()
     assert not task.test_step((x, y), 0).x.requires_grad
 
 
@@ -87,7 +87,7 @@ def test_labels_are_smoothed_in_training_alone(make_trainer: MakeTrainer) -> Non
     plain, smooth = (F.cross_entropy(logits, y, label_smoothing=share).item() for share in (0, 0.3))
     got = numbers(trainer)
     assert got["train/loss"] == pytest.approx(smooth, rel=1e-5)
-    assert got["val/loss"] == pytest.approx(plain, rel=1e-5)
+    assert got["val/nll"] == pytest.approx(plain, rel=1e-5)
     assert abs(smooth - plain) > 1e-3
 
 

@@ -82,7 +82,7 @@ def test_scores_are_those_of_every_target_of_the_split(stage: str, make_trainer:
     assert number == 10 * P - P // 2 - (P - 1)
     (trainer.validate if stage == "val" else trainer.test)(task, datamodule=Data(), verbose=False)
     expected = {
-        "loss": nll / number, "perplexity": math.exp(nll / number), "bits_per_byte": nll / math.log(2) / size,
+        "nll": nll / number, "perplexity": math.exp(nll / number), "bits_per_byte": nll / math.log(2) / size,
     }  # fmt: skip
     assert numbers(trainer) == pytest.approx({f"{stage}/{k}": v for k, v in expected.items()}, rel=1e-5)
 
@@ -100,7 +100,7 @@ def test_each_step_of_a_test_returns_its_logits_for_evaluation(
     with torch.no_grad():
         torch.testing.assert_close(torch.cat([logits[:] for logits in outputs]), task.net.eval()(text(10)[0]))
     assert task.test_scores == {"nll", "perplexity", "bits_per_byte"}
-    assert logged.keys() == {"test/loss", "test/perplexity", "test/bits_per_byte"}
+    assert logged.keys() == {"test/nll", "test/perplexity", "test/bits_per_byte"}
     trainer = make_trainer()
     trainer.validate(task, datamodule=Data(), verbose=False)
     assert logged == pytest.approx({f"test/{k.removeprefix('val/')}": v for k, v in numbers(trainer).items()}, rel=1e-6)
@@ -126,13 +126,13 @@ def test_a_sharded_net_is_tested_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LanguageModelingTask, "device_mesh", object())
     monkeypatch.setattr(task.net, "forward", lambda tokens, targets: torch.ones(targets.shape))
     assert task.test_step(text(3), 0) is None
-    assert task.scores(torch.cat(task.kept, -1))["loss"] == 1
+    assert task.scores(torch.cat(task.kept, -1))["nll"] == 1
 
 
 def test_without_a_tokenizer_there_are_no_bytes(make_trainer: MakeTrainer) -> None:
     task, trainer = LanguageModelingTask(net()), make_trainer()
     trainer.validate(task, loader(10, 4), verbose=False)
-    assert numbers(trainer).keys() == {"val/loss", "val/perplexity"}
+    assert numbers(trainer).keys() == {"val/nll", "val/perplexity"}
 
 
 def test_each_validation_stands_for_itself(make_trainer: MakeTrainer) -> None:
@@ -140,7 +140,7 @@ def test_each_validation_stands_for_itself(make_trainer: MakeTrainer) -> None:
     for count in (10, 3):
         trainer.validate(task, loader(count, 4), verbose=False)
         nll, number, _ = by_hand(task.net, count)
-        assert numbers(trainer)["val/loss"] == pytest.approx(nll / number, rel=1e-5)
+        assert numbers(trainer)["val/nll"] == pytest.approx(nll / number, rel=1e-5)
 
 
 def test_training_loss_is_the_mean_over_the_targets_of_a_batch(make_trainer: MakeTrainer) -> None:
@@ -192,7 +192,7 @@ def test_a_loss_that_is_not_a_number_shows(broken: str, make_trainer: MakeTraine
     trainer = make_trainer()
     trainer.validate(LanguageModelingTask(wrong), datamodule=Data(), verbose=False)
     assert {name: math.isnan(value) for name, value in numbers(trainer).items()} == {
-        "val/loss": True, "val/perplexity": True, "val/bits_per_byte": True,
+        "val/nll": True, "val/perplexity": True, "val/bits_per_byte": True,
     }  # fmt: skip
 
 
@@ -322,4 +322,4 @@ def test_trains_a_text_that_repeats_itself(make_trainer: MakeTrainer) -> None:
     task = LanguageModelingTask(gpt, partial(torch.optim.AdamW, lr=0.02), warmup_steps=5)
     trainer = make_trainer(max_epochs=60)
     trainer.fit(task, DataLoader(windows, 8), DataLoader(windows, 4))
-    assert numbers(trainer)["val/loss"] < 0.05
+    assert numbers(trainer)["val/nll"] < 0.05

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, ClassVar, Protocol, cast
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule, Trainer
 from torch import Tensor
@@ -40,6 +41,9 @@ class DataOffers(Protocol):
     input_of: Callable[[Any], Tensor] | None = None
     # Ways to predict are fitted on it.
     val_dataloader: Callable[[], Iterable[Any]] | None = None
+    # Training examples as they are, always the same, which tasks score at each validation (`fit/*`): as many batches as
+    # the validation split has, at most.
+    fit_dataloader: Callable[[], Iterable[Any]] | None = None
     # Turns text to tokens and back; its `token_bytes` (V,) gives bits per byte.
     tokenizer: Any = None
     # `sources(split, indices)`: the file, or the stored split and row, from which each example comes.
@@ -103,6 +107,15 @@ class SplitDataModule(LightningDataModule, ABC):
     def val_dataloader(self) -> DataLoader[Any]:
         return self._dataloader("val")
 
+    def fit_dataloader(self) -> DataLoader[Any]:
+        """Returns as many training examples as there are for validation, without augmentation: a function of `seed`."""
+        dataset = self.batches("train", training=False)
+        total, count = self.num_examples("train"), self.num_examples("val")
+        generator = np.random.default_rng((self.hparams["seed"], 0, 2))  # the order is (seed, epoch)
+        chosen = np.sort(generator.choice(total, min(total, count), replace=False, shuffle=False))
+        batches = [(epoch, chosen[places].tolist()) for epoch, places in self._sampler(len(chosen))]
+        return self._loader(Subset(dataset, batches))  # type: ignore[arg-type]
+
     def test_dataloader(self) -> DataLoader[Any]:
         return self._dataloader("test")
 
@@ -129,6 +142,10 @@ class SplitDataModule(LightningDataModule, ABC):
         elif self.trainer:
             # A resumed run's workers fetch their first batches before Lightning calls set_epoch.
             sampler.set_epoch(self.trainer.current_epoch)
+        return self._loader(dataset, order)
+
+    def _loader(self, dataset: Dataset[Any], order: Sampler[Any] | None = None) -> DataLoader[Any]:
+        """Returns a loader of whole batches, which draws nothing from the global generator."""
         num_workers = self.hparams["num_workers"]
         return DataLoader(
             dataset,
@@ -137,6 +154,7 @@ class SplitDataModule(LightningDataModule, ABC):
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
             pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator(),
         )
 
     def _sampler(self, num_examples: int, *, training: bool = False, start: int = 0) -> EpochBatchSampler:

@@ -1,6 +1,7 @@
 """Run directories: runs/<experiment>/<run id>, of a new run or of one that resumes."""
 
 import atexit
+import os
 import secrets
 import shlex
 import shutil
@@ -123,6 +124,18 @@ def _leave(run: Path, made: bool, parents: list[Path]) -> None:
     release(run)
 
 
+def link_for_leet(run: Path) -> None:
+    """Links W&B's files of the latest process of a run in `runs/wandb`: `wandb leet runs/wandb` shows each run once."""
+    latest, links = run / "wandb/latest-run", run.parents[1] / "wandb"
+    with suppress(OSError):  # no W&B, no links on this file system, or another run is at it
+        target = Path("..", run.parent.name, run.name, "wandb", os.readlink(latest))
+        links.mkdir(exist_ok=True)
+        for link in links.glob("*run-*"):
+            if Path(os.readlink(link)).parent == target.parent or not link.exists():
+                link.unlink()
+        (links / target.name).symlink_to(target)
+
+
 @rank_zero_only
 def enter_folder(folder: Path, key: str) -> None:
     """Claims a folder that a setting names, as `enter_run` does that of a run."""
@@ -139,5 +152,6 @@ def files_of_run(run: Path) -> str:
     paths = [path.relative_to(run) for path in sorted(run.rglob("*")) if path.is_file()]
     lines = [f"Run: {run}", *(f"  {path}" for path in paths if path.parts[0] not in ("wandb", ".claim"))]
     if any(path.parts[0] == "wandb" for path in paths):
-        lines.append(f"Dashboard: wandb leet {shlex.quote(str(run / 'wandb'))}")
+        ours, all_runs = (shlex.quote(str(folder / "wandb")) for folder in (run, run.parents[1]))
+        lines += [f"Dashboard: wandb leet {ours}", f"All runs: wandb leet {all_runs}"]
     return "\n".join(lines)

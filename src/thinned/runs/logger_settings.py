@@ -17,20 +17,28 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from thinned.runs.loggers import CSVLogger, WandbLogger
 from thinned.runs.wandb_server import wandb_offline_reason
 
+# Seconds between writes to W&B's file, 15 by default: a process that is killed loses the rest, first of all its config.
+WRITTEN_AT_ONCE = {"x_transaction_log_flush_interval": 1.0}
 PLACES = ("save_dir", "dir", "root_dir", "id", "version", "name")  # what a logger takes from its run
 
 
 def fill_in_loggers(
-    given: Any, run: Path, experiment: str, purpose: str = "", trained: Sequence[tuple[str, str] | None] = ()
+    given: Any,
+    run: Path,
+    experiment: str,
+    purpose: str = "",
+    trained: Sequence[tuple[str, str] | None] = (),
+    config: Mapping[str, Any] | None = None,
 ) -> Any:
-    """Fills in what loggers take from their run: the directory, W&B's name and id, and whether W&B can be reached.
+    """Fills in what loggers take from their run: the directory, W&B's name, id and group, and whether it is reached.
 
     Args:
         given: `trainer.logger` of the config; true and null stand for a `CSVLogger`.
         run: Directory of the run.
         experiment: Its experiment.
-        purpose: W&B's `job_type`, if it is not training.
+        purpose: W&B's `job_type`; empty for train.
         trained: Experiment and run id of each training from which it has checkpoints; W&B links to those.
+        config: Of the run, for the first record of W&B's file.
 
     Returns:
         The loggers for the trainer; the given ones stay as they are.
@@ -53,12 +61,35 @@ def fill_in_loggers(
     if wandb_loggers and by_class.pop(cast(type, CSVLogger), None) is not None:
         rank_zero_info("WandbLogger writes metrics.csv too, so CSVLogger is left out.")
     for logger in wandb_loggers:
+        page: dict[str, Any] = {"group": experiment, "job_type": purpose or "train", "config": {}}
+        if config:
+            compared = compared_by(config)
+            page["config"] = {**config, **compared}
+            page["tags"] = [compared[key] for key in ("net", "dataset") if key in compared]
         if purpose:
             ids = [wandb_id(*each) for each in trained if each]
-            link = {"job_type": purpose, "config": {"trained": ids}, "notes": f"{purpose} {', '.join(ids)}"}
-            logger.dict_kwargs = {**link, **logger.get("dict_kwargs", {})}
+            page["config"]["trained"] = ids
+            page["notes"] = f"{purpose} {', '.join(ids)}"
+        logger.dict_kwargs = page | logger.get("dict_kwargs", {})
+        logger.dict_kwargs["settings"] = WRITTEN_AT_ONCE | logger.dict_kwargs.get("settings", {})
         _set_offline_if_need_be(logger, run)
     return list(by_class.values()) if isinstance(given, list) else filled[0]
+
+
+def compared_by(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns settings by which runs are compared, under short keys, from the config of a run.
+
+    >>> mlp = {"class_path": "thinned.models.MLP", "init_args": {"dropout": {"mlp": 0.2}}}
+    >>> data = {"init_args": {"path": "ylecun/mnist"}}
+    >>> compared_by({"seed_everything": 1, "data": data, "model": {"init_args": {"net": mlp}}})
+    {'seed': 1, 'net': 'MLP', 'dataset': 'mnist', 'dropout/mlp': 0.2}
+    """
+    net, path = config["model"].get("init_args", {}).get("net"), config["data"].get("init_args", {}).get("path")
+    names = {"net": net and net["class_path"], "dataset": path}
+    short = {key: re.split(r"[./]", name.rstrip("/"))[-1][:64] for key, name in names.items() if name}
+    rates = net and net.get("init_args", {}).get("dropout")
+    dropout = {f"dropout/{site}": p for site, p in rates.items()} if isinstance(rates, dict) else {}
+    return {"seed": config["seed_everything"]} | short | dropout
 
 
 def _placed(logger: Namespace, run: Path, experiment: str) -> Namespace:

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import wandb
 from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch import loggers
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
@@ -12,11 +13,15 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from thinned.files import whole_file
 
+GLOBAL_STEP = "trainer/global_step"  # as Lightning's logger calls the step
+BEST = {"fit/nll": "min", "val/nll": "min", "val/mc_nll": "min", "fit/accuracy": "max", "val/accuracy": "max"}
+
 
 class ResumableLogger:
     """A logger that writes `metrics.csv`, and has to know from which step a run resumes."""
 
     _first_step: int | None = None  # None for a new run
+    has_curves = True  # False for the numbers of a test or a prediction: one each
 
     def resume_from(self, step: int) -> None:
         """Keeps what has been logged of the steps before this one."""
@@ -41,10 +46,16 @@ class WandbLogger(loggers.WandbLogger, ResumableLogger):
 
     A run that resumes first logs what W&B lacks of `metrics.csv`. Offline, each process has a W&B file of its own. It
     gets all rows, so the newest file holds the whole run, and syncing all of them repeats points at their places.
-    Online, the server tells how many rows it has, and those that come again are left out.
+    Online, the server tells how many rows it has, and those that come again are left out. The numbers and tables
+    of a test or a prediction stand in the summary alone: a chart of one point shows nothing.
     """
 
     _writer: "_MetricsWriter | None" = None
+
+    @rank_zero_only
+    def log_hyperparams(self, params: dict[str, Any]) -> None:  # type: ignore[override]  # as a config is one
+        """Logs what the first record of the run does not hold."""
+        super().log_hyperparams({k: v for k, v in params.items() if self.experiment.config.get(k) != v})
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
@@ -63,13 +74,21 @@ class WandbLogger(loggers.WandbLogger, ResumableLogger):
             rank_zero_info(f"W&B: {' '.join(str(error).split())}; the run continues without the table {key}.")
 
     def _log(self, row: Mapping[str, Any], step: int | None) -> None:
-        if (step, frozenset(row)) not in self._there:
+        if not self.has_curves:
+            once = {key: value for key, value in row.items() if isinstance(value, int | float | wandb.Table)}
+            self.experiment.summary.update(once)
+            row = {key: value for key, value in row.items() if key not in once}
+        if row and (step, frozenset(row)) not in self._there:
             super().log_metrics(row, step)
 
     def _begin(self) -> "_MetricsWriter":
         directory = self.save_dir or "."
         before = _read_rows(Path(directory, ExperimentWriter.NAME_METRICS_FILE))
         writer = _MetricsWriter(directory, self._first_step or 0)
+        for key in ("epoch", GLOBAL_STEP):
+            self.experiment.define_metric(key, hidden=True)
+        for key, best in BEST.items():
+            self.experiment.define_metric(key, step_metric=GLOBAL_STEP, step_sync=True, summary=best)
         self._there: set[tuple[int | None, frozenset[str]]] = set()  # steps and keys of rows
         if self._first_step is not None:
             there = before[: self.experiment.step]  # none if W&B is offline

@@ -9,6 +9,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
 
 from thinned.files import whole_file
+from thinned.runs.directory import link_for_leet
+from thinned.runs.loggers import ResumableLogger
 
 
 class RunRecord(SaveConfigCallback):
@@ -31,10 +33,20 @@ class RunRecord(SaveConfigCallback):
         self.already_saved = True
         with whole_file(Path(trainer.default_root_dir, "config.yaml")) as temporary:
             temporary.write_text(self.text, encoding="utf-8")
+        parameters = sum(p.numel() for p in pl_module.parameters())
         for logger in trainer.loggers:
-            logger.log_hyperparams(self.content)
+            logger.log_hyperparams(self.content | {"params": parameters})
+        link_for_leet(Path(trainer.default_root_dir))
 
-    on_train_start = on_test_start = on_predict_start = _record
+    on_train_start = _record
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._record(trainer, pl_module)
+        for logger in trainer.loggers:
+            if isinstance(logger, ResumableLogger):
+                logger.has_curves = False
+
+    on_predict_start = on_test_start
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint["config"] = self.content

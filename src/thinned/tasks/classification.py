@@ -20,8 +20,8 @@ class ClassificationTask(Task):
     """Trains a classifier by cross-entropy.
 
     Batches are tuples whose first two elements are inputs and targets (B,). Logs `train/loss` and `train/accuracy` of
-    single batches, and `loss`, `accuracy`, `balanced_accuracy`, `nll`, `brier` and `ece` of a whole split under `val/`
-    and `test/`. Labels are smoothed in the training loss alone.
+    single batches, and `accuracy`, `balanced_accuracy`, `nll`, `brier` and `ece` of a whole split under `val/` and
+    `test/`. Labels are smoothed in the training loss alone.
 
     Args:
         net: Maps inputs to logits (B, K).
@@ -68,7 +68,7 @@ class ClassificationTask(Task):
             self.log("train/accuracy", (logits.argmax(-1) == targets).float().mean(), batch_size=len(targets))
         return loss
 
-    def _evaluate(self, batch: Any) -> Tensor:
+    def keep(self, batch: Any) -> Tensor:
         """Returns the logits of a batch, and keeps the `COLUMNS` of its examples if their targets are known."""
         logits, targets = self(batch[0]).float().detach(), batch[1]
         if targets is None:
@@ -79,12 +79,9 @@ class ClassificationTask(Task):
         self.kept.append(torch.stack([column.float() for column in columns]))
         return logits
 
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        self._evaluate(batch)
-
     def test_step(self, batch: Any, batch_idx: int) -> Logits:  # type: ignore[override]  # Lightning passes it on
-        return Logits(self._evaluate(batch))
+        return Logits(self.keep(batch))
 
     def scores(self, kept: Tensor) -> dict[str, Any]:
         values = scores(dict(zip(COLUMNS, kept, strict=True)))
-        return {name: value for name, value in values.items() if name in self.test_scores} | {"loss": values["nll"]}
+        return {name: value for name, value in values.items() if name in self.test_scores}

@@ -18,8 +18,8 @@ class LanguageModelingTask(Task):
     """Trains a causal language model on the next token.
 
     Batches are tuples whose first two elements are tokens and targets, (B, T) each; a target of -100 does not count.
-    Logs `loss` in nats per token under `train/`, `val/` and `test/`, and under the latter two `perplexity` (its
-    exponential) and, if the data module's tokenizer has `token_bytes`, `bits_per_byte`.
+    Logs `train/loss` of single batches in nats per token, and of a whole split, under `val/` and `test/`, `nll`,
+    `perplexity` (its exponential) and, if the data module's tokenizer has `token_bytes`, `bits_per_byte`.
 
     Args:
         net: Maps tokens (B, T) to logits (B, T, V), and tokens with targets to their losses (B, T).
@@ -27,7 +27,7 @@ class LanguageModelingTask(Task):
         init_from: Hub id, such as gpt2, or folder of GPT-2 weights to start from. Dropout rates are the net's own.
     """
 
-    test_scores: ClassVar[frozenset[str]] = frozenset({"nll", "perplexity", "bits_per_byte"})  # The NLL is `test/loss`.
+    test_scores: ClassVar[frozenset[str]] = frozenset({"nll", "perplexity", "bits_per_byte"})
 
     def __init__(
         self,
@@ -76,18 +76,17 @@ class LanguageModelingTask(Task):
 
     def scores(self, kept: Tensor) -> dict[str, Any]:
         nats, tokens, *num_bytes = kept.double().sum(-1)
-        scores = {"loss": nats / tokens, "perplexity": (nats / tokens).exp()}
+        scores = {"nll": nats / tokens, "perplexity": (nats / tokens).exp()}
         if num_bytes:
             scores["bits_per_byte"] = nats / math.log(2) / num_bytes[0]
         return scores
 
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
+    def keep(self, batch: Any) -> None:
         self._keep_sums(self.net(batch[0], batch[1]), batch[1])
 
     def test_step(self, batch: Any, batch_idx: int) -> Logits | None:  # type: ignore[override]  # Lightning passes it on
         if net_offers(self.net).features is None or self.device_mesh is not None:
-            # A sharded net gathers its weights in `forward` alone.
-            self._keep_sums(self.net(batch[0], batch[1]), batch[1])
+            self.keep(batch)  # A sharded net gathers its weights in `forward` alone.
             return None
         output, counted = logits_of(self.net, batch[0]), batch[1] >= 0
         targets = batch[1][counted]

@@ -3,6 +3,7 @@
 import inspect
 import json
 import math
+from collections.abc import Iterator
 from functools import partial
 from pydoc import locate
 from typing import Any, ClassVar
@@ -19,7 +20,11 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from thinned.data.module import data_offers
 from thinned.models.net import logits_in, net_offers
+from thinned.tasks.throughput import is_logged
+
+FIT_SCORES = ("nll", "accuracy")  # Logged of training examples too, to be compared with those of validation.
 
 
 def warmup_cosine(step: int, warmup_steps: int, total_steps: float, final_fraction: float) -> float:
@@ -94,8 +99,11 @@ def of_all_ranks(own: Any) -> list[Any]:
 class Task(LightningModule):
     """A net with its optimiser and schedule. Subclasses add the loss and the scores.
 
-    Steps of validation and test append numbers of their batch to `kept`: tensors (M, n). From those of all batches and
-    processes, `scores` computes what is logged of the whole split.
+    Steps of validation and test `keep` numbers of their batch. From those of all batches and processes, `scores`
+    computes what is logged of the whole split. Each validation of a training scores some training examples by the same
+    code, in evaluation mode and without augmentation, if the data module offers them (`DataOffers.fit_dataloader`):
+    `fit/nll` and `fit/accuracy` differ from `val/nll` and `val/accuracy` by what was learned by heart, where
+    `train/loss` also has dropout and moving weights in it. Logs the learning rate of the first group as `train/lr`.
 
     `load_from_checkpoint(path, weights_only=True)` builds the task again from its `hparams`, which hold primitives
     alone. A subclass adds its own arguments in `__init__`: `self.hparams.update(margin=margin)`. Unless the command
@@ -140,6 +148,8 @@ class Task(LightningModule):
         # Lightning builds net and optimiser from their specs with this function.
         self.hparams["_instantiator"] = "lightning.pytorch.cli.instantiate_module"
         self.kept: list[Tensor] = []
+        self._kept_of_fit: list[Tensor] = []
+        self._fit_batches: Iterator[Any] = iter(())
         self._given: list[dict[str, Any]] = []  # Settings of the optimiser's groups, as configured.
 
     def forward(self, inputs: Any) -> Tensor:
@@ -152,26 +162,51 @@ class Task(LightningModule):
         inputs: Tensor = batch if isinstance(batch, Tensor) else batch[0]
         return self(inputs) if writers or self.trainer.predict_loop.return_predictions else inputs.new_empty(0)
 
+    def keep(self, batch: Any) -> Any:
+        """Appends numbers of the examples of a batch to `kept`: a tensor (M, n). A subclass defines it."""
+
     def scores(self, kept: Tensor) -> dict[str, Any]:
         """Returns the scores of a split, by name, from all numbers that were kept, (M, N). A subclass defines them."""
         return {}
 
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.keep(batch)
+
+    def on_validation_epoch_start(self) -> None:
+        loader = data_offers(self.trainer).fit_dataloader if self.trainer.state.fn == "fit" else None
+        self._fit_batches = iter(()) if loader is None else iter(loader())
+
+    def on_validation_batch_end(self, *_: Any) -> None:
+        # Within validation, as WeightAveraging has its average in the net, and a signal is heard between batches.
+        if (batch := next(self._fit_batches, None)) is None:
+            return
+        precision, of_validation = self.trainer.precision_plugin, self.kept
+        batch = self.trainer.strategy.batch_to_device(precision.convert_input(batch), self.device)
+        self.kept = self._kept_of_fit
+        with precision.val_step_context():
+            self.keep(batch)
+        self.kept = of_validation
+
     def on_validation_epoch_end(self) -> None:
-        self._log_scores("val")
+        self._fit_batches = iter(())
+        self._log_scores("val", self.kept)
+        self._log_scores("fit", self._kept_of_fit)
 
     def on_test_epoch_end(self) -> None:
-        self._log_scores("test")
+        self._log_scores("test", self.kept)
 
-    def _log_scores(self, stage: str) -> None:
+    def _log_scores(self, stage: str, kept: list[Tensor]) -> None:
         # Lightning 2.6.6 rounds weights down when it takes a mean over ranks, so all numbers are gathered.
-        own = [torch.cat(self.kept, -1).cpu()] if self.kept else []  # A rank may have no example.
-        self.kept = []
-        if kept := [part for of_rank in of_all_ranks(own) for part in of_rank]:
-            scores = {f"{stage}/{name}": float(score) for name, score in self.scores(torch.cat(kept, -1)).items()}
+        own = [torch.cat(kept, -1).cpu()] if kept else []  # A rank may have no example.
+        kept.clear()
+        if parts := [part for of_rank in of_all_ranks(own) for part in of_rank]:
+            values = self.scores(torch.cat(parts, -1))
+            names = FIT_SCORES if stage == "fit" else values
+            scores = {f"{stage}/{name}": float(values[name]) for name in names if name in values}
             self.log_dict(scores, prog_bar=stage == "val", sync_dist=True, batch_size=1)  # The ranks agree already.
 
     def setup(self, stage: str) -> None:
-        self.kept = []  # Drops what an interrupted validation has kept.
+        self.kept, self._kept_of_fit = [], []  # Drops what an interrupted validation has kept.
         if self.compile_net and stage == "fit" and self.device_mesh is None:
             self.net.compile()
 
@@ -187,6 +222,10 @@ class Task(LightningModule):
             if self.compile_net and unit is not self.net:  # FSDP's hooks break the graph of the whole net.
                 unit.compile()
             fully_shard(unit, mesh=mesh)
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        if is_logged(self.trainer, self.trainer.global_step + 1):
+            self.log("train/lr", optimizer.param_groups[0]["lr"], batch_size=1)
 
     def configure_gradient_clipping(
         self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
