@@ -18,7 +18,7 @@ from thinned.uncertainty.scores import SCORES
 OTHERS = {"position", "bytes", *(f"{kind}_{of}" for kind in ("thr", "aps", "raps") for of in ("covered", "size"))}
 SCORE_NAMES = {name for name, score in SCORES.items() if not OTHERS & score.needs}  # not of tokens, not of sets
 SCORES_OF_RUN = {"evaluation.json", "evaluation.csv", "metrics.json"}
-PICTURES = {"reliability.png", "entropy.png", "uncertain.png", "confusion.png"}
+PICTURES = {"reliability.png", "entropy.png", "uncertain.png", "confusion.png", "learning_curves.png"}
 
 
 def test_files_of_a_run(trained: Any) -> None:

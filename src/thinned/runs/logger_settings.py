@@ -79,10 +79,10 @@ def fill_in_loggers(
 def compared_by(config: Mapping[str, Any]) -> dict[str, Any]:
     """Returns settings by which runs are compared, under short keys, from the config of a run.
 
-    >>> mlp = {"class_path": "thinned.models.MLP", "init_args": {"dropout": {"mlp": 0.2}}}
-    >>> data = {"init_args": {"path": "ylecun/mnist"}}
-    >>> compared_by({"seed_everything": 1, "data": data, "model": {"init_args": {"net": mlp}}})
-    {'seed': 1, 'net': 'MLP', 'dataset': 'mnist', 'dropout/mlp': 0.2}
+    >>> net = {"class_path": "torch.nn.Sequential", "init_args": {"dropout": {"mlp": 0.2}}}
+    >>> data = {"init_args": {"path": "owner/pictures"}}
+    >>> compared_by({"seed_everything": 1, "data": data, "model": {"init_args": {"net": net}}})
+    {'seed': 1, 'net': 'Sequential', 'dataset': 'pictures', 'dropout/mlp': 0.2}
     """
     net, path = config["model"].get("init_args", {}).get("net"), config["data"].get("init_args", {}).get("path")
     names = {"net": net and net["class_path"], "dataset": path}
