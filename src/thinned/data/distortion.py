@@ -1,0 +1,74 @@
+"""What shifts the examples of a test, as a setting names it: a kind and a severity, such as `rotation:30`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Range:
+    """The severities of a kind of distortion.
+
+    Args:
+        high: The largest.
+        unit: What they count.
+        whole: Whether they are integers.
+    """
+
+    high: float
+    unit: str
+    whole: bool = False
+
+
+# A kind is a function in `image_distortion.py` or `text_distortion.py`.
+KINDS = {
+    "rotation": Range(180, "degrees counter-clockwise"),  # mlp only
+    "translation": Range(math.inf, "pixels in a random direction"),  # mlp only
+    "roll": Range(math.inf, "pixels to the right, cyclic", whole=True),  # mlp only
+    "noise": Range(1, "standard deviations of noise, in ranges of the intensities"),  # mlp only
+    "blur": Range(math.inf, "standard deviations of the blur, in pixels"),  # mlp only
+    "contrast": Range(1, "share of the contrast that is kept"),  # mlp only
+    "characters": Range(1, "share of the characters that are exchanged"),  # gpt only
+}
+
+
+@dataclass(frozen=True)
+class Distortion:
+    """What is done to examples, and how much of it, in the unit of `KINDS`."""
+
+    kind: str
+    severity: float
+
+    @classmethod
+    def parse(cls, spec: str | None, kinds: Collection[str]) -> Distortion | None:
+        """Reads `data.distortion`; None is none.
+
+        Args:
+            spec: `<kind>:<severity>`.
+            kinds: Those of the kinds that the data know.
+
+        Raises:
+            ValueError: It is not of this form, or the severity is out of range.
+
+        >>> Distortion.parse("rotation:30", ["rotation"])
+        Distortion(kind='rotation', severity=30.0)
+        """
+        if spec is None:
+            return None
+        kind, _, said = spec.partition(":")
+        try:
+            severity = float(said)
+        except ValueError:
+            severity = math.nan
+        if kind not in kinds or math.isnan(severity):
+            raise ValueError(
+                f"Expected data.distortion to be <kind>:<severity> with a kind among {sorted(kinds)}, but got {spec!r}"
+            )
+        allowed = KINDS[kind]
+        if not 0 <= severity <= min(allowed.high, 1e6) or (allowed.whole and severity % 1):
+            integers = "an integer " * allowed.whole
+            at_most = "at least 0" if allowed.high == math.inf else f"in [0, {allowed.high:g}]"
+            raise ValueError(f"Expected data.distortion {kind} with a severity {integers}{at_most}, but got {spec!r}")
+        return cls(kind, severity)
