@@ -18,8 +18,10 @@ from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, OpenUnitInte
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 
+from thinned.data.distortion import Distortion
 from thinned.data.module import SplitDataModule
 from thinned.data.order import Split
+from thinned.data.text_distortion import TEXT_KINDS, HeldTokens, exchanged
 from thinned.data.text_sources import EXPECTED, TextSource, read_text
 from thinned.data.text_split import (
     SplitDocuments,
@@ -62,7 +64,7 @@ class TextDataModule(SplitDataModule):
     The text is tokenised once, into files in `cache_dir` that later runs find again.
 
     Args:
-        path: "pydocs" for Python's own documentation, a file, the id of a dataset on the Hugging Face Hub, or a folder:
+        path: "pydocs" for Python's own documentation, "stdlib" for some of its library's sources, a file, the id of a dataset on the Hugging Face Hub, or a folder:
             of text, of rows (CSV, JSON, parquet), or written by `datasets`. A file of text is a document, and so is a
             row. Both may be compressed (.gz, .bz2, .xz).
         name: Which of the dataset's configurations; None if it has one, or a default.
@@ -77,6 +79,7 @@ class TextDataModule(SplitDataModule):
         split_seed: Seed of the split by document.
         leave_out: Names of stored splits, folders and files that are not to be used; `*` stands for any part of a name.
         predict_split: The split to predict.
+        distortion: What is done to the text of a test or a prediction: "characters:<rate>" exchanges them at a rate.
         streaming: Whether a dataset is read row by row, so that only the first `max_tokens` are downloaded. Later
             changes of a dataset on the hub are not noticed.
         max_tokens: The most tokens of each stored split; None for all.
@@ -107,6 +110,7 @@ class TextDataModule(SplitDataModule):
         split_seed: NonNegativeInt = 0,
         leave_out: list[str] | None = None,
         predict_split: Split = "test",
+        distortion: str | None = None,
         streaming: bool = False,
         max_tokens: PositiveInt | None = None,
         cache_dir: str = "data",
@@ -124,7 +128,9 @@ class TextDataModule(SplitDataModule):
                 f"Expected data.test_fraction below 1 - {val_fraction}, data.val_fraction, but got {test_fraction}"
             )
         bpe_size(tokenizer)  # raises an error if it is invalid
+        self._distortion = Distortion.parse(distortion, TEXT_KINDS)
         self.tokens = {}
+        self._distorted: dict[Split, HeldTokens] = {}
         self._given: str | None = None  # JSON of a checkpoint's tokenizer
         self._kept: dict[str, Any] | None = None  # how a checkpoint's text is split
         self._prepared: Prepared | None = None
@@ -285,16 +291,25 @@ class TextDataModule(SplitDataModule):
             return
         self._given, self._kept, self._prepared = state_dict["tokenizer"], state_dict.get("split"), None
         if self.tokens:  # Lightning loads a checkpoint after setup
-            self.tokens = {}
+            self.tokens, self._distorted = {}, {}
             self.setup()
 
     def num_examples(self, split: Split) -> int:
         """Returns the number of windows in the evaluation of a split, after setup."""
-        return len(self.batches(split, training=False))
+        return len(self.tested(split))
 
     def batches(self, split: Split, *, training: bool) -> TokenBatches:
         """Returns a split as windows; those for training begin at another offset each epoch."""
         return TokenBatches(self.tokens[split], self.context_length, self.hparams["seed"], training)
+
+    def tested(self, split: Split) -> TokenBatches:
+        """Returns a split as windows, distorted by `data.distortion`."""
+        whole = self.batches(split, training=False)
+        if self._distortion is None:
+            return whole
+        if split not in self._distorted:
+            self._distorted[split] = exchanged(self.tokens[split], self.tokenizer, self._distortion.severity)
+        return replace(whole, tokens=self._distorted[split])
 
 
 def _shortened(names: Sequence[str]) -> str:

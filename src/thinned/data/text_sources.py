@@ -1,7 +1,8 @@
 """Reads documents from Python's own documentation, text files, files of rows or a Hugging Face dataset.
 
 "pydocs" is the text of `help()` topics, `pydoc_data.topics` in CPython: half a megabyte of English that every
-installation has.
+installation has. "stdlib" is half a megabyte of CPython's own sources, with the characters of "pydocs" alone, so that a
+network that knows those can predict it.
 """
 
 from __future__ import annotations
@@ -10,8 +11,10 @@ import glob
 import hashlib
 import json
 import pydoc_data.topics
+import sysconfig
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +33,10 @@ from thinned.data.order import Split
 from thinned.data.split_names import assign_splits
 from thinned.data.text_files import ROWS, Layout, TextFiles, csv_header, layout, suffix
 
-EXPECTED = "'pydocs', a file of text or rows, a folder of them, or the id of a dataset on the Hugging Face Hub"
+EXPECTED = (
+    "'pydocs', 'stdlib', a file of text or rows, a folder of them, or the id of a dataset on the Hugging Face Hub"
+)
+SOURCE_CHARACTERS = 500_000  # of "stdlib"
 
 
 @dataclass(frozen=True)
@@ -87,9 +93,11 @@ def read_text(
     """
     folder = Path(path).expanduser()
     files = None
-    if path == "pydocs":
+    if path in ("pydocs", "stdlib"):
         topics = pydoc_data.topics.topics
         documents = [topics[key] for key in sorted(topics)]
+        if path == "stdlib":
+            documents = _own_sources(set().union(*documents))
         source = TextSource({"train": documents}, hashlib.sha256(json.dumps(documents).encode()).hexdigest(), path)
     else:
         if folder.exists() and not is_saved(folder) and not declares_its_files(folder):
@@ -109,6 +117,15 @@ def read_text(
                 f"is {value!r}, but got {path!r}"
             )
     return source
+
+
+def _own_sources(characters: set[str]) -> list[str]:
+    """Returns modules of the standard library that have these characters alone, the first ones by name."""
+    paths = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+    texts = [path.read_text(encoding="utf-8", errors="replace") for path in paths]
+    allowed = [text for text in texts if characters.issuperset(text)]
+    sizes = accumulate(map(len, allowed))
+    return [text for text, size in zip(allowed, sizes, strict=True) if size <= SOURCE_CHARACTERS]
 
 
 def _label(folder: Path) -> str:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from thinned.data.text_distortion import HeldTokens
 from thinned.data.tokens import Tokens
 
 NO_TARGET = -100  # cross_entropy ignores it
@@ -35,7 +36,7 @@ class TokenBatches(Dataset[TokenBatch]):
     - Evaluation: window j begins at j T, and each token but the first is a target once; the last window is padded.
     """
 
-    tokens: Tokens
+    tokens: Tokens | HeldTokens
     context_length: int
     seed: int
     training: bool
