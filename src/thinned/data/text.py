@@ -64,9 +64,9 @@ class TextDataModule(SplitDataModule):
     The text is tokenised once, into files in `cache_dir` that later runs find again.
 
     Args:
-        path: "pydocs" for Python's own documentation, "stdlib" for some of its library's sources, a file, the id of a dataset on the Hugging Face Hub, or a folder:
-            of text, of rows (CSV, JSON, parquet), or written by `datasets`. A file of text is a document, and so is a
-            row. Both may be compressed (.gz, .bz2, .xz).
+        path: "pydocs" for Python's own documentation, "stdlib" for sources of its library, a file, the id of a dataset
+            on the Hugging Face Hub, or a folder: of text, of rows (CSV, JSON, parquet), or written by `datasets`. A
+            file of text is a document, and so is a row. Both may be compressed (.gz, .bz2, .xz).
         name: Which of the dataset's configurations; None if it has one, or a default.
         text_column: Column of the text; None for "text", or the only one of strings.
         tokenizer: "char" for characters, "bpe:<size>" for byte-level BPE of that size trained on the training text, or
