@@ -24,13 +24,13 @@ class Range:
 
 # A kind is a function in `image_distortion.py` or `text_distortion.py`.
 KINDS = {
-    "rotation": Range(180, "degrees counter-clockwise"),  # mlp only
-    "translation": Range(math.inf, "pixels in a random direction"),  # mlp only
-    "roll": Range(math.inf, "pixels to the right, cyclic", whole=True),  # mlp only
-    "noise": Range(1, "standard deviations of noise, in ranges of the intensities"),  # mlp only
-    "blur": Range(math.inf, "standard deviations of the blur, in pixels"),  # mlp only
-    "contrast": Range(1, "share of the contrast that is kept"),  # mlp only
-    "characters": Range(1, "share of the characters that are exchanged"),  # gpt only
+    "rotation": Range(180, "degrees"),  # mlp only
+    "translation": Range(math.inf, "pixels"),  # mlp only
+    "roll": Range(math.inf, "pixels", whole=True),  # mlp only
+    "noise": Range(1, "standard deviation"),  # mlp only
+    "blur": Range(math.inf, "pixels"),  # mlp only
+    "contrast": Range(1, "share that is kept"),  # mlp only
+    "characters": Range(1, "share that is exchanged"),  # gpt only
 }
 
 
