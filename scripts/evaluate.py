@@ -22,7 +22,8 @@ def main(args: Sequence[str] | None = None) -> None:
         checkpoints, (config, content, *options) = checkpoint_arguments(args, with_logger=True)
         cli = ThinnedCLI([config, content, "--mc_dropout.coverage", "0.9", *options], checkpoints, purpose="evaluate")
         cli.trainer.predict(cli.model, cli.datamodule, return_predictions=False)
-        left_out = evaluate_sets(cli.trainer, cli.model, cli.config_init.mc_dropout, cli.sets)
+        predictor = cli.config_init.mc_dropout
+        left_out = evaluate_sets(cli.trainer, cli.model, predictor, cli.sets, cli.data_of)
         cli.print_results()
         if left_out:
             raise ValueError(f"Expected sets that this network can predict, but left out {'; '.join(left_out)}")

@@ -135,7 +135,7 @@ class ThinnedCLI(LightningCLI):
         if self.purpose == "evaluate":
             sets = dict[str, dict[str, Any]]
             said = "Further sets: a yaml, see `thinned.evaluation.sets`."
-            parser.add_argument("--sets", type=sets, default={}, enable_path=True, help=said)
+            parser.add_argument("--sets", type=sets, default={}, sub_configs=True, help=said)
 
     def _seed(self, given: bool | int) -> int:
         return self._drawn_seed if isinstance(given, bool) else given
@@ -157,7 +157,9 @@ class ThinnedCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         config = self.config
         entries = {key: entry for key, entry in config.get("sets", {}).items() if key != "__path__"}  # jsonargparse's
-        self.sets = [(each, self._data_of(each)) for each in sets_of(entries)]
+        self.sets = sets_of(entries)
+        for each in self.sets:  # a wrong setting is known before the test is predicted
+            self.data_of(each)
         if self.checkpoint:
             _refuse_settings_of_training(self.checkpoint["config"], yaml.safe_load(self.parser.dump(config)))
         runs = Path(config.runs_dir, config.experiment)
@@ -224,7 +226,7 @@ class ThinnedCLI(LightningCLI):
             rank_zero_info(f"A matrix product in bf16 takes {slowdown:.1f} times as long as in fp32 on this CPU.")
         return trainer
 
-    def _data_of(self, each: EvaluationSet) -> LightningDataModule:
+    def data_of(self, each: EvaluationSet) -> LightningDataModule:
         """Builds the data of a set, as the first checkpoint knows them; ValueError if a setting is wrong."""
         assert self.checkpoint is not None
         given, parser = self.config.data, Parser()

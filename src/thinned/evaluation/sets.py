@@ -10,7 +10,7 @@ is there already, with the same provenance, is not predicted again, so a killed 
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -86,7 +86,8 @@ def evaluate_sets(
     trainer: Trainer,
     task: LightningModule,
     predictor: MCDropout,
-    sets: Sequence[tuple[EvaluationSet, LightningDataModule]],
+    sets: Sequence[EvaluationSet],
+    data_of: Callable[[EvaluationSet], LightningDataModule],
 ) -> list[str]:
     """Predicts sets after the test, and adds their scores to `evaluation.json`, its table and W&B.
 
@@ -94,7 +95,8 @@ def evaluate_sets(
         trainer: It has just predicted the test.
         task: Has the weights.
         predictor: The callback that has predicted the test.
-        sets: Each with its data, as they are before `setup`.
+        sets: Those to evaluate on.
+        data_of: Builds the data of a set, which are held no longer than they are predicted.
 
     Returns:
         A line for each set that cannot be predicted and is left out.
@@ -107,10 +109,10 @@ def evaluate_sets(
     if not predictor.evaluation:
         raise ValueError("Expected targets of the test to evaluate sets beside it, but got none in data.path")
     left_out = {}
-    for each, data in sets:
+    for each in sets:
         rank_zero_info(f"Set {each.name}")
         try:
-            predictor.predict_set(trainer, task, data, each.name)
+            predictor.predict_set(trainer, task, data_of(each), each.name)
         except (ValueError, OSError) as error:
             if trainer.world_size > 1 and predictor.has_begun:  # the other processes would wait for this one
                 raise
@@ -126,7 +128,7 @@ def evaluate_sets(
                 if each.name in left_out
                 else _evaluated(each, folder / "sets" / each.name, known, predictor, names)
             )
-            for each, _ in sets
+            for each in sets
         }
         write_scores(folder, predictor.evaluation)
         for logger in trainer.loggers:
