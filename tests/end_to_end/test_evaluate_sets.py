@@ -174,12 +174,17 @@ def test_set_that_cannot_be_predicted_is_left_out(
     assert "spin (degrees): accuracy" in done.out
 
 
-def test_shifted_prediction_is_that_of_the_set(trained: Any, evaluated: Any, run_script: Script) -> None:
+def test_shifted_prediction_is_that_of_the_set(
+    trained: Any, evaluated: Any, run_script: Script, tmp_path: Path
+) -> None:
+    """It is of other examples than the test, on which another checkpoint is not compared with it."""
     shifted = run_script("predict", "--ckpt_path", trained.run, *SMALL, "--data.distortion", "rotation:45")
     ours, theirs = columns(shifted.run), columns(evaluated.run / "sets/rotation_45")
     for name in ("deterministic_probs", "mc_dropout_probs"):
         torch.testing.assert_close(ours[name], theirs[name])
-    plain = run_script("predict", "--ckpt_path", trained.run, *SMALL)
+    content = torch.load(trained.run / "checkpoints/best.ckpt", weights_only=True)
+    torch.save(content | {"epoch": 99}, tmp_path / "other.ckpt")
+    plain = run_script("predict", "--ckpt_path", tmp_path / "other.ckpt", *SMALL)
     done = run_script("compare", shifted.run, plain.run)
     assert done.error.startswith("error: Expected runs on the same examples, but got another data.distortion in ")
 
