@@ -64,7 +64,7 @@ PARTS = {
         tests/evaluation/test_example_rows.py  tests/evaluation/test_ways.py
         tests/evaluation/test_interrupted_prediction.py
         tests/evaluation/test_mc_dropout.py
-        tests/evaluation/test_provenance.py
+        tests/evaluation/test_provenance.py  tests/evaluation/test_sets.py
         tests/tasks/test_classification.py
         tests/test_without_runs.py
         tests/uncertainty/test_monte_carlo.py

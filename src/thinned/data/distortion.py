@@ -51,9 +51,6 @@ class Distortion:
 
         Raises:
             ValueError: It is not of this form, or the severity is out of range.
-
-        >>> Distortion.parse("rotation:30", ["rotation"])
-        Distortion(kind='rotation', severity=30.0)
         """
         if spec is None:
             return None
