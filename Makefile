@@ -35,7 +35,7 @@ train: .venv/installed ## Train, test and predict with configs/mlp_digits.yaml; 
 evaluate: .venv/installed ## Evaluate the latest run on digits, shifted ones and letters, training it first if need be
 	@ls runs/mlp_digits/*/checkpoints/best.ckpt >/dev/null 2>&1 || $(MAKE) train
 	.venv/bin/python scripts/evaluate.py --ckpt_path $$(ls -t runs/mlp_digits/*/checkpoints/best.ckpt | head -1) \
-	    --sets configs/evaluation/images.yaml $(ARGS)
+	    --sets configs/evaluation/image_shifts.yaml $(ARGS)
 
 # mlp only: end
 # gpt only: begin
@@ -45,7 +45,7 @@ train-gpt: .venv/installed ## Train a GPT on the Python reference with configs/g
 evaluate-gpt: .venv/installed ## Evaluate the latest run on the Python reference, on shifted text and on code, likewise
 	@ls runs/gpt_pydocs/*/checkpoints/best.ckpt >/dev/null 2>&1 || $(MAKE) train-gpt
 	.venv/bin/python scripts/evaluate.py --ckpt_path $$(ls -t runs/gpt_pydocs/*/checkpoints/best.ckpt | head -1) \
-	    --sets configs/evaluation/text.yaml $(ARGS)
+	    --sets configs/evaluation/text_shifts.yaml $(ARGS)
 
 # gpt only: end
 doctor: .venv/installed ## Say what this machine has, which known traps apply here, and how to mend them

@@ -2,7 +2,7 @@
 """Evaluates checkpoints: is the uncertainty to be trusted? Scores with intervals, each way to predict against another.
 
 python scripts/evaluate.py --ckpt_path runs/<experiment>/<run id> [runs/<experiment>/<another> ...]
-[--sets configs/evaluation/images.yaml] [--data.predict_split val] [--mc_dropout.num_samples 200]
+[--sets shifts.yaml] [--data.predict_split val] [--mc_dropout.num_samples 200]
 [--mc_dropout.coverage 0.95]
 
 Beside the deterministic network and Monte-Carlo dropout, it evaluates both at the temperature that fits half of the

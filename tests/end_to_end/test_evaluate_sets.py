@@ -16,7 +16,6 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 Script = Callable[..., Any]
-ROOT = Path(__file__).parents[2]
 SMALL = ("--trainer.accelerator", "cpu", "--mc_dropout.num_samples", 4, "--trainer.logger", "false")
 SETS = {
     "rotation": {"distortion": "rotation", "severities": [0, 45]},
@@ -35,7 +34,6 @@ def evaluation_of(run: Path) -> dict[str, Any]:
     return found
 
 
-# mlp only: begin
 @pytest.fixture(scope="module")
 def sets_yaml(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("sets") / "sets.yaml"
@@ -205,50 +203,3 @@ def test_two_processes_evaluate_sets_as_one_does(
         assert ours["index"].tolist() == theirs["index"].tolist()
         for key in ("deterministic_probs", "mc_dropout_probs"):
             torch.testing.assert_close(ours[key], theirs[key], rtol=1e-4, atol=1e-6)
-
-
-# mlp only: end
-# gpt only: begin
-def test_text_is_shifted_and_foreign(trained_text: Any, text_file: Path, run_script: Script, tmp_path: Path) -> None:
-    """Foreign sequences are told by means over their tokens; text beyond the vocabulary is left out."""
-    other = tmp_path / "other.txt"
-    other.write_text(text_file.read_text()[:1500].replace("e", "x").replace("o", "q"))
-    sets = {
-        "exchanged": {"distortion": "characters", "severities": [0, 0.5]},
-        "other": {"path": str(other)}, "code": {"path": "stdlib"},
-    }  # fmt: skip
-    settings = ("--trainer.accelerator", "cpu", "--trainer.logger", "false", "--data.cache_dir", tmp_path / "data")
-    done = run_script("evaluate", "--ckpt_path", trained_text.run, "--sets", json.dumps(sets), *settings)
-    assert "left out code: Expected text within the vocabulary of the tokenizer" in done.err
-    (run,) = tmp_path.glob("runs/*/*-evaluate")
-    evaluation = evaluation_of(run)
-    found = evaluation["sets"]
-    assert found["exchanged_0"]["ways"] == evaluation["ways"]
-    nlls = [found[name]["ways"]["mc_dropout"]["scores"]["nll"]["value"] for name in ("exchanged_0", "exchanged_0.5")]
-    assert nlls[0] < nlls[1]
-    scores = found["other"]["ways"]["mc_dropout"]["scores"]
-    assert scores["nll"]["value"] > nlls[0]
-    assert not any(name.startswith("scod") for name in scores)
-    means = []
-    for folder in (run, run / "sets/other"):
-        rows = columns(folder)
-        first = rows["index"] - rows["position"]
-        means.append([rows["mc_dropout_predictive_entropy"][first == start].mean() for start in first.unique()])
-    truth = roc_auc_score([0] * len(means[0]) + [1] * len(means[1]), [*means[0], *means[1]])
-    score = scores["foreign_auroc_predictive_entropy"]
-    assert score["value"] == pytest.approx(truth, abs=1e-6)
-    assert score["n"] == len(means[0]) + len(means[1])
-
-
-# gpt only: end
-@pytest.mark.parametrize("path", sorted((ROOT / "configs/evaluation").glob("*.yaml")), ids=lambda path: path.stem)
-def test_sets_of_the_configs_can_be_built(path: Path) -> None:
-    from thinned.data.distortion import KINDS
-    from thinned.evaluation.sets import sets_of
-
-    sets = sets_of(yaml.safe_load(path.read_text()))
-    kinds = {each.settings["distortion"].partition(":")[0] for each in sets if "distortion" in each.settings}
-    assert kinds <= KINDS.keys()
-    assert any(each.is_foreign for each in sets)
-    if path.stem == "ovadia_mnist":
-        assert len(sets) == 12 + 13 + 1  # and the test itself

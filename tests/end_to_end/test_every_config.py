@@ -11,6 +11,9 @@ import pytest
 import torch  # mlp only
 import yaml
 
+from thinned.data.distortion import KINDS
+from thinned.evaluation.sets import sets_of
+
 Script = Callable[..., Any]
 
 ROOT = Path(__file__).parents[2]
@@ -97,6 +100,16 @@ def test_experiment_runs(experiment: Path, run_script: Script, request: pytest.F
     run = run_script("train", "--config", experiment, *options).run
     assert run.parent.name == experiment.stem  # `experiment` is called as its file is
     assert_scores(run)
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("evaluation/*.yaml")), ids=name)
+def test_sets_of_the_configs_can_be_built(path: Path) -> None:
+    sets = sets_of(yaml.safe_load(path.read_text()))
+    kinds = {each.settings["distortion"].partition(":")[0] for each in sets if "distortion" in each.settings}
+    assert kinds <= KINDS.keys()
+    assert any(each.is_foreign for each in sets)
+    if path.stem == "ovadia_mnist":
+        assert len(sets) == 12 + 13 + 1  # and the test itself
 
 
 # mlp only: begin
