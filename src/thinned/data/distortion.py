@@ -22,7 +22,7 @@ class Range:
     whole: bool = False
 
 
-# A kind is a function in `image_distortion.py` or `text_distortion.py`.
+# What each kind does, the module of its data says.
 KINDS = {
     "rotation": Range(180, "degrees"),  # mlp only
     "translation": Range(math.inf, "pixels"),  # mlp only
