@@ -26,20 +26,26 @@ READ_FIRST += src/thinned/data/images.py  # mlp only
 PYTEST := OMP_NUM_THREADS=1 .venv/bin/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
 
 # mlp only: begin
 train: .venv/installed ## Train, test and predict with configs/mlp_digits.yaml; ARGS="--key value" changes it
 	.venv/bin/python scripts/train.py --config configs/mlp_digits.yaml $(ARGS)
 
-evaluate: .venv/installed ## Evaluate the latest run on digits, which is trained first if there is none; ARGS changes it
+evaluate: .venv/installed ## Evaluate the latest run on digits, shifted ones and letters, training it first if need be
 	@ls runs/mlp_digits/*/checkpoints/best.ckpt >/dev/null 2>&1 || $(MAKE) train
-	.venv/bin/python scripts/evaluate.py --ckpt_path $$(ls -t runs/mlp_digits/*/checkpoints/best.ckpt | head -1) $(ARGS)
+	.venv/bin/python scripts/evaluate.py --ckpt_path $$(ls -t runs/mlp_digits/*/checkpoints/best.ckpt | head -1) \
+	    --sets configs/evaluation/image_shifts.yaml $(ARGS)
 
 # mlp only: end
 # gpt only: begin
 train-gpt: .venv/installed ## Train a GPT on the Python reference with configs/gpt_pydocs.yaml, print coloured samples
 	.venv/bin/python scripts/train.py --config configs/gpt_pydocs.yaml $(ARGS)
+
+evaluate-gpt: .venv/installed ## Evaluate the latest run on the Python reference, on shifted text and on code, likewise
+	@ls runs/gpt_pydocs/*/checkpoints/best.ckpt >/dev/null 2>&1 || $(MAKE) train-gpt
+	.venv/bin/python scripts/evaluate.py --ckpt_path $$(ls -t runs/gpt_pydocs/*/checkpoints/best.ckpt | head -1) \
+	    --sets configs/evaluation/text_shifts.yaml $(ARGS)
 
 # gpt only: end
 doctor: .venv/installed ## Say what this machine has, which known traps apply here, and how to mend them
@@ -88,4 +94,4 @@ clean: ## Remove .venv and caches; runs/ stays
 FORCE:
 .PHONY: help doctor test test-all lint format lines clean FORCE
 .PHONY: train evaluate  # mlp only
-.PHONY: train-gpt  # gpt only
+.PHONY: train-gpt evaluate-gpt  # gpt only

@@ -27,7 +27,7 @@ OLD = "thinned"
 # A folder stands for all files in it. Whoever adds a file that names a removed one is told by tests/test_adopt.py.
 PARTS = {
     "gpt": """
-        configs/gpt*.yaml
+        configs/gpt*.yaml  configs/evaluation/text_shifts.yaml
         scripts/bench/gpt*.py  scripts/sample.py
         src/thinned/data/text*.py  src/thinned/data/token*.py
         src/thinned/generation
@@ -41,7 +41,7 @@ PARTS = {
     """,
     "mlp": """
         .github/images/uncertain.png
-        configs/mlp*.yaml
+        configs/mlp*.yaml  configs/evaluation/image_shifts.yaml  configs/evaluation/ovadia_mnist.yaml
         scripts/bench/mlp.py  scripts/bench/prediction.py
         src/thinned/data/image*.py  src/thinned/data/labels.py  src/thinned/data/pixels.py
         src/thinned/models/mlp.py
@@ -52,7 +52,7 @@ PARTS = {
         tests/end_to_end/test_batches_and_processes.py
         tests/end_to_end/test_checkpoint_alone.py
         tests/end_to_end/test_dead_rank.py
-        tests/end_to_end/test_evaluate.py
+        tests/end_to_end/test_evaluate.py  tests/end_to_end/test_evaluate_sets.py
         tests/end_to_end/test_interruption.py
         tests/end_to_end/test_launchers.py
         tests/end_to_end/test_messages.py
@@ -66,7 +66,7 @@ PARTS = {
         tests/evaluation/test_interrupted_prediction.py
         tests/evaluation/test_mc_dropout.py
         tests/evaluation/test_predictor.py
-        tests/evaluation/test_provenance.py
+        tests/evaluation/test_provenance.py  tests/evaluation/test_sets.py
         tests/tasks/test_classification.py
         tests/test_without_runs.py
         tests/uncertainty/test_monte_carlo.py

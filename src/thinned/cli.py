@@ -26,6 +26,8 @@ from thinned.evaluation import MCDropout
 from thinned.evaluation.ensembles import evaluation_ways
 from thinned.evaluation.learning_curves import LearningCurves
 from thinned.evaluation.score_tables import missed_classes, score_tables, set_table, verdicts
+from thinned.evaluation.set_tables import set_tables
+from thinned.evaluation.sets import EvaluationSet, sets_of
 from thinned.files import read_checkpoint
 from thinned.offers import Offers
 from thinned.runs.checkpoint_callback import Checkpoints
@@ -131,6 +133,10 @@ class ThinnedCLI(LightningCLI):
         parser.link_arguments("seed_everything", "step_seed.seed", compute_fn=self._seed)
         parser.add_lightning_class_args(FiniteSteps, "finite_steps")
         parser.add_lightning_class_args(MCDropout, "mc_dropout")
+        if self.purpose == "evaluate":
+            sets = dict[str, dict[str, Any]]
+            said = "Further sets: a yaml, see `thinned.evaluation.sets`."
+            parser.add_argument("--sets", type=sets, default={}, sub_configs=True, help=said)
 
     def _seed(self, given: bool | int) -> int:
         return self._drawn_seed if isinstance(given, bool) else given
@@ -151,6 +157,10 @@ class ThinnedCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         config = self.config
+        entries = {key: entry for key, entry in config.get("sets", {}).items() if key != "__path__"}  # jsonargparse's
+        self.sets = sets_of(entries)
+        for each in self.sets:  # a wrong setting is known before the test is predicted
+            self.data_of(each)
         if self.checkpoint:
             _refuse_settings_of_training(self.checkpoint["config"], yaml.safe_load(self.parser.dump(config)))
         runs = Path(config.runs_dir, config.experiment)
@@ -216,6 +226,21 @@ class ThinnedCLI(LightningCLI):
             rank_zero_info(f"A matrix product in bf16 takes {slowdown:.1f} times as long as in fp32 on this CPU.")
         return trainer
 
+    def data_of(self, each: EvaluationSet) -> LightningDataModule:
+        """Builds the data of a set, as the first checkpoint knows them; ValueError if a setting is wrong."""
+        assert self.checkpoint is not None
+        given, parser = self.config.data, Parser()
+        parser.add_subclass_arguments(LightningDataModule, "data")
+        settings = {"class_path": given.class_path, "init_args": given.init_args.as_dict() | each.settings}
+        try:
+            data: LightningDataModule = parser.instantiate_classes(parser.parse_object({"data": settings})).data
+            if state := self.checkpoint.get(type(data).__qualname__):
+                data.load_state_dict(state)
+        except ValueError as error:
+            error.add_note(f"(sets.{each.entry})")
+            raise
+        return data
+
     def restore(self, checkpoint: dict[str, Any]) -> None:
         """Loads weights and data statistics; raises ValueError if the weights do not fit the model."""
         try:
@@ -254,6 +279,7 @@ class ThinnedCLI(LightningCLI):
             console.print(*verdicts(evaluation), sep="\n", highlight=False)
             if table := set_table(evaluation):
                 console.print(table, *missed_classes(evaluation), sep="\n", highlight=False)
+            console.print(*set_tables(evaluation, console.width), sep="\n")
         console.print(files_of_run(self.run_dir), soft_wrap=True, highlight=False)
 
 

@@ -369,7 +369,7 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("key", "value", "expected"),
         [
-            ("path", "", "to be 'pydocs', a file of text or rows, .*"),
+            ("path", "", "to be 'pydocs', 'stdlib', a file of text or rows, .*"),
             ("tokenizer", "bpe:abc", "to be 'char', .*"),
             ("tokenizer", "bpe:10", "to be 'char', .*"),
             ("test_fraction", 0.95, r"below 1 - 0\.1, data\.val_fraction"),

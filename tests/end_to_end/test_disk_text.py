@@ -114,7 +114,7 @@ class TestVanishedData:
         gone = tmp_path / "gone.txt"
         options = ("--resume" if script == "train" else "--ckpt_path", run / "checkpoints/last.ckpt")
         finished = run_script(script, *(text if script == "train" else ()), *options, "--data.path", gone)
-        assert "Expected data.path to be 'pydocs', a file" in error_of(finished)
+        assert "Expected data.path to be 'pydocs', 'stdlib', a file" in error_of(finished)
         assert str(gone) in error_of(finished)
         assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
 

@@ -11,12 +11,16 @@ import pytest
 import torch  # mlp only
 import yaml
 
+from thinned.data.distortion import KINDS
+from thinned.evaluation.sets import sets_of
+
 Script = Callable[..., Any]
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"
 EXPERIMENTS = sorted(CONFIGS.glob("*.yaml"))
-OVERLAYS = sorted(set(CONFIGS.glob("**/*.yaml")) - set(EXPERIMENTS) - {CONFIGS / "trainer/ddp_cpu.yaml"})  # has its own
+HAVE_THEIR_OWN = {CONFIGS / "trainer/ddp_cpu.yaml", *CONFIGS.glob("evaluation/*.yaml")}  # tests
+OVERLAYS = sorted(set(CONFIGS.glob("**/*.yaml")) - set(EXPERIMENTS) - HAVE_THEIR_OWN)
 ON_GPU = [path for path in OVERLAYS if "accelerator: gpu" in path.read_text()]
 DIGITS = CONFIGS / "mlp_digits.yaml"  # mlp only
 CPU = ("--trainer.accelerator", "cpu", "--trainer.devices", 1)
@@ -96,6 +100,16 @@ def test_experiment_runs(experiment: Path, run_script: Script, request: pytest.F
     run = run_script("train", "--config", experiment, *options).run
     assert run.parent.name == experiment.stem  # `experiment` is called as its file is
     assert_scores(run)
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("evaluation/*.yaml")), ids=name)
+def test_sets_of_the_configs_can_be_built(path: Path) -> None:
+    sets = sets_of(yaml.safe_load(path.read_text()))
+    kinds = {each.settings["distortion"].partition(":")[0] for each in sets if "distortion" in each.settings}
+    assert kinds <= KINDS.keys()
+    assert any(each.is_foreign for each in sets)
+    if path.stem == "ovadia_mnist":  # mlp only
+        assert len(sets) == 12 + 13 + 1  # mlp only
 
 
 # mlp only: begin

@@ -106,9 +106,9 @@ def test_files_hold_all_scores() -> None:
     first, second = way("one", augrc=score(0.2)), way("other", augrc=score(0.1, difference=apart(-0.1)))
     columns, rows = score_rows(evaluation(first, second))
     assert [dict(zip(columns, row, strict=True))["value"] for row in rows] == [0.2, 0.1]
-    assert rows[0][:6] == ["way0", "augrc", 0.2, pytest.approx(0.1), pytest.approx(0.3), 40]
-    assert rows[0][7:] == [None] * 5
-    assert rows[1][7:] == pytest.approx([-0.1, -0.11, -0.09, 0.001, True])
+    assert rows[0][:7] == ["test", "way0", "augrc", 0.2, pytest.approx(0.1), pytest.approx(0.3), 40]
+    assert rows[0][8:] == [None] * 5
+    assert rows[1][8:] == pytest.approx([-0.1, -0.11, -0.09, 0.001, True])
 
 
 def test_plain_scores_have_settings_and_values() -> None:

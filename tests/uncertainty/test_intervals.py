@@ -221,7 +221,7 @@ def coverage(
     logits, target = drawn(accuracy, 10**6, seed=10**6)
     rows = columns((sharper * logits).softmax(-1), target)
     top = logits.softmax(-1).gather(1, logits.argmax(-1, keepdim=True)).squeeze(1)
-    truth = {name: float(SCORES[name].of(**{c: rows[c] for c in SCORES[name].columns})) for name in names}
+    truth = {name: float(SCORES[name].of(*(rows[c] for c in SCORES[name].columns))) for name in names}
     held = dict.fromkeys(names, 0)
     defined = dict.fromkeys(names, 0)
     if "ece" in names:  # an unbiased truth: the targets are probabilities themselves

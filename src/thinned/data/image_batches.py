@@ -7,15 +7,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset
-
-from thinned.data.image_sources import StoredImages
 
 
 class Batch(NamedTuple):
@@ -60,7 +58,7 @@ def augmentation_draws(seed: int, epoch: int, num_examples: int) -> Tensor:
 class ImageBatches(Dataset[Batch]):
     """A split as batches: `split[epoch, indices]`. Augmentation is a function of (seed, epoch, index)."""
 
-    images: Tensor | StoredImages
+    images: Any  # such as a Tensor (N, C, H, W) or `StoredImages`: `images[rows]` is (B, C, H, W)
     rows: Tensor  # (N,) int64, rows of the split in `images`
     target: Tensor | None  # (N,) int64
     mean: Tensor  # (C, 1, 1) float32, of the intensities as they are stored

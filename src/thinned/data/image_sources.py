@@ -27,11 +27,12 @@ from torch import Tensor
 
 from thinned.data.hugging_face import by_column, declares_its_files, is_saved, read_stored, sizes_of
 from thinned.data.image_folder import is_image, read_image_folder
+from thinned.data.image_letters import read_letters
 from thinned.data.pixels import open_image, to_array
 from thinned.data.split_names import split_of, stored_split, walk
 
 BUILDERS = {".parquet": "parquet", ".arrow": "arrow"}  # of `datasets`, for files with images in them
-EXPECTED = "'digits', a folder of images, the folder of a dataset or its id on the Hugging Face Hub"
+EXPECTED = "'digits', 'letters', a folder of images, the folder of a dataset or its id on the Hugging Face Hub"
 
 
 def read_digits() -> datasets.Dataset:
@@ -47,15 +48,18 @@ def read_digits() -> datasets.Dataset:
     )
 
 
-def read_splits(path: str, label: str | None = None) -> tuple[dict[str, datasets.Dataset], list[str]]:
+def read_splits(
+    path: str, label: str | None = None, size: tuple[int, int] = (28, 28)
+) -> tuple[dict[str, datasets.Dataset], list[str]]:
     """Returns the stored splits of the dataset at `data.path`, and what it leaves out.
 
     Args:
         path: The value of `data.path`.
         label: Column of the labels, if it is not called like one.
+        size: Height and width of images that are drawn.
     """
-    if path == "digits":
-        return {"train": read_digits()}, []
+    if path in ("digits", "letters"):
+        return {"train": read_digits() if path == "digits" else read_letters(*size)}, []
     folder = Path(path).expanduser()
     if folder.is_file() and folder.suffix.lower() in BUILDERS:
         return by_column(_read_tables({"train": [folder]}), [])

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,10 @@ from lightning.pytorch.utilities import rank_zero_info
 from PIL import ImageColor
 from torch import Tensor
 
+from thinned.data.distortion import Distortion
 from thinned.data.image_batches import ImageBatches
 from thinned.data.image_census import take_census
+from thinned.data.image_distortion import IMAGE_KINDS, DistortedImages
 from thinned.data.image_sources import Statistics, StoredImages, channel_statistics, image_column, read_splits
 from thinned.data.image_splits import arrange, label_digests, other_labels
 from thinned.data.labels import Labels, label_column, match_names, read_labels, shortened
@@ -46,10 +49,12 @@ class ImageDataModule(SplitDataModule):
     predicted as a whole. Classes are matched by name.
 
     Args:
-        path: "digits" for scikit-learn's, a folder of images (in folders by split and class, or with a table of their
-            labels), a folder for `datasets.load_dataset` or `load_from_disk`, or the id of a dataset on the hub.
+        path: "digits" for scikit-learn's, "letters" for A to J in several fonts, a folder of images (in folders by
+            split and class, or with a table of labels), a folder for `datasets.load_dataset` or `load_from_disk`, or
+            the id of a dataset on the hub.
         image_column: Column of the images; None if it is the only one of its kind.
         label_column: Column of the classes; None if it is the only one of its kind.
+        use_labels: Whether labels are read; without, any images can be predicted, also those of other classes.
         leave_out: Names of stored splits that are not to be used.
         image_size: Height and width in pixels to which images are resized; None keeps their size.
         background: Colour behind transparent pixels, a name or #rrggbb.
@@ -59,6 +64,8 @@ class ImageDataModule(SplitDataModule):
         test_fraction: Fraction of the stored "train" for the test, if no split is stored for it.
         split_seed: Seed of the split.
         predict_split: The split to predict.
+        distortion: What is done to the images of a test or a prediction, as <kind>:<severity>: rotation (degrees),
+            translation or roll (pixels), noise or blur (standard deviation), or contrast (share that is kept).
         shift: Largest random shift of training images along each axis, in pixels.
         rotation: Largest random rotation of training images either way, in degrees.
         cache_gib: Memory in GiB for decoded images; if they do not fit, they are decoded for each batch.
@@ -79,6 +86,7 @@ class ImageDataModule(SplitDataModule):
         path: str = "digits",
         image_column: str | None = None,
         label_column: str | None = None,
+        use_labels: bool = True,
         leave_out: list[str] | None = None,
         image_size: PositiveInt | None = None,
         background: str = "white",
@@ -88,6 +96,7 @@ class ImageDataModule(SplitDataModule):
         test_fraction: OpenUnitInterval = 0.2,
         split_seed: NonNegativeInt = 0,
         predict_split: Split = "test",
+        distortion: str | None = None,
         shift: NonNegativeFloat = 0.0,
         rotation: HalfTurn = 0.0,  # type: ignore[valid-type]
         cache_gib: NonNegativeFloat = 4.0,
@@ -101,6 +110,7 @@ class ImageDataModule(SplitDataModule):
         self.hparams.update(json.loads(json.dumps(self.hparams)))
         if background not in ImageColor.colormap and not re.fullmatch("#[0-9a-fA-F]{6}", background):
             raise ValueError(f"Expected data.background to be the name of a colour or #rrggbb, but got {background!r}")
+        self._distortion = Distortion.parse(distortion, IMAGE_KINDS)
         self._trained: dict[str, Any] | None = None  # the state of a checkpoint
         self._stored: dict[str, StoredImages] = {}  # these three by the name of a stored split
         self._census: dict[str, np.ndarray] = {}
@@ -124,7 +134,9 @@ class ImageDataModule(SplitDataModule):
         if self._stored:
             return
         given, root = self.hparams, Path(self.path).expanduser()
-        stored, left_out = read_splits(self.path, given["label_column"])
+        size = given["image_size"]
+        shape = (size, size) if size else (self._trained or {}).get("size", (28, 28))
+        stored, left_out = read_splits(self.path, given["label_column"], shape)
         self._assigned, others = assign_splits(stored, given["leave_out"] or ())
         names = list(self._assigned.values())
         if self._trained:  # another set may call its splits as it likes
@@ -135,7 +147,8 @@ class ImageDataModule(SplitDataModule):
             self._say(f"Left out of data.path: {shortened(left_out)}")
         first = stored[names[0]].features
         self._columns = list(first)
-        image, label = image_column(first, given["image_column"]), label_column(first, given["label_column"])
+        image = image_column(first, given["image_column"])
+        label = label_column(first, given["label_column"]) if given["use_labels"] else None
         for name in names:
             images = stored[name].select_columns(image).rename_columns({image: "image"})
             images = images.cast_column("image", datasets.Image(decode=False))
@@ -259,9 +272,18 @@ class ImageDataModule(SplitDataModule):
     def _pixels(self, split: Split) -> Tensor | StoredImages:
         return self._images[split].pixels if self._cached else self._images[split]
 
+    def _distorted(self, split: Split) -> Tensor | StoredImages | DistortedImages:
+        if not self._distortion:
+            return self._pixels(split)
+        ends = [0.0], [1.0 if self._deep else 255.0]
+        if self._scale != SCALES[0]:  # only the data know their range
+            ends = self.statistics.low, self.statistics.high
+        low, high = (torch.tensor(end)[:, None, None] for end in ends)
+        return DistortedImages(self._pixels(split), self._distortion, low, high)
+
     def raw_images(self, split: Split, indices: Sequence[int] | Tensor) -> Tensor:
-        """Returns images before standardisation, uint8 (n, C, H, W), by their `Batch.index`."""
-        images = self._pixels(split)[self.rows[split][torch.as_tensor(indices, dtype=torch.int64, device="cpu")]]
+        """Returns images of a test before standardisation, uint8 (n, C, H, W), by their `Batch.index`."""
+        images = self._distorted(split)[self.rows[split][torch.as_tensor(indices, dtype=torch.int64, device="cpu")]]
         return images if images.dtype == torch.uint8 else self.statistics.to_uint8(images)
 
     def sources(self, split: Split, indices: Sequence[int] | Tensor) -> list[str]:
@@ -279,6 +301,7 @@ class ImageDataModule(SplitDataModule):
         return {
             "class_names": self.class_names,
             "channels": self.image_shape[0],
+            "size": [*self.image_shape[1:]],
             "scale": self._scale,
             "background": (self._trained or self.hparams)["background"],
             "statistics": vars(self.statistics),
@@ -339,3 +362,7 @@ class ImageDataModule(SplitDataModule):
             alone, torch.zeros(1, dtype=torch.int64), None, *self._mean_and_std(deep), rotation=0, shift=0, seed=0
         )
         return batches[0, [0]].image[0]
+
+    def tested(self, split: Split) -> ImageBatches:
+        """Returns a split as batches, distorted by `data.distortion`."""
+        return replace(self.batches(split, training=False), images=self._distorted(split))

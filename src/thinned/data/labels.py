@@ -178,7 +178,7 @@ def match_names(labels: Labels, names: Sequence[str], split: str, of: str) -> Te
     if unknown := [name for name in labels.used if name not in place]:
         raise ValueError(
             f"Expected the classes of {of}, {shortened(names)}, in split {split!r} of data.path, "
-            f"but got {shortened(unknown)} among {shortened(labels.used)}"
+            f"but got {shortened(unknown)} among {shortened(labels.used)} (data.use_labels false reads no labels)"
         )
     table = np.array([place.get(name, UNKNOWN) for name in labels.names])
     return torch.from_numpy(table[labels.codes])

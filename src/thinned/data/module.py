@@ -82,6 +82,10 @@ class SplitDataModule(LightningDataModule, ABC):
     def batches(self, split: Split, *, training: bool) -> Dataset[Any]:
         """Returns a split as `dataset[epoch, indices]`, for training or as it is."""
 
+    def tested(self, split: Split) -> Dataset[Any]:
+        """Returns a split for a test or a prediction, as it is unless a subclass distorts it."""
+        return self.batches(split, training=False)
+
     @abstractmethod
     def num_examples(self, split: Split) -> int:
         """Returns the number of examples in a split, after setup."""
@@ -117,22 +121,22 @@ class SplitDataModule(LightningDataModule, ABC):
         return self._loader(Subset(dataset, batches))  # type: ignore[arg-type]
 
     def test_dataloader(self) -> DataLoader[Any]:
-        return self._dataloader("test")
+        return self._dataloader("test", tested=True)
 
     def predict_dataloader(self) -> DataLoader[Any]:
         """Returns the split `data.predict_split` in order, from `predict_start` on."""
         if not self.predict_start:
-            return self._dataloader(self.predict_split)
+            return self._dataloader(self.predict_split, tested=True)
         # Lightning would count its limit from the first batch that remains.
         assert self.trainer is not None
         stop = self._evaluated(self.predict_split, self.trainer.limit_predict_batches)
-        return self._dataloader(self.predict_split, start=self.predict_start, stop=stop)
+        return self._dataloader(self.predict_split, tested=True, start=self.predict_start, stop=stop)
 
     def _dataloader(
-        self, split: Split, *, training: bool = False, start: int = 0, stop: int | None = None
+        self, split: Split, *, training: bool = False, tested: bool = False, start: int = 0, stop: int | None = None
     ) -> DataLoader[Any]:
         """Returns a loader of a split in whole batches, for training or of the examples from start to stop."""
-        dataset = self.batches(split, training=training)
+        dataset = self.tested(split) if tested else self.batches(split, training=training)
         num_examples = len(dataset) if stop is None else stop  # type: ignore[arg-type]
         sampler = self._sampler(num_examples, training=training, start=start)
         order: Sampler[Any] | None = sampler

@@ -20,8 +20,10 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from thinned.data.distortion import Distortion
 from thinned.data.module import SplitDataModule
 from thinned.data.order import Split
+from thinned.data.text_distortion import TEXT_KINDS, exchanged
 from thinned.data.text_sources import EXPECTED, TextSource, read_text
 from thinned.data.text_split import (
     SplitDocuments,
@@ -37,7 +39,7 @@ from thinned.data.text_split import (
 from thinned.data.token_cache import Tokenised, cached_tokens, folder_of, open_tokens
 from thinned.data.token_stream import make_tokenizer
 from thinned.data.tokenizer import Tokenizer, bpe_size, known_tokenizer
-from thinned.data.tokens import TokenBatches, Tokens
+from thinned.data.tokens import HeldTokens, TokenBatches, Tokens
 
 
 class Prepared(NamedTuple):
@@ -63,9 +65,9 @@ class TextDataModule(SplitDataModule):
     of the text are the same.
 
     Args:
-        path: "pydocs" for Python's own documentation, a file, the id of a dataset on the Hugging Face Hub, or a folder:
-            of text, of rows (CSV, JSON, parquet), or written by `datasets`. A file of text is a document, and so is a
-            row. Both may be compressed (.gz, .bz2, .xz).
+        path: "pydocs" for Python's own documentation, "stdlib" for sources of its library, a file, the id of a dataset
+            on the Hugging Face Hub, or a folder: of text, of rows (CSV, JSON, parquet), or written by `datasets`. A
+            file of text is a document, and so is a row. Both may be compressed (.gz, .bz2, .xz).
         name: Which of the dataset's configurations; None if it has one, or a default.
         text_column: Column of the text; None for "text", or the only one of strings.
         tokenizer: "char" for characters, "bpe:<size>" for byte-level BPE of that size trained on the training text, or
@@ -78,6 +80,7 @@ class TextDataModule(SplitDataModule):
         split_seed: Seed of the split by document.
         leave_out: Names of stored splits, folders and files that are not to be used; `*` stands for any part of a name.
         predict_split: The split to predict.
+        distortion: What is done to the text of a test or a prediction: "characters:<rate>" exchanges them at a rate.
         streaming: Whether a dataset is read row by row, so that only the first `max_tokens` are downloaded. Later
             changes of a dataset on the hub are not noticed.
         max_tokens: The most tokens of each stored split; None for all.
@@ -108,6 +111,7 @@ class TextDataModule(SplitDataModule):
         split_seed: NonNegativeInt = 0,
         leave_out: list[str] | None = None,
         predict_split: Split = "test",
+        distortion: str | None = None,
         streaming: bool = False,
         max_tokens: PositiveInt | None = None,
         cache_dir: str = "data",
@@ -125,7 +129,9 @@ class TextDataModule(SplitDataModule):
                 f"Expected data.test_fraction below 1 - {val_fraction}, data.val_fraction, but got {test_fraction}"
             )
         bpe_size(tokenizer)  # raises an error if it is invalid
+        self._distortion = Distortion.parse(distortion, TEXT_KINDS)
         self.tokens = {}
+        self._distorted: dict[Split, HeldTokens] = {}
         self._given: str | None = None  # JSON of a checkpoint's tokenizer
         self._kept: dict[str, Any] | None = None  # how a checkpoint's text is split
         self._prepared: Prepared | None = None
@@ -281,12 +287,12 @@ class TextDataModule(SplitDataModule):
         self._given, self._kept, self._prepared = state_dict["tokenizer"], state_dict.get("split"), None
         self.tokenizer = Tokenizer.from_json(self._given)
         if self.tokens:  # Lightning loads a checkpoint after setup
-            self.tokens = {}
+            self.tokens, self._distorted = {}, {}
             self.setup()
 
     def num_examples(self, split: Split) -> int:
         """Returns the number of windows in the evaluation of a split, after setup."""
-        return len(self.batches(split, training=False))
+        return len(self.tested(split))
 
     def input_of(self, text: Any) -> Tensor:
         """Returns the tokens of a text, (t,) int64; ValueError unless it is a str of 1 to T known tokens."""
@@ -300,3 +306,12 @@ class TextDataModule(SplitDataModule):
     def batches(self, split: Split, *, training: bool) -> TokenBatches:
         """Returns a split as windows; those for training begin at another offset each epoch."""
         return TokenBatches(self.tokens[split], self.context_length, self.hparams["seed"], training)
+
+    def tested(self, split: Split) -> TokenBatches:
+        """Returns a split as windows, distorted by `data.distortion`."""
+        whole = self.batches(split, training=False)
+        if self._distortion is None:
+            return whole
+        if split not in self._distorted:
+            self._distorted[split] = exchanged(self.tokens[split], self.tokenizer, self._distortion.severity)
+        return replace(whole, tokens=self._distorted[split])

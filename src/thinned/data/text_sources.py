@@ -1,7 +1,8 @@
 """Reads documents from Python's own documentation, text files, files of rows or a Hugging Face dataset.
 
 "pydocs" is the text of `help()` topics, `pydoc_data.topics` in CPython: half a megabyte of English that every
-installation has.
+installation has. "stdlib" is half a megabyte of CPython's own sources, with the characters of "pydocs" alone, so that a
+network that knows those can predict it.
 """
 
 from __future__ import annotations
@@ -9,8 +10,10 @@ from __future__ import annotations
 import glob
 import json
 import pydoc_data.topics
+import sysconfig
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +32,10 @@ from thinned.data.order import Split
 from thinned.data.split_names import assign_splits, walk
 from thinned.data.text_files import ROWS, Layout, TextFiles, csv_header, layout, suffix
 
-EXPECTED = "'pydocs', a file of text or rows, a folder of them, or the id of a dataset on the Hugging Face Hub"
+EXPECTED = (
+    "'pydocs', 'stdlib', a file of text or rows, a folder of them, or the id of a dataset on the Hugging Face Hub"
+)
+SOURCE_CHARACTERS = 500_000  # of "stdlib"
 
 
 @dataclass(frozen=True)
@@ -83,16 +89,16 @@ def read_text(
         FileNotFoundError: If nothing can be read.
         ValueError: If there is no text, or an argument does not apply to it.
     """
-    folder, is_pydocs = Path(path).expanduser(), path == "pydocs"
-    by_name = not is_pydocs and folder.exists() and not is_saved(folder) and not declares_its_files(folder)
+    folder, is_built_in = Path(path).expanduser(), path in ("pydocs", "stdlib")
+    by_name = not is_built_in and folder.exists() and not is_saved(folder) and not declares_its_files(folder)
     files = layout(folder, leave_out) if by_name else None
-    if not is_pydocs and (files is None or files.rows):
+    if not is_built_in and (files is None or files.rows):
         return _rows(path, None if name else files, name, text_column, leave_out, streaming)
     unused = {
         "name": name,
         "text_column": text_column,
         "streaming": streaming,
-        "leave_out": leave_out if is_pydocs else (),
+        "leave_out": leave_out if is_built_in else (),
     }
     for key, value in unused.items():
         if value:
@@ -106,6 +112,8 @@ def read_text(
         return TextSource(texts, content, files.left_out)
     topics = pydoc_data.topics.topics
     documents = [topics[key] for key in sorted(topics)]
+    if path == "stdlib":
+        documents = _own_sources(set().union(*documents))
     return TextSource({"train": documents}, json.dumps(documents))
 
 
@@ -113,6 +121,15 @@ def _states(files: Iterable[Path]) -> list[tuple[str, int, int]]:
     """Returns what tells files from others, and from what they were: a copy or an archive cannot set the ctime back."""
     stats = {str(file.absolute()): file.stat() for file in files}
     return [(path, stat.st_size, stat.st_ctime_ns) for path, stat in stats.items()]
+
+
+def _own_sources(characters: set[str]) -> list[str]:
+    """Returns modules of the standard library that have these characters alone, the first ones by name."""
+    paths = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+    texts = [path.read_text(encoding="utf-8", errors="replace") for path in paths]
+    allowed = [text for text in texts if characters.issuperset(text)]
+    sizes = accumulate(map(len, allowed))
+    return [text for text, size in zip(allowed, sizes, strict=True) if size <= SOURCE_CHARACTERS]
 
 
 def _rows(

@@ -79,6 +79,20 @@ class TokenBatch(NamedTuple):
     index: Tensor  # type: ignore[assignment]  # (B,) int64, window of the split
 
 
+@dataclass(frozen=True)
+class HeldTokens:
+    """Tokens in memory, int64 (N,), that are read as those of a file are."""
+
+    ids: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Returns the tokens from start to stop, (stop - start,)."""
+        return self.ids[start:stop]
+
+
 @dataclass
 class TokenBatches(Dataset[TokenBatch]):
     """A split as batches: `split[epoch, indices]`.
@@ -88,7 +102,7 @@ class TokenBatches(Dataset[TokenBatch]):
     - Evaluation: window j begins at j T, and each token but the first is a target once; the last window is padded.
     """
 
-    tokens: Tokens
+    tokens: Tokens | HeldTokens
     context_length: int
     seed: int
     training: bool

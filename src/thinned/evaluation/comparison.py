@@ -4,23 +4,22 @@ A comparison has the form of an evaluation (see `score_tables`), with a group of
 are means over the runs of a group, and have `runs`, the score of each, and `seeds`, Student's interval of their mean.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 import torch
 import yaml
 
+from thinned.evaluation.prediction_store import stored_provenance
 from thinned.evaluation.provenance import differences
 from thinned.evaluation.report import ColumnsOfWay, as_json, blocks_of
 from thinned.evaluation.row_chunks import Columns
 from thinned.uncertainty.intervals import score_intervals, t_interval
 
 # What decides which examples are evaluated, if a checkpoint holds their split; else all settings do, but for these.
-DECIDING = {"predict_split", "examples", "class_names", "split"}
+DECIDING = {"predict_split", "distortion", "examples", "class_names", "split"}
 INDIFFERENT = {"seed", "path", "cache_dir"}
 
 
@@ -41,7 +40,7 @@ class EvaluatedRun:
             raise ValueError(
                 f"Expected runs with predictions of known targets, but got none in {path}: see scripts/evaluate.py"
             )
-        provenance = json.loads((pq.read_schema(file).metadata or {}).get(b"thinned", b"{}"))
+        provenance = stored_provenance(file) or {}
         return cls(path, yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8")), provenance, rows)
 
     def setting(self, key: str) -> Any:

@@ -3,26 +3,26 @@
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from thinned.data.module import data_offers
+from thinned.data.module import DataOffers, data_offers
 from thinned.data.order import Split
 from thinned.evaluation.batch import HALVES, Batch, Validation, trained_net
 from thinned.evaluation.prediction_sets import PredictionSets
-from thinned.evaluation.prediction_store import PredictionStore
-from thinned.evaluation.provenance import provenance
+from thinned.evaluation.prediction_store import PredictionStore, stored_provenance
+from thinned.evaluation.provenance import differences, of_data, provenance
 from thinned.evaluation.report import write_report
 from thinned.evaluation.rows import predicted_rows
 from thinned.evaluation.score_tables import plain_scores
 from thinned.evaluation.validation_scores import ValidationScores
 from thinned.evaluation.ways import Way, learning_order, standard_ways
 from thinned.models.net import Logits
-from thinned.offers import task_offers
+from thinned.offers import Offers, task_offers
 from thinned.uncertainty.monte_carlo import Masks
 
 
@@ -87,14 +87,19 @@ class MCDropout(Callback):
         self.split: Split = "test"  # of the latest metrics
         self.evaluation: dict[str, Any] = {}  # what `evaluation.json` holds
         self._store: PredictionStore | None = None
+        # Of sets that are predicted after the test, see `predict_set`.
+        self.directory = Path()  # of the latest files of a test
+        self._set: str | None = None
+        self._learned: dict[str, Any] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._trained = trained_net(pl_module)
         self._examined = False
         for way in learning_order(self.ways):  # what cannot be is known before training, not an hour later
             way.bind(self._trained)
-        directory: Path = trainer.strategy.broadcast(Path(self.dirpath or trainer.default_root_dir))
-        self._store = PredictionStore(directory, trainer.global_rank)
+        self.directory = trainer.strategy.broadcast(Path(self.dirpath or trainer.default_root_dir))
+        folder = self.directory / "sets" / self._set if self._set else self.directory
+        self._store = PredictionStore(folder, trainer.global_rank)
         limit = trainer.limit_predict_batches
         if stage == "predict" and data_offers(trainer).predict_start is not None:  # before the loader is built
             whole = isinstance(limit, int) or limit == 1  # a part would be one of what is left
@@ -158,8 +163,20 @@ class MCDropout(Callback):
         ways = learning_order(self.ways)
         for net in (net for way in ways for net in way.nets if net is not self._trained):
             net.to(pl_module.device).eval()
+        if self._set:
+            self._provenance = self._of_set(trainer, data_offers(trainer))
+        else:
+            self._learned = self._learn(trainer, pl_module, ways, self._store.learned)
+            self._provenance = self._of_test(trainer, pl_module, split, ways)
+        if self._sets is not None and (n := self._provenance["data"].get("examples", 2)) < 2:
+            raise ValueError(f"Expected at least two examples of split {split} to evaluate, but got {n}")
+        self._store.begin(self._provenance, self._learned, trainer.strategy.barrier)
+
+    def _learn(
+        self, trainer: Trainer, pl_module: LightningModule, ways: Sequence[Way], learned: dict[str, Any] | None
+    ) -> dict[str, Any]:
+        """Lets the ways learn from the validation split, or takes what an interrupted prediction has learned."""
         fit, calibrate = (Validation.of(trainer, pl_module, len(ways), half) for half in HALVES)
-        learned = self._store.learned
         for way in ways:
             if learned is None:
                 way.fit(fit)
@@ -172,16 +189,50 @@ class MCDropout(Callback):
             else:
                 self._sets.thresholds = learned.get("prediction_sets", {})
             state["prediction_sets"] = self._sets.thresholds
-        self._provenance: dict[str, Any] = {}
+        return state
+
+    def _of_test(
+        self, trainer: Trainer, pl_module: LightningModule, split: Split, ways: Sequence[Way]
+    ) -> dict[str, Any]:
+        found: dict[str, Any] = {}
         if trainer.is_global_zero:  # another process may have other shards of the weights
             checkpoint = trainer.ckpt_path or self.checkpoint
-            self._provenance = provenance(trainer, pl_module, checkpoint and str(checkpoint), split, ways)
-        self._provenance = trainer.strategy.broadcast(self._provenance)
-        if self._sets is not None:
-            self._provenance["prediction_sets"] = self._sets.settings
-            if (n := self._provenance["data"].get("examples", 2)) < 2:
-                raise ValueError(f"Expected at least two examples of split {split} to evaluate, but got {n}")
-        self._store.begin(self._provenance, state, trainer.strategy.barrier)
+            found = provenance(trainer, pl_module, checkpoint and str(checkpoint), split, ways)
+        found = trainer.strategy.broadcast(found)
+        return found if self._sets is None else found | {"prediction_sets": self._sets.settings}
+
+    def _of_set(self, trainer: Trainer, data: DataOffers) -> dict[str, Any]:
+        return self._provenance | {"data": of_data(data, data.predict_split, trainer.limit_predict_batches)}
+
+    def predict_set(self, trainer: Trainer, pl_module: LightningModule, data: LightningDataModule, name: str) -> None:
+        """Predicts other data after a prediction, in its ways as they are fitted, unless the rows are there already.
+
+        Args:
+            trainer: Has predicted with this callback.
+            pl_module: As it was then.
+            data: The data; its split `predict_split` is predicted.
+            name: Of the set, whose rows go to the folder `sets/<name>`.
+
+        Raises:
+            ValueError: The data cannot be predicted.
+            OSError: They cannot be read.
+        """
+        data.prepare_data()
+        data.setup("predict")
+        expected = self._of_set(trainer, cast(DataOffers, Offers(data, DataOffers)))
+        found = stored_provenance(self.directory / "sets" / name / "predictions.parquet")
+        if trainer.strategy.broadcast(found is not None and not differences(expected, found)):
+            return
+        self._set = name
+        try:
+            trainer.predict(pl_module, datamodule=data, return_predictions=False)
+        finally:
+            self._set = None
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether a prediction has written, or is about to write, its rows, and has not ended."""
+        return self._store is not None and self._store.has_begun
 
     def on_test_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
@@ -230,13 +281,17 @@ class MCDropout(Callback):
         assert self._store is not None
         self._store.flush()
         trainer.strategy.barrier("predictions end")
-        self.evaluation = {}
+        if not self._set:
+            self.evaluation = {}
         if trainer.is_global_zero:
             self._store.merge(self._provenance)
-            coverage = None if self._sets is None else self._sets.coverage
-            self.evaluation = write_report(trainer, self._store.directory, self.ways, self.split, coverage)
+            if not self._set:
+                coverage = None if self._sets is None else self._sets.coverage
+                self.evaluation = write_report(trainer, self.directory, self.ways, self.split, coverage)
             self._store.discard()
         self._store = None
+        if self._set:
+            return {}
         self.evaluation = trainer.strategy.broadcast(self.evaluation)
         return {
             f"{way.metric_prefix(self.split)}/{key}": math.nan if score["value"] is None else score["value"]

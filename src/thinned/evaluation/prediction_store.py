@@ -23,6 +23,14 @@ from thinned.files import whole_file
 NAMES = ("predictions", "sequences")  # in this order: the tokens of a sequence are on the disk before it is
 
 
+def stored_provenance(path: Path) -> dict[str, Any] | None:
+    """Returns what decided the rows of a file of predictions; None if there is no such file."""
+    if not path.is_file():
+        return None
+    found: dict[str, Any] = json.loads((pq.read_schema(path).metadata or {}).get(b"thinned", b"{}"))
+    return found
+
+
 class PredictionStore:
     """Rows of a prediction on their way to the files.
 
@@ -82,6 +90,11 @@ class PredictionStore:
         barrier("predictions begin")
         self._writers = {name: ChunkWriter(self.parts, f"{name}-{attempt:03d}-{self.rank:05d}") for name in NAMES}
 
+    @property
+    def has_begun(self) -> bool:
+        """Whether it takes rows."""
+        return bool(self._writers)
+
     def _first_missing(self) -> int:
         """Returns the first example, or window of a text, that the chunks do not hold as a whole."""
         sequences, predictions = map(self.chunks, reversed(NAMES))
@@ -108,7 +121,7 @@ class PredictionStore:
 
     def merge(self, provenance: dict[str, Any]) -> None:
         """Merges all chunks into the files. The chunks stay until they are discarded."""
-        for name in NAMES:
+        for name in reversed(NAMES):  # predictions last: where they are, all is
             if chunks := self.chunks(name):
                 merge(chunks, self.directory / f"{name}.parquet", {"thinned": provenance})
 

@@ -14,7 +14,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
 import thinned
-from thinned.data.module import data_offers
+from thinned.data.module import DataOffers, data_offers
 from thinned.data.order import Split
 from thinned.evaluation.rows import ROW_FORMAT
 from thinned.evaluation.ways import Way
@@ -33,7 +33,6 @@ def provenance(
         split: The split that is predicted.
         ways: Those that predict, with what they have learned.
     """
-    of_data = data_offers(trainer).provenance
     limit = trainer.limit_test_batches if trainer.testing else trainer.limit_predict_batches
     return {
         "row_format": ROW_FORMAT,
@@ -41,7 +40,7 @@ def provenance(
         "weights": None if checkpoint else _digest_of_weights(pl_module),
         "dropout": _rates(pl_module),
         "ways": {way.name: way.settings for way in ways},
-        "data": {"predict_split": split} if of_data is None else of_data(split, limit),
+        "data": of_data(data_offers(trainer), split, limit),
         "precision": str(trainer.precision),
         "versions": {
             "thinned": thinned.__version__,
@@ -50,6 +49,11 @@ def provenance(
             "python": platform.python_version(),
         },
     }
+
+
+def of_data(data: DataOffers, split: Split, limit_batches: float) -> dict[str, Any]:
+    """Returns what decides the examples, as JSON, of data after `setup`."""
+    return {"predict_split": split} if data.provenance is None else data.provenance(split, limit_batches)
 
 
 def differences(now: dict[str, Any], then: dict[str, Any], prefix: str = "") -> list[str]:

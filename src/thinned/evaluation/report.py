@@ -65,7 +65,7 @@ def evaluation_of(
         coverage: Of prediction sets, if there are any.
     """
     n = len(rows["target"])
-    evaluation: dict[str, Any] = {"split": split, "n": n, "baseline": ways[0].name, "coverage": coverage, "ways": {}}
+    evaluation = described(n, ways, split, coverage)
     columns, blocks = {way.name: ColumnsOfWay(rows, way.name) for way in ways}, blocks_of(rows)
     if (n if blocks is None else int(blocks.max()) + 1) > 1:
         intervals, differences = score_intervals(columns, ways[0].name, blocks)
@@ -75,22 +75,31 @@ def evaluation_of(
         intervals = {w: {k: Interval(v, math.nan, math.nan, n, why) for k, v in of.items()} for w, of in values.items()}
         differences = {}
     for way in ways:
-        scored = {key: as_json(interval) for key, interval in intervals[way.name].items()}
-        for key, difference in differences.get(way.name, {}).items():
-            scored[key]["difference"] = as_json(difference)
-        evaluation["ways"][way.name] = {
-            "label": way.label,
-            "details": way.details,
-            "settings": way.settings,
-            "scores": scored,
-            "recall": {} if names is None else _recall(rows, f"{way.name}_correct", names),
-            "coverage": {
-                kind: _recall(rows, f"{way.name}_{kind}_covered", names or [])
-                for kind in KINDS
-                if f"{way.name}_{kind}_covered" in rows
-            },
+        of_way = evaluation["ways"][way.name]
+        of_way["scores"] = scored(intervals[way.name], differences.get(way.name, {}))
+        of_way["recall"] = {} if names is None else _recall(rows, f"{way.name}_correct", names)
+        of_way["coverage"] = {
+            kind: _recall(rows, f"{way.name}_{kind}_covered", names or [])
+            for kind in KINDS
+            if f"{way.name}_{kind}_covered" in rows
         }
     return evaluation
+
+
+def described(n: int, ways: Sequence[Way], split: Split, coverage: float | None) -> dict[str, Any]:
+    """Returns an evaluation without scores."""
+    of_ways = {
+        way.name: {"label": way.label, "details": way.details, "settings": way.settings, "scores": {}} for way in ways
+    }
+    return {"split": split, "n": n, "baseline": ways[0].name, "coverage": coverage, "ways": of_ways}
+
+
+def scored(intervals: Mapping[str, Interval], differences: Mapping[str, Difference]) -> dict[str, Any]:
+    """Returns the scores of a way with their differences, as JSON."""
+    return {
+        key: as_json(interval) | ({"difference": as_json(differences[key])} if key in differences else {})
+        for key, interval in intervals.items()
+    }
 
 
 def as_json(result: Interval | Difference) -> dict[str, Any]:
@@ -141,16 +150,11 @@ def write_report(
     rows = Columns(directory / "predictions.parquet")
     if "target" not in rows:
         return {}
-    names = _class_names(trainer, rows, ways)
+    names = class_names_of(trainer, rows, ways)
     evaluation = evaluation_of(rows, ways, split, names, coverage)
-    for file, content in (("evaluation", evaluation), ("metrics", plain_scores(evaluation))):
-        with whole_file(directory / f"{file}.json") as temporary:
-            temporary.write_text(json.dumps(content, indent=2) + "\n")
-    columns, table = score_rows(evaluation)
-    with whole_file(directory / "evaluation.csv") as temporary, temporary.open("w", newline="") as opened:
-        csv.writer(opened).writerows([columns, *table])
+    write_scores(directory, evaluation)
     _write_pictures(trainer, rows, directory, {way.name: way.label for way in ways}, split, names)
-    tables = {"scores": (columns, table)} | ({} if names is None else {"recall": recall_rows(evaluation)})
+    tables = {"scores": score_rows(evaluation)} | ({} if names is None else {"recall": recall_rows(evaluation)})
     for logger in trainer.loggers:
         if isinstance(logger, WandbLogger):
             for key, (header, lines) in tables.items():
@@ -158,7 +162,17 @@ def write_report(
     return evaluation
 
 
-def _class_names(trainer: Trainer, rows: Columns, ways: Sequence[Way]) -> list[str] | None:
+def write_scores(directory: Path, evaluation: dict[str, Any]) -> None:
+    """Writes `evaluation.json`, `metrics.json` and `evaluation.csv`."""
+    for file, content in (("evaluation", evaluation), ("metrics", plain_scores(evaluation))):
+        with whole_file(directory / f"{file}.json") as temporary:
+            temporary.write_text(json.dumps(content, indent=2) + "\n")
+    columns, table = score_rows(evaluation)
+    with whole_file(directory / "evaluation.csv") as temporary, temporary.open("w", newline="") as opened:
+        csv.writer(opened).writerows([columns, *table])
+
+
+def class_names_of(trainer: Trainer, rows: Columns, ways: Sequence[Way]) -> list[str] | None:
     """Returns the names of the classes, numbers if the data name none; None for tokens."""
     if f"{ways[0].name}_brier" not in rows:
         return None

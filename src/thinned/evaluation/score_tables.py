@@ -2,6 +2,7 @@
 
 An evaluation is the content of `evaluation.json`: `ways` -> name -> `scores` -> key -> `value`, `low`, `high`, `n`,
 maybe `why` something is null, and for all ways but the first `difference`: `value`, `low`, `high`, `p`, `told_apart`.
+`sets` -> name holds an evaluation of each further set, or why it was `left_out`, see `thinned.evaluation.sets`.
 """
 
 from collections.abc import Mapping
@@ -133,14 +134,16 @@ def missed_classes(evaluation: Evaluation) -> list[str]:
 
 
 def score_rows(evaluation: Evaluation) -> tuple[list[str], list[list[Any]]]:
-    """Returns column names and rows of all scores: one a way and score, for `evaluation.csv` and W&B."""
+    """Returns column names and rows of all scores: one a set, way and score, for `evaluation.csv` and W&B."""
     of_score, of_difference = ("value", "low", "high", "n", "why"), ("value", "low", "high", "p", "told_apart")
-    columns = ["way", "score", *of_score, *(f"difference_{key}" for key in of_difference)]
+    columns = ["set", "way", "score", *of_score, *(f"difference_{key}" for key in of_difference)]
     rows: list[list[Any]] = []
-    for name, way in evaluation["ways"].items():
-        for key, score in way["scores"].items():
-            difference: Mapping[str, Any] = score.get("difference", {})
-            rows.append([name, key, *(score.get(k) for k in of_score), *(difference.get(k) for k in of_difference)])
+    for name, of_set in {evaluation["split"]: evaluation, **evaluation.get("sets", {})}.items():
+        for label, way in of_set.get("ways", {}).items():
+            for key, score in way["scores"].items():
+                difference: Mapping[str, Any] = score.get("difference", {})
+                values = *(score.get(k) for k in of_score), *(difference.get(k) for k in of_difference)
+                rows.append([name, label, key, *values])
     return columns, rows
 
 

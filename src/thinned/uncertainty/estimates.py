@@ -122,18 +122,19 @@ class Smooth:
 
 @dataclass(frozen=True)
 class Resampled:
-    """A score and its values in resamples, (R,). The power of it that is unbiased is normal in its interval."""
+    """A score and its values in resamples, (R,). The power that is unbiased is normal in its interval, up to `most`."""
 
     value: float
     replicates: Tensor
     power: int
+    most: float = math.inf
 
     def bounds(self) -> tuple[float, float]:
         """Returns the 95 % interval."""
         powers = self.replicates[~self.replicates.isnan()] ** self.power
         centre, error = 2 * self.value**self.power - float(powers.mean()), float(powers.std())
         low, high = (max(0.0, centre + z * error) ** (1 / self.power) for z in (-Z, Z))
-        return low, high
+        return min(low, self.most), min(high, self.most)
 
     def above(self, other: "Smooth | Resampled") -> tuple[float, float, float]:
         """Returns the 95 % interval of the difference to another way, and the p-value of none."""
@@ -177,7 +178,7 @@ def estimated(
         replicates = [
             score.of(*columns.values(), weights=resample_weights(num_groups, part, seed)[:, group]) for part in parts
         ]
-        return Resampled(value, torch.cat(replicates), 2 if score.kind == "calibration" else 1)
+        return Resampled(value, torch.cat(replicates), 2 if score.kind == "calibration" else 1, score.most)
 
     weights = torch.ones(n, dtype=torch.float64)
     if score.kind == "smooth" and columns.keys() <= hypothetical.keys():
@@ -189,8 +190,7 @@ def estimated(
     gradient = gradient - weights @ gradient / weights.sum()
     moves = torch.cat([gradient.new_zeros(num_groups).index_add_(0, group, gradient[:n]), gradient[n:]])
     weights = torch.cat([weights.new_ones(num_groups), weights[n:]])
-    most = 1.0 if columns.keys() == {"correct", "predictive_entropy"} else math.inf
-    return Smooth(value, at.item(), moves, weights, n, score.kind == "proportion", most)
+    return Smooth(value, at.item(), moves, weights, n, score.kind == "proportion", score.most)
 
 
 def hypothetical_error(rows: Mapping[str, Tensor], doubt: Tensor) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from thinned.uncertainty.estimates import HYPOTHETICAL, Resampled, Smooth, estimated, hypothetical_error
-from thinned.uncertainty.scores import SCORES, why_undefined
+from thinned.uncertainty.scores import SCORES, Score, why_undefined
 
 Columns = Mapping[str, Tensor]
 
@@ -98,6 +98,7 @@ def score_intervals(
     groups: Tensor | None = None,
     num_resamples: int = 200,
     seed: int = 0,
+    table: Mapping[str, Score] | None = None,
 ) -> tuple[dict[str, dict[str, Interval]], dict[str, dict[str, Difference]]]:
     """Returns the intervals of the scores of each way, and the differences of each other way to the baseline.
 
@@ -110,6 +111,7 @@ def score_intervals(
         groups: The group of each prediction, (N,) int64, if those of one group depend on each other, as tokens do.
         num_resamples: Serves a mean and a variance, and so need not grow with the number of ways.
         seed: Seed of the resamples.
+        table: The scores by their names; those in `SCORES` if None.
 
     Returns:
         Both by way, then by score.
@@ -117,6 +119,7 @@ def score_intervals(
     Raises:
         ValueError: There are fewer than two predictions or groups, ways differ in length, or the baseline is no way.
     """
+    table = SCORES if table is None else table
     if baseline is not None and baseline not in ways:
         raise ValueError(f"Expected a baseline among {list(ways)}, but got {baseline}")
     runs = {name: [way] if isinstance(way, Mapping) else list(way) for name, way in ways.items()}
@@ -135,8 +138,8 @@ def score_intervals(
     of_baseline: dict[str, Smooth | Resampled] = {}
     nll_of_baseline = torch.empty(0)
     for name in sorted(ways, key=lambda name: name != baseline):
-        of_runs = [_estimates(run, doubt, group, num_resamples, seed) for run in runs[name]]
-        nll = torch.stack([run["nll"] for run in runs[name]])
+        of_runs = [_estimates(run, table, doubt, group, num_resamples, seed) for run in runs[name]]
+        nll = torch.stack([run.get("nll", run["confidence"]) for run in runs[name]])
         for key in of_runs[0]:
             parts = [run[key] for run in of_runs]
             value, values = fmean(part.value for part in parts), tuple(part.value for part in parts)
@@ -154,7 +157,7 @@ def score_intervals(
                 same = torch.equal(nll, nll_of_baseline)
                 difference = (0.0, 0.0, 1.0) if same else estimate.above(of_baseline[key])
                 differences[name][key] = Difference(value - of_baseline[key].value, *difference)
-    for key in SCORES:
+    for key in table:
         family = [of_way for of_way in differences.values() if key in of_way]
         for of_way, p in zip(family, holm([of_way[key].p for of_way in family]), strict=True):
             of_way[key] = replace(of_way[key], p=p)
@@ -169,20 +172,20 @@ class Undefined(NamedTuple):
 
 
 def _estimates(
-    way: Columns, doubt: Tensor, group: Tensor, num_resamples: int, seed: int
+    way: Columns, table: Mapping[str, Score], doubt: Tensor, group: Tensor, num_resamples: int, seed: int
 ) -> dict[str, Smooth | Resampled | Undefined]:
     """Returns all scores that the columns of a way allow."""
-    read = HYPOTHETICAL.union(*(score.needs for score in SCORES.values())) & set(way)
+    read = HYPOTHETICAL.union(*(score.needs for score in table.values())) & set(way)
     rows = {column: way[column].clone() for column in read}
-    hypothetical = hypothetical_error(rows, doubt)
+    hypothetical = hypothetical_error(rows, doubt) if "nll" in rows else {}
     found: dict[str, Smooth | Resampled | Undefined] = {}
-    for key, score in SCORES.items():
+    for key, score in table.items():
         if not score.needs <= read:
             continue
         columns = {column: rows[column] for column in score.columns}
         value = score.of(*columns.values()).item()
         if math.isnan(value):
-            found[key] = Undefined(value, why_undefined(key, rows))
+            found[key] = Undefined(value, why_undefined(key, rows, table=table))
         elif score.kind == "descriptive":
             found[key] = Undefined(value, "it fits noise, which resampling does not show")
         else:

@@ -127,6 +127,7 @@ class Score:
             has a gradient in the weights. A calibration error is a sum of absolute values, which noise makes larger.
             Other scores are resampled; or descriptive, if that would not help.
         headline: Whether it is among the few that are shown first.
+        most: The largest possible value, at which an interval ends.
         beside: A column that has to be there too: tokens alone have a `position`, and examples a `brier`.
     """
 
@@ -135,6 +136,7 @@ class Score:
     columns: tuple[str, ...]
     kind: Literal["proportion", "smooth", "calibration", "resampled", "descriptive"] = "smooth"
     headline: bool = False
+    most: float = math.inf
     beside: str | None = None
 
     @property
@@ -183,9 +185,9 @@ SCORES = {
     "ece": Score("ECE ↓", calibration.ece, CONFIDENCE, "calibration", headline=True),
     "adaptive_ece": Score("adaptive ECE ↓", calibration.adaptive_ece, CONFIDENCE, "calibration"),
     "smooth_ece": Score("smooth ECE ↓", calibration.smooth_ece, CONFIDENCE, "calibration"),
-    "auroc_error": Score("AUROC of errors ↑", auroc_error, ERRORS, headline=True),
-    "aurc": Score("AURC ↓", _of_errors(aurc), ERRORS, headline=True),
-    "augrc": Score("AUGRC ↓", _of_errors(augrc), ERRORS),
+    "auroc_error": Score("AUROC of errors ↑", auroc_error, ERRORS, headline=True, most=1),
+    "aurc": Score("AURC ↓", _of_errors(aurc), ERRORS, headline=True, most=1),
+    "augrc": Score("AUGRC ↓", _of_errors(augrc), ERRORS, most=1),
     "coverage_at_5_risk": Score("coverage at 5 % risk ↑", _of_errors(coverage_at_5_risk), ERRORS, "resampled"),
     "risk_at_80_coverage": Score("risk at 80 % coverage ↓", _of_errors(risk_at_80_coverage), ERRORS, "resampled"),
     **{
@@ -214,13 +216,13 @@ def scores(
     return values if weights is not None else {name: value.item() for name, value in values.items()}
 
 
-def why_undefined(name: str, rows: Mapping[str, Tensor], prefix: str = "") -> str:
+def why_undefined(name: str, rows: Mapping[str, Tensor], prefix: str = "", table: Mapping[str, Score] = SCORES) -> str:
     """Says in a few words why a score of rows is NaN.
 
     >>> why_undefined("auroc_error", {"correct": torch.tensor([True]), "predictive_entropy": torch.tensor([0.1])})
     'no prediction is wrong'
     """
-    columns = {key: _column(rows, prefix, key) for key in SCORES[name].columns}
+    columns = {key: _column(rows, prefix, key) for key in table[name].columns}
     if any(column is not None and not len(column) for column in columns.values()):
         return "there are no predictions"
     if (correct := columns.get("correct")) is not None and correct.all() == correct.any():

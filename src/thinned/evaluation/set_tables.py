@@ -1,0 +1,74 @@
+"""What an evaluation says of further sets, for a person: scores by severity, and how well foreign data are told."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from thinned.data.distortion import KINDS
+from thinned.evaluation.score_tables import CELL, Evaluation
+from thinned.uncertainty.detection import MEASURES
+
+FIRST = 14  # characters of the first column, or less
+
+
+def set_tables(evaluation: Evaluation, width: int = 80) -> list[Table]:
+    """Returns a table for each entry of the yaml with scores, and one of what is told from the test.
+
+    They have a column a way, with as many of them side by side as fit. A star is a difference to the first way that
+    the data tell apart.
+    """
+    sets = {name: of_set for name, of_set in evaluation.get("sets", {}).items() if "ways" in of_set}
+    ways, tables = list(evaluation["ways"]), list[Table]()
+    at_once = max(1, (width - FIRST) // CELL)
+    entries = {of_set["entry"]: of_set["settings"] for of_set in sets.values() if _has_targets(of_set)}
+    groups = [ways[start : start + at_once] for start in range(0, len(ways), at_once)]
+    for entry, settings in entries.items():
+        for group in groups:
+            rows = [("test", evaluation)] + [
+                (entry if of_set["severity"] is None else f"{of_set['severity']:g}", of_set)
+                for of_set in sets.values()
+                if of_set["entry"] == entry
+            ]
+            kind = str(settings.get("distortion", "")).partition(":")[0]
+            unit = f" ({KINDS[kind].unit})" if kind in KINDS else ""
+            cells = [(name, [_scores(of_set["ways"][way]["scores"]) for way in group]) for name, of_set in rows]
+            tables.append(_table(f"{entry}{unit}: accuracy, NLL (nats) [95 %]", evaluation, group, cells))
+    for group in groups:
+        told = [
+            (f"{name}: {label}", [_auroc(of_set["ways"][way]["scores"], measure) for way in group])
+            for name, of_set in sets.items()
+            for measure, label in MEASURES.items()
+            if any(f"foreign_auroc_{measure}" in of_set["ways"][way]["scores"] for way in group)
+        ]
+        if told:
+            tables.append(_table("Foreign, told from the test: AUROC [95 %]", evaluation, group, told))
+    return tables
+
+
+def _has_targets(of_set: Mapping[str, Any]) -> bool:
+    return any("nll" in way["scores"] for way in of_set["ways"].values())
+
+
+def _table(title: str, evaluation: Evaluation, ways: Iterable[str], rows: Iterable[tuple[str, Sequence[str]]]) -> Table:
+    labels = (evaluation["ways"][way]["label"] for way in ways)
+    table = Table("", *labels, title=f"\n{title}", title_justify="left", box=box.SIMPLE_HEAD, show_edge=False)
+    for name, cells in rows:
+        table.add_row(name, *cells)
+    return table
+
+
+def _scores(scores: Mapping[str, Any]) -> str:
+    return f"{scores['accuracy']['value']:.3f}  {_cell(scores['nll'])}"
+
+
+def _auroc(scores: Mapping[str, Any], measure: str) -> str:
+    score = scores.get(f"foreign_auroc_{measure}")
+    return "–" if score is None else _cell(score)
+
+
+def _cell(score: Mapping[str, Any]) -> str:
+    interval = "" if score["low"] is None else f" [{score['low']:.3f}, {score['high']:.3f}]"
+    star = " *" if score.get("difference", {}).get("told_apart") else ""
+    return f"{score['value']:.3f}{interval}{star}"

@@ -1,0 +1,176 @@
+"""More sets to evaluate on than the test: shifted data, each at several severities, and foreign data.
+
+A set is an entry of a yaml, settings of the data module that replace those of the test:
+
+    rotation: {distortion: rotation, severities: [15, 30, 45]}
+    letters: {path: letters}
+
+Each is predicted through the Trainer in the ways that the test was, as they have been fitted, into `sets/<name>`. What
+is there already, with the same provenance, is not predicted again, so a killed evaluation resumes.
+"""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+
+from thinned.evaluation.mc_dropout import MCDropout
+from thinned.evaluation.report import (
+    ColumnsOfWay,
+    blocks_of,
+    class_names_of,
+    described,
+    evaluation_of,
+    scored,
+    write_scores,
+)
+from thinned.evaluation.row_chunks import Columns
+from thinned.evaluation.score_tables import score_rows
+from thinned.evaluation.ways import Way
+from thinned.uncertainty.detection import MEASURES, detection_intervals
+
+
+class EvaluationSet(NamedTuple):
+    """A set to evaluate on.
+
+    Attributes:
+        name: Of its folder, and in files and tables.
+        entry: Name of the entry that it comes from.
+        severity: One of those of the entry; None if it has none.
+        settings: Of the data module, in place of those of the test.
+    """
+
+    name: str
+    entry: str
+    severity: float | None
+    settings: dict[str, Any]
+
+    @property
+    def is_foreign(self) -> bool:
+        """Whether it is of other data, to be told from the test."""
+        return not {"path", "name"}.isdisjoint(self.settings)
+
+
+def sets_of(entries: Mapping[str, Mapping[str, Any]]) -> list[EvaluationSet]:
+    """Returns a set for each entry, or for each severity of it; ValueError if an entry has no severity to use.
+
+    >>> [of_severity.name for of_severity in sets_of({"roll": {"distortion": "roll", "severities": [2, 4]}})]
+    ['roll_2', 'roll_4']
+    """
+    found = []
+    for entry, given in entries.items():
+        if not re.fullmatch(r"\w[\w.-]*", entry):
+            raise ValueError(f"Expected names of sets that a folder can have, but got {entry!r}")
+        settings = dict(given)
+        if "severities" not in settings:
+            found.append(EvaluationSet(entry, entry, None, settings))
+            continue
+        severities = settings.pop("severities")
+        numbers = isinstance(severities, list) and all(type(severity) in (int, float) for severity in severities)
+        if not severities or not numbers or not isinstance(settings.get("distortion"), str):
+            got = f"{severities} of {settings.get('distortion')}"
+            raise ValueError(f"Expected sets.{entry} with a distortion and a list of its severities, but got {got}")
+        for severity in severities:
+            changed = settings | {"distortion": f"{settings['distortion']}:{severity}"}
+            found.append(EvaluationSet(f"{entry}_{severity:g}", entry, severity, changed))
+    return found
+
+
+def evaluate_sets(
+    trainer: Trainer,
+    task: LightningModule,
+    predictor: MCDropout,
+    sets: Sequence[EvaluationSet],
+    data_of: Callable[[EvaluationSet], LightningDataModule],
+) -> list[str]:
+    """Predicts sets after the test, and adds their scores to `evaluation.json`, its table and W&B.
+
+    Args:
+        trainer: It has just predicted the test.
+        task: Has the weights.
+        predictor: The callback that has predicted the test.
+        sets: Those to evaluate on.
+        data_of: Builds the data of a set, which are held no longer than they are predicted.
+
+    Returns:
+        A line for each set that cannot be predicted and is left out.
+
+    Raises:
+        ValueError: The test has no targets.
+    """
+    if not sets:
+        return []
+    if not predictor.evaluation:
+        raise ValueError("Expected targets of the test to evaluate sets beside it, but got none in data.path")
+    left_out = {}
+    for each in sets:
+        rank_zero_info(f"Set {each.name}")
+        try:
+            predictor.predict_set(trainer, task, data_of(each), each.name)
+        except (ValueError, OSError) as error:
+            if trainer.world_size > 1 and predictor.has_begun:  # the other processes would wait for this one
+                raise
+            left_out[each.name] = str(error).splitlines()[0]
+    if trainer.is_global_zero:
+        folder = predictor.directory
+        known = Columns(folder / "predictions.parquet")
+        names = class_names_of(trainer, known, predictor.ways)
+        predictor.evaluation["sets"] = {
+            each.name: {"entry": each.entry, "severity": each.severity, "settings": each.settings}
+            | (
+                {"left_out": left_out[each.name]}
+                if each.name in left_out
+                else _evaluated(each, folder / "sets" / each.name, known, predictor, names)
+            )
+            for each in sets
+        }
+        write_scores(folder, predictor.evaluation)
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                table = score_rows(predictor.evaluation)
+                logger.log_table(f"{predictor.split}/sets", *table, step=trainer.global_step)
+    return [f"{name}: {why}" for name, why in left_out.items()]
+
+
+def _evaluated(
+    each: EvaluationSet, folder: Path, known: Columns, predictor: MCDropout, names: list[str] | None
+) -> dict[str, Any]:
+    """Returns what `evaluation_of` does, of a set; without targets, what tells it from the test alone."""
+    rows, ways, split = Columns(folder / "predictions.parquet"), predictor.ways, predictor.split
+    if "target" in rows:
+        evaluation = evaluation_of(rows, ways, split, names, predictor.evaluation["coverage"])
+    else:
+        evaluation = described(len(rows["index"]), ways, split, predictor.evaluation["coverage"])
+    if each.is_foreign:
+        (ours, groups), (theirs, other_groups) = (_examples(part, ways) for part in (known, rows))
+        both = None if groups is None or other_groups is None else (groups, other_groups)
+        intervals, differences = detection_intervals(ours, theirs, ways[0].name, both)
+        for way in ways:
+            scores = evaluation["ways"][way.name]["scores"]
+            scores |= scored(intervals[way.name], differences.get(way.name, {}))
+    return evaluation
+
+
+def _examples(rows: Columns, ways: Sequence[Way]) -> tuple[dict[str, dict[str, Tensor]], Tensor | None]:
+    """Returns what tells examples apart, by way, and the group of each; of text, means over each sequence."""
+    wanted, blocks = (*MEASURES, "correct"), blocks_of(rows)
+    columns = {
+        way.name: {key: ColumnsOfWay(rows, way.name)[key] for key in wanted if f"{way.name}_{key}" in rows}
+        for way in ways
+    }
+    if blocks is None:
+        return columns, None
+    _, sequence = torch.unique(rows["index"] - rows["position"], return_inverse=True)
+    number = sequence.bincount()
+
+    def means(column: Tensor) -> Tensor:
+        return torch.zeros(len(number), dtype=torch.float64).index_add_(0, sequence, column.double()) / number
+
+    of_sequences = {way: {key: means(of[key]) for key in MEASURES if key in of} for way, of in columns.items()}
+    return of_sequences, torch.zeros_like(number).scatter_(0, sequence, blocks)
