@@ -10,8 +10,7 @@ from scipy import stats
 from torch import Tensor, nn
 
 from thinned.models import GPT, SITES, Dropout, DropoutRates
-from thinned.models.gpt import Attention, KVCache
-from thinned.models.thinning import Mask
+from thinned.models.gpt import Attention, AttentionMask, KVCache
 
 V, P, H, C = 21, 8, 4, 16
 ALL = DropoutRates(embedding=0.1, attention=0.2, residual=0.3, mlp=0.4)
@@ -88,7 +87,7 @@ def test_attention_under_a_mask_of_ones_is_that_of_torch(length: int) -> None:
     net, tokens = make().eval(), some_tokens()
     expected, expected_end = net(tokens), net(tokens)[:, -length:]
     for block in net.blocks:
-        block.attention.attention_dropout = Mask(torch.ones(H, P, P, dtype=torch.float64))
+        block.attention.attention_dropout = AttentionMask(torch.ones(H, P, P, dtype=torch.float64))
     torch.testing.assert_close(net(tokens), expected, rtol=0, atol=1e-12)
     cache = KVCache()
     for chunk in tokens.split([P - length, length], 1):
