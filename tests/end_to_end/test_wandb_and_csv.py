@@ -27,6 +27,7 @@ KEYS = {
     "epoch", "train/loss", "train/accuracy", "val/loss", "test/loss", "lr-AdamW/pg1", "lr-AdamW/pg2",
     *(f"{stage}/{score}" for stage in ("val", "test", "mc") for score in SCORES),
     *(f"{stage}/{score}" for stage in ("test", "mc") for score in MORE_SCORES),
+    *(f"dropout/dropped/{site}" for site in ("embedding", "mlp")),
     *(f"throughput/{name}" for name in ("examples_per_second", "step_ms", "peak_memory_mib")),
 }  # fmt: skip
 TABLES = {"test/scores", "test/recall", "test/most_uncertain"}
@@ -34,6 +35,7 @@ MEDIA = {"test/reliability", "test/entropy", "test/uncertain", "test/confusion"}
 STEPS = {  # of 57, three times 19, counted from 0; the test comes after them
     "train/loss": [9, 19, 29, 39, 49],
     "lr-AdamW/pg1": [9, 19, 29, 39, 49],
+    "dropout/dropped/mlp": [9, 19, 29, 39, 49],
     "throughput/examples_per_second": [9, 19, 29, 39, 49],
     "throughput/step_ms": [9, 19, 29, 39, 49],
     "train/accuracy": [9, 19, 29, 39, 49],
@@ -168,7 +170,7 @@ def test_csv_has_the_same_keys_and_steps(run_script: Script) -> None:
     configs = ("--config", CONFIGS / "mlp_digits.yaml", "--config", CONFIGS / "logger/csv.yaml")
     run = run_script("train", *configs, "--trainer.max_epochs", 3, "--trainer.accelerator", "cpu").run
     rows = metrics_csv(run)
-    assert set(rows[0]) == KEYS | {"step"}
+    assert set(rows[0]) == KEYS - {"dropout/dropped/embedding"} | {"step"}  # whose rate is 0
     scalars = {key: steps for key, steps in STEPS.items() if key not in MEDIA}
     assert {key: [int(row["step"]) for row in rows if row[key]] for key in scalars} == scalars
     assert not (run / "wandb").exists()

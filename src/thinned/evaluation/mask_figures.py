@@ -18,6 +18,7 @@ import torch
 from matplotlib import colormaps
 from matplotlib.colors import LinearSegmentedColormap, Normalize, PowerNorm
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -64,7 +65,7 @@ def mask_figures(net: nn.Module, seed: int = 0, samples: tuple[int, int] = (0, 1
         figure, grid = _grid(len(panels), 1, f"Masks, site {site}: {COLOURS}", 1.3, 7.5)
         for (axes,), (name, lines) in zip(grid, panels.items(), strict=True):
             one, other, together = ((lines[:3] < 1).double().mean(1)).tolist()
-            axes.imshow(lines[:, :UNITS], MASKS, vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+            axes.imshow(lines[:, :UNITS].numpy(), MASKS, vmin=0, vmax=1, aspect="auto", interpolation="nearest")
             shares = f"dropped {one:.3f} and {other:.3f}, by either {together:.3f}"
             axes.set_title(f"{name}: p = {acting[name].p:g}, {shares}, n = {lines.shape[1]}", **SMALL)
             axes.set_yticks(range(len(lines)), list(masks))
@@ -94,7 +95,7 @@ def attention_figures(
         title = f"{_place(layer, name, module)}: attention in network {sample}, orange is dropped"
         norm = PowerNorm(0.5, 1e-30, float(after.max()))  # 0 is below it
         figures[f"prompt_layer{layer}"] = figure = _heads(title, rows, VALUES, norm, 0.0, labels)
-        figure.colorbar(figure.axes[0].images[0], ax=figure.axes, shrink=0.4, label="attention weight")
+        _colour_bar(figure, figure.axes[0].images[0], figure.axes, "attention weight", 0.4)
     return figures
 
 
@@ -119,13 +120,13 @@ def example_figure(
             norm = Normalize(low, high)
             for axes, values in zip(panels, (before, after.masked_fill(gone, low - 1)), strict=True):
                 picture, aspect = _laid_out(values, module.site, example)
-                axes.imshow(picture, VALUES, norm, aspect=aspect, interpolation="nearest")
+                axes.imshow(picture.numpy(), VALUES, norm, aspect=aspect, interpolation="nearest")
                 axes.set(xticks=[], yticks=[])
             active = int((before != 0).sum())
             dropped = f"dropped {int(gone.sum()) / active:.3f} of n = {active} active"
             panels[0].set_title(f"{name.removeprefix('stages.')}\nnetwork {sample}, before", **SMALL)
             panels[1].set_title(f"site {module.site}, p = {module.p:g}, after\n{dropped}", **SMALL)
-            figure.colorbar(panels[1].images[0], ax=panels[1], label="activation").ax.tick_params(labelsize=6)
+            _colour_bar(figure, panels[1].images[0], panels[1], "activation", 1.0)
     return figure
 
 
@@ -160,10 +161,9 @@ def _acting(net: nn.Module, site: str | None = None) -> dict[str, Dropout]:
     modules = {name: module for name, module in net.named_modules() if isinstance(module, Dropout)}
     found = {name: module for name, module in modules.items() if module.p > 0 and site in (None, module.site)}
     if net_offers(net).thin is None or not found:
+        kind = f"{site} dropout" if site else "dropout"
         got = "one without `thin`" if net_offers(net).thin is None else "rates of 0 alone"
-        raise ValueError(
-            f"Expected a net with `thin` and {site or ''} dropout, but got {type(net).__name__} with {got}"
-        )
+        raise ValueError(f"Expected a net with `thin` and {kind}, but got {type(net).__name__} with {got}")
     return found
 
 
@@ -184,10 +184,11 @@ def _heads(
     figure, grid = _grid(len(rows), H, title, 1.7, 1.9)
     for (label, values), panels in zip(rows.items(), grid, strict=True):
         for head, axes in enumerate(panels):
-            axes.imshow(values[head].where(below, torch.nan)[:size, :size], colours, norm, interpolation="nearest")
+            half = values[head].where(below, torch.nan)[:size, :size]
+            axes.imshow(half.numpy(), colours, norm, interpolation="nearest")
             empty = (nonzero(values[head].tril()) == 0).nonzero().flatten()
-            at = empty[empty < size]
-            axes.plot(at + 1.5, at, marker="<", linestyle="", color=EMPTY, markersize=4)
+            at = empty[empty < size].numpy()
+            axes.plot(at + 1 + size / 40, at, marker="<", linestyle="", color=EMPTY, markersize=4)
             dropped = 1 - float((values[head][below] > kept_above).double().mean())
             axes.set_title(
                 f"head {head}: dropped {dropped:.3f},\n{len(empty)} empty rows, n = {int(below.sum())}", **SMALL
@@ -208,6 +209,12 @@ def _grid(lines: int, columns: int, title: str, height: float, width: float) -> 
     for axes in grid.flat:
         axes.tick_params(labelsize=6)
     return figure, grid
+
+
+def _colour_bar(figure: Figure, image: AxesImage, beside: Any, label: str, shrink: float) -> None:
+    bar = figure.colorbar(image, ax=beside, shrink=shrink).ax
+    bar.set_ylabel(label, **SMALL)
+    bar.tick_params(labelsize=6)
 
 
 def _laid_out(values: Tensor, site: str, example: Tensor) -> tuple[Tensor, str]:
