@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from thinned.models.dropout import Dropout, derive_seed, dropout_mask, sample_masks
 from thinned.models.net import net_offers
 from thinned.models.thinning import with_masks
-from thinned.models.watching import nonzero, watched
+from thinned.models.watching import watched
 from thinned.uncertainty.estimates import wilson
 from thinned.uncertainty.intervals import t_interval
 
@@ -138,7 +138,9 @@ def empty_rows_figure(net: nn.Module, seed: int = 0, num_networks: int = 50) -> 
     """
     acting = {name: module for name, module in _acting(net, "attention").items() if _causal(module)}
     networks = (sample_masks(net, seed, sample, ["attention"]) for sample in range(num_networks))
-    empty = torch.stack([torch.cat([nonzero(masks[name].tril()) == 0 for name in acting]) for masks in networks])
+    empty = torch.stack(
+        [torch.cat([masks[name].tril().count_nonzero(-1) == 0 for name in acting]) for masks in networks]
+    )
     n, counts = empty[..., 0].numel(), empty.sum((0, 1)).numpy()  # (P,)
     p, t = next(iter(acting.values())).p, np.arange(1, len(counts) + 1)
     over = t_interval(empty.double().mean((1, 2)).tolist())
@@ -186,7 +188,7 @@ def _heads(
         for head, axes in enumerate(panels):
             half = values[head].where(below, torch.nan)[:size, :size]
             axes.imshow(half.numpy(), colours, norm, interpolation="nearest")
-            empty = (nonzero(values[head].tril()) == 0).nonzero().flatten()
+            empty = (values[head].tril().count_nonzero(-1) == 0).nonzero().flatten()
             at = empty[empty < size].numpy()
             axes.plot(at + 1 + size / 40, at, marker="<", linestyle="", color=EMPTY, markersize=4)
             dropped = 1 - float((values[head][below] > kept_above).double().mean())
