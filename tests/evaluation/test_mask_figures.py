@@ -107,7 +107,7 @@ def test_attention_before_and_after_dropout_is_what_the_network_used(gpt: GPT, m
 
     values: list[Tensor] = []
     monkeypatch.setattr(Attention, "attend", spied)
-    figures = attention_figures(gpt, torch.arange(T), list("a$b$c"), seed=2, sample=1)
+    figures = attention_figures(gpt, torch.arange(T), ["a", "$b$", "c", "d", "e"], seed=2, sample=1)
     masks = gpt.masks(2, 1)
     assert list(figures) == ["prompt_layer0", "prompt_layer1"]
     for layer, (probs, mixed) in enumerate(seen):
@@ -122,8 +122,9 @@ def test_attention_before_and_after_dropout_is_what_the_network_used(gpt: GPT, m
         torch.testing.assert_close(after, probs * mask, rtol=0, atol=1e-6)
         torch.testing.assert_close(used @ values[layer], mixed, rtol=0, atol=1e-6)
         torch.testing.assert_close(used * 2, after, rtol=0, atol=1e-6)  # 1 / (1 - p), which is in the values
-    labels = [label.get_text() for label in figures["prompt_layer0"].axes[0].get_xticklabels()]
-    assert labels == list("a$b$c")
+    labels = figures["prompt_layer0"].axes[0].get_xticklabels()
+    assert [label.get_text() for label in labels] == ["a", "$b$", "c", "d", "e"]
+    assert not any(label.get_parse_math() for label in labels)  # $b$ is no formula
 
 
 def test_prompt_looks_at_a_pass_without_changing_it(gpt: GPT) -> None:
