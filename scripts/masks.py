@@ -13,7 +13,7 @@ from pathlib import Path
 from pydoc import locate
 from typing import Any
 
-import torch
+import torch  # gpt only
 from matplotlib.figure import Figure
 from torch import nn
 
