@@ -27,6 +27,7 @@ from thinned.evaluation.mask_figures import (
 )
 from thinned.files import whole_file
 from thinned.generation.sampling import prompt_tokens  # gpt only
+from thinned.models.net import net_offers
 
 
 def parse(args: Sequence[str] | None) -> argparse.Namespace:
@@ -77,7 +78,7 @@ def main(args: Sequence[str] | None = None) -> None:
         checkpoint = read_checkpoint(path)
         task: Any = locate(checkpoint["config"]["model"]["class_path"])
         net = task.load_from_checkpoint(path, map_location="cpu", weights_only=True).net.eval()
-        text = "TextDataModule" in checkpoint
+        text = net_offers(net).vocab_size is not None
         if (given.index if text else given.prompt) is not None:
             kinds = ("--prompt", "text", "--index") if text else ("--index", "images", "--prompt")
             raise ValueError("Expected {} for a checkpoint of {}, but got {}".format(*kinds))

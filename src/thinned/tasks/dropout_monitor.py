@@ -12,7 +12,7 @@ from thinned.models.watching import empty_rows, watched
 from thinned.offers import task_offers
 from thinned.uncertainty.acting_dropout import kept_random_state, only_dropout_active, seed_generators
 
-EXAMPLES = 4  # of a batch are looked at; all of them cost three times as much for a small GPT
+EXAMPLES = 4  # of a batch are looked at; more cost more than they tell
 PROBE_EVERY = 10  # logged steps
 
 
