@@ -49,7 +49,7 @@ from thinned.runs.lost_ranks import LostRanks
 from thinned.runs.messages import Parser, one_message, restart_in_utf8
 from thinned.runs.own_callbacks import OwnCallbacks, prepare_own_callbacks
 from thinned.runs.record import RunRecord
-from thinned.tasks import FiniteSteps, StepSeed, Throughput
+from thinned.tasks import DropoutMonitor, FiniteSteps, StepSeed, Throughput
 from thinned.tasks.task import Task
 
 __all__ = ["ThinnedCLI", "checkpoint_arguments", "one_message", "read_checkpoint", "restart_in_utf8"]
@@ -106,7 +106,7 @@ class ThinnedCLI(LightningCLI):
             seed_everything_default=0,
             trainer_defaults={
                 "use_distributed_sampler": False,
-                "callbacks": [Throughput(), LostRanks(), OwnCallbacks(), LearningCurves()],
+                "callbacks": [Throughput(), DropoutMonitor(), LostRanks(), OwnCallbacks(), LearningCurves()],
             },
             args=None if args is None else list(args),
             run=False,

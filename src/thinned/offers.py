@@ -29,6 +29,8 @@ class TaskOffers(Protocol):
     net: Any = None
     # Scores of the test split that the task logs itself, as `test/<name>`.
     test_scores: frozenset[str] = frozenset()
+    # Whether the net is compiled in training, so that its activations cannot be seen.
+    compile_net: bool = False
 
 
 def task_offers(pl_module: object) -> TaskOffers:

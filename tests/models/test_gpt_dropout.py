@@ -3,15 +3,18 @@
 import math
 from collections import defaultdict
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from scipy import stats
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
 
 from thinned.models import GPT, SITES, Dropout, DropoutRates
-from thinned.models.gpt import Attention, KVCache
-from thinned.models.thinning import Mask
+from thinned.models.gpt import Attention, AttentionMask, KVCache
+from thinned.models.watching import watched
 
 V, P, H, C = 21, 8, 4, 16
 ALL = DropoutRates(embedding=0.1, attention=0.2, residual=0.3, mlp=0.4)
@@ -88,12 +91,26 @@ def test_attention_under_a_mask_of_ones_is_that_of_torch(length: int) -> None:
     net, tokens = make().eval(), some_tokens()
     expected, expected_end = net(tokens), net(tokens)[:, -length:]
     for block in net.blocks:
-        block.attention.attention_dropout = Mask(torch.ones(H, P, P, dtype=torch.float64))
+        block.attention.attention_dropout = AttentionMask(torch.ones(H, P, P, dtype=torch.float64))
     torch.testing.assert_close(net(tokens), expected, rtol=0, atol=1e-12)
     cache = KVCache()
     for chunk in tokens.split([P - length, length], 1):
         end = net(chunk, cache=cache)
     torch.testing.assert_close(end, expected_end, rtol=0, atol=1e-12)
+
+
+def test_fused_attention_gives_way_to_whoever_watches() -> None:
+    """On CUDA, of which a tensor without numbers is enough: its fused attention shows no probabilities."""
+    seen: list[str] = []
+    attention = Attention(8, 2, P, False, DropoutRates(attention=0.5))
+    with FakeTensorMode(), mock.patch.object(F, "scaled_dot_product_attention") as fused:
+        query = torch.empty(1, 2, P, 4, device="cuda")
+        attention.attend(query, query, query)
+        with watched(attention, lambda name, *_: seen.append(name)):
+            attention.attend(query, query, query)
+        assert (fused.call_count, seen) == (1, ["attention_dropout"])
+        attention.attend(query, query, query)
+    assert (fused.call_count, seen) == (2, ["attention_dropout"])
 
 
 def test_attention_dropout_is_governed_by_its_own_module() -> None:

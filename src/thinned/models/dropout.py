@@ -112,6 +112,8 @@ class Dropout(nn.Module):
         shape: Shape of a mask that all examples share, without a batch dimension: `sample_masks` needs it.
     """
 
+    watched = False  # Whether someone looks at what it reads and returns: see `thinned.models.watching`.
+
     def __init__(self, p: float, site: str, shape: tuple[int, ...] | None = None) -> None:
         super().__init__()
         check_sites([site])

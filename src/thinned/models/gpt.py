@@ -36,6 +36,15 @@ class KVCache:
         return self._layers[layer][:, :, :, :end]
 
 
+class AttentionMask(Mask):
+    """Multiplies attention probabilities (B, H, T, S), of the last T of S positions, by a fixed mask (H, P, P)."""
+
+    def forward(self, probs: Tensor) -> Tensor:
+        T, S = probs.shape[-2:]
+        mask = self.mask[:, S - T : S, :S]
+        return probs * mask if self.watched or torch.is_grad_enabled() else probs.mul_(mask)  # fresh memory is slow
+
+
 class Attention(nn.Module):
     """Causal self-attention: dropout on the probabilities, after the softmax, and on the projected output."""
 
@@ -62,17 +71,13 @@ class Attention(nn.Module):
         (B, H, T, D), S = query.shape, key.shape[2]
         drop = self.attention_dropout
         p = drop.p if isinstance(drop, Dropout) and drop.training else 0.0
-        if not isinstance(drop, Mask) and (p == 0 or (p < 1 and query.is_cuda)):  # SDPA's dropout is slow on the CPU
+        fused = p == 0 or (p < 1 and query.is_cuda and not drop.watched)  # SDPA's dropout is slow on the CPU
+        if fused and not isinstance(drop, Mask):
             seen = None if T in (1, S) else torch.ones(T, S, dtype=torch.bool, device=query.device).tril(S - T)
             return F.scaled_dot_product_attention(query, key, value, seen, p, is_causal=T == S)
         future = torch.full((T, S), -torch.inf, dtype=query.dtype, device=query.device).triu(S - T + 1)
         scores = torch.baddbmm(future, query.flatten(0, 1), key.flatten(0, 1).mT, alpha=D**-0.5)  # (B H, T, S)
-        probs = torch.softmax(scores, dim=-1).view(B, H, T, S)
-        if isinstance(drop, Mask):
-            mask = drop.mask[:, S - T : S, :S]
-            probs = probs * mask if torch.is_grad_enabled() else probs.mul_(mask)  # fresh memory is slow
-        else:
-            probs = drop(probs)
+        probs = drop(torch.softmax(scores, dim=-1).view(B, H, T, S))
         return probs.to(value.dtype) @ value
 
     def thin(self, masks: dict[str, Tensor], path: str) -> "Attention":
@@ -84,7 +89,7 @@ class Attention(nn.Module):
             values = torch.ones(3, self.qkv.in_features, dtype=attention.dtype)
             values[2] = attention.amax()  # 1 / (1 - p)
             qkv = thin_linear(qkv, scale_out=values.flatten())
-            drop = Mask((attention > 0).to(qkv.weight.device))
+            drop = AttentionMask((attention > 0).to(qkv.weight.device))
         out = thin_linear(self.projection, scale_out=masks.get(f"{path}.residual_dropout"))
         return replace_modules(self, qkv=qkv, attention_dropout=drop, projection=out, residual_dropout=nn.Identity())
 

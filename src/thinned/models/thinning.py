@@ -60,6 +60,8 @@ class Residual(nn.Module):
 class Mask(nn.Module):
     """Multiplies by a fixed mask, in place of a dropout that cannot be folded into weights."""
 
+    watched = False  # as of `Dropout`
+
     def __init__(self, mask: Tensor) -> None:
         super().__init__()
         self.mask = nn.Buffer(mask)

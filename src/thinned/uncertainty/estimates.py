@@ -87,7 +87,10 @@ class Smooth:
         error, skewness = self._error_and_skewness()
         if self.proportion:
             groups = len(self.moves)
-            n_effective = self.value * (1 - self.value) / error**2 * groups / (groups - 1) if error > 0 else groups
+            spread = (
+                self.value * (1 - self.value) * groups / (groups - 1)
+            )  # 0 if all are right; rounding may leave an error
+            n_effective = spread / error**2 if spread > 0 and error > 0 else groups
             return wilson(self.value * n_effective, n_effective)
         low, high = (self.at - error * _inverse_hall(z, skewness) for z in (Z, -Z))
         return max(0.0, min(low, self.value)), min(self.most, max(high, self.value))
