@@ -110,9 +110,9 @@ def test_pictures_and_table_are_there(trained: Any, rows: list[dict[str, Any]]) 
         (picture,) = logged[key]["filenames"]
         assert (files / picture).read_bytes().startswith(b"\x89PNG"), key
     scores = json.loads((files / logged["test/scores"]["path"]).read_text())
-    (row,) = [row for row in scores["data"] if row[:2] == ["mc_dropout", "nll"]]
+    (row,) = [row for row in scores["data"] if row[:3] == ["test", "mc_dropout", "nll"]]
     nll = json.loads((trained.run / "evaluation.json").read_text())["ways"]["mc_dropout"]["scores"]["nll"]
-    assert row[2:6] == pytest.approx([nll["value"], nll["low"], nll["high"], 365])
+    assert row[3:7] == pytest.approx([nll["value"], nll["low"], nll["high"], 365])
     assert row[scores["columns"].index("difference_value")] == pytest.approx(nll["difference"]["value"])
     recall = json.loads((files / logged["test/recall"]["path"]).read_text())
     assert recall["columns"] == ["class", "n", "deterministic", "mc_dropout"]

@@ -101,6 +101,16 @@ def test_every_score_has_an_interval_around_it() -> None:
     assert (found["accuracy"].low, found["accuracy"].high) == pytest.approx(wilson(int(rows["correct"].sum()), 200))
 
 
+@pytest.mark.parametrize("counts", [(34, 38, 34, 30, 28, 42, 42, 44, 33, 40), (1, 99)])
+def test_all_right_has_an_interval_whatever_the_sizes_of_the_classes(counts: tuple[int, ...]) -> None:
+    """The gradient of balanced accuracy is then 0 but for rounding."""
+    target = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+    probs = 0.9 * torch.nn.functional.one_hot(target, len(counts)).double() + 0.1 / len(counts)
+    found = score_intervals({"mc": columns(probs, target)}, num_resamples=2)[0]["mc"]
+    for name in ("accuracy", "balanced_accuracy"):
+        assert (found[name].low, found[name].high) == pytest.approx(wilson(sum(counts), sum(counts)))
+
+
 def test_interval_of_auroc_has_the_variance_of_delong() -> None:
     """By hand, of placements: hits at 1, 2, 3, errors at 2.5, 4, so V10 = (1, 1, 1/2) and V01 = (2/3, 1)."""
     correct = torch.tensor([True, True, True, False, False])

@@ -90,7 +90,7 @@ class Smooth:
             spread = (
                 self.value * (1 - self.value) * groups / (groups - 1)
             )  # 0 if all are right; rounding may leave an error
-            n_effective = spread / error**2 if spread > 0 and error > 0 else groups
+            n_effective = spread / error**2 if spread > 1e-9 and error > 0 else groups
             return wilson(self.value * n_effective, n_effective)
         low, high = (self.at - error * _inverse_hall(z, skewness) for z in (Z, -Z))
         return max(0.0, min(low, self.value)), min(self.most, max(high, self.value))
