@@ -42,7 +42,8 @@ def test_all_that_decides_the_rows_of_images(trained: Any, checkpoint: Path) -> 
             },
         },
         "data": {
-            "path": "digits", "image_column": None, "label_column": None, "use_labels": True, "distortion": None, "leave_out": None, "image_size": None,
+            "path": "digits", "image_column": None, "label_column": None, "leave_out": None, "image_size": None,
+            "use_labels": True, "distortion": None,
             "background": "white", "val_fraction": 0.1, "test_fraction": 0.2, "split_seed": 0, "predict_split": "test",
             "seed": 0, "examples": 365, "class_names": list("0123456789"), "split": facts,
         },
