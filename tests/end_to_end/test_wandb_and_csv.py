@@ -213,6 +213,7 @@ def test_killed_run_has_its_config(tmp_path: Path) -> None:
     assert (config["dropout/mlp"], config["params"]) == (0.2, 301066)
 
 
+@pytest.mark.slow
 def test_checkpoint_and_code_are_artifacts_if_asked_for(start_script: Script, tmp_path: Path) -> None:
     (tmp_path / "code").mkdir()
     (tmp_path / "code/mine.py").write_text("print(1)")

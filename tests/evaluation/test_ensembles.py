@@ -132,6 +132,19 @@ def test_temperature_is_the_one_of_lowest_validation_nll() -> None:
     assert again.temperature == way.temperature
 
 
+def test_temperature_is_1_if_no_error_tells_of_it() -> None:
+    """Each lower temperature would have a lower NLL on such a validation split, down to certainty."""
+    x = torch.randn(40, 3)
+    way = Tempered(Deterministic())
+    way.way.bind(NETS[0])
+    target = NETS[0](x).argmax(-1)
+    way.fit(validation_of(Batch(x, torch.arange(40), target)))
+    assert way.temperature == 1
+    target[0] = (target[0] + 1) % K
+    way.fit(validation_of(Batch(x, torch.arange(40), target)))
+    assert way.temperature != 1
+
+
 def test_halves_are_a_function_of_the_content() -> None:
     """Of 1,000 examples either half has fewer than 430 with a probability below 1e-5."""
     x = torch.randn(1000, 3)

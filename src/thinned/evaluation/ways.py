@@ -9,6 +9,7 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from typing import Any, Literal
 
+import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
@@ -22,7 +23,7 @@ from thinned.uncertainty.monte_carlo import Masks, resolve_masks, sampled_logits
 from thinned.uncertainty.scores import nll
 from thinned.uncertainty.selection import Acting, select_sites
 from thinned.uncertainty.statistics import MCStatistics
-from thinned.uncertainty.temperature import TEMPERATURES, fit_temperature, nll_at, tempered
+from thinned.uncertainty.temperature import fit_temperature, nll_at, tempered
 from thinned.uncertainty.token_statistics import TokenStatistics
 
 SELECTION_TARGETS = 25_600  # of the validation split, for the choice of sites
@@ -293,14 +294,25 @@ class Tempered(Way):
         """Its networks are those of the other way."""
 
     def fit(self, validation: Validation) -> None:
-        self.temperature = fit_temperature(
-            lambda temperatures: validation.mean(lambda b: nll_at(b.mean(self.way), b.target, temperatures))
-        )
-        if self.temperature in (TEMPERATURES[0], TEMPERATURES[-1]):
-            rank_zero_info(
-                f"The temperature of {self.way.label} is the last of those tried, {self.temperature:g}: half of the "
-                f"validation split has too few errors to fit one."
-            )
+        """Fits the temperature. Without an error in validation, any lower one would be better: then it stays 1."""
+        errors = torch.zeros(())
+
+        def mean_nll(temperatures: Sequence[float]) -> Tensor:
+            nonlocal errors
+
+            def columns(batch: Batch) -> Tensor:
+                mean = batch.mean(self.way)
+                wrong = (mean.argmax(-1) != batch.target).to(mean)[:, None]
+                return torch.cat([nll_at(mean, batch.target, temperatures), wrong], dim=-1)
+
+            *of_temperatures, errors = validation.mean(columns)
+            return torch.stack(of_temperatures)
+
+        self.temperature = fit_temperature(mean_nll)
+        if not errors:
+            self.temperature = 1.0
+            said = "one half of the validation split has no error to fit a temperature to"
+            rank_zero_info(f"The temperature of {self.way.label} is 1: {said}.")
 
     def stream(self, batch: Batch) -> Generator[Logits, None, None]:
         yield Logits(tempered(batch.mean(self.way), self.temperature).log())
