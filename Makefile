@@ -33,7 +33,7 @@ train: .venv/installed ## Train, test and predict with configs/mlp_digits.yaml; 
 	.venv/bin/python scripts/train.py --config configs/mlp_digits.yaml $(ARGS)
 
 evaluate: .venv/installed ## Evaluate the latest run on digits, shifted ones and letters, training it first if need be
-	@ls runs/mlp_digits/*/checkpoints/best.ckpt >/dev/null 2>&1 || $(MAKE) train
+	@ls runs/mlp_digits/*/checkpoints/best.ckpt >/dev/null 2>&1 || $(MAKE) train ARGS=
 	.venv/bin/python scripts/evaluate.py --ckpt_path $$(ls -t runs/mlp_digits/*/checkpoints/best.ckpt | head -1) \
 	    --sets configs/evaluation/image_shifts.yaml $(ARGS)
 
@@ -43,7 +43,7 @@ train-gpt: .venv/installed ## Train a GPT on the Python reference with configs/g
 	.venv/bin/python scripts/train.py --config configs/gpt_pydocs.yaml $(ARGS)
 
 evaluate-gpt: .venv/installed ## Evaluate the latest run on the Python reference, on shifted text and on code, likewise
-	@ls runs/gpt_pydocs/*/checkpoints/best.ckpt >/dev/null 2>&1 || $(MAKE) train-gpt
+	@ls runs/gpt_pydocs/*/checkpoints/best.ckpt >/dev/null 2>&1 || $(MAKE) train-gpt ARGS=
 	.venv/bin/python scripts/evaluate.py --ckpt_path $$(ls -t runs/gpt_pydocs/*/checkpoints/best.ckpt | head -1) \
 	    --sets configs/evaluation/text_shifts.yaml $(ARGS)
 

@@ -34,7 +34,7 @@ def main(args: Sequence[str] | None = None) -> None:
         for way, comparison in comparisons.items():
             console.rule(way, align="left")
             console.print(*score_tables(comparison, console.width), sep="\n")
-            console.print(*verdicts(comparison), sep="\n", highlight=False)
+            console.print(*verdicts(comparison), sep="\n", highlight=False, markup=False)
 
 
 if __name__ == "__main__":

@@ -276,9 +276,9 @@ class ThinnedCLI(LightningCLI):
         console = Console()
         if evaluation := self.config_init.mc_dropout.evaluation:
             console.print(*score_tables(evaluation, console.width), sep="\n")
-            console.print(*verdicts(evaluation), sep="\n", highlight=False)
+            console.print(*verdicts(evaluation), sep="\n", highlight=False, markup=False)
             if table := set_table(evaluation):
-                console.print(table, *missed_classes(evaluation), sep="\n", highlight=False)
+                console.print(table, *missed_classes(evaluation), sep="\n", highlight=False, markup=False)
             console.print(*set_tables(evaluation, console.width), sep="\n")
         console.print(files_of_run(self.run_dir), soft_wrap=True, highlight=False)
 

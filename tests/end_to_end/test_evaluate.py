@@ -287,3 +287,52 @@ def test_logged_uncertainty_is_that_of_the_validation_split(
 def test_validations_are_counted_from_one(every: int, trained_args: Any, run_script: Script) -> None:
     done = run_script("train", *trained_args, "--mc_dropout.validate_every", every)
     assert "Expected mc_dropout.validate_every to be at least 1 or null" in done.error
+
+
+# What was found by trying
+
+
+def test_damaged_run_is_named(trained: Any, run_script: Script, tmp_path: Path) -> None:
+    for name, damage in {
+        "cut": lambda run: (run / "predictions.parquet").write_bytes((run / "predictions.parquet").read_bytes()[:-99]),
+        "config": lambda run: (run / "config.yaml").write_text("a: [}"),
+        "nothing": lambda run: (run / "config.yaml").unlink(),
+    }.items():
+        run = tmp_path / name
+        run.mkdir()
+        for file in ("predictions.parquet", "config.yaml"):
+            (run / file).write_bytes((trained.run / file).read_bytes())
+        damage(run)
+        done = run_script("compare", trained.run, run)
+        assert done.error.startswith(
+            "error: Expected runs with predictions of known targets, but got damaged or foreign"
+        )
+        assert str(run) in done.error
+
+
+def test_runs_of_one_name_are_two_groups(trained: Any, other: Path, run_script: Script, tmp_path: Path) -> None:
+    """And the interval over seeds stays where an accuracy can be."""
+    runs = []
+    for experiment in ("one", "two"):
+        content = torch.load(other, weights_only=True)
+        content["state_dict"]["net.stages.head.bias"] += len(runs)
+        torch.save(content, tmp_path / experiment)
+        run_script(
+            "predict", "--ckpt_path", tmp_path / experiment, *SMALL, "--experiment", experiment, "--run_id", "same"
+        )
+        runs.append(tmp_path / f"runs/{experiment}/same-predict")
+    assert run_script("compare", *runs, "--out", "two.json").status == 0
+    assert list(json.loads((tmp_path / "two.json").read_text())["deterministic"]["ways"]) == [str(run) for run in runs]
+    run_script("compare", trained.run, *runs, "--by", "experiment", "--out", "by.json")
+    groups = json.loads((tmp_path / "by.json").read_text(), parse_constant=pytest.fail)["deterministic"]["ways"]
+    assert all(group["scores"]["accuracy"]["seeds"]["why"] == "there is one seed" for group in groups.values())
+
+
+def test_without_examples_there_is_no_evaluation(trained: Any, run_script: Script) -> None:
+    done = run_script("evaluate", "--ckpt_path", trained.run, *SMALL, "--trainer.limit_predict_batches", 0)
+    assert "error: Expected " in done.err.splitlines()[-1]
+
+
+def test_split_that_is_learned_from_is_named(trained: Any, run_script: Script) -> None:
+    done = run_script("evaluate", "--ckpt_path", trained.run, *SMALL, "--data.predict_split", "val")
+    assert "better than they are on the split they are learned from" in done.err

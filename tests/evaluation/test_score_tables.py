@@ -1,8 +1,10 @@
 """What tables, sentences and files say of an evaluation, read back from their cells."""
 
+from io import StringIO
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from thinned.evaluation.score_tables import (
     missed_classes,
@@ -117,3 +119,13 @@ def test_plain_scores_have_settings_and_values() -> None:
         "way0": {"S": 3, "nll": 1.0, "aurc": None, "recall": {"cat": {"value": 0.5, "n": 40}}}
     }
     assert recall_rows(evaluation(way("one", recall=recall))) == (["class", "n", "way0"], [["cat", 40, 0.5]])
+
+
+def test_names_are_not_taken_for_markup() -> None:
+    """A class may be called [bold], and one [/b], which would be an error of the markup."""
+    recall = {"[bold]odd": score(0.5), "a[/b]": score(0.6)}
+    (table,) = score_tables(evaluation(way("one[/i]", nll=score(1.0), recall=recall)))
+    console = Console(width=100, record=True, file=StringIO())
+    console.print(table)
+    shown = console.export_text()
+    assert all(name in shown for name in ("one[/i]", "recall of [bold]odd", "recall of a[/b]"))

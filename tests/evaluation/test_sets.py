@@ -103,3 +103,14 @@ def test_rows_of_all_sets_stand_in_one_table(evaluation: dict[str, Any]) -> None
         ["spin_30", "deterministic", "accuracy", 0.9], ["spin_30", "deterministic", "nll", 0.3],
         ["letters", "deterministic", "foreign_auroc_predictive_entropy", 0.8],
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("entries", [
+    {"a": {"distortion": "rotation", "severities": [2, 30]}, "a_2": {"distortion": "rotation:60"}},
+    {"a": {"distortion": "rotation", "severities": [10, 10]}},
+    {"test": {"path": "letters"}},
+    {"Val": {"path": "letters"}},
+])  # fmt: skip
+def test_names_of_sets_are_their_own(entries: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="Expected sets with names of their own, which no split has"):
+        sets_of(entries)

@@ -241,8 +241,8 @@ class TextDataModule(SplitDataModule):
         split = self.predict_split if tested == "predict" else "test"
         if self._is_another and tested in ("predict", "test") and self._ranges["val"] == self._ranges[split]:
             raise ValueError(
-                "Expected a validation split to learn from (mc_dropout.sites), but got another text in data.path than "
-                "that of the checkpoint, so all of it is predicted: give a list of sites"
+                "Expected a validation split to learn from, but got another text in data.path than that of the "
+                "checkpoint, so all of it is predicted: evaluate it as one of the sets, or predict it at given sites"
             )
         return super().val_dataloader()
 

@@ -4,11 +4,13 @@ A comparison has the form of an evaluation (see `score_tables`), with a group of
 are means over the runs of a group, and have `runs`, the score of each, and `seeds`, Student's interval of their mean.
 """
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import torch
 import yaml
 
@@ -16,7 +18,8 @@ from thinned.evaluation.prediction_store import stored_provenance
 from thinned.evaluation.provenance import differences
 from thinned.evaluation.report import ColumnsOfWay, as_json, blocks_of
 from thinned.evaluation.row_chunks import Columns
-from thinned.uncertainty.intervals import score_intervals, t_interval
+from thinned.uncertainty.intervals import Interval, score_intervals, t_interval
+from thinned.uncertainty.scores import SCORES, Score
 
 # What decides which examples are evaluated, if a checkpoint holds their split; else all settings do, but for these.
 DECIDING = {"predict_split", "distortion", "examples", "class_names", "split"}
@@ -35,13 +38,17 @@ class EvaluatedRun:
     @classmethod
     def read(cls, path: Path) -> "EvaluatedRun":
         """Opens a run's folder; ValueError if it has no predictions with targets."""
-        file = path / "predictions.parquet"
-        if not file.is_file() or "target" not in (rows := Columns(file)):
-            raise ValueError(
-                f"Expected runs with predictions of known targets, but got none in {path}: see scripts/evaluate.py"
-            )
-        provenance = stored_provenance(file) or {}
-        return cls(path, yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8")), provenance, rows)
+        file, expected = path / "predictions.parquet", "Expected runs with predictions of known targets, but got"
+        if not file.is_file():
+            raise ValueError(f"{expected} none in {path}: see scripts/evaluate.py")
+        try:
+            rows, provenance = Columns(file), stored_provenance(file)
+            config = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
+        except (pa.ArrowException, OSError, ValueError, yaml.YAMLError) as error:
+            raise ValueError(f"{expected} damaged or foreign files in {path} ({str(error).splitlines()[0]})") from None
+        if "target" not in rows or not provenance:
+            raise ValueError(f"{expected} none in {path}: see scripts/evaluate.py")
+        return cls(path, config, provenance, rows)
 
     def setting(self, key: str) -> Any:
         """Returns a setting by its name on the command line, such as `model.net.dropout.mlp`."""
@@ -83,23 +90,28 @@ def compared(paths: Sequence[Path], by: str | None) -> dict[str, dict[str, Any]]
     Raises:
         ValueError: There are fewer than two groups, or runs of other data, splits or versions.
     """
-    by_checkpoint: dict[str, EvaluatedRun] = {}
-    for run in map(EvaluatedRun.read, paths):  # a training and an evaluation of it are one
-        same = by_checkpoint.setdefault(run.provenance["checkpoint"] or run.provenance["weights"], run)
-        if same is not run:
-            print(f"Left out, with the checkpoint of {same.path}: {run.path}")
-    runs = list(by_checkpoint.values())
-    for run in runs[1:]:
-        run.check_same_examples(runs[0])
+    runs: dict[tuple[str, str], EvaluatedRun] = {}
+    names = [path.absolute().name for path in paths]
+    for path, name in zip(paths, names, strict=True):
+        run = EvaluatedRun.read(path)
+        group = name if names.count(name) == 1 else str(path)
+        group = group if by is None else f"{by.rpartition('.')[2]} = {run.setting(by)}"
+        checkpoint = run.provenance["checkpoint"] or run.provenance["weights"]
+        same = next((r for (c, g), r in runs.items() if c == checkpoint and (by is None or g == group)), None)
+        if same is not None:  # a training and an evaluation of it are one
+            print(f"Left out, with the checkpoint of {same.path}: {path}")
+            continue
+        runs[checkpoint, group] = run
+    first, *others = runs.values()
+    for run in others:
+        run.check_same_examples(first)
     groups: dict[str, list[EvaluatedRun]] = {}
-    for run in runs:
-        groups.setdefault(run.path.name if by is None else f"{by.rpartition('.')[2]} = {run.setting(by)}", []).append(
-            run
-        )
+    for (_, group), run in runs.items():
+        groups.setdefault(group, []).append(run)
     if len(groups) < 2:
         raise ValueError(f"Expected runs of at least two groups to compare, but got {list(groups)}")
-    ways = [way for way in runs[0].provenance["ways"] if all(way in run.provenance["ways"] for run in runs)]
-    return {way: _comparison(way, groups, runs[0]) for way in ways}
+    ways = [way for way in first.provenance["ways"] if all(way in run.provenance["ways"] for run in others)]
+    return {way: _comparison(way, groups, first) for way in ways}
 
 
 def _comparison(way: str, groups: Mapping[str, Sequence[EvaluatedRun]], first: EvaluatedRun) -> dict[str, Any]:
@@ -117,7 +129,7 @@ def _comparison(way: str, groups: Mapping[str, Sequence[EvaluatedRun]], first: E
             "recall": {},
             "scores": {
                 key: as_json(interval)
-                | {"seeds": as_json(t_interval(interval.runs or [interval.value]))}
+                | {"seeds": as_json(_possible(t_interval(interval.runs or [interval.value]), SCORES[key]))}
                 | ({"difference": as_json(differences[group][key])} if key in differences.get(group, {}) else {})
                 for key, interval in intervals[group].items()
             },
@@ -125,3 +137,11 @@ def _comparison(way: str, groups: Mapping[str, Sequence[EvaluatedRun]], first: E
         for group, runs in groups.items()
     }
     return result
+
+
+def _possible(interval: Interval, score: Score) -> Interval:
+    """Returns the part of an interval in which a score can be: Student's knows no bounds."""
+    if math.isnan(interval.low):
+        return interval
+    most = 1.0 if score.kind in ("proportion", "calibration") else score.most
+    return replace(interval, low=max(0.0, interval.low), high=min(most, interval.high))

@@ -82,6 +82,9 @@ class MCDropout(Callback):
             raise ValueError(f"Expected mc_dropout.ways to have names, identifiers all different, but got {names}")
         self._sets = None if coverage is None else PredictionSets(coverage, seed)
         self._validation = None if validate_every is None else ValidationScores(validate_every)
+        prefixes = [way.metric_prefix("test") for way in self.ways]
+        if len(set(prefixes)) < len(prefixes):
+            raise ValueError(f"Expected mc_dropout.ways to be logged under names of their own, but got {prefixes}")
         self.dirpath = dirpath
         self.checkpoint: str | None = None  # file that the weights come from, if the trainer has loaded none
         self.split: Split = "test"  # of the latest metrics
@@ -177,6 +180,10 @@ class MCDropout(Callback):
     ) -> dict[str, Any]:
         """Lets the ways learn from the validation split, or takes what an interrupted prediction has learned."""
         fit, calibrate = (Validation.of(trainer, pl_module, len(ways), half) for half in HALVES)
+        if self.split == "val" and (self._sets is not None or any(way.builds_on for way in ways)):
+            rank_zero_info(
+                "Temperatures and prediction sets look better than they are on the split they are learned from."
+            )
         for way in ways:
             if learned is None:
                 way.fit(fit)

@@ -104,9 +104,14 @@ def scored(intervals: Mapping[str, Interval], differences: Mapping[str, Differen
 
 def as_json(result: Interval | Difference) -> dict[str, Any]:
     """Returns what a result holds, with null for NaN, and without what is empty."""
+
+    def nulled(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return [nulled(each) for each in value]
+        return None if isinstance(value, float) and math.isnan(value) else value
+
     values = asdict(result) | ({"told_apart": result.told_apart} if isinstance(result, Difference) else {})
-    nulled = {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in values.items()}
-    return {key: value for key, value in nulled.items() if key not in ("why", "runs") or value}
+    return {key: nulled(value) for key, value in values.items() if key not in ("why", "runs") or value}
 
 
 def _recall(rows: Mapping[str, Tensor], column: str, names: list[str]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rich import box
+from rich.markup import escape
 from rich.table import Table
 
 from thinned.uncertainty.scores import SCORES
@@ -37,13 +38,13 @@ def score_tables(evaluation: Evaluation, width: int = 80) -> list[Table]:
         if not start:
             table.title = f"{TITLES.get(evaluation['split'], evaluation['split'])}, n = {evaluation['n']}"
         for way in group:
-            table.add_column("\n".join(filter(None, (way["label"], way["details"]))))
+            table.add_column(escape("\n".join(filter(None, (way["label"], way["details"])))))
         for key in shown:
             table.add_row(SCORES[key].label, *(_cell(way["scores"].get(key)) for way in group))
         table.add_section()
         for name in sorted(first["recall"], key=lambda name: first["recall"][name]["value"])[:WORST_CLASSES]:
             recalls = [way["recall"][name] for way in group]
-            table.add_row(f"recall of {name}", *map(_cell, recalls))
+            table.add_row(escape(f"recall of {name}"), *map(_cell, recalls))
         tables.append(table)
     tables[-1].caption = "95 % intervals." + (
         f" Δ: difference to {first['label']} on the same examples, * p < 0.05 (Holm)." if len(ways) > 1 else ""
@@ -112,7 +113,7 @@ def set_table(evaluation: Evaluation) -> Table | None:
         table.add_column(f"{kind.upper()}: coverage\nmean size", no_wrap=True)
     for way in ways:
         pairs = ((way["scores"][f"{kind}_coverage"], way["scores"][f"{kind}_size"]) for kind in way["coverage"])
-        table.add_row(way["label"], *(f"{_brief(coverage)}\n{_brief(size)}" for coverage, size in pairs))
+        table.add_row(escape(way["label"]), *(f"{_brief(coverage)}\n{_brief(size)}" for coverage, size in pairs))
     return table
 
 

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich import box
+from rich.markup import escape
 from rich.table import Table
 
 from thinned.data.distortion import KINDS
@@ -26,7 +27,7 @@ def set_tables(evaluation: Evaluation, width: int = 80) -> list[Table]:
     groups = [ways[start : start + at_once] for start in range(0, len(ways), at_once)]
     for entry, settings in entries.items():
         for group in groups:
-            rows = [("test", evaluation)] + [
+            rows = [(evaluation["split"], evaluation)] + [
                 (entry if of_set["severity"] is None else f"{of_set['severity']:g}", of_set)
                 for of_set in sets.values()
                 if of_set["entry"] == entry
@@ -52,10 +53,10 @@ def _has_targets(of_set: Mapping[str, Any]) -> bool:
 
 
 def _table(title: str, evaluation: Evaluation, ways: Iterable[str], rows: Iterable[tuple[str, Sequence[str]]]) -> Table:
-    labels = (evaluation["ways"][way]["label"] for way in ways)
+    labels = (escape(evaluation["ways"][way]["label"]) for way in ways)
     table = Table("", *labels, title=f"\n{title}", title_justify="left", box=box.SIMPLE_HEAD, show_edge=False)
     for name, cells in rows:
-        table.add_row(name, *cells)
+        table.add_row(escape(name), *cells)
     return table
 
 

@@ -12,7 +12,7 @@ is there already, with the same provenance, is not predicted again, so a killed 
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
@@ -20,6 +20,7 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
+from thinned.data.order import Split
 from thinned.evaluation.mc_dropout import MCDropout
 from thinned.evaluation.report import (
     ColumnsOfWay,
@@ -79,6 +80,9 @@ def sets_of(entries: Mapping[str, Mapping[str, Any]]) -> list[EvaluationSet]:
         for severity in severities:
             changed = settings | {"distortion": f"{settings['distortion']}:{severity}"}
             found.append(EvaluationSet(f"{entry}_{severity:g}", entry, severity, changed))
+    names = [each.name.lower() for each in found]  # as folders have them on some systems
+    if twice := sorted({name for name in names if names.count(name) > 1} | {*get_args(Split)} & {*names}):
+        raise ValueError(f"Expected sets with names of their own, which no split has, but got {', '.join(twice)}")
     return found
 
 
@@ -104,10 +108,10 @@ def evaluate_sets(
     Raises:
         ValueError: The test has no targets.
     """
+    if not predictor.evaluation:
+        raise ValueError("Expected examples with targets to evaluate, but got none in data.path")
     if not sets:
         return []
-    if not predictor.evaluation:
-        raise ValueError("Expected targets of the test to evaluate sets beside it, but got none in data.path")
     left_out = {}
     for each in sets:
         rank_zero_info(f"Set {each.name}")
