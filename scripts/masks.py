@@ -3,8 +3,8 @@
 
 python scripts/masks.py --ckpt_path runs/<experiment>/<run id> [--index 7 | --prompt "The yield statement"]
 
-The masks of a network depend on --seed and its number alone. Beside them stand masks as training draws them, anew for
-each example or token.
+The masks of a network depend on --seed and its number alone. Training draws new masks for each example or token; they
+are shown beside them.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from thinned.evaluation.mask_figures import (
     example_figure,  # mlp only
     mask_figures,
 )
-from thinned.files import whole_file
+from thinned.files import checkpoint_file, whole_file
 from thinned.generation.sampling import prompt_tokens  # gpt only
 from thinned.models.net import net_offers
 
@@ -74,7 +74,7 @@ def draw_example(net: nn.Module, checkpoint: dict[str, Any], given: argparse.Nam
 def main(args: Sequence[str] | None = None) -> None:
     with one_message():
         given = parse(args)
-        path = str(given.ckpt_path / "checkpoints/best.ckpt" if given.ckpt_path.is_dir() else given.ckpt_path)
+        path = checkpoint_file(given.ckpt_path)
         checkpoint = read_checkpoint(path)
         task: Any = locate(checkpoint["config"]["model"]["class_path"])
         net = task.load_from_checkpoint(path, map_location="cpu", weights_only=True).net.eval()

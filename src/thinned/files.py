@@ -41,6 +41,11 @@ def whole_file(path: Path) -> Iterator[Path]:
         raise
 
 
+def checkpoint_file(path: str | Path) -> str:
+    """Returns the path of a checkpoint: the best one of a run, if it is the folder of a run."""
+    return str(Path(path, "checkpoints/best.ckpt") if Path(path).is_dir() else path)
+
+
 def read_checkpoint(path: str, check: bool = True) -> dict[str, Any]:
     """Opens a checkpoint written by the scripts with `weights_only`, so that no pickled code runs.
 

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 import thinned
 
@@ -89,6 +90,23 @@ def start_ranks(tmp_path: Path, free_port: int) -> Callable[..., Ranks]:
             return Ranks(status, out.read(), err.read(), seconds)
 
     return start
+
+
+@pytest.fixture(scope="session")
+def with_other_weights(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path, str], Path]:
+    """Copies a checkpoint, with noise on the weights whose names begin with something."""
+
+    def copy(checkpoint: Path, beginning: str) -> Path:
+        content = torch.load(checkpoint, weights_only=True)
+        generator = torch.Generator().manual_seed(0)
+        for name, value in content["state_dict"].items():
+            if name.startswith(beginning):
+                value += 0.3 * value.std() * torch.randn(value.shape, generator=generator)
+        path = tmp_path_factory.mktemp("other") / "other.ckpt"
+        torch.save(content, path)
+        return path
+
+    return copy
 
 
 @pytest.fixture

@@ -22,16 +22,9 @@ SMALL = ("--trainer.accelerator", "cpu", "--mc_dropout.num_samples", 2, "--train
 
 
 @pytest.fixture(scope="module")
-def other(trained_text: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def other(trained_text: Any, with_other_weights: Script) -> Path:
     """A checkpoint of the same run with other weights."""
-    content = torch.load(trained_text.run / "checkpoints/best.ckpt", weights_only=True)
-    generator = torch.Generator().manual_seed(0)
-    for name, value in content["state_dict"].items():
-        if name.startswith("net.blocks"):
-            value += 0.3 * value.std() * torch.randn(value.shape, generator=generator)
-    path = tmp_path_factory.mktemp("other") / "other.ckpt"
-    torch.save(content, path)
-    return path
+    return with_other_weights(trained_text.run / "checkpoints/best.ckpt", "net.blocks")
 
 
 @torch.no_grad()

@@ -56,7 +56,7 @@ def digest(hashes: np.ndarray) -> str:
 
 
 def sketch(hashes: np.ndarray) -> list[str]:
-    """Returns the smallest hashes of a set. They are a sample that does not depend on order, growth or name."""
+    """Returns the smallest hashes of a set: a sample that neither the order nor the names of its examples change."""
     return [f"{value:016x}" for value in np.unique(hashes)[:SKETCH].tolist()]
 
 

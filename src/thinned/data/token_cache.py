@@ -1,7 +1,7 @@
 """Text is tokenised once, into a file for each split, which later runs find again.
 
 A folder of tokens appears by a rename, and its manifest has the number of tokens of each file. A folder in which
-something is missing or of another size is made anew.
+something is missing, or has another size, is replaced by a new one.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ import yaml
 
 from thinned.evaluation.prediction_store import stored_provenance
 from thinned.evaluation.provenance import differences
-from thinned.evaluation.report import ColumnsOfWay, as_json, blocks_of
+from thinned.evaluation.report import ColumnsOfWay, as_json, blocks_of, scored
 from thinned.evaluation.row_chunks import Columns
 from thinned.uncertainty.intervals import Interval, score_intervals, t_interval
 from thinned.uncertainty.scores import SCORES, Score
@@ -128,10 +128,8 @@ def _comparison(way: str, groups: Mapping[str, Sequence[EvaluatedRun]], first: E
             "settings": {"runs": [str(run.path) for run in runs]},
             "recall": {},
             "scores": {
-                key: as_json(interval)
-                | {"seeds": as_json(_possible(t_interval(interval.runs or [interval.value]), SCORES[key]))}
-                | ({"difference": as_json(differences[group][key])} if key in differences.get(group, {}) else {})
-                for key, interval in intervals[group].items()
+                key: score | {"seeds": as_json(_of_seeds(intervals[group][key], SCORES[key]))}
+                for key, score in scored(intervals[group], differences.get(group, {})).items()
             },
         }
         for group, runs in groups.items()
@@ -139,8 +137,9 @@ def _comparison(way: str, groups: Mapping[str, Sequence[EvaluatedRun]], first: E
     return result
 
 
-def _possible(interval: Interval, score: Score) -> Interval:
-    """Returns the part of an interval in which a score can be: Student's knows no bounds."""
+def _of_seeds(of_examples: Interval, score: Score) -> Interval:
+    """Returns Student's interval over the runs of a score, within the values that the score can have."""
+    interval = t_interval(of_examples.runs or [of_examples.value])
     if math.isnan(interval.low):
         return interval
     most = 1.0 if score.kind in ("proportion", "calibration") else score.most

@@ -51,7 +51,7 @@ class MCDropout(Callback):
         num_samples: S, at least 2. None leaves Monte-Carlo dropout out: the deterministic network alone is reported.
         masks: Shared (thinned networks), independent (per element), or auto: shared if the net can be thinned.
         sites: Where dropout acts: all; a list of sites; or auto, the combination, at its rates or scaled ones, with the
-            lowest NLL on the validation split (on its first 25,600 targets, if it has more).
+            lowest NLL on half of the validation split (on the first 25,600 targets of it, if it has more).
         seed: Seed of the ensemble.
         coverage: Of conformal prediction sets for images, calibrated on half of the validation split; None leaves them
             out.
@@ -238,7 +238,7 @@ class MCDropout(Callback):
 
     @property
     def has_begun(self) -> bool:
-        """Whether a prediction has written, or is about to write, its rows, and has not ended."""
+        """Whether a prediction is under way, from before its first row to the merged file."""
         return self._store is not None and self._store.has_begun
 
     def on_test_batch_end(

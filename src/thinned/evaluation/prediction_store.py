@@ -92,7 +92,7 @@ class PredictionStore:
 
     @property
     def has_begun(self) -> bool:
-        """Whether it takes rows."""
+        """Whether `begin` was called, so that rows can be written."""
         return bool(self._writers)
 
     def _first_missing(self) -> int:

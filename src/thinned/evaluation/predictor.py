@@ -16,7 +16,7 @@ from thinned.evaluation.ensembles import net_of
 from thinned.evaluation.provenance import measured_settings
 from thinned.evaluation.rows import example_columns
 from thinned.evaluation.ways import Deterministic, SampledNetworks, Tempered, Way
-from thinned.files import read_checkpoint
+from thinned.files import checkpoint_file, read_checkpoint
 from thinned.models.dropout import sites_in
 from thinned.models.net import net_offers
 from thinned.offers import Offers, task_offers
@@ -78,7 +78,7 @@ class Predictor:
         Raises:
             ValueError: There is no such checkpoint, or no evaluation of it.
         """
-        path = str(Path(path, "checkpoints/best.ckpt") if Path(path).is_dir() else path)
+        path = checkpoint_file(path)
         content = read_checkpoint(path)
         data_class: Any = locate(content["config"]["data"]["class_path"])
         data = data_class(**content["config"]["data"]["init_args"])
@@ -111,7 +111,7 @@ class Predictor:
         """Returns examples as a batch. Of a text, the token after the last one alone counts."""
         device, index = next(self.net.parameters()).device, torch.arange(len(examples))
         if self._tokenizer is not None:
-            inputs = pad_sequence(examples, batch_first=True)  # (B, T), of which no token sees what follows it
+            inputs = pad_sequence(examples, batch_first=True)  # (B, T); attention is causal, so padding changes nothing
             targets = torch.full_like(inputs, -100)
             targets[index, torch.tensor([len(tokens) - 1 for tokens in examples])] = 0
             return Batch(inputs.to(device), index, targets.to(device))

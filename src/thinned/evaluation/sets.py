@@ -54,7 +54,7 @@ class EvaluationSet(NamedTuple):
 
     @property
     def is_foreign(self) -> bool:
-        """Whether it is of other data, to be told from the test."""
+        """Whether it holds other data than the test, which uncertainty should recognise."""
         return not {"path", "name"}.isdisjoint(self.settings)
 
 

@@ -26,7 +26,7 @@ from thinned.uncertainty.statistics import MCStatistics
 from thinned.uncertainty.temperature import fit_temperature, nll_at, tempered
 from thinned.uncertainty.token_statistics import TokenStatistics
 
-SELECTION_TARGETS = 25_600  # of the validation split, for the choice of sites
+SELECTION_TARGETS = 25_600  # of half of the validation split, for the choice of sites
 
 
 class Way(ABC):

@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_warn
 
-from thinned.files import KEPT, read_checkpoint, whole_file
+from thinned.files import KEPT, checkpoint_file, read_checkpoint, whole_file
 
 
 def checkpoint_arguments(
@@ -33,7 +33,7 @@ def checkpoint_arguments(
     found, rest = options.parse_known_args(args)
     if found.ckpt_path is None:
         raise ValueError("Expected --ckpt_path with the path of a checkpoint, but got none")
-    paths = [str(Path(p, "checkpoints/best.ckpt") if Path(p).is_dir() else p) for p in found.ckpt_path]
+    paths = [checkpoint_file(path) for path in found.ckpt_path]
     if len({Path(path).resolve() for path in paths}) < len(paths):
         raise ValueError(f"Expected --ckpt_path with each checkpoint once, but got {', '.join(paths)}")
     checkpoints = {path: read_checkpoint(path) for path in paths}
