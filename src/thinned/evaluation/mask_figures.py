@@ -22,10 +22,9 @@ from matplotlib.image import AxesImage
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from thinned.models.dropout import Dropout, derive_seed, dropout_mask, sample_masks
+from thinned.models.dropout import Dropout, derive_seed, dropout_mask, sample_masks, watched
 from thinned.models.net import net_offers
 from thinned.models.thinning import with_masks
-from thinned.models.watching import watched
 from thinned.uncertainty.estimates import wilson
 from thinned.uncertainty.intervals import t_interval
 
