@@ -85,7 +85,7 @@ def test_prompt_from_a_file(sample: Script, tmp_path: Path) -> None:
         (("--temperature", -1), "Expected temperature to be 0 or more, but got -1.0"),
         (("--top_p", 0), "Expected top_p in (0, 1], but got 0.0"),
         (("--ensemble", 1), "Expected an ensemble of at least 2"),
-        (("--num_samples", 0), "Expected num_samples to be at least 1"),
+        (("--num_samples", 0), "Expected num_samples and max_new_tokens to be at least 1"),
         (("--ckpt_path", "nowhere.ckpt"), "nowhere.ckpt"),
         (("--device", "nonsense"), "Expected --device"),
     ],
