@@ -17,7 +17,7 @@ DDP = ("--config", ROOT / "configs/trainer/ddp_cpu.yaml")
 @pytest.mark.slow
 @pytest.mark.parametrize("trainer", [DDP, FSDP], ids=["copied", "sharded"])
 def test_shares_of_two_ranks(trainer: Any, start_script: Any, text_file: Path, small_gpt: Any, tmp_path: Path) -> None:
-    """The monitor's pass with four examples a rank, and then training's: attention and two on residuals in each layer."""
+    """The monitor's pass with four examples a rank, and then training's: embedding; three masks in each layer."""
     configs = ("--config", ROOT / "configs/gpt_pydocs.yaml", *small_gpt, *trainer, "--trainer.devices", 2)
     data = ("--config", ROOT / "configs/logger/csv.yaml", "--data.path", text_file, "--trainer.accelerator", "cpu")
     steps = ("--trainer.max_steps", STEPS, "--trainer.val_check_interval", STEPS, "--trainer.log_every_n_steps", 1)

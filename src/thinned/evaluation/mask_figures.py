@@ -81,7 +81,7 @@ def attention_figures(
     They are shown before dropout, after it (times the mask, over 1 - p), and as the network multiplies them with the
     values: under the mask alone, since 1 / (1 - p) is in the weights of its values. Empty rows are marked.
     """
-    acting = {name: module for name, module in _acting(net, "attention").items() if _causal(module)}
+    acting = _acting(net, causal=True)
     seen: dict[str, list[Tensor]] = {}
     network, T = net_offers(net).thin(seed, sample), len(tokens)  # type: ignore[misc]  # `_acting` has looked
     with torch.no_grad(), watched(network, lambda name, _, *pair: seen.update({name: [x[0].double() for x in pair]})):
@@ -135,7 +135,7 @@ def empty_rows_figure(net: nn.Module, seed: int = 0, num_networks: int = 50) -> 
     The bars are 95 % intervals over networks, layers and heads (Wilson 1927). That of all rows, in the title, is
     Student's over networks.
     """
-    acting = {name: module for name, module in _acting(net, "attention").items() if _causal(module)}
+    acting = _acting(net, causal=True)
     networks = (sample_masks(net, seed, sample, ["attention"]) for sample in range(num_networks))
     empty = torch.stack(
         [torch.cat([masks[name].tril().count_nonzero(-1) == 0 for name in acting]) for masks in networks]
@@ -158,13 +158,14 @@ def empty_rows_figure(net: nn.Module, seed: int = 0, num_networks: int = 50) -> 
     return figure
 
 
-def _acting(net: nn.Module, site: str | None = None) -> dict[str, Dropout]:
-    modules = {name: module for name, module in net.named_modules() if isinstance(module, Dropout)}
-    found = {name: module for name, module in modules.items() if module.p > 0 and site in (None, module.site)}
-    if net_offers(net).thin is None or not found:
-        kind = f"{site} dropout" if site else "dropout"
-        got = "one without `thin`" if net_offers(net).thin is None else "rates of 0 alone"
-        raise ValueError(f"Expected a net with `thin` and {kind}, but got {type(net).__name__} with {got}")
+def _acting(net: nn.Module, causal: bool = False) -> dict[str, Dropout]:
+    """Returns the dropout modules with a rate above 0, or those of causal attention alone, by their names."""
+    modules = {name: module for name, module in net.named_modules() if isinstance(module, Dropout) and module.p > 0}
+    found = {name: module for name, module in modules.items() if _causal(module) or not causal}
+    thins = net_offers(net).thin is not None
+    if not thins or not found:
+        got = f"{type(net).__name__} with {'rates of 0 alone' if thins else 'one without `thin`'}"
+        raise ValueError(f"Expected a net with `thin` and {'attention ' if causal else ''}dropout, but got {got}")
     return found
 
 

@@ -75,16 +75,11 @@ def generate(
     generator: Generator | None = None,
     finished: Callable[[list[int]], bool] = lambda tokens: False,
 ) -> list[Continuation]:
-    """Continues each prompt, token by token, and returns the B continuations.
+    """Continues each prompt (B, T), token by token, with the mean of S networks whose dropout does not act.
 
     A prompt longer than the context is cropped to its end. A full context is cropped to its last half. Both warn once.
-
-    Args:
-        nets: The S networks, without active dropout.
-        prompt: (B, T) int64, at least one token.
-        sampling: How a token is drawn; entropies are those of the distribution before that.
-        generator: Source of randomness; None is the global one.
-        finished: Says of the new tokens of a continuation whether it ends with them.
+    Entropies are those of the distribution before `sampling` changes it. `finished` says of the new tokens of a
+    continuation whether it ends with them.
     """
     context_length = nets[0].context_length
     if prompt.shape[1] + max_new_tokens - 1 > context_length:
@@ -157,15 +152,10 @@ def sample_texts(
     stop: str | None = None,
     seed: int = 0,
 ) -> list[Sample]:
-    """Continues a prompt several times: by default, continuation i comes from `net.thin(seed, i)`.
+    """Continues a prompt several times.
 
-    Args:
-        net: The network, in evaluation mode.
-        prompt: Text to continue: see `prompt_tokens`.
-        ensemble: S, at least 2: every continuation comes from the mean of S thinned networks instead.
-        deterministic: Every continuation comes from the network without dropout instead.
-        stop: Text with which a continuation ends.
-        seed: Seed of networks and tokens.
+    By default, continuation i comes from `net.thin(seed, i)`; with an `ensemble` of S, at least 2, each comes from the
+    mean of S thinned networks; with `deterministic`, from the network without dropout. It ends with the text `stop`.
 
     Raises:
         ValueError: The tokenizer does not know the prompt, or nothing drops in the net of an ensemble.

@@ -190,7 +190,7 @@ class Task(LightningModule):
             self.log_dict(scores, prog_bar=stage == "val", sync_dist=True, batch_size=1)  # the ranks agree already
 
     def setup(self, stage: str) -> None:
-        self.kept, self._kept_of_fit = [], []  # drops what an interrupted validation has kept.
+        self.kept, self._kept_of_fit = [], []  # drops what an interrupted validation has kept
         if self.compile_net and stage == "fit" and self.device_mesh is None:
             self.net.compile()
 
