@@ -45,21 +45,19 @@ def mask_figures(net: nn.Module, seed: int = 0, samples: tuple[int, int] = (0, 1
     """
     figures: dict[str, Figure] = {}
     units: dict[str, dict[str, Tensor]] = {}
-    acting = _acting(net)
+    acting, both = _acting(net), [sample_masks(net, seed, sample) for sample in samples]
     for name, module in acting.items():
-        one, other = (sample_masks(net, seed, sample)[name] > 0 for sample in samples)
-        masks = {f"network {samples[0]}": one, f"network {samples[1]}": other, "together": (one.double() + other) / 2}
+        one, other = ((masks[name] > 0).double() for masks in both)
+        rows = {f"network {samples[0]}": one, f"network {samples[1]}": other, "together": (one + other) / 2}
         for draw in range(draws):
             drawn = dropout_mask(tuple(one.shape), module.p, seed=derive_seed("training", seed, draw, name))
-            masks[f"training {draw + 1}"] = drawn > 0
+            rows[f"training {draw + 1}"] = (drawn > 0).double()
         if _causal(module):
             layer = len(figures)
             title = f"{_place(layer, name, module)}: {COLOURS}"
-            rows = {label: mask.double() for label, mask in masks.items()}
             figures[f"masks_attention_layer{layer}"] = _heads(title, rows, MASKS, Normalize(0, 1), kept_above=0.5)
         else:
-            lines = torch.stack([mask.double().flatten() for mask in masks.values()])
-            units.setdefault(module.site, {})[name] = lines
+            units.setdefault(module.site, {})[name] = torch.stack([row.flatten() for row in rows.values()])
     for site, panels in units.items():
         figure, grid = _grid(len(panels), 1, f"Masks, site {site}: {COLOURS}", 1.3, 7.5)
         for (axes,), (name, lines) in zip(grid, panels.items(), strict=True):
@@ -67,7 +65,7 @@ def mask_figures(net: nn.Module, seed: int = 0, samples: tuple[int, int] = (0, 1
             axes.imshow(lines[:, :UNITS].numpy(), MASKS, vmin=0, vmax=1, aspect="auto", interpolation="nearest")
             shares = f"dropped {one:.3f} and {other:.3f}, by either {together:.3f}"
             axes.set_title(f"{name}: p = {acting[name].p:g}, {shares}, n = {lines.shape[1]}", **SMALL)
-            axes.set_yticks(range(len(lines)), list(masks))
+            axes.set_yticks(range(len(lines)), list(rows))
         grid[-1, 0].set_xlabel(f"unit (at most {UNITS} are shown)", **SMALL)
         figures[f"masks_{site}"] = figure
     return figures

@@ -24,7 +24,8 @@ def load_gpt2(net: nn.Module, path: str) -> None:
     try:
         from transformers import GPT2LMHeadModel
     except ImportError as error:
-        raise ValueError("Expected the package transformers for model.init_from: pip install 'thinned[hf]'") from error
+        remedy = "pip install 'thinned[hf]'"
+        raise ValueError(f"Expected the package transformers for model.init_from: {remedy}") from error
     try:
         source = GPT2LMHeadModel.from_pretrained(path, weights_only=True)
     except Exception as error:  # what is missing, cut off or no weights at all fails in many ways
@@ -47,9 +48,8 @@ def copy_gpt2(source: nn.Module, net: nn.Module) -> None:
             raise ValueError(f"Expected net.{key} to be {wanted}, as in model.init_from, but got {net.init_args[key]}")
     if net.context_length > theirs.n_positions or theirs.n_inner not in (None, 4 * theirs.n_embd):
         expected = f"net.context_length of at most {theirs.n_positions} and hidden layers of 4 net.width"
-        raise ValueError(
-            f"Expected {expected}, as in model.init_from, but got {net.context_length} and {theirs.n_inner}"
-        )
+        got = f"{net.context_length} and {theirs.n_inner}"
+        raise ValueError(f"Expected {expected}, as in model.init_from, but got {got}")
     state = source.get_submodule("transformer").state_dict()
     for name, parameter in net.named_parameters():
         for ours, its in NAMES.items():

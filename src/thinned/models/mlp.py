@@ -112,19 +112,18 @@ class MLP(nn.Module):
         self.input_shape, self.num_classes, self.max_norm = tuple(input_shape), num_classes, max_norm
 
         size = width or math.prod(input_shape)
-        embedded: tuple[int, ...] = (size,)
         stages: OrderedDict[str, nn.Module] = OrderedDict()
-        if patch_size is not None:
-            stages["embedding"] = embedding = PatchEmbedding(input_shape, patch_size, size)
-            embedded = tuple(embedding.position.shape)  # (P, E)
-        else:
+        if patch_size is None:
             stages["flatten"] = nn.Flatten()
             if width is not None:
                 stages["embedding"] = nn.Linear(math.prod(input_shape), width)
-        stages["embedding_dropout"] = Dropout(dropout.embedding, "embedding", embedded)
-        if patch_size is not None:
+            stages["embedding_dropout"] = Dropout(dropout.embedding, "embedding", (size,))
+        else:
+            stages["embedding"] = embedding = PatchEmbedding(input_shape, patch_size, size)
+            patches = len(embedding.position)
+            stages["embedding_dropout"] = Dropout(dropout.embedding, "embedding", (patches, size))
             query, key_value = nn.Parameter(torch.randn(size)), nn.Linear(size, 2 * size)
-            attention_dropout = Dropout(dropout.attention, "attention", embedded[:1])
+            attention_dropout = Dropout(dropout.attention, "attention", (patches,))
             stages["pooling"] = AttentionPooling(query, key_value, attention_dropout)
         for i, units in enumerate(hidden):
             if residual:
