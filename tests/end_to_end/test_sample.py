@@ -103,7 +103,7 @@ def test_prompt_in_another_encoding(sample: Script, tmp_path: Path) -> None:
 # mlp only: begin
 def test_checkpoint_of_images_is_refused(trained: Any, sample: Script) -> None:
     error = sample("--ckpt_path", trained.run / "checkpoints/last.ckpt").error
-    assert "Expected ckpt_path to be a checkpoint of a language model" in error
+    assert "Expected ckpt_path to hold a GPT, but got MLP" in error
 
 
 # mlp only: end
