@@ -21,8 +21,8 @@ SITES = ("embedding", "attention", "residual", "mlp")
 
 def check_sites(sites: Collection[str]) -> tuple[str, ...]:
     """Returns the sites in canonical order; ValueError for a name that is not in `SITES`."""
-    if isinstance(sites, str) or set(sites) - set(SITES):
-        raise ValueError(f"Expected sites among {list(SITES)}, but got {sites!r}")
+    if unknown := [site for site in sites if site not in SITES]:  # of a string, its letters
+        raise ValueError(f"Expected sites among {list(SITES)}, but got {unknown}")
     return tuple(site for site in SITES if site in sites)
 
 
@@ -144,15 +144,8 @@ def sample_masks(
 ) -> dict[str, Tensor]:
     """Returns the masks of thinned network `sample`: one per `Dropout` of the net that acts, by module name.
 
-    They lie on the CPU and depend on (seed, sample, module name, p) alone, so every device sees the same network.
-
-    Args:
-        net: The net, whose `Dropout` modules know their shapes.
-        seed: Seed of the whole ensemble.
-        sample: Which network of the ensemble, 0 <= sample < S.
-        sites: The sites that drop; None is all.
-        scale: Factor on each rate.
-        dtype: The masks' dtype, on which the units that are dropped do not depend.
+    They lie on the CPU and depend on (seed, sample, module name, p) alone, so every device sees the same network, and
+    `dtype` changes nothing of what is dropped. The chosen sites drop, or all; `scale` is a factor on each rate.
     """
     chosen = SITES if sites is None else check_sites(sites)
     masks = {}
