@@ -17,7 +17,7 @@ DDP = ("--config", ROOT / "configs/trainer/ddp_cpu.yaml")
 @pytest.mark.slow
 @pytest.mark.parametrize("trainer", [DDP, FSDP], ids=["copied", "sharded"])
 def test_shares_of_two_ranks(trainer: Any, start_script: Any, text_file: Path, small_gpt: Any, tmp_path: Path) -> None:
-    """The monitor's pass with four examples a rank, and then training's: embedding; three masks in each layer."""
+    """The monitor's pass with two examples a rank, and then training's: embedding; three masks in each layer."""
     configs = ("--config", ROOT / "configs/gpt_pydocs.yaml", *small_gpt, *trainer, "--trainer.devices", 2)
     data = ("--config", ROOT / "configs/logger/csv.yaml", "--data.path", text_file, "--trainer.accelerator", "cpu")
     steps = ("--trainer.max_steps", STEPS, "--trainer.val_check_interval", STEPS, "--trainer.log_every_n_steps", 1)
@@ -39,7 +39,7 @@ def test_shares_of_two_ranks(trainer: Any, start_script: Any, text_file: Path, s
         for site, masks in dropped.items():
             assert float(row[f"dropout/dropped/{site}"]) == pytest.approx((masks == 0).double().mean().item(), rel=1e-6)
         for layer, masks in enumerate(attention):
-            assert masks.shape == (8, HEADS, T, T)
+            assert masks.shape == (4, HEADS, T, T)
             empty = (masks.tril() == 0).all(-1).double().mean((0, 2))
             for head in range(HEADS):
                 logged = float(row[f"dropout/empty_rows/layer{layer}_head{head}"])

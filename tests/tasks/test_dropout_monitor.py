@@ -93,14 +93,14 @@ def fit(make_trainer: Callable[..., Trainer]) -> Callable[..., Learner]:
 
 
 def test_shares_are_those_of_the_masks(fit: Callable[..., Learner], masks: list[Tensor]) -> None:
-    """Of the first four of six examples; the units that are 0 anyway tell nothing."""
+    """Of the first two of six examples; the units that are 0 anyway tell nothing."""
     seen = Seen()
     fit(Learner(), seen)
     probes = [mask for mask in masks if len(mask) == EXAMPLES]
     assert len(probes) == 2 * STEPS
     assert list(seen.rows) == [1, 2, 3, 4]
     for row, attention, units in zip(seen.rows.values(), probes[::2], probes[1::2], strict=True):
-        lost = torch.stack([(attention[:, :, t, : t + 1] == 0).all(-1) for t in range(T)], -1)  # (4, H, T)
+        lost = torch.stack([(attention[:, :, t, : t + 1] == 0).all(-1) for t in range(T)], -1)  # (2, H, T)
         of_head = lost.double().mean((0, 2))
         below = torch.ones(T, T).tril().bool()
         assert row == pytest.approx(
@@ -145,7 +145,7 @@ def test_training_is_the_same_bit_by_bit(compile_net: bool, fit: Callable[..., L
 
 
 def test_probe_has_masks_of_its_own(fit: Callable[..., Learner], masks: list[Tensor]) -> None:
-    """Of four examples, each time others; those of a step are the same whatever was drawn before."""
+    """Of two examples, each time others; those of a step are the same whatever was drawn before."""
     fit(Learner(), Seen())
     probes = [mask for mask in masks if len(mask) == EXAMPLES]
     assert len(probes) == 2 * STEPS

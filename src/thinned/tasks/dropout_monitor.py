@@ -11,8 +11,8 @@ from thinned.models.dropout import derive_seed, sites_in, watched
 from thinned.offers import task_offers
 from thinned.uncertainty.acting_dropout import kept_random_state, only_dropout_active, seed_generators
 
-EXAMPLES = 4  # of a batch are looked at; more cost more than they tell
-PROBE_EVERY = 10  # logged steps, on a GPU: there a small batch is slow
+EXAMPLES = 2  # of a batch are looked at; more cost more than they tell
+PROBE_EVERY = 10  # logged steps, on a GPU: a small batch takes it almost as long as a large one
 
 
 class DropoutMonitor(Callback):
@@ -22,7 +22,7 @@ class DropoutMonitor(Callback):
     probabilities above 0 loses them all with probability p^t. `dropout/empty_rows/layer<l>_head<h>` is the share of
     such rows, and `dropout/empty_rows/expected` what p^t says of all heads.
 
-    The first four examples of each process pass through the net once more, without gradients, with dropout alone in
+    The first two examples of each process pass through the net once more, without gradients, with dropout alone in
     training mode and a random state of their own. Training is the same, bit by bit, as without this callback.
     """
 
