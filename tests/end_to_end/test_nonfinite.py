@@ -65,7 +65,7 @@ def test_both_ranks_stop(launcher: str, start_ranks: Script) -> None:
     assert len(said) == 1, finished.err
     (message,) = said
     assert "at step 3 (epoch 0), but got nan in batch 3 (examples " in message
-    assert "of 64) of rank 1." in message
+    assert "of 32) of rank 1." in message
     assert finished.seconds < 30
 
 
