@@ -9,7 +9,7 @@ import torch
 
 ROOT = Path(__file__).parents[2]
 STEPS, LAYERS, HEADS, T = 3, 2, 2, 32
-DRAWN = 1 + 3 * LAYERS  # masks of a pass
+DRAWN = 1 + 3 * LAYERS  # masks of a step
 FSDP = ("--config", ROOT / "configs/trainer/fsdp.yaml", "--trainer.precision", "32-true")
 DDP = ("--config", ROOT / "configs/trainer/ddp_cpu.yaml")
 
@@ -17,7 +17,7 @@ DDP = ("--config", ROOT / "configs/trainer/ddp_cpu.yaml")
 @pytest.mark.slow
 @pytest.mark.parametrize("trainer", [DDP, FSDP], ids=["copied", "sharded"])
 def test_shares_of_two_ranks(trainer: Any, start_script: Any, text_file: Path, small_gpt: Any, tmp_path: Path) -> None:
-    """The monitor's pass with two examples a rank, and then training's: embedding; three masks in each layer."""
+    """Masks of a step, of four examples a rank: embedding; attention and two on residuals in each layer."""
     configs = ("--config", ROOT / "configs/gpt_pydocs.yaml", *small_gpt, *trainer, "--trainer.devices", 2)
     data = ("--config", ROOT / "configs/logger/csv.yaml", "--data.path", text_file, "--trainer.accelerator", "cpu")
     steps = ("--trainer.max_steps", STEPS, "--trainer.val_check_interval", STEPS, "--trainer.log_every_n_steps", 1)
@@ -30,16 +30,16 @@ def test_shares_of_two_ranks(trainer: Any, start_script: Any, text_file: Path, s
     with (run / "metrics.csv").open() as file:
         rows = [row for row in csv.DictReader(file) if row["dropout/dropped/residual"]]
     assert len(rows) == STEPS
-    assert [len(masks) for masks in ranks] == [2 * STEPS * DRAWN] * 2
+    assert [len(masks) for masks in ranks] == [STEPS * DRAWN] * 2
     for step, row in enumerate(rows):
-        embedding, *others = (torch.cat([masks[2 * step * DRAWN + i] for masks in ranks]) for i in range(DRAWN))
+        embedding, *others = (torch.cat([masks[step * DRAWN + i] for masks in ranks]) for i in range(DRAWN))
         attention = others[::3]
         below = torch.ones(T, T).tril() > 0
         dropped = {"embedding": embedding, "attention": torch.stack(attention)[..., below]}
         for site, masks in dropped.items():
             assert float(row[f"dropout/dropped/{site}"]) == pytest.approx((masks == 0).double().mean().item(), rel=1e-6)
         for layer, masks in enumerate(attention):
-            assert masks.shape == (4, HEADS, T, T)
+            assert masks.shape == (8, HEADS, T, T)
             empty = (masks.tril() == 0).all(-1).double().mean((0, 2))
             for head in range(HEADS):
                 logged = float(row[f"dropout/empty_rows/layer{layer}_head{head}"])

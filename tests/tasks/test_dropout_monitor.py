@@ -93,14 +93,13 @@ def fit(make_trainer: Callable[..., Trainer]) -> Callable[..., Learner]:
 
 
 def test_shares_are_those_of_the_masks(fit: Callable[..., Learner], masks: list[Tensor]) -> None:
-    """Of the first two of six examples; the units that are 0 anyway tell nothing."""
+    """Of the first four of six examples; the units that are 0 anyway tell nothing."""
     seen = Seen()
     fit(Learner(), seen)
-    probes = [mask for mask in masks if len(mask) == EXAMPLES]
-    assert len(probes) == 2 * STEPS
+    assert len(masks) == 2 * STEPS
     assert list(seen.rows) == [1, 2, 3, 4]
-    for row, attention, units in zip(seen.rows.values(), probes[::2], probes[1::2], strict=True):
-        lost = torch.stack([(attention[:, :, t, : t + 1] == 0).all(-1) for t in range(T)], -1)  # (2, H, T)
+    for row, attention, units in zip(seen.rows.values(), masks[::2], masks[1::2], strict=True):
+        lost = torch.stack([(attention[:EXAMPLES, :, t, : t + 1] == 0).all(-1) for t in range(T)], -1)  # (4, H, T)
         of_head = lost.double().mean((0, 2))
         below = torch.ones(T, T).tril().bool()
         assert row == pytest.approx(
@@ -108,8 +107,8 @@ def test_shares_are_those_of_the_masks(fit: Callable[..., Learner], masks: list[
                 "dropout/empty_rows/layer0_head0": of_head[0].item(),
                 "dropout/empty_rows/layer0_head1": of_head[1].item(),
                 "dropout/empty_rows/expected": (0.5 + 0.25 + 0.125) / 3,
-                "dropout/dropped/attention": (attention[:, :, below] == 0).double().mean().item(),
-                "dropout/dropped/mlp": (units[:, 4:] == 0).double().mean().item(),
+                "dropout/dropped/attention": (attention[:EXAMPLES, :, below] == 0).double().mean().item(),
+                "dropout/dropped/mlp": (units[:EXAMPLES, 4:] == 0).double().mean().item(),
             },
             rel=1e-6,
         )
@@ -135,41 +134,57 @@ def test_logged_when_logs_are_due(every: int, steps: list[int], fit: Callable[..
 
 @pytest.mark.parametrize("compile_net", [False, True])
 def test_training_is_the_same_bit_by_bit(compile_net: bool, fit: Callable[..., Learner]) -> None:
-    """Weights, averages of batch norm and whatever is drawn after the pass, compiled or not."""
+    """Weights, averages of batch norm and whatever is drawn after the pass, whether it is watched or probed."""
     seen = Seen()
-    monitored = fit(Learner(compile_net=compile_net), seen)
+    with mock.patch("thinned.tasks.dropout_monitor.PROBE_EVERY", 2):
+        monitored = fit(Learner(compile_net=compile_net), seen)
     alone = fit(Learner())
-    assert list(seen.rows) == [1, 2, 3, 4]
+    assert list(seen.rows) == ([2, 4] if compile_net else [1, 2, 3, 4])
     assert all(map(torch.equal, monitored.net.state_dict().values(), alone.net.state_dict().values()))
     assert monitored.draws == alone.draws
 
 
 def test_probe_has_masks_of_its_own(fit: Callable[..., Learner], masks: list[Tensor]) -> None:
-    """Of two examples, each time others; those of a step are the same whatever was drawn before."""
-    fit(Learner(), Seen())
-    probes = [mask for mask in masks if len(mask) == EXAMPLES]
-    assert len(probes) == 2 * STEPS
-    assert not torch.equal(probes[0], probes[2])
-    masks.clear()
-    torch.rand(5)
-    fit(Learner(), Seen())
+    """Of four examples, each time others; those of a step are the same whatever was drawn before."""
+    with mock.patch("thinned.tasks.dropout_monitor.PROBE_EVERY", 2):
+        fit(Learner(compile_net=True), Seen())
+        probes = [mask for mask in masks if len(mask) == EXAMPLES]
+        assert len(probes) == 4
+        assert not torch.equal(probes[0], probes[2])
+        masks.clear()
+        torch.rand(5)
+        fit(Learner(compile_net=True), Seen())
     assert all(map(torch.equal, probes, [mask for mask in masks if len(mask) == EXAMPLES]))
 
 
-def test_net_that_drops_nothing_is_left_alone(fit: Callable[..., Learner]) -> None:
+@pytest.mark.parametrize("compile_net", [False, True])
+def test_net_that_drops_nothing_is_left_alone(compile_net: bool, fit: Callable[..., Learner]) -> None:
     seen = Seen()
-    fit(Learner(0.0), seen)
+    with mock.patch("thinned.tasks.dropout_monitor.PROBE_EVERY", 1):
+        fit(Learner(0.0, compile_net), seen)
     assert seen.rows == {}
 
 
 def test_nothing_is_watched_after_the_pass(fit: Callable[..., Learner]) -> None:
-    class Looks(Learner):
-        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-            assert not any(part._forward_hooks for part in self.modules())
-            assert not any(part.watched for part in (self.net.attention, self.net.units))
-            return super().training_step(batch, batch_idx)
+    """Also if it raises."""
 
-    fit(Looks(), DropoutMonitor())
+    class Fails(Learner):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            assert all(part.watched for part in (self.net.attention, self.net.units))
+            super().training_step(batch, batch_idx)
+            raise ZeroDivisionError
+
+        def on_before_backward(self, loss: Tensor) -> None:
+            pass
+
+    for module in (Learner(), Fails()):
+        if isinstance(module, Fails):
+            with pytest.raises(ZeroDivisionError):
+                fit(module, DropoutMonitor())
+        else:
+            fit(module, DropoutMonitor())
+        assert not any(part._forward_hooks for part in module.modules())
+        assert not any(part.watched for part in (module.net.attention, module.net.units))
 
 
 def test_watching_tells_of_each_dropout_that_acts() -> None:

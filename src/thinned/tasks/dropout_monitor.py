@@ -1,66 +1,101 @@
 """Watches what dropout drops in training: units per site, and rows of attention that lose everything."""
 
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
-from thinned.models.dropout import derive_seed, sites_in, watched
+from thinned.models.dropout import SITES, Dropout, derive_seed, sites_in, watched
 from thinned.offers import task_offers
 from thinned.uncertainty.acting_dropout import kept_random_state, only_dropout_active, seed_generators
 
-EXAMPLES = 2  # of a batch are looked at; more cost more than they tell
-PROBE_EVERY = 10  # logged steps, on a GPU: a small batch takes it almost as long as a large one
+EXAMPLES = 4  # of a batch are looked at; more cost more than they tell
+PROBE_EVERY = 10  # logged steps
 
 
 class DropoutMonitor(Callback):
-    """Logs shares of what dropout drops, at the steps that are logged, or on a GPU at every tenth of them.
+    """Logs shares of what dropout drops, at the steps that are logged.
 
     `dropout/dropped/<site>` is the share of the units other than 0 that a site has dropped. A row of attention with t
     probabilities above 0 loses them all with probability p^t. `dropout/empty_rows/layer<l>_head<h>` is the share of
-    such rows, and `dropout/empty_rows/expected` what p^t says of all heads.
+    such rows, and `dropout/empty_rows/expected` what p^t says of all heads. They are of the first four examples of each
+    process.
 
-    The first two examples of each process pass through the net once more, without gradients, with dropout alone in
-    training mode and a random state of their own. Training is the same, bit by bit, as without this callback.
+    On a CPU they are of the training pass itself. Fused attention and compiled nets show no mask: there the examples
+    pass through the net once more, without gradients, at every tenth of those steps, with dropout alone in training
+    mode and a random state of their own. Training is the same, bit by bit, as without this callback.
     """
 
+    def __init__(self) -> None:
+        self._watch = ExitStack()
+        self._counts: dict[str, Tensor] = {}  # dropped and all, by site; rows of attention, by name
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        net = task_offers(pl_module).net
+        self._net: nn.Module = pl_module if net is None else net
+        self._dropouts = {name: m for name, m in self._net.named_modules() if isinstance(m, Dropout)}
+        self._compiled = task_offers(pl_module).compile_net
+
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        offers = task_offers(pl_module)
-        net: nn.Module = pl_module if offers.net is None else offers.net
+        self._watch.close()
+        self._counts = {}
         step, every = trainer.global_step + 1, trainer.log_every_n_steps  # type: ignore[attr-defined]
-        every *= 1 if pl_module.device.type == "cpu" else PROBE_EVERY
-        sites = sites_in(net)
-        if not every or step % every or not sites:
+        if not every or step % every or not any(module.p > 0 for module in self._dropouts.values()):
             return
-        counts: dict[str, Any] = {}  # dropped and all, by site
-        rows: list[Tensor] = []  # of attention, by layer: (H, 3) each
+        if pl_module.device.type == "cpu" and not self._compiled:
+            self._watch.enter_context(watched(self._net, self._see))
+        elif step % (PROBE_EVERY * every) == 0:
+            with trainer.precision_plugin.forward_context():
+                self._probe(batch[0][:EXAMPLES], derive_seed("dropout monitor", trainer.global_rank, step))
+            self._log(trainer, pl_module)
 
-        def see(name: str, module: Any, before: Tensor, after: Tensor) -> None:
-            possible, kept = before.count_nonzero(), after.count_nonzero()
-            counts[module.site] = counts.get(module.site, 0) + torch.stack([possible - kept, possible])
-            if module.site == "attention":
-                rows.append(empty_rows(before, after, module.p))
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        self._watch.close()  # Checkpointed activations are computed again in the backward pass.
+        self._log(trainer, pl_module)
 
-        precision = trainer.precision_plugin.forward_context()
-        eager = torch.compiler.set_stance("force_eager") if offers.compile_net else nullcontext()
-        alone = only_dropout_active(net, sites)
-        with torch.no_grad(), precision, eager, kept_random_state(), alone, watched(net, see):
-            seed_generators(derive_seed("dropout monitor", trainer.global_rank, step))
-            net(batch[0][:EXAMPLES])
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._watch.close()
 
-        parts = [*counts.values(), *rows]
-        flat = torch.cat([part.flatten() for part in parts])  # Lightning would reduce each by itself
-        sums = trainer.strategy.reduce(flat, reduce_op="sum").cpu().split([part.numel() for part in parts])
-        of_sites, layers = sums[: len(counts)], [part.view(-1, 3) for part in sums[len(counts) :]]
-        shares = {f"dropped/{site}": n / units.clamp_min(1) for site, (n, units) in zip(counts, of_sites, strict=True)}
-        for layer, heads in enumerate(layers):
-            for head, (empty, _, number) in enumerate(heads):
-                shares[f"empty_rows/layer{layer}_head{head}"] = empty / number
-        if layers:
-            _, expected, number = torch.cat(layers).sum(0)
-            shares["empty_rows/expected"] = expected / number
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._watch.close()
+
+    @torch.no_grad()
+    def _probe(self, inputs: Any, seed: int) -> None:
+        net = self._net
+        eager = torch.compiler.set_stance("force_eager") if self._compiled else nullcontext()
+        with kept_random_state(), eager, only_dropout_active(net, sites_in(net)), watched(net, self._see):
+            seed_generators(seed)
+            net(inputs)
+
+    def _see(self, name: str, module: nn.Module, before: Tensor, after: Tensor) -> None:
+        assert isinstance(module, Dropout), "Expected a net that is no thinned one"
+        before, after = before[:EXAMPLES], after[:EXAMPLES]
+        possible, kept = before.count_nonzero(), after.count_nonzero()
+        self._add(module.site, torch.stack([possible - kept, possible]))
+        if module.site == "attention":
+            self._add(f"rows of {name}", empty_rows(before, after, module.p))
+
+    def _add(self, name: str, counts: Tensor) -> None:
+        self._counts[name] = self._counts[name] + counts if name in self._counts else counts
+
+    def _log(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Logs the shares, summed over processes at once: Lightning would reduce each by itself."""
+        counts, self._counts = self._counts, {}
+        if not counts:
+            return
+        flat = torch.cat([part.flatten() for part in counts.values()])
+        flat = trainer.strategy.reduce(flat, reduce_op="sum").cpu()
+        sums = dict(zip(counts, flat.split([part.numel() for part in counts.values()]), strict=True))
+        shares = {f"dropped/{site}": sums[site][0] / sums[site][1].clamp_min(1) for site in SITES if site in sums}
+        layers = [f"rows of {name}" for name, module in self._dropouts.items() if module.site == "attention"]
+        if heads := {layer: sums[rows].view(-1, 3) for layer, rows in enumerate(layers) if rows in sums}:
+            for layer, of_layer in heads.items():
+                for head, (empty, _, rows) in enumerate(of_layer):
+                    shares[f"empty_rows/layer{layer}_head{head}"] = empty / rows
+            _, expected, rows = torch.cat([*heads.values()]).sum(0)
+            shares["empty_rows/expected"] = expected / rows
         pl_module.log_dict({f"dropout/{name}": float(share) for name, share in shares.items()}, batch_size=1)
 
 
