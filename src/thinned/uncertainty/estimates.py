@@ -17,7 +17,7 @@ Shapes: N predictions, G independent groups of them, E parts of the hypothetical
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from statistics import fmean
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ from thinned.models.dropout import derive_seed
 from thinned.uncertainty.scores import Score
 
 Z = 1.959964  # 95 % of a normal variable are in [-Z, Z]
-WEIGHTS_AT_ONCE = 2**24  # of one byte each
+WEIGHTS_AT_ONCE = 2**20  # of float64
 HYPOTHETICAL = {"confidence", "predictive_entropy", "nll", "brier"}  # the columns that make the hypothetical error
 PARTS = 16  # of it, which differ in uncertainty
 POISSON = np.searchsorted(  # the quantiles at 2^16 levels
@@ -74,6 +74,7 @@ class Smooth:
         most: The largest possible score.
     """
 
+    linear: ClassVar = ("value", "at", "moves")
     value: float
     at: float
     moves: Tensor
@@ -87,19 +88,17 @@ class Smooth:
         error, skewness = self._error_and_skewness()
         if self.proportion:
             groups = len(self.moves)
-            spread = (
-                self.value * (1 - self.value) * groups / (groups - 1)
-            )  # 0 if all are right; rounding may leave an error
+            spread = self.value * (1 - self.value) * groups / (groups - 1)
+            # If all are right, the spread is 0, but rounding may leave an error.
             n_effective = spread / error**2 if spread > 1e-9 and error > 0 else groups
             return wilson(self.value * n_effective, n_effective)
         low, high = (self.at - error * _inverse_hall(z, skewness) for z in (Z, -Z))
         return max(0.0, min(low, self.value)), min(self.most, max(high, self.value))
 
-    def above(self, other: "Smooth | Resampled") -> tuple[float, float, float]:
+    def above(self, other: Any) -> tuple[float, float, float]:
         """Returns the 95 % interval of the difference to another way, and the p-value of none."""
-        assert isinstance(other, Smooth)
         value, at, moves, weights = self.value - other.value, self.at - other.at, self.moves - other.moves, self.weights
-        if self.proportion:  # Half an example counts that one way alone has right, and half one that the other has.
+        if self.proportion:  # half an example counts that one way alone has right, and half one that the other has
             moves = torch.cat([moves, moves.new_tensor([1, -1]) / self.n])
             weights = torch.cat([weights, weights.new_full((2,), 0.5)])
         error, skewness = replace(self, moves=moves, weights=weights)._error_and_skewness()
@@ -111,12 +110,6 @@ class Smooth:
         high = max(at - error * _inverse_hall(-Z, skew) for skew in skews)
         return min(low, value), max(high, value), max(_two_sided(_hall(at / error, skew)) for skew in skews)
 
-    @classmethod
-    def mean_of(cls, runs: Sequence["Smooth"]) -> "Smooth":
-        """Returns the mean of a score over runs on the same examples."""
-        at, moves = fmean(run.at for run in runs), torch.stack([run.moves for run in runs]).mean(0)
-        return replace(runs[0], value=fmean(run.value for run in runs), at=at, moves=moves)
-
     def _error_and_skewness(self) -> tuple[float, float]:
         square, cube = (float(self.weights @ self.moves**power) for power in (2, 3))
         n = float(self.weights.sum())
@@ -127,10 +120,11 @@ class Smooth:
 class Resampled:
     """A score and its values in resamples, (R,). The power that is unbiased is normal in its interval, up to `most`."""
 
+    linear: ClassVar = ("value", "replicates")
     value: float
     replicates: Tensor
     power: int
-    most: float = math.inf
+    most: float
 
     def bounds(self) -> tuple[float, float]:
         """Returns the 95 % interval."""
@@ -139,19 +133,18 @@ class Resampled:
         low, high = (max(0.0, centre + z * error) ** (1 / self.power) for z in (-Z, Z))
         return min(low, self.most), min(high, self.most)
 
-    def above(self, other: "Smooth | Resampled") -> tuple[float, float, float]:
+    def above(self, other: Any) -> tuple[float, float, float]:
         """Returns the 95 % interval of the difference to another way, and the p-value of none."""
-        assert isinstance(other, Resampled)
         value, replicates = self.value - other.value, self.replicates - other.replicates
         error = float(replicates[~replicates.isnan()].std())
         p = _two_sided(value / error) if error != 0 else float(value == 0)
         return value - Z * error, value + Z * error, p
 
-    @classmethod
-    def mean_of(cls, runs: Sequence["Resampled"]) -> "Resampled":
-        """Returns the mean of a score over runs on the same examples."""
-        replicates = torch.stack([run.replicates for run in runs]).mean(0)
-        return replace(runs[0], value=fmean(run.value for run in runs), replicates=replicates)
+
+def mean_over_runs(runs: Sequence[Any]) -> Any:
+    """Returns the mean of a score over runs on the same examples, as what each of them is: `Smooth` or `Resampled`."""
+    means = {name: sum(getattr(run, name) for run in runs) / len(runs) for name in runs[0].linear}
+    return replace(runs[0], **means)
 
 
 def estimated(
@@ -176,12 +169,11 @@ def estimated(
     """
     n, num_groups = len(group), int(group.max()) + 1
     if score.kind in ("calibration", "resampled"):
-        at_once = max(1, WEIGHTS_AT_ONCE // n)
-        parts = [range(start, min(start + at_once, num_resamples)) for start in range(0, num_resamples, at_once)]
-        replicates = [
-            score.of(*columns.values(), weights=resample_weights(num_groups, part, seed)[:, group]) for part in parts
-        ]
-        return Resampled(value, torch.cat(replicates), 2 if score.kind == "calibration" else 1, score.most)
+        of_resamples = torch.vmap(lambda w: score.of(*columns.values(), weights=w[group]))
+        at_once = max(8, WEIGHTS_AT_ONCE // n)
+        parts = (range(start, min(start + at_once, num_resamples)) for start in range(0, num_resamples, at_once))
+        replicates = torch.cat([of_resamples(resample_weights(num_groups, part, seed)) for part in parts])
+        return Resampled(value, replicates, 2 if score.kind == "calibration" else 1, score.most)
 
     weights = torch.ones(n, dtype=torch.float64)
     if score.kind == "smooth" and columns.keys() <= hypothetical.keys():

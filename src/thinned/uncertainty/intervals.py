@@ -13,8 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from thinned.uncertainty.estimates import HYPOTHETICAL, Resampled, Smooth, estimated, hypothetical_error
-from thinned.uncertainty.scores import SCORES, Score, why_undefined
+from thinned.uncertainty.estimates import (
+    HYPOTHETICAL, Resampled, Smooth, estimated, hypothetical_error, mean_over_runs
+)  # fmt: skip
+from thinned.uncertainty.scores import SCORES, Score
 
 Columns = Mapping[str, Tensor]
 
@@ -118,6 +120,12 @@ def score_intervals(
 
     Raises:
         ValueError: There are fewer than two predictions or groups, ways differ in length, or the baseline is no way.
+
+    >>> right = torch.tensor([True] * 8 + [False] * 2)
+    >>> way = {"correct": right, "confidence": torch.full((10,), 0.8)}
+    >>> accuracy = score_intervals({"mc_dropout": way})[0]["mc_dropout"]["accuracy"]  # Wilson's interval of 8 in 10
+    >>> [round(number, 3) for number in (accuracy.value, accuracy.low, accuracy.high)]
+    [0.8, 0.49, 0.943]
     """
     table = SCORES if table is None else table
     if baseline is not None and baseline not in ways:
@@ -144,12 +152,10 @@ def score_intervals(
             parts = [run[key] for run in of_runs]
             value, values = fmean(part.value for part in parts), tuple(part.value for part in parts)
             values = values if len(parts) > 1 else ()
-            estimates = [part for part in parts if not isinstance(part, Undefined)]
-            if len(estimates) < len(parts):
-                why = next(part.why for part in parts if isinstance(part, Undefined))
-                intervals[name][key] = Interval(value, math.nan, math.nan, n, why, values)
+            if undefined := [part for part in parts if isinstance(part, Undefined)]:
+                intervals[name][key] = Interval(value, math.nan, math.nan, n, undefined[0].why, values)
                 continue
-            estimate = type(estimates[0]).mean_of(estimates)  # type: ignore[arg-type]  # all are of one type
+            estimate = mean_over_runs(parts)
             intervals[name][key] = Interval(value, *estimate.bounds(), n, runs=values)
             if name == baseline:
                 of_baseline[key], nll_of_baseline = estimate, nll
@@ -185,9 +191,21 @@ def _estimates(
         columns = {column: rows[column] for column in score.columns}
         value = score.of(*columns.values()).item()
         if math.isnan(value):
-            found[key] = Undefined(value, why_undefined(key, rows, table=table))
+            found[key] = Undefined(value, why_undefined(columns))
         elif score.kind == "descriptive":
             found[key] = Undefined(value, "it fits noise, which resampling does not show")
         else:
             found[key] = estimated(score, value, columns, hypothetical, group, num_resamples, seed)
     return found
+
+
+def why_undefined(columns: Columns) -> str:
+    """Says in a few words why a score of columns is NaN.
+
+    >>> why_undefined({"correct": torch.tensor([True]), "predictive_entropy": torch.tensor([0.1])})
+    'no prediction is wrong'
+    """
+    correct = columns.get("correct")
+    if correct is not None and correct.all() == correct.any():
+        return "no prediction is wrong" if correct.all() else "no prediction is right"
+    return "the targets have no bytes" if "bytes" in columns else "a column is not a number"
