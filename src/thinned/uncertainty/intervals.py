@@ -14,7 +14,12 @@ import torch
 from torch import Tensor
 
 from thinned.uncertainty.estimates import (
-    HYPOTHETICAL, Resampled, Smooth, estimated, hypothetical_error, mean_over_runs
+    HYPOTHETICAL,
+    Resampled,
+    Smooth,
+    estimated,
+    hypothetical_error,
+    mean_over_runs,
 )  # fmt: skip
 from thinned.uncertainty.scores import SCORES, Score
 
@@ -156,7 +161,8 @@ def score_intervals(
                 intervals[name][key] = Interval(value, math.nan, math.nan, n, undefined[0].why, values)
                 continue
             estimate = mean_over_runs(parts)
-            intervals[name][key] = Interval(value, *estimate.bounds(), n, runs=values)
+            low, high = estimate.bounds()
+            intervals[name][key] = Interval(value, low, high, n, runs=values)
             if name == baseline:
                 of_baseline[key], nll_of_baseline = estimate, nll
             elif key in of_baseline:
@@ -189,7 +195,7 @@ def _estimates(
         if not score.needs <= read:
             continue
         columns = {column: rows[column] for column in score.columns}
-        value = score.of(*columns.values()).item()
+        value = score.of(*columns.values(), weights=None).item()
         if math.isnan(value):
             found[key] = Undefined(value, why_undefined(columns))
         elif score.kind == "descriptive":

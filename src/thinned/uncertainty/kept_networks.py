@@ -1,10 +1,6 @@
-"""The thinned networks of a net, one by one or many in a stack, kept from one batch to the next.
+"""The thinned networks of a net, one by one or many in a stack, kept from one batch to the next."""
 
-Shapes: B inputs, S networks, K classes.
-"""
-
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -37,45 +33,23 @@ class KeptNetworks:
         self, net: nn.Module, num_samples: int, at_once: int, seed: int, sites: Sequence[str] | None, scale: float
     ) -> Iterator[nn.Module]:
         """Yields S networks one by one (`net.thin`), or if `at_once` is above 1, so many in a stack (`net.stack`)."""
+        weights, stacked = [*net.parameters(), *net.buffers()], at_once > 1
+        make: Any = net_offers(net).stack if stacked else net_offers(net).thin
         rates = [module.p for module in net.modules() if isinstance(module, Dropout)]
-        weights = [(id(tensor), tensor.dtype, tensor.device) for tensor in _tensors(net)]
-        made_of = (net, seed, sites, scale, rates, weights, torch.is_inference_mode_enabled())
-        if made_of != self._made_of:
-            self._forget()
-            self._made_of = made_of
-        offers = net_offers(net)
-        if at_once > 1:
-            assert offers.stack is not None, "Expected a net with `stack`"
-            for first in range(0, num_samples, at_once):
-                samples = range(first, min(first + at_once, num_samples))
-                yield self._kept_or_made(net, samples, partial(offers.stack, seed, samples, sites, scale))
-            return
-        assert offers.thin is not None, "Expected a net with `thin`"
-        self._forget_if_changed(net)
-        for sample in range(num_samples):
-            yield self._kept_or_made(net, sample, partial(offers.thin, seed, sample, sites, scale))
-
-    def _kept_or_made(self, net: nn.Module, key: int | range, make: Callable[[], nn.Module]) -> nn.Module:
-        if key in self._kept:
-            return self._kept[key]
-        made = make()
-        shared = {id(tensor) for tensor in _tensors(net)}
-        size = sum(tensor.nbytes for tensor in _tensors(made) if id(tensor) not in shared)
-        if self._bytes + size <= self.max_bytes:
-            self._kept[key] = made
-            self._bytes += size
-        return made
-
-    def _forget_if_changed(self, net: nn.Module) -> None:
-        """Forgets everything if a weight is not what it was when networks were cut."""
-        weights = _tensors(net)
-        if len(weights) != len(self._weights) or not all(map(torch.equal, weights, self._weights)):
-            self._forget()
-            self._weights = [tensor.detach().clone() for tensor in weights] if self.max_bytes else []
-
-    def _forget(self) -> None:
-        self._kept, self._bytes, self._weights = {}, 0, []
-
-
-def _tensors(net: nn.Module) -> list[Tensor]:
-    return [*net.parameters(), *net.buffers()]
+        identity = {id(tensor): (tensor.dtype, tensor.device) for tensor in weights}
+        made_of = (net, seed, sites, scale, rates, identity, torch.is_inference_mode_enabled())
+        if made_of != self._made_of or not (stacked or all(map(torch.equal, weights, self._weights))):
+            self._made_of, self._weights, self._kept, self._bytes = made_of, [], {}, 0
+        if self.max_bytes and not (stacked or self._weights):
+            self._weights = [tensor.detach().clone() for tensor in weights]
+        for first in range(0, num_samples, at_once):
+            key = range(first, min(first + at_once, num_samples)) if stacked else first
+            made = self._kept.get(key)
+            if made is None:
+                made = make(seed, key, sites, scale)
+                own = (*made.parameters(), *made.buffers())
+                size = sum(tensor.nbytes for tensor in own if id(tensor) not in identity)
+                if self._bytes + size <= self.max_bytes:
+                    self._kept[key] = made
+                    self._bytes += size
+            yield made

@@ -20,7 +20,14 @@ from torch import Tensor, nn
 
 from thinned.models.dropout import derive_seed
 from thinned.models.net import check_logits, logits_in, net_offers
-from thinned.uncertainty.acting_dropout import acting_sites, of_our_make, only_dropout_active, seeded_output
+from thinned.uncertainty.acting_dropout import (
+    acting_sites,
+    nothing_drops,
+    of_our_make,
+    only_dropout_active,
+    random_state,
+    seeded,
+)  # fmt: skip
 from thinned.uncertainty.foreign_dropout import FoundDropout, find_dropout
 from thinned.uncertainty.kept_networks import KeptNetworks
 from thinned.uncertainty.statistics import MCPrediction, MCStatistics
@@ -38,21 +45,80 @@ STACKED_INPUTS_ON_GPU = 4096
 ROWS_AT_ONCE_ON_GPU = 2**15
 
 
-def stack_limits(device: torch.device) -> tuple[int, int]:
-    """Returns how many inputs at most pass through a stack, and the most rows of it: networks times inputs."""
-    return (STACKED_INPUTS, ROWS_AT_ONCE) if device.type == "cpu" else (STACKED_INPUTS_ON_GPU, ROWS_AT_ONCE_ON_GPU)
+@torch.no_grad()
+def mc_predict(
+    net: nn.Module,
+    inputs: Any,
+    *,
+    num_samples: int = 50,
+    masks: Masks = "auto",
+    seed: int = 0,
+    sites: Collection[str] | None = None,
+    scale: float = 1.0,
+    kept: KeptNetworks | None = None,
+) -> MCPrediction:
+    """Predicts with S networks sampled by dropout and says how much they differ.
+
+    Args:
+        net: Maps inputs to logits (B, K); of a dict or dataclass `logits` is taken, of a tuple the first element. Any
+            module will do for independent masks, whose dropout is found by two or three passes more: see
+            `foreign_dropout`. Nothing but dropout is in training mode, and all modes are restored.
+        inputs: The net is called with them.
+        num_samples: S, at least 2.
+        masks: Shared by all inputs (a thinned network), independent per element, or auto: shared if the net has `thin`.
+        seed: Of the ensemble. The global random state is left as it was.
+        sites: Those at which dropout acts; None for all. Only for nets built from `thinned.models.Dropout`.
+        scale: Multiplies the rates of `thinned.models.Dropout`.
+        kept: Keeps the thinned networks of shared masks for the next call. None keeps nothing.
+
+    Raises:
+        ValueError: S below 2, unknown site, no dropout, dropout with a rate that never draws, a net of which dropout
+            cannot act alone, or outputs that are no logits.
+
+    >>> net = nn.Sequential(nn.Dropout(0.5), nn.Linear(1, 2, bias=False))
+    >>> net[1].weight.data = torch.tensor([[1.0], [0.0]])
+    >>> p = mc_predict(net, torch.ones(1, 1), num_samples=1000)  # p_s is sigmoid(2), or 1/2 if the input is dropped
+    >>> [round(x.item(), 1) for x in (p.mean[0, 0], p.predictive_entropy, p.expected_entropy, p.mutual_information)]
+    [0.7, 0.6, 0.5, 0.1]
+    """
+    statistics = MCStatistics()
+    settings: dict[str, Any] = {"num_samples": num_samples, "masks": masks, "seed": seed, "sites": sites}
+    with closing(sampled_logits(net, inputs, **settings, scale=scale, kept=kept)) as sampled:
+        for logits in sampled:  # (n, B, K)
+            statistics.update_all(_probabilities(logits))
+    return statistics.compute()
 
 
-def resolve_masks(net: nn.Module, masks: Masks) -> Literal["shared", "independent"]:
-    """Resolves `auto` to `shared` if the net has `thin`; ValueError for shared masks of a net without it."""
-    if masks not in ("auto", "shared", "independent"):
-        raise ValueError(f"Expected masks to be auto, shared or independent, but got {masks!r}")
-    thinnable = net_offers(net).thin is not None
-    if masks == "shared" and not thinnable:
-        raise ValueError(
-            f"Expected a net with `thin(seed, sample, sites)` for masks=shared, but got {type(net).__name__}"
-        )
-    return "shared" if masks != "independent" and thinnable else "independent"
+def mc_samples(net: nn.Module, inputs: Any, **settings: Any) -> Generator[Tensor, None, None]:
+    """Yields the S sampled predictive distributions: softmax of the logits, (B, K). See `mc_predict`."""
+    with closing(sampled_logits(net, inputs, **settings)) as sampled:
+        for logits in sampled:
+            yield from _probabilities(logits)
+
+
+def _probabilities(logits: Tensor) -> Tensor:
+    return torch.softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=-1)
+
+
+def sampled_logits(
+    net: nn.Module, inputs: Any, masks: Masks = "auto", sites: Collection[str] | None = None, **settings: Any
+) -> Generator[Tensor, None, None]:
+    """Yields the logits of S sampled networks, (n, B, K) for the next n of them. See `sampled_outputs`."""
+    stacked, at_once = False, 1
+    if resolve_masks(net, masks) == "shared" and net_offers(net).stack is not None and acting_sites(net, sites):
+        most_inputs, most_rows = stack_limits(inputs.device)
+        stacked = len(inputs) <= most_inputs
+        at_once = most_rows // max(len(inputs), 1) if stacked else 1
+    settings |= {"masks": masks, "sites": sites, "at_once": at_once}
+    # A generator that is closed restores the modes at once, on an exception too.
+    with closing(sampled_outputs(net, lambda sampled: logits_in(sampled, inputs), **settings)) as outputs:
+        for number, logits in enumerate(outputs):
+            if number == 0 and not of_our_make(net):
+                check_logits(net, logits)
+            if not stacked:
+                yield logits[None]
+            else:  # weights get no gradients through thinned networks
+                yield logits if inputs.requires_grad else logits.detach()
 
 
 def sampled_outputs(
@@ -80,10 +146,10 @@ def sampled_outputs(
     shared = resolve_masks(net, masks) == "shared"
     if sites is None and not of_our_make(net):
         found = found or find_dropout(net, evaluate)
-        off = found.off
+        off, owners = found.off, found.owners
     else:
         sites = acting_sites(net, sites)
-        off = not sites
+        off, owners = not sites, frozenset()
     if off:
         with only_dropout_active(net, ()):
             output = evaluate(net)
@@ -92,77 +158,28 @@ def sampled_outputs(
         kept = kept or KeptNetworks(max_bytes=0)
         yield from map(evaluate, kept.networks(net, num_samples, at_once, seed, sites, scale))
     else:
-        watched = evaluate if found is None else found.pass_of(evaluate)
-        with only_dropout_active(net, sites, scale, () if found is None else found.owners):
+        with only_dropout_active(net, sites, scale, owners):
             for sample in range(num_samples):
-                yield seeded_output(net, watched, derive_seed(seed, sample))
+                with seeded(derive_seed(seed, sample)):
+                    before = random_state()
+                    output = evaluate(net)
+                    if torch.equal(before, random_state()):
+                        raise nothing_drops(net)
+                yield output
 
 
-def sampled_logits(
-    net: nn.Module, inputs: Any, masks: Masks = "auto", sites: Collection[str] | None = None, **settings: Any
-) -> Generator[Tensor, None, None]:
-    """Yields the logits of S sampled networks, (n, B, K) for the next n of them. See `sampled_outputs`."""
-    can_stack = resolve_masks(net, masks) == "shared" and net_offers(net).stack is not None
-    most_inputs, most_rows = stack_limits(inputs.device) if can_stack else (0, 0)
-    stacked = can_stack and len(inputs) <= most_inputs and acting_sites(net, sites) != ()
-    at_once = most_rows // max(len(inputs), 1) if stacked else 1
-    settings |= {"masks": masks, "sites": sites, "at_once": at_once}
-    with closing(sampled_outputs(net, lambda sampled: logits_in(sampled, inputs), **settings)) as outputs:
-        for number, logits in enumerate(outputs):  # closed on an exception, which restores the modes at once
-            if number == 0 and not of_our_make(net):
-                check_logits(net, logits)
-            if not stacked:
-                yield logits[None]
-            else:  # weights get no gradients through thinned networks
-                yield logits if inputs.requires_grad else logits.detach()
+def resolve_masks(net: nn.Module, masks: Masks) -> Literal["shared", "independent"]:
+    """Resolves `auto` to `shared` if the net has `thin`; ValueError for shared masks of a net without it."""
+    if masks not in ("auto", "shared", "independent"):
+        raise ValueError(f"Expected masks to be auto, shared or independent, but got {masks!r}")
+    thinnable = net_offers(net).thin is not None
+    if masks == "shared" and not thinnable:
+        raise ValueError(
+            f"Expected a net with `thin(seed, sample, sites)` for masks=shared, but got {type(net).__name__}"
+        )
+    return "shared" if masks != "independent" and thinnable else "independent"
 
 
-def mc_samples(net: nn.Module, inputs: Any, **settings: Any) -> Generator[Tensor, None, None]:
-    """Yields the S sampled predictive distributions: softmax of the logits, (B, K). See `mc_predict`."""
-    with closing(sampled_logits(net, inputs, **settings)) as parts:
-        for logits in parts:
-            yield from _probabilities(logits)
-
-
-@torch.no_grad()
-def mc_predict(
-    net: nn.Module,
-    inputs: Any,
-    *,
-    num_samples: int = 50,
-    masks: Masks = "auto",
-    seed: int = 0,
-    sites: Collection[str] | None = None,
-    scale: float = 1.0,
-    kept: KeptNetworks | None = None,
-) -> MCPrediction:
-    """Predicts with S networks sampled by dropout and says how much they differ.
-
-    Args:
-        net: Maps inputs to logits (B, K). Any module will do for independent masks: its dropout is found by two passes
-            more, three if it acts in training mode alone (see `foreign_dropout`). It may be a module, `F.dropout(...,
-            self.training)`, or inside `nn.MultiheadAttention`, `nn.LSTM` or `scaled_dot_product_attention`. Nothing
-            else is in training mode, and all modes are restored. Of a dict or dataclass, `logits` is taken; of a tuple,
-            its first element.
-        inputs: The net is called with them.
-        num_samples: S, at least 2.
-        masks: Shared by all inputs (a thinned network), independent per element, or auto: shared if the net has `thin`.
-        seed: Of the ensemble. The global random state is left as it was.
-        sites: Those at which dropout acts; None for all. Only for nets built from `thinned.models.Dropout`.
-        scale: Multiplies the rates of `thinned.models.Dropout`.
-        kept: Keeps the thinned networks of shared masks for the next call. None keeps nothing.
-
-    Raises:
-        ValueError: S below 2, unknown site, no dropout, dropout with a rate that never draws, a net of which dropout
-            cannot act alone, or outputs that are no logits.
-    """
-    statistics = MCStatistics()
-    settings: dict[str, Any] = {"num_samples": num_samples, "masks": masks, "seed": seed, "sites": sites}
-    with closing(sampled_logits(net, inputs, **settings, scale=scale, kept=kept)) as parts:
-        for logits in parts:  # closed on an exception, which restores the modes at once
-            statistics.update_all(_probabilities(logits))
-    return statistics.compute()
-
-
-def _probabilities(logits: Tensor) -> Tensor:
-    return torch.softmax(logits if logits.dtype == torch.float64 else logits.float(), dim=-1)
+def stack_limits(device: torch.device) -> tuple[int, int]:
+    """Returns how many inputs at most pass through a stack, and the most rows of it: networks times inputs."""
+    return (STACKED_INPUTS, ROWS_AT_ONCE) if device.type == "cpu" else (STACKED_INPUTS_ON_GPU, ROWS_AT_ONCE_ON_GPU)

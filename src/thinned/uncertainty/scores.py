@@ -106,8 +106,8 @@ def risk_at_80_coverage(errors: Tensor, uncertainty: Tensor, weights: Tensor | N
 
     The one on the border counts by its share, tied ones by their mean. Arguments are those of `aurc`.
 
-    >>> risk_at_80_coverage(torch.tensor([False, True]), torch.tensor([0.1, 0.2])).item()  # 0.6 of 1.6
-    0.3749...
+    >>> risk_at_80_coverage(torch.tensor([0, 0, 0, 0, 1]), torch.arange(5)).item()  # the last one is left out
+    0.0
     """
     weight, total = curves(uncertainty, errors, weights)
     at = 0.8 * weight[-1:]
@@ -199,7 +199,7 @@ def scores(rows: Mapping[str, Tensor]) -> dict[str, float]:
     found = {}
     for name, score in SCORES.items():
         if all(column in rows for column in score.needs):
-            found[name] = score.of(*(rows[column] for column in score.columns)).item()
+            found[name] = score.of(*(rows[column] for column in score.columns), weights=None).item()
     return found
 
 

@@ -42,7 +42,7 @@ def curves(by: Tensor, values: Tensor, weights: Tensor | None = None) -> tuple[T
     ordered, order = by.sort()
     last = torch.cat([ordered[1:] != ordered[:-1], torch.ones_like(ordered[:1], dtype=torch.bool)]).nonzero().squeeze(1)
     w = weights_of(by, weights)[order]
-    weight, total = F.pad(torch.stack([w, w * values.double()[order]]).cumsum(1)[:, last], (1, 0))
+    weight, total = (F.pad(each.cumsum(0)[last], (1, 0)) for each in (w, w * values.double()[order]))
     return weight, total
 
 
