@@ -11,7 +11,7 @@ from torch import Tensor
 
 from thinned.uncertainty import classification_scores
 from thinned.uncertainty.calibration import smooth_ece
-from thinned.uncertainty.intervals import why_undefined
+from thinned.uncertainty.estimates import why_undefined
 from thinned.uncertainty.scores import (
     SCORES,
     Score,

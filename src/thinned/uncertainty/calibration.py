@@ -92,12 +92,11 @@ def brier_discrimination(target: Tensor, probs: Tensor, weights: Tensor | None =
 
     w, squares = weights_of(target, weights), 0.0
     for k in range(probs.shape[1]):
-        distinct, tie = probs[:, k].unique(return_inverse=True)
-        weight = totals(w, tie, len(distinct))
-        events = totals(w * (target == k), tie, len(distinct))[weight > 0].cpu().numpy()
-        weight = weight[weight > 0].cpu().numpy()
-        if len(weight):
-            squares += weight @ isotonic_regression(events / weight, weights=weight).x ** 2
+        distinct, tie = torch.unique(probs[:, k], return_inverse=True)
+        weight, events = (totals(each, tie, len(distinct)) for each in (w, w * (target == k)))
+        n, y = (each[weight > 0].cpu().numpy() for each in (weight, events / weight))
+        if len(n):
+            squares += float(n @ isotonic_regression(y, weights=n).x ** 2)
     return squares / w.sum() - (1 - brier_uncertainty(target, probs, weights))
 
 

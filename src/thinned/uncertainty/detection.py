@@ -14,13 +14,13 @@ if each of the two kinds had the total that it has in the data.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from thinned.uncertainty.intervals import Difference, Interval, score_intervals
-from thinned.uncertainty.scores import Score, aurc, auroc_error, of_correct
+from thinned.uncertainty.scores import Score, aurc, auroc_error
 from thinned.uncertainty.weighting import curves, weights_of
 
 
@@ -54,26 +54,25 @@ def balanced(known: Tensor, weights: Tensor | None) -> Tensor:
     return sum((w * kind * (kind.sum() / (w @ kind)) for kind in (known.double(), (~known).double())), 0 * w)
 
 
-def _detecting(of: Callable[..., Tensor], sign: int) -> Callable[..., Tensor]:
-    return lambda known, measure, weights=None: of(known, sign * measure, weights)
+def scod_auroc(known: Tensor, correct: Tensor, uncertainty: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Returns the probability that a failure is more uncertain than a success, a tie counting half, ()."""
+    return auroc_error(known & correct, uncertainty, balanced(known, weights))
 
 
-def _rejecting(of: Callable[..., Tensor], sign: int) -> Callable[..., Tensor]:
-    return lambda known, correct, measure, weights=None: of(known & correct, sign * measure, balanced(known, weights))
+def scod_aurc(known: Tensor, correct: Tensor, uncertainty: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Returns the area under the risk-coverage curve of failures, ()."""
+    return aurc(~(known & correct), uncertainty, balanced(known, weights))
 
 
 def _scores_of(measure: str, label: str) -> dict[str, Score]:
     """Returns the scores that one measure of uncertainty has, by their names."""
-    detecting, rejecting = ("known", measure), ("known", "correct", measure)
-    sign = -1 if measure == "confidence" else 1
+    two, three = ("known", f"uncertainty_{measure}"), ("known", "correct", f"uncertainty_{measure}")
     return {
-        f"foreign_auroc_{measure}": Score(f"AUROC, {label} ↑", _detecting(auroc_error, sign), detecting, most=1),
-        f"foreign_aupr_{measure}": Score(f"AUPR, {label} ↑", _detecting(aupr, sign), detecting, most=1),
-        f"foreign_fpr95_{measure}": Score(
-            f"FPR at 95 % TPR, {label} ↓", _detecting(fpr_at_95_tpr, sign), detecting, "resampled", most=1
-        ),
-        f"scod_auroc_{measure}": Score(f"SCOD: AUROC, {label} ↑", _rejecting(auroc_error, sign), rejecting, most=1),
-        f"scod_aurc_{measure}": Score(f"SCOD: AURC, {label} ↓", _rejecting(of_correct(aurc), sign), rejecting, most=1),
+        f"foreign_auroc_{measure}": Score(f"AUROC, {label} ↑", auroc_error, two, most=1),
+        f"foreign_aupr_{measure}": Score(f"AUPR, {label} ↑", aupr, two, most=1),
+        f"foreign_fpr95_{measure}": Score(f"FPR at 95 % TPR, {label} ↓", fpr_at_95_tpr, two, "resampled", most=1),
+        f"scod_auroc_{measure}": Score(f"SCOD: AUROC, {label} ↑", scod_auroc, three, most=1),
+        f"scod_aurc_{measure}": Score(f"SCOD: AURC, {label} ↓", scod_aurc, three, most=1),
     }
 
 
@@ -103,6 +102,7 @@ def detection_intervals(
     ways = {}
     for way, columns in known.items():
         joined = {key: torch.cat([columns[key], foreign[way][key]]) for key in MEASURES if key in columns}
+        joined |= {f"uncertainty_{key}": -x if key == "confidence" else x for key, x in joined.items()}
         joined["known"] = torch.arange(len(joined["confidence"])) < len(columns["confidence"])
         if "correct" in columns:
             others = columns["correct"].new_zeros(len(foreign[way]["confidence"]))

@@ -155,10 +155,9 @@ def find_dropout(net: nn.Module, evaluate: Callable[[nn.Module], Any]) -> FoundD
     owners = frozenset(caller for caller, _ in calls)
     if owners:
         _check_owners(net, evaluate, owners, calls, expected)
-    numbers = (
-        value for m in net.modules() if is_dropout(m) for value in vars(m).values() if not isinstance(value, bool)
-    )
-    rates = [*trained.rates, *(number for number in numbers if isinstance(number, int | float) and 0 <= number < 1)]
+    numbers = [number for m in net.modules() if is_dropout(m) for number in vars(m).values()]
+    rates = [p for p in numbers if isinstance(p, int | float) and not isinstance(p, bool) and 0 <= p < 1]
+    rates += trained.rates
     alone = {caller for caller, _ in trained.calls if caller not in still.ran}
     return FoundDropout(owners, bool(rates) and not any(rates), _names(net, trained.drawn | alone))
 

@@ -6,21 +6,12 @@ Shapes: N predictions, G independent groups of them (each its own, if none are g
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from statistics import fmean
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from thinned.uncertainty.estimates import (
-    HYPOTHETICAL,
-    Resampled,
-    Smooth,
-    estimated,
-    hypothetical_error,
-    mean_over_runs,
-)  # fmt: skip
+from thinned.uncertainty.estimates import HYPOTHETICAL, Estimate, estimated, hypothetical_error
 from thinned.uncertainty.scores import SCORES, Score
 
 Columns = Mapping[str, Tensor]
@@ -136,39 +127,36 @@ def score_intervals(
     if baseline is not None and baseline not in ways:
         raise ValueError(f"Expected a baseline among {list(ways)}, but got {baseline}")
     runs = {name: [way] if isinstance(way, Mapping) else list(way) for name, way in ways.items()}
-    doubts = {name: [1 - run["confidence"].double() for run in of_way] for name, of_way in runs.items()}
-    lengths = {name: len(doubt) for name, of_way in doubts.items() for doubt in of_way}
-    if len({len(doubt) for of_way in doubts.values() for doubt in of_way}) != 1:
+    doubts = [1 - run["confidence"].double() for of_way in runs.values() for run in of_way]
+    n = len(doubts[0])
+    if any(len(doubt) != n for doubt in doubts):
+        lengths = [len(doubt) for doubt in doubts]
         raise ValueError(f"Expected ways with predictions of the same examples, but got numbers of them: {lengths}")
-    doubt = torch.stack([doubt for of_way in doubts.values() for doubt in of_way]).mean(0)
-    n = len(doubt)
     group = torch.arange(n) if groups is None else torch.unique(groups, return_inverse=True)[1]
     if n == 0 or group.max() == 0:
         raise ValueError(f"Expected at least two predictions that are independent, but got {min(n, 1)}")
+    doubt = torch.stack(doubts).mean(0)
 
     intervals: dict[str, dict[str, Interval]] = {name: {} for name in ways}
     differences: dict[str, dict[str, Difference]] = {name: {} for name in ways if baseline not in (None, name)}
-    of_baseline: dict[str, Smooth | Resampled] = {}
+    of_baseline: dict[str, Estimate] = {}
     nll_of_baseline = torch.empty(0)
     for name in sorted(ways, key=lambda name: name != baseline):
         of_runs = [_estimates(run, table, doubt, group, num_resamples, seed) for run in runs[name]]
         nll = torch.stack([run.get("nll", run["confidence"]) for run in runs[name]])
+        if name == baseline:
+            nll_of_baseline = nll
         for key in of_runs[0]:
-            parts = [run[key] for run in of_runs]
-            value, values = fmean(part.value for part in parts), tuple(part.value for part in parts)
-            values = values if len(parts) > 1 else ()
-            if undefined := [part for part in parts if isinstance(part, Undefined)]:
-                intervals[name][key] = Interval(value, math.nan, math.nan, n, undefined[0].why, values)
-                continue
-            estimate = mean_over_runs(parts)
-            low, high = estimate.bounds()
-            intervals[name][key] = Interval(value, low, high, n, runs=values)
+            estimate = Estimate.mean([run[key] for run in of_runs])
+            values = tuple(run[key].value for run in of_runs) if len(of_runs) > 1 else ()
+            low, high = (math.nan, math.nan) if estimate.why else estimate.bounds()
+            intervals[name][key] = Interval(estimate.value, low, high, n, estimate.why, values)
             if name == baseline:
-                of_baseline[key], nll_of_baseline = estimate, nll
-            elif key in of_baseline:
+                of_baseline[key] = estimate
+            elif key in of_baseline and not (estimate.why or of_baseline[key].why):
                 same = torch.equal(nll, nll_of_baseline)
                 difference = (0.0, 0.0, 1.0) if same else estimate.above(of_baseline[key])
-                differences[name][key] = Difference(value - of_baseline[key].value, *difference)
+                differences[name][key] = Difference(estimate.value - of_baseline[key].value, *difference)
     for key in table:
         family = [of_way for of_way in differences.values() if key in of_way]
         for of_way, p in zip(family, holm([of_way[key].p for of_way in family]), strict=True):
@@ -176,42 +164,15 @@ def score_intervals(
     return intervals, differences
 
 
-class Undefined(NamedTuple):
-    """A score without an interval, and why it has none."""
-
-    value: float
-    why: str
-
-
 def _estimates(
     way: Columns, table: Mapping[str, Score], doubt: Tensor, group: Tensor, num_resamples: int, seed: int
-) -> dict[str, Smooth | Resampled | Undefined]:
+) -> dict[str, Estimate]:
     """Returns all scores that the columns of a way allow."""
     read = HYPOTHETICAL.union(*(score.needs for score in table.values())) & set(way)
     rows = {column: way[column].clone() for column in read}
     hypothetical = hypothetical_error(rows, doubt) if "nll" in rows else {}
-    found: dict[str, Smooth | Resampled | Undefined] = {}
-    for key, score in table.items():
-        if not score.needs <= read:
-            continue
-        columns = {column: rows[column] for column in score.columns}
-        value = score.of(*columns.values(), weights=None).item()
-        if math.isnan(value):
-            found[key] = Undefined(value, why_undefined(columns))
-        elif score.kind == "descriptive":
-            found[key] = Undefined(value, "it fits noise, which resampling does not show")
-        else:
-            found[key] = estimated(score, value, columns, hypothetical, group, num_resamples, seed)
-    return found
-
-
-def why_undefined(columns: Columns) -> str:
-    """Says in a few words why a score of columns is NaN.
-
-    >>> why_undefined({"correct": torch.tensor([True]), "predictive_entropy": torch.tensor([0.1])})
-    'no prediction is wrong'
-    """
-    correct = columns.get("correct")
-    if correct is not None and correct.all() == correct.any():
-        return "no prediction is wrong" if correct.all() else "no prediction is right"
-    return "the targets have no bytes" if "bytes" in columns else "a column is not a number"
+    return {
+        key: estimated(score, {c: rows[c] for c in score.columns}, hypothetical, group, num_resamples, seed)
+        for key, score in table.items()
+        if score.needs <= read
+    }

@@ -140,6 +140,11 @@ class Score:
     beside: str | None = None
 
     @property
+    def resampled(self) -> bool:
+        """Whether its interval is made of its values in resamples."""
+        return self.kind in ("calibration", "resampled")
+
+    @property
     def needs(self) -> set[str]:
         """The names of all columns without which there is no such score."""
         return {*self.columns, *filter(None, [self.beside])}
