@@ -13,7 +13,7 @@ from torch import Tensor
 from thinned.evaluation.batch import Batch, Validation
 from thinned.evaluation.ways import Way
 from thinned.models.dropout import derive_seed
-from thinned.uncertainty.conformal import KINDS, Kind, absent_classes, conformity, set_members, threshold, uniforms
+from thinned.uncertainty.conformal import KINDS, Kind, conformity, set_members, threshold, uniforms
 
 
 class PredictionSets:
@@ -51,7 +51,7 @@ class PredictionSets:
         except ValueError as error:
             raise ValueError(f"{error} in one half of the validation split (mc_dropout.coverage)") from None
         self.thresholds = {way.name: {kind: next(values) for kind in KINDS} for way in ways}
-        if absent := absent_classes(targets.long(), num_classes):
+        if absent := [k for k in range(num_classes) if not (targets == k).any()]:  # of them nothing is known
             rank_zero_info(f"Prediction sets are calibrated without an example of the classes {absent}.")
 
     def columns(self, way: Way, probs: Tensor, targets: Tensor | None, index: Tensor) -> dict[str, Tensor]:

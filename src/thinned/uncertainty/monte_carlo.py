@@ -110,7 +110,6 @@ def sampled_logits(
         stacked = len(inputs) <= most_inputs
         at_once = most_rows // max(len(inputs), 1) if stacked else 1
     settings |= {"masks": masks, "sites": sites, "at_once": at_once}
-    # A generator that is closed restores the modes at once, on an exception too.
     with closing(sampled_outputs(net, lambda sampled: logits_in(sampled, inputs), **settings)) as outputs:
         for number, logits in enumerate(outputs):
             if number == 0 and not of_our_make(net):
@@ -143,13 +142,13 @@ def sampled_outputs(
     """
     if num_samples < 2:
         raise ValueError(f"Expected num_samples to be at least 2, but got {num_samples}")
-    shared = resolve_masks(net, masks) == "shared"
+    shared, owners = resolve_masks(net, masks) == "shared", frozenset[nn.Module]()
     if sites is None and not of_our_make(net):
         found = found or find_dropout(net, evaluate)
         off, owners = found.off, found.owners
     else:
         sites = acting_sites(net, sites)
-        off, owners = not sites, frozenset()
+        off = not sites
     if off:
         with only_dropout_active(net, ()):
             output = evaluate(net)

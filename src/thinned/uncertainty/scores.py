@@ -39,6 +39,19 @@ def brier(probs: Tensor, targets: Tensor) -> Tensor:
     return (probs - F.one_hot(targets, probs.shape[-1])).square().sum(-1)
 
 
+def prediction_columns(probs: Tensor, targets: Tensor | None) -> dict[str, Tensor]:
+    """Returns what distributions (N, K) say of themselves and, unless they are None, of targets (N,): columns, (N,).
+
+    The rank is 1 if the target is the most probable class.
+    """
+    confidence, prediction = probs.max(-1)
+    columns = {"prediction": prediction, "confidence": confidence.clamp_max(1), "predictive_entropy": entropy(probs)}
+    if targets is not None:
+        rank = 1 + (probs > probs.gather(-1, targets[:, None])).sum(-1)
+        columns |= {"nll": nll(probs, targets), "correct": prediction == targets, "rank": rank}
+    return columns
+
+
 def auroc_error(correct: Tensor, uncertainty: Tensor, weights: Tensor | None = None) -> Tensor:
     """Returns the probability that an error is more uncertain than a hit, a tie counting half, ().
 
@@ -224,7 +237,4 @@ def classification_scores(probs: Tensor, targets: Tensor) -> dict[str, float]:
     """
     if probs.dim() != 2 or targets.shape != probs.shape[:1]:
         raise ValueError(f"Expected probs (N, K) and targets (N,), but got {(*probs.shape,)} and {(*targets.shape,)}")
-    confidence, prediction = probs.max(-1)
-    rows = {"target": targets, "correct": prediction == targets, "confidence": confidence}
-    rows |= {"nll": nll(probs, targets), "brier": brier(probs, targets), "predictive_entropy": entropy(probs)}
-    return scores(rows)
+    return scores(prediction_columns(probs, targets) | {"target": targets, "brier": brier(probs, targets)})
