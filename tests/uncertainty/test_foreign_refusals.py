@@ -30,6 +30,13 @@ class DrawsBeside(made.Attention):
         return super().forward(x) + (torch.randn_like(x) if self.training else 0)
 
 
+class DrawsInVain(made.Attention):
+    """As a layer does that is left out at random, in a pass in which it is not."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x + (torch.rand(()) < -1 if self.training else 0))
+
+
 class ReturnsMore(made.Attention):
     def forward(self, x: Tensor) -> Any:
         return (super().forward(x), x) if self.training else super().forward(x)
@@ -78,7 +85,8 @@ class Tells(nn.Module):
 @pytest.mark.parametrize(
     ("kind", "said"),
     [
-        (DrawsBeside, "random numbers drawn by DrawsBeside"),
+        (DrawsBeside, "another output"),
+        (DrawsInVain, "random numbers drawn by DrawsInVain"),
         (ReturnsMore, "TypeError: .*tuple"),
         (Scales, "another output"),
         (Counts, "another output"),

@@ -1,7 +1,7 @@
 """Passes of a net in which dropout acts and nothing else does, with a given random state."""
 
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -46,10 +46,7 @@ def is_dropout(module: nn.Module) -> bool:
 def restored(net: nn.Module) -> Iterator[list[str]]:
     """Restores modes, buffers, and numbers and tensors that are attributes; then lists the buffers that had changed."""
     modes = {module: module.training for module in net.modules()}
-    attributes = {
-        module: {name: value for name, value in vars(module).items() if isinstance(value, int | float | Tensor)}
-        for module in modes
-    }
+    attributes = {m: {k: v for k, v in vars(m).items() if isinstance(v, int | float | Tensor)} for m in modes}
     buffers = [
         (f"{path}.{name}".strip("."), module, name, buffer, buffer.clone())
         for path, module in net.named_modules()
@@ -68,33 +65,32 @@ def restored(net: nn.Module) -> Iterator[list[str]]:
                 changed.append(path)
                 with torch.no_grad():
                     buffer.copy_(copied)
-                setattr(module, name, buffer)  # of `self.average = 0.9 * self.average + ...`
+                setattr(module, name, buffer)  # another one after `self.average = 0.9 * self.average + ...`
 
 
 @contextmanager
 def only_dropout_active(
     net: nn.Module, sites: Collection[str] | None = None, scale: float = 1.0, owners: Collection[nn.Module] = ()
 ) -> Iterator[None]:
-    """Within the block dropout modules (of the sites, or all) and nothing else are in training mode.
+    """Within the block dropout and nothing else is in training mode. On the way out all is as it was.
 
-    The rates of each `Dropout` that acts are multiplied by `scale`. On the way out all is as it was. A buffer that
-    changed inside raises a ValueError, since such a prediction would depend on its batch.
+    A buffer that changed inside raises a ValueError, since such a prediction would depend on its batch.
 
     Args:
         net: The net.
-        sites: Those of `Dropout`; None is every dropout module.
-        scale: Factor on the rates of `Dropout`.
+        sites: Those of `Dropout` that act; None is every dropout module.
+        scale: Factor on the rates of each `Dropout` that acts.
         owners: More modules that go into training mode, see `FoundDropout`.
     """
-    # cuDNN would seed the dropout between recurrent layers once in a process.
-    cudnn = torch.backends.cudnn.enabled and not any(isinstance(m, nn.RNNBase) and m.dropout for m in net.modules())
-    with restored(net) as changed, torch.backends.cudnn.flags(enabled=cudnn):
+    recurrent = any(isinstance(module, nn.RNNBase) for module in net.modules())  # cuDNN seeds their dropout but once
+    plain = torch.backends.cudnn.flags(enabled=False) if recurrent else nullcontext()
+    with restored(net) as changed, plain:
         for module in net.modules():
-            chosen = is_dropout(module) or module in owners
-            if sites is not None:
-                chosen = isinstance(module, Dropout) and module.site in sites
-            module.training = chosen
-            if chosen and isinstance(module, Dropout):
+            if sites is None:
+                module.training = module in owners or is_dropout(module)
+            else:
+                module.training = isinstance(module, Dropout) and module.site in sites
+            if module.training and isinstance(module, Dropout):
                 module.p = check_rate(scale * module.p, f"scale * dropout.{module.site}")
         yield
     if changed:
@@ -119,6 +115,5 @@ def random_state() -> Tensor:
 
 def nothing_drops(net: nn.Module) -> ValueError:
     """Returns the error for a net in which no dropout acts."""
-    return ValueError(
-        f"Expected dropout with a rate above 0 in {type(net).__name__}, but got a pass that draws nothing"
-    )
+    name = type(net).__name__
+    return ValueError(f"Expected dropout with a rate above 0 in {name}, but got a pass that draws nothing")

@@ -16,7 +16,7 @@ Shapes: N predictions, G independent groups of them, E parts of the hypothetical
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from statistics import fmean
 
 import numpy as np
@@ -30,6 +30,7 @@ from thinned.uncertainty.weighting import totals
 Z = 1.959964  # 95 % of a normal variable are in [-Z, Z]
 WEIGHTS_AT_ONCE = 2**20  # of float64
 HYPOTHETICAL = {"confidence", "predictive_entropy", "nll", "brier"}  # the columns that make the hypothetical error
+EMPTY = torch.empty(0)
 PARTS = 16  # of it, which differ in uncertainty
 POISSON = np.searchsorted(  # the quantiles at 2^16 levels
     np.cumsum([math.exp(-1) / math.factorial(k) for k in range(10)]), (np.arange(2**16) + 0.5) / 2**16
@@ -81,8 +82,8 @@ class Estimate:
     n: int
     why: str | None = None
     at: float = math.nan
-    moves: Tensor = field(default_factory=lambda: torch.empty(0))
-    weights: Tensor = field(default_factory=lambda: torch.empty(0))
+    moves: Tensor = EMPTY
+    weights: Tensor = EMPTY
 
     @classmethod
     def mean(cls, runs: "Sequence[Estimate]") -> "Estimate":
@@ -94,17 +95,14 @@ class Estimate:
         return replace(runs[0], value=value, at=at, moves=moves)
 
     def bounds(self) -> tuple[float, float]:
-        """Returns the 95 % interval: Hall's; Wilson's for as many independent examples as have this variance; or normal.
-
-        Of resamples, the power that is unbiased is normal: of a calibration error, its square.
-        """
+        """Returns the 95 % interval: normal; Wilson's for as many examples as have this variance; or Hall's."""
         if self.score.resampled:
-            power = 2 if self.score.kind == "calibration" else 1
-            powers = self.moves[~self.moves.isnan()] ** power
-            centre, error = 2 * self.value**power - float(powers.mean()), float(powers.std())
+            power = 2 if self.score.kind == "calibration" else 1  # the one that is unbiased
+            powers = replace(self, moves=self.moves**power)
+            centre, error = 2 * self.value**power - float(powers.moves.nanmean()), powers._error_and_skewness()[0]
             low, high = (max(0.0, centre + z * error) ** (1 / power) for z in (-Z, Z))
             return min(low, self.score.most), min(high, self.score.most)
-        error, skewness = _error_and_skewness(self.moves, self.weights)
+        error, skewness = self._error_and_skewness()
         if self.score.kind == "proportion":
             groups = len(self.moves)
             spread = self.value * (1 - self.value) * groups / (groups - 1)
@@ -116,23 +114,27 @@ class Estimate:
 
     def above(self, other: "Estimate") -> tuple[float, float, float]:
         """Returns the 95 % interval of the difference to another way, and the p-value of none."""
-        value, at, moves, weights = self.value - other.value, self.at - other.at, self.moves - other.moves, self.weights
-        if self.score.resampled:
-            error, skewness, at = float(moves[~moves.isnan()].std()), 0.0, value
-        elif (
-            self.score.kind == "proportion"
-        ):  # half an example counts that one way has right, and half one of the other
+        value, moves, weights = self.value - other.value, self.moves - other.moves, self.weights
+        at = value if self.score.resampled else self.at - other.at
+        if self.score.kind == "proportion":  # half an example that one way has right, half one of the other
             moves = torch.cat([moves, moves.new_tensor([1, -1]) / self.n])
-            error, skewness = _error_and_skewness(moves, torch.cat([weights, weights.new_full((2,), 0.5)]))[0], 0.0
-        else:
-            error, skewness = _error_and_skewness(moves, weights)
+            weights = torch.cat([weights, weights.new_full((2,), 0.5)])
+        error, skewness = replace(self, moves=moves, weights=weights)._error_and_skewness()
         if error == 0:
             return value, value, float(value == 0)
         # The skewness of a few differences is itself noise: It may widen an interval, and not move it.
-        low = min(at - error * _inverse_hall(Z, skew) for skew in (0.0, skewness))
-        high = max(at - error * _inverse_hall(-Z, skew) for skew in (0.0, skewness))
-        p = max(math.erfc(abs(_hall(at / error, skew)) / math.sqrt(2)) for skew in (0.0, skewness))
+        skews = (0.0, skewness if self.score.kind == "smooth" else 0.0)
+        low = min(at - error * _inverse_hall(Z, skew) for skew in skews)
+        high = max(at - error * _inverse_hall(-Z, skew) for skew in skews)
+        p = max(math.erfc(abs(_hall(at / error, skew)) / math.sqrt(2)) for skew in skews)
         return min(low, value), max(high, value), p
+
+    def _error_and_skewness(self) -> tuple[float, float]:
+        if self.score.resampled:
+            return float(self.moves[~self.moves.isnan()].std()), 0.0
+        square, cube = (float(self.weights @ self.moves**power) for power in (2, 3))
+        n = float(self.weights.sum())
+        return math.sqrt(square * n / (n - 1)), cube / square**1.5 if square > 0 else 0.0
 
 
 def estimated(
@@ -143,11 +145,11 @@ def estimated(
     num_resamples: int,
     seed: int,
 ) -> Estimate:
-    """Returns a score with its sampling error, in the way that is right for its kind.
+    """Returns a score with its sampling error.
 
     Args:
         score: The score.
-        columns: Those that the score reads, (N, ...).
+        columns: Those that it reads, (N, ...).
         hypothetical: What `hypothetical_error` returns. It joins the columns, if it has all that the score reads.
         group: The group of each prediction, from 0 on, (N,) int64.
         num_resamples: R.
@@ -163,8 +165,8 @@ def estimated(
         of_resamples = torch.vmap(lambda w: score.of(*columns.values(), weights=w[group]))
         at_once = max(8, WEIGHTS_AT_ONCE // n)
         parts = (range(start, min(start + at_once, num_resamples)) for start in range(0, num_resamples, at_once))
-        replicates = [of_resamples(resample_weights(num_groups, part, seed)) for part in parts]
-        return replace(estimate, moves=torch.cat(replicates))
+        values = [of_resamples(resample_weights(num_groups, part, seed)) for part in parts]
+        return replace(estimate, moves=torch.cat(values))
     weights = torch.ones(n, dtype=torch.float64)
     if score.kind == "smooth" and columns.keys() <= hypothetical.keys():
         columns = {name: torch.cat([column, hypothetical[name].to(column)]) for name, column in columns.items()}
@@ -212,11 +214,6 @@ def hypothetical_error(rows: Mapping[str, Tensor], doubt: Tensor) -> dict[str, T
     at = order[torch.searchsorted(doubt[order].cumsum(0), levels * doubt.sum())]
     means = {name: (doubt @ column / doubt.sum()).expand(PARTS) for name, column in expected.items()}
     return {"correct": torch.zeros(PARTS), "predictive_entropy": entropy[at], **means}
-
-
-def _error_and_skewness(moves: Tensor, weights: Tensor) -> tuple[float, float]:
-    square, cube, n = float(weights @ moves**2), float(weights @ moves**3), float(weights.sum())
-    return math.sqrt(square * n / (n - 1)), cube / square**1.5 if square > 0 else 0.0
 
 
 def _hall(t: float, skewness: float) -> float:

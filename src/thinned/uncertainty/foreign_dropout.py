@@ -17,7 +17,6 @@ from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from thinned.models.net import Logits
 from thinned.uncertainty.acting_dropout import is_dropout, random_state, restored, seeded
 
 Output = TypeVar("Output")
@@ -125,21 +124,22 @@ def deterministic_output(net: nn.Module, evaluate: Callable[[nn.Module], Output]
 def find_dropout(net: nn.Module, evaluate: Callable[[nn.Module], Any]) -> FoundDropout:
     """Finds the dropout of a net by two passes, and checks it by a third if some of it is called by other modules.
 
-    A net that leaves out layers at random runs in training mode until each has run, `ATTEMPTS` times at most.
+    A net that leaves out layers at random runs in training mode until each has run, `ATTEMPTS` times at most. Modes,
+    buffers, numbers and tensors that are attributes, and the random state are restored.
 
     Args:
-        net: The net. Its modes, buffers, numbers and tensors that are attributes, and the random state are restored.
-        evaluate: Runs the net on a batch; returns tensors or `Logits`.
+        net: The net.
+        evaluate: Runs the net on a batch, and returns a tensor.
 
     Raises:
         ValueError: The net draws in evaluation mode; it cannot run in training mode; or a module that calls dropout
             does something else in that mode, too.
     """
-    still, trained = _Watch(net), _Watch(net)
+    still, trained, check = _Watch(net), _Watch(net), _Watch(net)
     expected = deterministic_output(net, evaluate, still)
     for path, module in net.named_modules():
-        code = getattr(module, "code", "") if isinstance(module, torch.jit.ScriptModule) else ""
-        if "self.training" in code and not is_dropout(module) and "Norm" not in str(module.original_name):
+        asks = isinstance(module, torch.jit.ScriptModule) and "self.training" in getattr(module, "code", "")
+        if asks and not is_dropout(module) and "Norm" not in str(module.original_name):
             got = f"TorchScript in {type(net).__name__}.{path}, whose code reads `training`"
             raise ValueError(f"Expected dropout that can be told from other code, but got {got}: use the Python module")
     own = {module for module in net.modules() if not is_dropout(module) and not _of_torch(module)}
@@ -154,42 +154,19 @@ def find_dropout(net: nn.Module, evaluate: Callable[[nn.Module], Any]) -> FoundD
     calls = {call for call in trained.calls - still.calls if call[0] in still.ran}
     owners = frozenset(caller for caller, _ in calls)
     if owners:
-        _check_owners(net, evaluate, owners, calls, expected)
-    numbers = [number for m in net.modules() if is_dropout(m) for number in vars(m).values()]
+        try:
+            torch.testing.assert_close(check.run(evaluate, owners), expected, equal_nan=True, msg="another output")
+            got = f"random numbers drawn by {_names(net, check.drawn)}" if check.drawn else ""
+        except Exception as error:
+            got = f"{type(error).__name__}: {error}"
+        if got or not calls <= check.calls:
+            expectation = f"Expected {_names(net, owners)} to do nothing in training mode but dropout"
+            raise ValueError(f"{expectation}, but got {got or 'dropout out of reach'}: use a module such as nn.Dropout")
+    numbers = [number for module in net.modules() if is_dropout(module) for number in vars(module).values()]
     rates = [p for p in numbers if isinstance(p, int | float) and not isinstance(p, bool) and 0 <= p < 1]
     rates += trained.rates
     alone = {caller for caller, _ in trained.calls if caller not in still.ran}
     return FoundDropout(owners, bool(rates) and not any(rates), _names(net, trained.drawn | alone))
-
-
-def _check_owners(
-    net: nn.Module, evaluate: Callable[[nn.Module], Any], owners: frozenset[nn.Module], calls: set[Any], expected: Any
-) -> None:
-    """Raises a ValueError if modules that call dropout do anything else in training mode."""
-    watch, got = _Watch(net), ""
-    try:
-        output = watch.run(evaluate, owners)
-    except Exception as error:
-        got = f"{type(error).__name__}: {error}"
-    else:
-        if watch.drawn:
-            got = f"random numbers drawn by {_names(net, watch.drawn)}"
-        elif not _close(output, expected):
-            got = "another output"
-        elif not calls <= watch.calls:
-            got = "dropout out of reach"
-    if got:
-        expected = f"Expected {_names(net, owners)} to do nothing in training mode but dropout"
-        raise ValueError(f"{expected}, but got {got}: a dropout module of its own, such as nn.Dropout, can act alone")
-
-
-def _close(output: Any, expected: Any) -> bool:
-    output, expected = (each.x if isinstance(each, Logits) else each for each in (output, expected))
-    try:
-        torch.testing.assert_close(output, expected, equal_nan=True)
-    except (AssertionError, TypeError):  # TypeError: of other kinds
-        return False
-    return True
 
 
 def _of_torch(module: nn.Module) -> bool:

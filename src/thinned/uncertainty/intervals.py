@@ -98,9 +98,7 @@ def score_intervals(
     seed: int = 0,
     table: Mapping[str, Score] | None = None,
 ) -> tuple[dict[str, dict[str, Interval]], dict[str, dict[str, Difference]]]:
-    """Returns the intervals of the scores of each way, and the differences of each other way to the baseline.
-
-    They are of the kinds that `thinned.uncertainty.estimates` describes.
+    """Returns by way, then by score the intervals, and the differences of each other way to the baseline.
 
     Args:
         ways: The columns of each way, (N, ...), by its name; or those of several runs, whose mean score is taken. Those
@@ -111,14 +109,10 @@ def score_intervals(
         seed: Seed of the resamples.
         table: The scores by their names; those in `SCORES` if None.
 
-    Returns:
-        Both by way, then by score.
-
     Raises:
         ValueError: There are fewer than two predictions or groups, ways differ in length, or the baseline is no way.
 
-    >>> right = torch.tensor([True] * 8 + [False] * 2)
-    >>> way = {"correct": right, "confidence": torch.full((10,), 0.8)}
+    >>> way = {"correct": torch.tensor([True] * 8 + [False] * 2), "confidence": torch.full((10,), 0.8)}
     >>> accuracy = score_intervals({"mc_dropout": way})[0]["mc_dropout"]["accuracy"]  # Wilson's interval of 8 in 10
     >>> [round(number, 3) for number in (accuracy.value, accuracy.low, accuracy.high)]
     [0.8, 0.49, 0.943]

@@ -114,10 +114,9 @@ def sampled_logits(
         for number, logits in enumerate(outputs):
             if number == 0 and not of_our_make(net):
                 check_logits(net, logits)
-            if not stacked:
-                yield logits[None]
-            else:  # weights get no gradients through thinned networks
-                yield logits if inputs.requires_grad else logits.detach()
+            if stacked and not inputs.requires_grad:  # weights get no gradients, as those of thinned networks
+                logits = logits.detach()
+            yield logits if stacked else logits[None]
 
 
 def sampled_outputs(
@@ -173,9 +172,8 @@ def resolve_masks(net: nn.Module, masks: Masks) -> Literal["shared", "independen
         raise ValueError(f"Expected masks to be auto, shared or independent, but got {masks!r}")
     thinnable = net_offers(net).thin is not None
     if masks == "shared" and not thinnable:
-        raise ValueError(
-            f"Expected a net with `thin(seed, sample, sites)` for masks=shared, but got {type(net).__name__}"
-        )
+        name = type(net).__name__
+        raise ValueError(f"Expected a net with `thin(seed, sample, sites)` for masks=shared, but got {name}")
     return "shared" if masks != "independent" and thinnable else "independent"
 
 

@@ -133,8 +133,7 @@ class Score:
 
     Args:
         label: For tables, with the better direction and the unit.
-        of: Maps the columns, (N,) each or probs (N, K), and `weights`, None or (N,), to () float64. NaN: It is
-            undefined.
+        of: Maps the columns, (N,) each or probs (N, K), and `weights`, None or (N,), to () float64; NaN if undefined.
         columns: Names of the columns.
         kind: What its interval is made of. A proportion is a mean of a bool column, or of such means. A smooth score
             has a gradient in the weights. A calibration error is a sum of absolute values, which noise makes larger.
