@@ -1,7 +1,8 @@
 """Passes of a net in which dropout acts and nothing else does, with a given random state."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +10,8 @@ from torch import Tensor, nn
 from thinned.models.dropout import Dropout, check_rate, check_sites, sites_in
 from thinned.models.net import net_offers
 from thinned.offers import task_offers
+
+Output = TypeVar("Output")
 
 
 def of_our_make(net: nn.Module) -> bool:
@@ -19,8 +22,7 @@ def of_our_make(net: nn.Module) -> bool:
 def acting_sites(net: nn.Module, sites: Collection[str] | None = None) -> tuple[str, ...]:
     """Returns those of the sites, or of all, at which a net has a rate above 0: none if all rates are 0.
 
-    Raises:
-        ValueError: No sites are given, the net lacks one of them, or it has no dropout.
+    A ValueError says that no sites are given, that the net lacks one of them, or that it has no dropout.
     """
     of_net = check_sites({module.site for module in net.modules() if isinstance(module, Dropout)})
     if sites is not None and (not sites or set(check_sites(sites)) - set(of_net)):
@@ -106,6 +108,16 @@ def seeded(seed: int) -> Iterator[None]:
         if gpus:
             torch.cuda.manual_seed(seed)
         yield
+
+
+def seeded_output(net: nn.Module, evaluate: Callable[[nn.Module], Output], seed: int) -> Output:
+    """Runs a pass with the random state of a seed; ValueError if it draws nothing."""
+    with seeded(seed):
+        before = random_state()
+        output = evaluate(net)
+        if torch.equal(before, random_state()):
+            raise nothing_drops(net)
+    return output
 
 
 def random_state() -> Tensor:

@@ -48,10 +48,7 @@ def uniforms(seed: int, index: Tensor) -> Tensor:
 def class_scores(probs: Tensor, u: Tensor, kind: Kind) -> Tensor:
     """Returns the scores of all classes, (N, K) float64: the higher, the less a class conforms.
 
-    Args:
-        probs: (N, K), which sum to 1 over K.
-        u: What `uniforms` returns for the examples, (N,).
-        kind: Of the score.
+    Of distributions (N, K), and what `uniforms` returns for the examples, (N,).
 
     >>> class_scores(torch.tensor([[0.1, 0.6, 0.3]]), torch.tensor([0.5]), "aps")  # 0.9 + 0.05, 0.3 and 0.6 + 0.15
     tensor([[0.9500, 0.3000, 0.7500]], dtype=torch.float64)

@@ -153,7 +153,7 @@ def estimated(
         hypothetical: What `hypothetical_error` returns. It joins the columns, if it has all that the score reads.
         group: The group of each prediction, from 0 on, (N,) int64.
         num_resamples: R.
-        seed: Seed of the resamples.
+        seed: Of the resamples.
     """
     n, num_groups = len(group), int(group.max()) + 1
     estimate = Estimate(score, score.of(*columns.values(), weights=None).item(), n)
@@ -195,11 +195,7 @@ def hypothetical_error(rows: Mapping[str, Tensor], doubt: Tensor) -> dict[str, T
     """Returns the columns of one error in parts, (E,), which is at row i with probability doubt_i / sum_j doubt_j.
 
     Given an error, a row p with confidence c expects an NLL of (H[p] + c log c) / (1 - c), and a Brier score of
-    sum_k p_k^2 + 1 - 2 (sum_k p_k^2 - c^2) / (1 - c).
-
-    Args:
-        rows: Columns of a way, (N,) each. Brier scores may be missing.
-        doubt: The same for all ways, (N,) float64.
+    sum_k p_k^2 + 1 - 2 (sum_k p_k^2 - c^2) / (1 - c). Rows are columns (N,), and the doubt (N,) is that of all ways.
     """
     tiny = torch.finfo(torch.float32).eps
     doubt, wrong = doubt.clamp_min(tiny), (1 - rows["confidence"].double()).clamp_min(tiny)

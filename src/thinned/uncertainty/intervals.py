@@ -23,8 +23,7 @@ class Interval:
 
     Attributes:
         value: The score. A calibration error may be above its interval, from which its bias is taken.
-        low: NaN, as `high` is, if the score is undefined, or if no interval can be trusted.
-        high: See `low`.
+        low, high: NaN if the score is undefined, or if no interval can be trusted.
         n: Number of predictions, or of seeds.
         why: Why something is NaN, in a few words.
         runs: The score of each run, of which `value` is the mean, if there are several.

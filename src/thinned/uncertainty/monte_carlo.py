@@ -3,9 +3,8 @@
 `shared` masks sample a network and evaluate it on every input. `independent` masks are drawn for every input and
 element, by whatever dropout the net contains.
 
-Shared masks have two ways to the same logits. Few inputs pass once through all weights for many networks, with their
-masks on the activations (`net.stack`). Many inputs pass through the smaller weights of one network after the other
-(`net.thin`), which repays the cutting.
+Few inputs pass once through all weights for many networks, with their shared masks on the activations (`net.stack`).
+Many inputs pass through the smaller weights of one network after the other (`net.thin`), which repays the cutting.
 
 Shapes: B inputs, S samples, n of them at once, K classes.
 """
@@ -13,36 +12,20 @@ Shapes: B inputs, S samples, n of them at once, K classes.
 from collections.abc import Callable, Collection, Generator
 from contextlib import closing
 from itertools import repeat
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
 
 from thinned.models.dropout import derive_seed
 from thinned.models.net import check_logits, logits_in, net_offers
-from thinned.uncertainty.acting_dropout import (
-    acting_sites,
-    nothing_drops,
-    of_our_make,
-    only_dropout_active,
-    random_state,
-    seeded,
-)  # fmt: skip
+from thinned.uncertainty.acting_dropout import acting_sites, of_our_make, only_dropout_active, seeded_output
 from thinned.uncertainty.foreign_dropout import FoundDropout, find_dropout
-from thinned.uncertainty.kept_networks import KeptNetworks
+from thinned.uncertainty.kept_networks import KeptNetworks, stacked_at_once
 from thinned.uncertainty.statistics import MCPrediction, MCStatistics
 
 Masks = Literal["auto", "shared", "independent"]
 Output = TypeVar("Output")
-
-# On a CPU, for 784-1024-1024-1024-10 (`scripts/bench mc_batch`), a stack is cheaper below about 100 inputs at a rate of
-# 0.5, and below 25 if networks are kept; at a rate of 0.1 below more than 128, and about 130.
-STACKED_INPUTS = 64
-ROWS_AT_ONCE = 512  # networks times inputs in a stack: their activations stay in the cache
-# On an H200, where cutting 50 networks takes 69 ms, and a pass through kept ones 15 ms: a stack takes 1 ms for 128
-# inputs, 6 for 1,000, 24 for 4,000 and 67 for 10,000.
-STACKED_INPUTS_ON_GPU = 4096
-ROWS_AT_ONCE_ON_GPU = 2**15
 
 
 @torch.no_grad()
@@ -61,8 +44,8 @@ def mc_predict(
 
     Args:
         net: Maps inputs to logits (B, K); of a dict or dataclass `logits` is taken, of a tuple the first element. Any
-            module will do for independent masks, whose dropout is found by two or three passes more: see
-            `foreign_dropout`. Nothing but dropout is in training mode, and all modes are restored.
+            module will do, whose dropout is found by two or three passes more: see `foreign_dropout`. Nothing but
+            dropout is in training mode, and all modes are restored.
         inputs: The net is called with them.
         num_samples: S, at least 2.
         masks: Shared by all inputs (a thinned network), independent per element, or auto: shared if the net has `thin`.
@@ -104,19 +87,17 @@ def sampled_logits(
     net: nn.Module, inputs: Any, masks: Masks = "auto", sites: Collection[str] | None = None, **settings: Any
 ) -> Generator[Tensor, None, None]:
     """Yields the logits of S sampled networks, (n, B, K) for the next n of them. See `sampled_outputs`."""
-    stacked, at_once = False, 1
+    at_once = 0  # networks in a stack; 0 without stacks
     if resolve_masks(net, masks) == "shared" and net_offers(net).stack is not None and acting_sites(net, sites):
-        most_inputs, most_rows = stack_limits(inputs.device)
-        stacked = len(inputs) <= most_inputs
-        at_once = most_rows // max(len(inputs), 1) if stacked else 1
+        at_once = stacked_at_once(len(inputs), inputs.device)
     settings |= {"masks": masks, "sites": sites, "at_once": at_once}
     with closing(sampled_outputs(net, lambda sampled: logits_in(sampled, inputs), **settings)) as outputs:
         for number, logits in enumerate(outputs):
             if number == 0 and not of_our_make(net):
                 check_logits(net, logits)
-            if stacked and not inputs.requires_grad:  # weights get no gradients, as those of thinned networks
+            if at_once and not inputs.requires_grad:  # weights get no gradients, as those of thinned networks
                 logits = logits.detach()
-            yield logits if stacked else logits[None]
+            yield logits if at_once else logits[None]
 
 
 def sampled_outputs(
@@ -130,14 +111,14 @@ def sampled_outputs(
     scale: float = 1.0,
     found: FoundDropout | None = None,
     kept: KeptNetworks | None = None,
-    at_once: int = 1,
+    at_once: int = 0,
 ) -> Generator[Output, None, None]:
-    """Yields what `evaluate` returns for each of the S sampled networks.
+    """Yields what `evaluate` returns for each of the S sampled networks, or if `at_once` is above 0, stacks of so many.
 
     Shared masks depend on (seed, sample) alone: the same networks whatever the inputs, the batch or the device.
     Independent masks depend on the shape of the inputs too. If all rates are 0, the deterministic network is evaluated
-    once, and yielded S times. `found` is what `find_dropout` says of a net of another make; it is asked if None. With
-    `at_once` above 1, `evaluate` is given stacks of so many networks. Other Args and Raises: see `mc_predict`.
+    once, and yielded S times. `found` is what `find_dropout` says of a net of another make; it is asked if None. The
+    modes are restored when the generator is closed. Other Args and Raises: see `mc_predict`.
     """
     if num_samples < 2:
         raise ValueError(f"Expected num_samples to be at least 2, but got {num_samples}")
@@ -158,25 +139,16 @@ def sampled_outputs(
     else:
         with only_dropout_active(net, sites, scale, owners):
             for sample in range(num_samples):
-                with seeded(derive_seed(seed, sample)):
-                    before = random_state()
-                    output = evaluate(net)
-                    if torch.equal(before, random_state()):
-                        raise nothing_drops(net)
-                yield output
+                yield seeded_output(net, evaluate, derive_seed(seed, sample))
 
 
 def resolve_masks(net: nn.Module, masks: Masks) -> Literal["shared", "independent"]:
     """Resolves `auto` to `shared` if the net has `thin`; ValueError for shared masks of a net without it."""
-    if masks not in ("auto", "shared", "independent"):
+    if masks not in get_args(Masks):
         raise ValueError(f"Expected masks to be auto, shared or independent, but got {masks!r}")
-    thinnable = net_offers(net).thin is not None
-    if masks == "shared" and not thinnable:
+    if net_offers(net).thin is not None:
+        return "independent" if masks == "independent" else "shared"
+    if masks == "shared":
         name = type(net).__name__
         raise ValueError(f"Expected a net with `thin(seed, sample, sites)` for masks=shared, but got {name}")
-    return "shared" if masks != "independent" and thinnable else "independent"
-
-
-def stack_limits(device: torch.device) -> tuple[int, int]:
-    """Returns how many inputs at most pass through a stack, and the most rows of it: networks times inputs."""
-    return (STACKED_INPUTS, ROWS_AT_ONCE) if device.type == "cpu" else (STACKED_INPUTS_ON_GPU, ROWS_AT_ONCE_ON_GPU)
+    return "independent"

@@ -9,16 +9,9 @@ from thinned.uncertainty.weighting import totals, weights_of
 def recall_per_class(
     target: Tensor, correct: Tensor, num_classes: int, weights: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Returns the fraction of each class that is predicted as it, and the number of its examples.
+    """Returns the fraction of each class that is predicted as it, and the number of its examples, whatever the weights.
 
-    Args:
-        target: Class of each example, (N,).
-        correct: Whether its prediction is right, (N,) bool.
-        num_classes: K.
-        weights: Non-negative, (N,).
-
-    Returns:
-        The recalls, (K,) float64, NaN for a class without weight; and the numbers, whatever the weights, (K,) int64.
+    Targets and `correct` are (N,). Recalls are (K,) float64, NaN for a class without weight, and numbers (K,) int64.
 
     >>> recall_per_class(torch.tensor([0, 0, 1]), torch.tensor([True, False, True]), 2)
     (tensor([0.5000, 1.0000], dtype=torch.float64), tensor([2, 1]))

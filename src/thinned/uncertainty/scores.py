@@ -69,12 +69,8 @@ def aurc(errors: Tensor, uncertainty: Tensor, weights: Tensor | None = None) -> 
     """Returns the area under the risk-coverage curve (Geifman and El-Yaniv 2017), (); 0 is perfect.
 
     It is the mean, over n = 1 .. N, of the risk (the mean error) among the n least uncertain predictions, and over all
-    orders of tied ones. It alone depends on the scale of the weights, as it does on N.
-
-    Args:
-        errors: Bool, or any loss of a prediction, (N,).
-        uncertainty: Any number that should be higher for errors, (N,).
-        weights: Non-negative, (N,).
+    orders of tied ones. It alone depends on the scale of the weights, as it does on N. Errors (N,) are bool, or any
+    loss, and the uncertainty (N,) is any number that should be higher for them.
 
     >>> aurc(torch.tensor([False, True]), torch.tensor([0.1, 0.1])).item()  # mean of (0 + 1/2) / 2 and (1 + 1/2) / 2
     0.5
@@ -167,37 +163,41 @@ def of_correct(score: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return lambda correct, uncertainty, weights=None: score(1 - correct.double(), uncertainty, weights)
 
 
-def _top_5(rank: Tensor, weights: Tensor | None = None) -> Tensor:
+def top_5(rank: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Returns how often the target is among the five most probable classes, ()."""
     return mean(rank <= 5, weights)
 
 
-def _perplexity(nll: Tensor, weights: Tensor | None = None) -> Tensor:
+def perplexity(nll: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Returns e to the power of the mean NLL, ()."""
     return mean(nll, weights).exp()
 
 
-def _bits_per_byte(nll: Tensor, bytes: Tensor, weights: Tensor | None = None) -> Tensor:
+def bits_per_byte(nll: Tensor, bytes: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Returns the NLL of tokens in bits, divided by the number of bytes that they stand for, ()."""
     return mean(nll, weights) / mean(bytes, weights) / math.log(2)
 
 
 ERRORS = ("correct", "predictive_entropy")
 CONFIDENCE = ("confidence", "correct")
-TARGET = ("target", "probs")
 # By their names in metrics.json, in metric keys and in this order in tables. An entry here adds a score.
 SCORES = {
     "accuracy": Score("accuracy ↑", mean, ("correct",), "proportion", headline=True),
     "balanced_accuracy": Score(
         "balanced accuracy ↑", balanced_accuracy, ("target", "correct"), "proportion", beside="brier"
     ),
-    "top_5": Score("top-5 accuracy ↑", _top_5, ("rank",), "proportion", beside="position"),
+    "top_5": Score("top-5 accuracy ↑", top_5, ("rank",), "proportion", beside="position"),
     "nll": Score("NLL, nats ↓", mean, ("nll",), headline=True),
-    "perplexity": Score("perplexity ↓", _perplexity, ("nll",), beside="position"),
-    "bits_per_byte": Score("bits per byte ↓", _bits_per_byte, ("nll", "bytes"), headline=True),
+    "perplexity": Score("perplexity ↓", perplexity, ("nll",), beside="position"),
+    "bits_per_byte": Score("bits per byte ↓", bits_per_byte, ("nll", "bytes"), headline=True),
     "brier": Score("Brier ↓", mean, ("brier",), headline=True),
     "brier_miscalibration": Score(
-        "Brier: miscalibration ↓", calibration.brier_miscalibration, (*TARGET, "brier"), "descriptive"
+        "Brier: miscalibration ↓", calibration.brier_miscalibration, ("target", "probs", "brier"), "descriptive"
     ),
-    "brier_discrimination": Score("Brier: discrimination ↑", calibration.brier_discrimination, TARGET, "descriptive"),
-    "brier_uncertainty": Score("Brier: base rates", calibration.brier_uncertainty, TARGET),
+    "brier_discrimination": Score(
+        "Brier: discrimination ↑", calibration.brier_discrimination, ("target", "probs"), "descriptive"
+    ),
+    "brier_uncertainty": Score("Brier: base rates", calibration.brier_uncertainty, ("target", "probs")),
     "ece": Score("ECE ↓", calibration.ece, CONFIDENCE, "calibration", headline=True),
     "adaptive_ece": Score("adaptive ECE ↓", calibration.adaptive_ece, CONFIDENCE, "calibration"),
     "smooth_ece": Score("smooth ECE ↓", calibration.smooth_ece, CONFIDENCE, "calibration"),
@@ -221,11 +221,7 @@ def scores(rows: Mapping[str, Tensor]) -> dict[str, float]:
 
 
 def classification_scores(probs: Tensor, targets: Tensor) -> dict[str, float]:
-    """Returns the scores of predicted distributions, by name.
-
-    Args:
-        probs: Floats that sum to 1 over classes, (N, K).
-        targets: Classes, (N,).
+    """Returns the scores of predicted distributions (N, K) with targets (N,), by name.
 
     Raises:
         ValueError: The shapes do not match.

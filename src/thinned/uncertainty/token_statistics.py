@@ -18,13 +18,7 @@ from thinned.uncertainty.statistics import entropy
 
 
 class TokenStatistics:
-    """Accumulates sampled distributions of N tokens.
-
-    Args:
-        target: The token that came, (N,).
-        sequence: The sequence of each token, in [0, B), (N,).
-        num_sequences: B.
-    """
+    """Accumulates sampled distributions of N tokens: `target` (N,) came, in the sequences (N,) from 0 to B - 1."""
 
     def __init__(self, target: Tensor, sequence: Tensor, num_sequences: int) -> None:
         self.target, self.sequence, self.num_sequences = target, sequence, num_sequences
