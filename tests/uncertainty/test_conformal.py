@@ -9,7 +9,7 @@ from scipy import stats
 from torch import Tensor
 
 from thinned.uncertainty import conformal
-from thinned.uncertainty.conformal import K_REG, KINDS, LAMBDA, Kind, conformity, set_members, threshold, uniforms
+from thinned.uncertainty.conformal import K_REG, KINDS, LAMBDA, Kind, class_scores, conformity, threshold, uniforms
 
 P = torch.tensor([[0.15, 0.5, 0.05, 0.3]], dtype=torch.float64)
 HALF = torch.tensor([0.5])
@@ -28,6 +28,10 @@ def test_scores_and_sets_by_hand(kind: Kind) -> None:
     assert scores == pytest.approx(by_hand, abs=1e-12)
     assert set_members(P, HALF, kind, 0.72).tolist() == [[score <= 0.72 for score in by_hand]]
     assert not set_members(P, HALF, kind, 0.2).any()  # a set may be empty
+
+
+def set_members(probs: Tensor, u: Tensor, kind: Kind, limit: float) -> Tensor:
+    return class_scores(probs, u)[kind] <= limit
 
 
 def scores_in_words(p: list[float], u: float, kind: Kind, classes: list[int]) -> list[float]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from thinned.evaluation.batch import Batch, Validation
 from thinned.evaluation.ways import Way
 from thinned.models.dropout import derive_seed
-from thinned.uncertainty.conformal import KINDS, Kind, conformity, set_members, threshold, uniforms
+from thinned.uncertainty.conformal import KINDS, Kind, class_scores, conformity, threshold, uniforms
 
 
 class PredictionSets:
@@ -56,9 +56,10 @@ class PredictionSets:
 
     def columns(self, way: Way, probs: Tensor, targets: Tensor | None, index: Tensor) -> dict[str, Tensor]:
         """Returns the size of each example's sets and, with targets, whether they contain it, (N,) each, by name."""
-        columns, u = {}, uniforms(self.seed, index)
-        for kind, limit in self.thresholds.get(way.name, {}).items():
-            members = set_members(probs, u, kind, limit)
+        columns, thresholds = {}, self.thresholds.get(way.name, {})
+        scores = class_scores(probs, uniforms(self.seed, index)) if thresholds else {}
+        for kind, of_classes in scores.items():
+            members = of_classes <= thresholds[kind]
             columns[f"{kind}_size"] = members.sum(-1)
             if targets is not None:
                 columns[f"{kind}_covered"] = members.gather(-1, targets[:, None])[:, 0]

@@ -15,7 +15,7 @@ Output = TypeVar("Output")
 
 
 def of_our_make(net: nn.Module) -> bool:
-    """Whether a net, or the `net` of a task that is sharded, can be thinned: its dropout is in `Dropout` alone."""
+    """Returns whether a net, or the `net` of a task that is sharded, can be thinned: its dropout is in `Dropout` alone."""
     return any(net_offers(each).thin is not None for each in (net, task_offers(net).net))
 
 
@@ -33,7 +33,7 @@ def acting_sites(net: nn.Module, sites: Collection[str] | None = None) -> tuple[
 
 
 def is_dropout(module: nn.Module) -> bool:
-    """Whether a module drops in training mode and does nothing else.
+    """Returns whether a module drops in training mode and does nothing else.
 
     Those of torch are known, and others by their names, such as `DropPath` or `StochasticDepth`. A module with
     submodules is none by its name: a whole net may be called `DropoutNet`.

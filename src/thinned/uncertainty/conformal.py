@@ -45,44 +45,34 @@ def uniforms(seed: int, index: Tensor) -> Tensor:
     return torch.from_numpy((x >> np.uint64(11)) / 2**53).to(index.device)
 
 
-def class_scores(probs: Tensor, u: Tensor, kind: Kind) -> Tensor:
-    """Returns the scores of all classes, (N, K) float64: the higher, the less a class conforms.
+def class_scores(probs: Tensor, u: Tensor) -> dict[Kind, Tensor]:
+    """Returns the scores of all classes by kind, (N, K) float64: the higher, the less a class conforms.
 
-    Of distributions (N, K), and what `uniforms` returns for the examples, (N,).
+    A set contains those with a score of at most the threshold. `u` is what `uniforms` returns for the examples, (N,).
 
-    >>> class_scores(torch.tensor([[0.1, 0.6, 0.3]]), torch.tensor([0.5]), "aps")  # 0.9 + 0.05, 0.3 and 0.6 + 0.15
+    >>> scores = class_scores(torch.tensor([[0.1, 0.6, 0.3]]), torch.tensor([0.5]))
+    >>> scores["aps"]  # 0.9 + 0.1 / 2, 0.6 / 2 and 0.6 + 0.3 / 2
     tensor([[0.9500, 0.3000, 0.7500]], dtype=torch.float64)
     """
     p = probs.double()
-    if kind == "thr":
-        return 1 - p
     ranked, order = p.sort(dim=-1, descending=True, stable=True)  # of equal classes the first one comes first
     # Summed from the smallest on: all classes of probability 0 have a score of exactly 1.
     rest = ranked.flip(-1).cumsum(-1).flip(-1)  # the sum of each class and all after it
-    scores = 1 - (rest - u[:, None] * ranked) / rest[:, :1]
-    if kind == "raps":
-        ranks = torch.arange(1, 1 + p.shape[-1], dtype=p.dtype, device=p.device)
-        scores += LAMBDA * (ranks - K_REG).clamp_min(0)
-    return torch.empty_like(scores).scatter_(-1, order, scores)
+    aps = 1 - (rest - u[:, None] * ranked) / rest[:, :1]
+    ranks = torch.arange(1, 1 + p.shape[-1], dtype=p.dtype, device=p.device)
+    raps = aps + LAMBDA * (ranks - K_REG).clamp_min(0)
+    aps, raps = (torch.empty_like(p).scatter_(-1, order, scores) for scores in (aps, raps))
+    return {"thr": 1 - p, "aps": aps, "raps": raps}
 
 
 def conformity(probs: Tensor, targets: Tensor, u: Tensor) -> dict[Kind, Tensor]:
-    """Returns the score of each true class, (N,) float64, by kind. Arguments are those of `class_scores`.
+    """Returns the score of each true class, (N,) float64, by kind.
 
     >>> scores = conformity(torch.tensor([[0.1, 0.6, 0.3]]), torch.tensor([2]), torch.tensor([0.5]))
     >>> {kind: round(score.item(), 4) for kind, score in scores.items()}
     {'thr': 0.7, 'aps': 0.75, 'raps': 0.85}
     """
-    return {kind: class_scores(probs, u, kind).gather(-1, targets[:, None])[:, 0] for kind in KINDS}
-
-
-def set_members(probs: Tensor, u: Tensor, kind: Kind, threshold: float) -> Tensor:
-    """Returns which classes each set contains, (N, K) bool: those with a score of at most the threshold.
-
-    >>> set_members(torch.tensor([[0.1, 0.6, 0.3]]), torch.tensor([0.5]), "aps", 0.8)
-    tensor([[False,  True,  True]])
-    """
-    return class_scores(probs, u, kind) <= threshold
+    return {kind: scores.gather(-1, targets[:, None])[:, 0] for kind, scores in class_scores(probs, u).items()}
 
 
 def threshold(scores: Tensor, coverage: float) -> float:

@@ -23,14 +23,11 @@ Output = TypeVar("Output")
 Function = Callable[..., Any]
 
 ATTEMPTS = 20  # to see all layers of a net that leaves out some of them at random in training mode
-_IN_PYTHON: list[Function] = [
+_IN_PYTHON: tuple[Function, ...] = (
     F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout,
     F.multi_head_attention_forward,
-]  # fmt: skip
-_IN_C: list[Function] = [
-    torch.dropout, torch.alpha_dropout, torch.feature_dropout, torch.feature_alpha_dropout,
-    torch.dropout_, torch.alpha_dropout_, torch.feature_dropout_, torch.feature_alpha_dropout_,
-]  # fmt: skip
+)  # fmt: skip
+_IN_C: tuple[Function, ...] = (torch.dropout, torch.alpha_dropout, torch.feature_dropout, torch.feature_alpha_dropout)
 PARAMETERS: dict[Function, tuple[str, ...]] = {  # in their order; functions in C have no signature to inspect
     **{function: tuple(inspect.signature(function).parameters) for function in _IN_PYTHON},
     **dict.fromkeys(_IN_C, ("input", "p", "train")),
