@@ -10,7 +10,7 @@ from torch import Tensor
 
 from thinned.uncertainty import intervals
 from thinned.uncertainty.conformal import KINDS
-from thinned.uncertainty.estimates import resample_weights, wilson
+from thinned.uncertainty.estimates import Estimate, resample_weights, wilson
 from thinned.uncertainty.intervals import Difference, holm, score_intervals, t_interval
 from thinned.uncertainty.scores import SCORES, brier, nll
 from thinned.uncertainty.statistics import entropy
@@ -120,6 +120,13 @@ def test_interval_of_auroc_has_the_variance_of_delong() -> None:
     auroc = 5 / 6
     expected = [(1 - auroc) / 3, (1 - auroc) / 3, (0.5 - auroc) / 3, (2 / 3 - auroc) / 2, (1 - auroc) / 2]
     assert moves.tolist() == pytest.approx(expected, abs=1e-12)
+
+
+def test_interval_of_a_calibration_error_is_that_of_its_square() -> None:
+    """By hand: the square is 0.01, those in resamples 0.01 and 0.04, so their bias is 0.015."""
+    estimate = Estimate(SCORES["ece"], 0.1, 10, moves=torch.tensor([0.1, 0.2, math.nan], dtype=torch.float64))
+    high = math.sqrt(0.01 - 0.015 + stats.norm.ppf(0.975) * 0.03 / math.sqrt(2))
+    assert estimate.bounds() == pytest.approx((0, high), abs=1e-6)
 
 
 def test_mean_intervals_are_near_those_of_the_studentized_bootstrap() -> None:
