@@ -105,9 +105,22 @@ def packed_lstm() -> nn.Module:
     return Packed()
 
 
-def encoder(**options: Any) -> nn.Module:
-    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.5, batch_first=True, **options)
+def encoder(kind: type[nn.Module] = nn.TransformerEncoderLayer, **options: Any) -> nn.Module:
+    layer: Any = kind(8, 2, 16, dropout=0.5, batch_first=True, **options)
     return nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+
+
+class OwnLayer(nn.TransformerEncoderLayer):
+    """Is no class of torch, and takes torch's fast path in evaluation mode."""
+
+
+class OwnLSTM(nn.LSTM):
+    """Is no class of torch either."""
+
+
+class OwnAttention(nn.MultiheadAttention):
+    def forward(self, x: Tensor) -> Any:  # type: ignore[override]
+        return super().forward(x, x, x)
 
 
 FOREIGN: dict[str, Callable[[], nn.Module]] = {
@@ -118,8 +131,11 @@ FOREIGN: dict[str, Callable[[], nn.Module]] = {
     "nn.FeatureAlphaDropout": lambda: nn.FeatureAlphaDropout(0.5),
     "nn.TransformerEncoder": encoder,
     "nn.TransformerEncoder, norm first": lambda: encoder(norm_first=True),
+    "of nn.TransformerEncoderLayer": lambda: encoder(OwnLayer),
+    "of nn.MultiheadAttention": lambda: First(OwnAttention(8, 2, 0.5, batch_first=True)),
     "nn.LSTM": lambda: First(nn.LSTM(8, 8, 2, dropout=0.5, batch_first=True)),
     "nn.LSTM, packed": packed_lstm,
+    "of nn.LSTM": lambda: First(OwnLSTM(8, 8, 2, dropout=0.5, batch_first=True)),
     "nn.RNN": lambda: First(nn.RNN(8, 8, 2, dropout=0.5, batch_first=True)),
     "nanoGPT, flash": lambda: CausalSelfAttention(flash=True),
     "nanoGPT, by hand": lambda: CausalSelfAttention(flash=False),
@@ -136,11 +152,13 @@ def test_dropout_acts_with_a_seed_and_leaves_no_trace(name: str) -> None:
     net, x = pooled(FOREIGN[name]()).eval(), torch.randn(8, 5, 8)
     net.head.train()  # one mode differs
     before, random_state = state(net), torch.get_rng_state()
+    assert torch.backends.mha.get_fastpath_enabled()
     first, again, other = (mc_predict(net, x, num_samples=S, seed=seed) for seed in (1, 1, 2))
     assert (first.mutual_information > 1e-7).all()
     assert torch.equal(first.mean, again.mean)
     assert not torch.equal(first.mean, other.mean)
     assert torch.equal(torch.get_rng_state(), random_state)
+    assert torch.backends.mha.get_fastpath_enabled()
     assert state(net) == before
 
 

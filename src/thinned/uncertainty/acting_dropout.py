@@ -1,7 +1,7 @@
 """Passes of a net in which dropout acts and nothing else does, with a given random state."""
 
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import TypeVar
 
 import torch
@@ -15,7 +15,7 @@ Output = TypeVar("Output")
 
 
 def of_our_make(net: nn.Module) -> bool:
-    """Returns whether a net, or the `net` of a task that is sharded, can be thinned: its dropout is in `Dropout` alone."""
+    """Returns whether a net, or the `net` of a sharded task, can be thinned: its dropout is in `Dropout` alone."""
     return any(net_offers(each).thin is not None for each in (net, task_offers(net).net))
 
 
@@ -38,8 +38,8 @@ def is_dropout(module: nn.Module) -> bool:
     Those of torch are known, and others by their names, such as `DropPath` or `StochasticDepth`. A module with
     submodules is none by its name: a whole net may be called `DropoutNet`.
     """
-    if isinstance(module, nn.RNNBase | nn.MultiheadAttention | nn.TransformerEncoderLayer):
-        return type(module).__module__.startswith("torch.")
+    if isinstance(module, nn.RNNBase) or type(module) is nn.MultiheadAttention:
+        return True
     name = getattr(module, "original_name", type(module).__name__).lower()  # TorchScript keeps the class's name
     return ("drop" in name or "stochasticdepth" in name) and not any(True for _ in module.children())
 
@@ -84,9 +84,11 @@ def only_dropout_active(
         scale: Factor on the rates of each `Dropout` that acts.
         owners: More modules that go into training mode, see `FoundDropout`.
     """
-    recurrent = any(isinstance(module, nn.RNNBase) for module in net.modules())  # cuDNN seeds their dropout but once
-    plain = torch.backends.cudnn.flags(enabled=False) if recurrent else nullcontext()
-    with restored(net) as changed, plain:
+    with restored(net) as changed, ExitStack() as stack:
+        stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
+        torch.backends.mha.set_fastpath_enabled(False)  # it would leave out the dropout modules of a layer
+        if any(isinstance(module, nn.RNNBase) for module in net.modules()):
+            stack.enter_context(torch.backends.cudnn.flags(enabled=False))  # it would seed its dropout but once
         for module in net.modules():
             if sites is None:
                 module.training = module in owners or is_dropout(module)
