@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from thinned.models import MLP, DropoutRates
 from thinned.tasks import ClassificationTask, StepSeed
-from thinned.uncertainty import KeptNetworks, mc_predict, monte_carlo
+from thinned.uncertainty import KeptNetworks, kept_networks, mc_predict
 
 WIDTHS = (1024, 1024, 1024)  # Srivastava et al. 2014 on MNIST: 784-1024-1024-1024-10
 
@@ -90,7 +90,7 @@ def bench_mlp_batch(repeats: int) -> None:
         net, baseline, ours, inputs = mlp(p).eval(), textbook(p), mlp(p), torch.randn(count, 1, 28, 28)
 
         def predict(most: int, kept: KeptNetworks | None, net: MLP = net, inputs: Tensor = inputs) -> object:
-            with mock.patch.object(monte_carlo, "STACKED_INPUTS", most):
+            with mock.patch.object(kept_networks, "STACKED_INPUTS", most):
                 return mc_predict(net, inputs, num_samples=samples, kept=kept)
 
         sides: dict[str, Callable[[], object]] = {

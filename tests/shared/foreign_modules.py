@@ -3,8 +3,6 @@
 Shapes: B batch, 2 channels. A mask has a bit, 0 or 2 (kept at the rate 0.5), for each of what a site can drop.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -139,50 +137,6 @@ class Recurrent(Site):
         return x
 
 
-class TwoOutputs(nn.Module):
-    """Drops by a function, and returns more in training mode, where it also counts and draws."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls = 0
-
-    def forward(self, x: Tensor) -> Any:
-        dropped = F.dropout(x, P, self.training)
-        if self.training:
-            self.calls += 1
-            return dropped + torch.randn(()), dropped
-        return dropped / (1 + self.calls)
-
-
-class AuxiliaryOutput(Site):
-    """As in GoogLeNet: what a part of it returns depends on the mode, and the rest knows."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.part = TwoOutputs()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.part(x)[0] if self.training else self.part(x)
-
-
-class FunctionalNorm(Site):
-    """A batch norm by a function, beside a dropout by a function."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("average", torch.tensor([0.5, -0.5]))
-        self.register_buffer("spread", torch.tensor([2.0, 0.5]))
-
-    def normalised(self, x: Tensor, training: bool) -> Tensor:
-        return F.batch_norm(x, self.average, self.spread, training=training)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.dropout(self.normalised(x, self.training), P, self.training)
-
-    def masked(self, x: Tensor, mask: Tensor) -> Tensor:
-        return self.normalised(x, False) * mask
-
-
 class Noise(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x + torch.randn_like(x) if self.training else x
@@ -233,7 +187,7 @@ def batch_norm() -> nn.BatchNorm1d:
 
 SITES = [
     Functional, OwnModule, InTrainingAlone, ModuleInTrainingAlone, RateByMode, Path, Attention, MultiheadAttention,
-    Recurrent, AuxiliaryOutput, FunctionalNorm,
+    Recurrent,
 ]  # fmt: skip
 OTHERS = [
     Noise, HandWrittenNorm, Counter, NeverActs, batch_norm, nn.RReLU, nn.Tanh, lambda: nn.Linear(2, 2),

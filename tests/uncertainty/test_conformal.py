@@ -8,9 +8,8 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from thinned.models import net
 from thinned.uncertainty import conformal
-from thinned.uncertainty.conformal import K_REG, KINDS, LAMBDA, Kind, conformity, set_members, threshold, uniforms
+from thinned.uncertainty.conformal import K_REG, KINDS, LAMBDA, Kind, class_scores, conformity, threshold, uniforms
 
 P = torch.tensor([[0.15, 0.5, 0.05, 0.3]], dtype=torch.float64)
 HALF = torch.tensor([0.5])
@@ -29,6 +28,10 @@ def test_scores_and_sets_by_hand(kind: Kind) -> None:
     assert scores == pytest.approx(by_hand, abs=1e-12)
     assert set_members(P, HALF, kind, 0.72).tolist() == [[score <= 0.72 for score in by_hand]]
     assert not set_members(P, HALF, kind, 0.2).any()  # a set may be empty
+
+
+def set_members(probs: Tensor, u: Tensor, kind: Kind, limit: float) -> Tensor:
+    return class_scores(probs, u)[kind] <= limit
 
 
 def scores_in_words(p: list[float], u: float, kind: Kind, classes: list[int]) -> list[float]:
@@ -91,20 +94,6 @@ def test_rounding_moves_no_end_of_the_scores(dtype: torch.dtype) -> None:
     assert set_members(probs, u, "aps", 0.0).sum(-1).tolist() == [1] * 12
     assert set_members(probs, u, "aps", 1.0).all()
     assert set_members(probs, u, "aps", math.nextafter(1, 0)).equal(probs > 0)
-
-
-def test_few_rows_at_a_time_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    probs, u = rows("distinct", 10, torch.float32), uniforms(0, torch.arange(12))
-    targets = torch.arange(12) % 10
-
-    def results() -> list[Tensor]:
-        return [*conformity(probs, targets, u).values(), *(set_members(probs, u, kind, 0.9) for kind in KINDS)]
-
-    at_once = results()
-    monkeypatch.setattr(net, "LOGITS_AT_ONCE", 50)
-    for few, all_rows in zip(results(), at_once, strict=True):
-        assert few.equal(all_rows)
-    assert set_members(probs[:0], u[:0], "aps", 0.9).shape == (0, 10)
 
 
 def test_uniforms_are_those_of_splitmix64(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,9 +172,3 @@ def test_too_few_calibration_examples_are_refused(n: int, coverage: float, neede
     with pytest.raises(ValueError, match=expected + rf"\(at most coverage {n}/{n + 1} is possible\)"):
         threshold(torch.zeros(n), coverage)
     assert threshold(torch.zeros(needed), coverage) == 0
-
-
-@pytest.mark.parametrize("coverage", [0.0, 1.0, 90.0, math.nan])
-def test_a_coverage_that_is_no_probability_is_refused(coverage: float) -> None:
-    with pytest.raises(ValueError, match=f"Expected a coverage above 0 and below 1, but got {coverage}"):
-        threshold(torch.zeros(10), coverage)

@@ -2,7 +2,6 @@
 
 import random
 from collections.abc import Callable
-from functools import partial
 from itertools import product
 from typing import Any
 
@@ -11,11 +10,10 @@ import pytest
 import torch
 from foreign_nets import CausalSelfAttention, First, VisionAttention, in_turn, pooled, state
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from thinned.uncertainty import foreign_dropout, mc_predict
-from thinned.uncertainty.dropout_calls import IN_C, DropoutCalls, is_dropout
-from thinned.uncertainty.foreign_dropout import find_dropout
+from thinned.uncertainty import mc_predict
+from thinned.uncertainty.acting_dropout import is_dropout
+from thinned.uncertainty.foreign_dropout import PARAMETERS, find_dropout
 from thinned.uncertainty.monte_carlo import sampled_outputs
 
 S, EXAMPLES = 6, 600
@@ -107,9 +105,22 @@ def packed_lstm() -> nn.Module:
     return Packed()
 
 
-def encoder(**options: Any) -> nn.Module:
-    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.5, batch_first=True, **options)
+def encoder(kind: type[nn.Module] = nn.TransformerEncoderLayer, **options: Any) -> nn.Module:
+    layer: Any = kind(8, 2, 16, dropout=0.5, batch_first=True, **options)
     return nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+
+
+class OwnLayer(nn.TransformerEncoderLayer):
+    """Is no class of torch, and takes torch's fast path in evaluation mode."""
+
+
+class OwnLSTM(nn.LSTM):
+    """Is no class of torch either."""
+
+
+class OwnAttention(nn.MultiheadAttention):
+    def forward(self, x: Tensor) -> Any:  # type: ignore[override]
+        return super().forward(x, x, x)
 
 
 FOREIGN: dict[str, Callable[[], nn.Module]] = {
@@ -120,8 +131,11 @@ FOREIGN: dict[str, Callable[[], nn.Module]] = {
     "nn.FeatureAlphaDropout": lambda: nn.FeatureAlphaDropout(0.5),
     "nn.TransformerEncoder": encoder,
     "nn.TransformerEncoder, norm first": lambda: encoder(norm_first=True),
+    "of nn.TransformerEncoderLayer": lambda: encoder(OwnLayer),
+    "of nn.MultiheadAttention": lambda: First(OwnAttention(8, 2, 0.5, batch_first=True)),
     "nn.LSTM": lambda: First(nn.LSTM(8, 8, 2, dropout=0.5, batch_first=True)),
     "nn.LSTM, packed": packed_lstm,
+    "of nn.LSTM": lambda: First(OwnLSTM(8, 8, 2, dropout=0.5, batch_first=True)),
     "nn.RNN": lambda: First(nn.RNN(8, 8, 2, dropout=0.5, batch_first=True)),
     "nanoGPT, flash": lambda: CausalSelfAttention(flash=True),
     "nanoGPT, by hand": lambda: CausalSelfAttention(flash=False),
@@ -138,11 +152,13 @@ def test_dropout_acts_with_a_seed_and_leaves_no_trace(name: str) -> None:
     net, x = pooled(FOREIGN[name]()).eval(), torch.randn(8, 5, 8)
     net.head.train()  # one mode differs
     before, random_state = state(net), torch.get_rng_state()
+    assert torch.backends.mha.get_fastpath_enabled()
     first, again, other = (mc_predict(net, x, num_samples=S, seed=seed) for seed in (1, 1, 2))
     assert (first.mutual_information > 1e-7).all()
     assert torch.equal(first.mean, again.mean)
     assert not torch.equal(first.mean, other.mean)
     assert torch.equal(torch.get_rng_state(), random_state)
+    assert torch.backends.mha.get_fastpath_enabled()
     assert state(net) == before
 
 
@@ -176,8 +192,8 @@ def test_the_module_of_an_attention_goes_into_training_mode_alone() -> None:
     assert found.owners == {body[0]}
     assert found.resting == "Noise (body.1)"
     assert not found.off
-    seen = find_dropout(pooled(CausalSelfAttention(flash=False)), lambda net: net(x))
-    assert not seen.owners
+    known = find_dropout(pooled(CausalSelfAttention(flash=False)), lambda net: net(x))
+    assert not known.owners
 
 
 class LeavesOutLayers(nn.Module):
@@ -198,15 +214,8 @@ def test_layers_that_are_left_out_at_random_are_waited_for() -> None:
     """One pass would meet all 8 layers with the probability 2^-8."""
     net, x = in_turn(LeavesOutLayers()), torch.randn(4, 2)
     found = find_dropout(net, lambda net: net(x))
-    assert found.sites is None
-    assert found.owners == {*net[1].layers[1:]}
+    assert found.owners == {*net[1].layers}
     assert found.resting == "LeavesOutLayers (1)"
-
-
-def test_layers_that_no_pass_has_met_drop_nevertheless(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(foreign_dropout, "ATTEMPTS", 1)
-    net, x = in_turn(LeavesOutLayers()), torch.randn(4, 2)
-    assert find_dropout(net, lambda net: net(x)).sites is None
 
 
 def test_net_that_is_called_after_dropout_is_none() -> None:
@@ -227,8 +236,7 @@ def test_dropout_of_a_part_that_does_not_run_in_evaluation_mode_is_told() -> Non
 
     net, x = nn.Sequential(Head()), torch.randn(4, 2)
     found = find_dropout(net, lambda net: net(x))
-    assert found.sites is None
-    assert not found.owners
+    assert found.owners == {net[0].drop}
     assert found.resting == "Functional (0.head)"
 
 
@@ -239,21 +247,31 @@ def test_code_that_is_compiled_runs_as_it_was_written() -> None:
     assert torch.equal(mc_predict(compiled, x, num_samples=S).mean, mc_predict(net, x, num_samples=S).mean)
 
 
-TOLD_OFF: dict[str, Callable[[Tensor], Tensor]] = {
-    **{name: partial(getattr(F, name), training=False) for name in ("dropout", "dropout1d", "dropout2d", "dropout3d")},
-    **{name: partial(getattr(F, name), training=False) for name in ("alpha_dropout", "feature_alpha_dropout")},
-    **{f"torch.{f.__name__}": partial(f, p=0.5, train=False) for f in IN_C if f is not torch.native_dropout},
-    "torch.native_dropout": lambda x: torch.native_dropout(x, 0.5, False)[0],
-    "by position": lambda x: torch.dropout(x, 0.5, False),
-}
+class Calls(nn.Module):
+    """Calls a function of dropout that is told its mode, in one of the two ways in which functions are."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        dropped: Tensor
+        if "train" in PARAMETERS[self.function]:
+            dropped = self.function(x.clone(), 0.5, self.training)
+        else:
+            dropped = self.function(x, training=self.training)
+        return dropped
 
 
-@pytest.mark.parametrize("name", TOLD_OFF)
-def test_each_function_is_turned_on(name: str) -> None:
+@pytest.mark.parametrize(
+    "function",
+    [f for f in PARAMETERS if {"p"} & {*PARAMETERS[f]}],
+    ids=lambda function: f"{function.__module__}.{function.__name__}",
+)
+def test_module_that_calls_a_function_is_found_and_drops(function: Callable[..., Any]) -> None:
     """That none of 64 channels is dropped has the probability 2^-64."""
-    x = torch.ones(1, 64, *[2] * {"dropout2d": 2, "dropout3d": 3}.get(name, 1))
-    with DropoutCalls(lambda call: True) as watched:
-        assert not torch.equal(TOLD_OFF[name](x.clone()), x)
-    assert [(call.p, call.on) for call in watched.calls] == [(0.5, False)]
-    with DropoutCalls(lambda call: False):
-        assert torch.equal(TOLD_OFF[name](x.clone()), x)
+    net = nn.Sequential(nn.Identity(), Calls(function))
+    x = torch.ones(1, 64, *[2] * {"dropout2d": 2, "dropout3d": 3}.get(function.__name__, 1))
+    found = find_dropout(net, lambda net: net(x))
+    assert (found.owners, found.off) == ({net[1]}, False)
+    assert not torch.equal(next(sampled_outputs(net, lambda net: net(x), found=found)), x)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from thinned.uncertainty import intervals
 from thinned.uncertainty.conformal import KINDS
-from thinned.uncertainty.estimates import resample_weights, wilson
+from thinned.uncertainty.estimates import Estimate, resample_weights, wilson
 from thinned.uncertainty.intervals import Difference, holm, score_intervals, t_interval
 from thinned.uncertainty.scores import SCORES, brier, nll
 from thinned.uncertainty.statistics import entropy
@@ -122,6 +122,13 @@ def test_interval_of_auroc_has_the_variance_of_delong() -> None:
     assert moves.tolist() == pytest.approx(expected, abs=1e-12)
 
 
+def test_interval_of_a_calibration_error_is_that_of_its_square() -> None:
+    """By hand: the square is 0.01, those in resamples 0.01 and 0.04, so their bias is 0.015."""
+    estimate = Estimate(SCORES["ece"], 0.1, 10, moves=torch.tensor([0.1, 0.2, math.nan], dtype=torch.float64))
+    high = math.sqrt(0.01 - 0.015 + stats.norm.ppf(0.975) * 0.03 / math.sqrt(2))
+    assert estimate.bounds() == pytest.approx((0, high), abs=1e-6)
+
+
 def test_mean_intervals_are_near_those_of_the_studentized_bootstrap() -> None:
     """n = 2,000: the hypothetical error hardly counts, and BCa of scipy is right to the same order as Hall's."""
     rows = way(n=2000)
@@ -216,7 +223,7 @@ def test_intervals_are_found_in_inference_mode() -> None:
 def test_bad_input_is_named() -> None:
     with pytest.raises(ValueError, match=r"Expected a baseline among \['mc'\], but got plain"):
         score_intervals({"mc": way()}, "plain")
-    with pytest.raises(ValueError, match=r"the same examples, but got numbers of them: {'mc': 200, 'plain': 199}"):
+    with pytest.raises(ValueError, match=r"the same examples, but got numbers of them: \[200, 199\]"):
         score_intervals({"mc": way(), "plain": way(n=199)}, "plain")
     for n, groups in ((0, None), (1, None), (3, torch.zeros(3, dtype=torch.long))):
         with pytest.raises(ValueError, match="at least two predictions that are independent, but got"):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from thinned.models import MLP, Dropout, DropoutRates
 from thinned.uncertainty import KeptNetworks, mc_predict, mc_samples
-from thinned.uncertainty.monte_carlo import ROWS_AT_ONCE, STACKED_INPUTS
+from thinned.uncertainty.kept_networks import ROWS_AT_ONCE, STACKED_INPUTS
 
 FEW, MANY = 3, STACKED_INPUTS + 1
 S = 5

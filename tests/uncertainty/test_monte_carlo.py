@@ -102,7 +102,7 @@ def test_batch_norm_uses_its_running_statistics() -> None:
 
 
 class Failing(FunctionalDropout):
-    """Fails in the second sample, after the two passes in which its dropout is looked for."""
+    """Fails in the second sample, after the three passes in which its dropout is looked for."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -110,7 +110,7 @@ class Failing(FunctionalDropout):
 
     def forward(self, x: Tensor) -> Tensor:
         self.calls.append(1)
-        if len(self.calls) == 4:
+        if len(self.calls) == 5:
             raise RuntimeError("second sample")
         return super().forward(x)
 

@@ -17,7 +17,7 @@ from thinned.data.content_split import content_hash, uniform
 from thinned.data.module import data_offers
 from thinned.models.net import Logits, logits_of, net_offers
 from thinned.offers import task_offers
-from thinned.uncertainty.monte_carlo import stack_limits
+from thinned.uncertainty.kept_networks import rows_at_once
 from thinned.uncertainty.statistics import MCStatistics
 from thinned.uncertainty.token_statistics import TokenStatistics
 
@@ -99,7 +99,7 @@ class Batch:
     def sum_up(self, stream: Iterator[Logits]) -> MCStatistics | TokenStatistics:
         """Returns the statistics of distributions of the N targets."""
         if self.counted is None:
-            examples, at_once = MCStatistics(), max(1, stack_limits(self.index.device)[1] // max(1, len(self.index)))
+            examples, at_once = MCStatistics(), max(1, rows_at_once(self.index.device) // max(1, len(self.index)))
             while samples := list(islice(stream, at_once)):
                 examples.update_all(torch.softmax(torch.stack([logits[:] for logits in samples]), dim=-1))
             return examples

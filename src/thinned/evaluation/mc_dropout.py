@@ -35,7 +35,7 @@ class MCDropout(Callback):
     returns `thinned.models.net.Logits`, the deterministic network is not asked again.
 
     A net without `thin` is examined on the first batch of the sanity check or the training, and again of a test or a
-    prediction: two passes see that it returns logits and draws nothing in evaluation mode, two or three find its
+    prediction: one pass sees that it returns logits and draws nothing in evaluation mode, two or three find its
     dropout (`uncertainty.foreign_dropout`), and one uses it. If all rates are 0, a line says so, and the columns and
     scores of Monte-Carlo dropout are those of the deterministic network: a table of several rates has no gap at 0.
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from thinned.evaluation.batch import Batch, Validation
 from thinned.evaluation.ways import Way
 from thinned.models.dropout import derive_seed
-from thinned.uncertainty.conformal import KINDS, Kind, absent_classes, conformity, set_members, threshold, uniforms
+from thinned.uncertainty.conformal import KINDS, Kind, class_scores, conformity, threshold, uniforms
 
 
 class PredictionSets:
@@ -51,14 +51,15 @@ class PredictionSets:
         except ValueError as error:
             raise ValueError(f"{error} in one half of the validation split (mc_dropout.coverage)") from None
         self.thresholds = {way.name: {kind: next(values) for kind in KINDS} for way in ways}
-        if absent := absent_classes(targets.long(), num_classes):
+        if absent := [k for k in range(num_classes) if not (targets == k).any()]:  # of them nothing is known
             rank_zero_info(f"Prediction sets are calibrated without an example of the classes {absent}.")
 
     def columns(self, way: Way, probs: Tensor, targets: Tensor | None, index: Tensor) -> dict[str, Tensor]:
         """Returns the size of each example's sets and, with targets, whether they contain it, (N,) each, by name."""
-        columns, u = {}, uniforms(self.seed, index)
-        for kind, limit in self.thresholds.get(way.name, {}).items():
-            members = set_members(probs, u, kind, limit)
+        columns, thresholds = {}, self.thresholds.get(way.name, {})
+        scores = class_scores(probs, uniforms(self.seed, index)) if thresholds else {}
+        for kind, of_classes in scores.items():
+            members = of_classes <= thresholds[kind]
             columns[f"{kind}_size"] = members.sum(-1)
             if targets is not None:
                 columns[f"{kind}_covered"] = members.gather(-1, targets[:, None])[:, 0]

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from thinned.evaluation.batch import Batch
 from thinned.evaluation.prediction_sets import PredictionSets
 from thinned.evaluation.ways import Way, learning_order
-from thinned.uncertainty.scores import brier, nll
-from thinned.uncertainty.statistics import MCStatistics, entropy
+from thinned.uncertainty.scores import brier, prediction_columns
+from thinned.uncertainty.statistics import MCStatistics
 from thinned.uncertainty.token_statistics import TokenStatistics
 
 ROW_FORMAT = 2  # in the metadata of the files
@@ -76,11 +76,10 @@ def _rows(batch: Batch, ways: Sequence[Way], sets: PredictionSets | None) -> tup
 def example_columns(statistics: MCStatistics, targets: Tensor | None) -> Rows:
     """Returns the columns of one way for B examples, whose targets (B,) may be unknown."""
     probs = statistics.mean
-    confidence, prediction = probs.max(-1)
-    columns = {"prediction": prediction, "confidence": confidence, "predictive_entropy": entropy(probs)}
+    columns = prediction_columns(probs, targets)
+    prediction = columns["prediction"]
     if targets is not None:
-        columns |= {"nll": nll(probs, targets), "correct": prediction == targets, "brier": brier(probs, targets)}
-        columns["rank"] = 1 + (probs > probs.gather(-1, targets[:, None])).sum(-1)
+        columns["brier"] = brier(probs, targets)
     if statistics.num_samples > 1:
         spread = statistics.compute()
         columns |= {

@@ -96,7 +96,7 @@ class Deterministic(Way):
     name, label = "deterministic", "deterministic"
 
     def examine(self, inputs: Any) -> None:
-        """Runs a net of another make twice, to see that it draws nothing and returns logits."""
+        """Runs a net of another make, to see that it draws nothing and returns logits."""
         (net,) = self.nets
         if not of_our_make(net):
             check_logits(net, deterministic_output(net, lambda net: logits_in(net, inputs)))
@@ -151,7 +151,7 @@ class SampledNetworks(Way):
             self._say_off(not sites)
 
     def examine(self, inputs: Any) -> None:
-        """Finds the dropout of a net of another make, and runs a pass with it: three passes, or four for attention."""
+        """Finds the dropout of a net of another make, and runs a pass with it: three or four passes."""
         if self._has_to_look:
 
             def evaluate(net: nn.Module) -> Tensor:

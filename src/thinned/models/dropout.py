@@ -72,6 +72,10 @@ def dropout_mask(shape: tuple[int, ...], p: float, dtype: torch.dtype | None = N
         p: Probability of a zero, in [0, 1].
         dtype: The mask's dtype; None is torch's default dtype.
         seed: Seed of the mask; None draws one from torch's global generator.
+
+    >>> dropout_mask((2, 4), 0.5, seed=0)
+    tensor([[2., 2., 2., 0.],
+            [2., 0., 0., 0.]])
     """
     mask = torch.empty(shape, dtype=dtype or torch.get_default_dtype())
     if p == 1:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from thinned.models.dropout import SITES, Dropout, derive_seed, sites_in, watched
 from thinned.offers import task_offers
-from thinned.uncertainty.acting_dropout import kept_random_state, only_dropout_active, seed_generators
+from thinned.uncertainty.acting_dropout import only_dropout_active, seeded
 
 EXAMPLES = 4  # of a batch are looked at; more cost more than they tell
 PROBE_EVERY = 10  # logged steps
@@ -65,8 +65,7 @@ class DropoutMonitor(Callback):
     def _probe(self, inputs: Any, seed: int) -> None:
         net = self._net
         eager = torch.compiler.set_stance("force_eager") if self._compiled else nullcontext()
-        with kept_random_state(), eager, only_dropout_active(net, sites_in(net)), watched(net, self._see):
-            seed_generators(seed)
+        with seeded(seed), eager, only_dropout_active(net, sites_in(net)), watched(net, self._see):
             net(inputs)
 
     def _see(self, name: str, module: nn.Module, before: Tensor, after: Tensor) -> None:

@@ -1,7 +1,7 @@
 """Passes of a net in which dropout acts and nothing else does, with a given random state."""
 
 from collections.abc import Callable, Collection, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TypeVar
 
 import torch
@@ -10,21 +10,19 @@ from torch import Tensor, nn
 from thinned.models.dropout import Dropout, check_rate, check_sites, sites_in
 from thinned.models.net import net_offers
 from thinned.offers import task_offers
-from thinned.uncertainty.dropout_calls import is_dropout, random_state, same_state
 
 Output = TypeVar("Output")
 
 
 def of_our_make(net: nn.Module) -> bool:
-    """Whether a net, or the `net` of a task that is sharded, can be thinned: its dropout is in `Dropout` alone."""
+    """Returns whether a net, or the `net` of a sharded task, can be thinned: its dropout is in `Dropout` alone."""
     return any(net_offers(each).thin is not None for each in (net, task_offers(net).net))
 
 
 def acting_sites(net: nn.Module, sites: Collection[str] | None = None) -> tuple[str, ...]:
     """Returns those of the sites, or of all, at which a net has a rate above 0: none if all rates are 0.
 
-    Raises:
-        ValueError: No sites are given, the net lacks one of them, or it has no dropout.
+    A ValueError says that no sites are given, that the net lacks one of them, or that it has no dropout.
     """
     of_net = check_sites({module.site for module in net.modules() if isinstance(module, Dropout)})
     if sites is not None and (not sites or set(check_sites(sites)) - set(of_net)):
@@ -34,97 +32,102 @@ def acting_sites(net: nn.Module, sites: Collection[str] | None = None) -> tuple[
     return tuple(site for site in sites_in(net) if sites is None or site in sites)
 
 
+def is_dropout(module: nn.Module) -> bool:
+    """Returns whether a module drops in training mode and does nothing else.
+
+    Those of torch are known, and others by their names, such as `DropPath` or `StochasticDepth`. A module with
+    submodules is none by its name: a whole net may be called `DropoutNet`.
+    """
+    if isinstance(module, nn.RNNBase) or type(module) is nn.MultiheadAttention:
+        return True
+    name = getattr(module, "original_name", type(module).__name__).lower()  # TorchScript keeps the class's name
+    return ("drop" in name or "stochasticdepth" in name) and not any(True for _ in module.children())
+
+
 @contextmanager
 def restored(net: nn.Module) -> Iterator[list[str]]:
-    """Restores every module's mode and buffers on the way out, and then lists the buffers that had changed."""
+    """Restores modes, buffers, and numbers and tensors that are attributes; then lists the buffers that had changed."""
     modes = {module: module.training for module in net.modules()}
-    buffers = {
-        (module, name): (f"{path}.{name}".strip("."), buffer, buffer.clone())
+    attributes = {m: {k: v for k, v in vars(m).items() if isinstance(v, int | float | Tensor)} for m in modes}
+    buffers = [
+        (f"{path}.{name}".strip("."), module, name, buffer, buffer.clone())
         for path, module in net.named_modules()
         for name, buffer in module.named_buffers(recurse=False)
-    }
+    ]
     changed: list[str] = []
     try:
         yield changed
     finally:
         for module, mode in modes.items():
+            vars(module).update(attributes[module])
             module.training = mode
-        for (module, name), (path, then, copied) in buffers.items():
+        for path, module, name, buffer, copied in buffers:
             now = getattr(module, name)
-            if now is None or not _equal(now, copied):
+            if now is None or not torch.equal(now, copied):
                 changed.append(path)
                 with torch.no_grad():
-                    then.copy_(copied)
-                if now is not then:  # `self.average = 0.9 * self.average + ...`
-                    setattr(module, name, then)
+                    buffer.copy_(copied)
+                setattr(module, name, buffer)  # another one after `self.average = 0.9 * self.average + ...`
 
 
 @contextmanager
 def only_dropout_active(
     net: nn.Module, sites: Collection[str] | None = None, scale: float = 1.0, owners: Collection[nn.Module] = ()
 ) -> Iterator[None]:
-    """Within the block dropout modules (of the sites, or all) and nothing else are in training mode.
+    """Within the block dropout and nothing else is in training mode. On the way out all is as it was.
 
-    The rates of each `Dropout` that acts are multiplied by `scale`. Rates and every module's mode are restored on the
-    way out. A buffer that changed inside is restored too and raises ValueError, since such a prediction would depend on
-    its batch.
+    A buffer that changed inside raises a ValueError, since such a prediction would depend on its batch.
 
     Args:
-        net: The net. Functions that drop (`F.dropout`) are the matter of `FoundDropout`.
-        sites: Those of `Dropout`; None is every dropout module.
-        scale: Factor on the rates of `Dropout`.
-        owners: More modules that go into training mode, for dropout that acts in that mode alone.
+        net: The net.
+        sites: Those of `Dropout` that act; None is every dropout module.
+        scale: Factor on the rates of each `Dropout` that acts.
+        owners: More modules that go into training mode, see `FoundDropout`.
     """
-    rates = {module: module.p for module in net.modules() if isinstance(module, Dropout)}
-    with restored(net) as changed:
-        try:
-            for module in net.modules():
-                if sites is None:
-                    module.training = module in owners or is_dropout(module)
-                else:
-                    module.training = isinstance(module, Dropout) and module.site in sites
-            for module, p in rates.items():
-                if module.training:
-                    module.p = check_rate(scale * p, f"scale * dropout.{module.site}")
-            yield
-        finally:
-            for module, p in rates.items():
-                module.p = p
+    with restored(net) as changed, ExitStack() as stack:
+        stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
+        torch.backends.mha.set_fastpath_enabled(False)  # it would leave out the dropout modules of a layer
+        if any(isinstance(module, nn.RNNBase) for module in net.modules()):
+            stack.enter_context(torch.backends.cudnn.flags(enabled=False))  # it would seed its dropout but once
+        for module in net.modules():
+            if sites is None:
+                module.training = module in owners or is_dropout(module)
+            else:
+                module.training = isinstance(module, Dropout) and module.site in sites
+            if module.training and isinstance(module, Dropout):
+                module.p = check_rate(scale * module.p, f"scale * dropout.{module.site}")
+        yield
     if changed:
         raise ValueError(f"Expected dropout alone to act in {type(net).__name__}, but got changed buffers: {changed}")
 
 
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Within the block, the random state of torch, on the CPU and on the current GPU, begins with a seed."""
+    gpus = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(gpus):
+        torch.default_generator.manual_seed(seed)  # `torch.manual_seed` would reach all GPUs
+        if gpus:
+            torch.cuda.manual_seed(seed)
+        yield
+
+
 def seeded_output(net: nn.Module, evaluate: Callable[[nn.Module], Output], seed: int) -> Output:
-    """Runs a pass with the random state of a seed, and puts the state back; ValueError if the pass draws nothing."""
-    with kept_random_state():
-        seed_generators(seed)
+    """Runs a pass with the random state of a seed; ValueError if it draws nothing."""
+    with seeded(seed):
         before = random_state()
         output = evaluate(net)
-        if same_state(before, random_state()):
+        if torch.equal(before, random_state()):
             raise nothing_drops(net)
     return output
 
 
-def kept_random_state() -> AbstractContextManager[None]:
-    """Returns a context that puts back torch's random state, of the CPU and of the current GPU."""
-    return torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else [])
-
-
-def seed_generators(seed: int) -> None:
-    """Seeds torch's generators of the CPU and of the current GPU."""
-    torch.default_generator.manual_seed(seed)
-    if torch.cuda.is_available():
-        torch.cuda.manual_seed(seed)
+def random_state() -> Tensor:
+    """Returns torch's random state, of the CPU and of the current GPU: it changes if something is drawn."""
+    return torch.cat([torch.get_rng_state(), *([torch.cuda.get_rng_state()] if torch.cuda.is_available() else [])])
 
 
 def nothing_drops(net: nn.Module) -> ValueError:
     """Returns the error for a net in which no dropout acts."""
-    return ValueError(
-        f"Expected dropout with a rate above 0 in {type(net).__name__}, but got a pass that draws nothing"
-    )
-
-
-def _equal(now: Tensor, then: Tensor) -> bool:
-    """Compares element by element; a NaN equals a NaN."""
-    same_kind = now.shape == then.shape and now.is_floating_point()
-    return torch.equal(now, then) or (same_kind and torch.allclose(now, then, 0, 0, equal_nan=True))
+    name = type(net).__name__
+    return ValueError(f"Expected dropout with a rate above 0 in {name}, but got a pass that draws nothing")

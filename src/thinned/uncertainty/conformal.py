@@ -15,14 +15,13 @@ A set may be empty. Shapes: N examples, K classes.
 """
 
 import math
-from collections.abc import Iterator
 from fractions import Fraction
 from typing import Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from thinned.models import net
 from thinned.models.dropout import derive_seed
 
 Kind = Literal["thr", "aps", "raps"]
@@ -38,78 +37,53 @@ def uniforms(seed: int, index: Tensor) -> Tensor:
 
     They are the outputs of SplitMix64 (Steele, Lea and Flood 2014) at the places `index`, (N,) of integers.
     """
-    x = derive_seed(seed, "conformal") + index.long() * (0x9E3779B97F4A7C15 - 2**64)  # int64 wraps like uint64
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64), (31, 1)):
-        x = (x ^ _shifted(x, shift)) * factor
-    return _shifted(x, 11).double() / 2**53
+    x = np.uint64(derive_seed(seed, "conformal")) + index.cpu().numpy().astype(np.uint64) * np.uint64(
+        0x9E3779B97F4A7C15
+    )
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
+        x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)
+    return torch.from_numpy((x >> np.uint64(11)) / 2**53).to(index.device)
 
 
-def _shifted(x: Tensor, bits: int) -> Tensor:
-    """Returns int64 numbers shifted to the right, with zeros from the left."""
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
+def class_scores(probs: Tensor, u: Tensor) -> dict[Kind, Tensor]:
+    """Returns the scores of all classes by kind, (N, K) float64: the higher, the less a class conforms.
+
+    A set contains those with a score of at most the threshold. `u` is what `uniforms` returns for the examples, (N,).
+
+    >>> scores = class_scores(torch.tensor([[0.1, 0.6, 0.3]]), torch.tensor([0.5]))
+    >>> scores["aps"]  # 0.9 + 0.1 / 2, 0.6 / 2 and 0.6 + 0.3 / 2
+    tensor([[0.9500, 0.3000, 0.7500]], dtype=torch.float64)
+    """
+    p = probs.double()
+    ranked, order = p.sort(dim=-1, descending=True, stable=True)  # of equal classes the first one comes first
+    # Summed from the smallest on: all classes of probability 0 have a score of exactly 1.
+    rest = ranked.flip(-1).cumsum(-1).flip(-1)  # the sum of each class and all after it
+    aps = 1 - (rest - u[:, None] * ranked) / rest[:, :1]
+    ranks = torch.arange(1, 1 + p.shape[-1], dtype=p.dtype, device=p.device)
+    raps = aps + LAMBDA * (ranks - K_REG).clamp_min(0)
+    aps, raps = (torch.empty_like(p).scatter_(-1, order, scores) for scores in (aps, raps))
+    return {"thr": 1 - p, "aps": aps, "raps": raps}
 
 
 def conformity(probs: Tensor, targets: Tensor, u: Tensor) -> dict[Kind, Tensor]:
-    """Returns the score of each true class, (N,) float64: the higher, the less the class conforms.
-
-    Args:
-        probs: (N, K), which sum to 1 over K.
-        targets: True classes, (N,).
-        u: What `uniforms` returns for the examples, (N,).
+    """Returns the score of each true class, (N,) float64, by kind.
 
     >>> scores = conformity(torch.tensor([[0.1, 0.6, 0.3]]), torch.tensor([2]), torch.tensor([0.5]))
     >>> {kind: round(score.item(), 4) for kind, score in scores.items()}
     {'thr': 0.7, 'aps': 0.75, 'raps': 0.85}
     """
-    return {
-        kind: torch.cat([s.gather(-1, targets[rows, None])[:, 0] for rows, s in _scores(probs, u, kind)])
-        for kind in KINDS
-    }
-
-
-def set_members(probs: Tensor, u: Tensor, kind: Kind, threshold: float) -> Tensor:
-    """Returns which classes each set contains, (N, K) bool: those with a score of at most the threshold.
-
-    >>> set_members(torch.tensor([[0.1, 0.6, 0.3]]), torch.tensor([0.5]), "aps", 0.8)
-    tensor([[False,  True,  True]])
-    """
-    return torch.cat([scores <= threshold for _, scores in _scores(probs, u, kind)])
-
-
-def _scores(probs: Tensor, u: Tensor, kind: Kind) -> Iterator[tuple[slice, Tensor]]:
-    """Yields a few rows at a time and the scores of all their classes, (n, K) float64."""
-    at_once = max(1, net.LOGITS_AT_ONCE // probs.shape[-1])
-    for start in range(0, max(1, len(probs)), at_once):
-        rows = slice(start, start + at_once)
-        p = probs[rows].double()
-        if kind == "thr":
-            yield rows, 1 - p
-            continue
-        ranked, order = p.sort(dim=-1, descending=True, stable=True)  # of equal classes the first one comes first
-        # Summed from the smallest on: all classes of probability 0 have a score of exactly 1.
-        rest = ranked.flip(-1).cumsum(-1).flip(-1)  # the sum of each class and all after it
-        scores = 1 - (rest - u[rows, None] * ranked) / rest[:, :1]
-        if kind == "raps":
-            ranks = torch.arange(1, 1 + p.shape[-1], dtype=p.dtype, device=p.device)
-            scores += LAMBDA * (ranks - K_REG).clamp_min(0)
-        yield rows, torch.empty_like(scores).scatter_(-1, order, scores)
+    return {kind: scores.gather(-1, targets[:, None])[:, 0] for kind, scores in class_scores(probs, u).items()}
 
 
 def threshold(scores: Tensor, coverage: float) -> float:
-    """Returns the ceil((n + 1) coverage)-th smallest of n calibration scores.
+    """Returns the ceil((n + 1) coverage)-th smallest of n calibration scores, (n,).
 
-    Args:
-        scores: Scores of the true classes of the calibration examples, (n,).
-        coverage: With at least this probability, sets contain the true class.
-
-    Raises:
-        ValueError: If there are fewer than coverage / (1 - coverage) examples.
+    With at least the probability `coverage`, in (0, 1), sets then contain the true class. There have to be
+    coverage / (1 - coverage) scores; else a ValueError.
 
     >>> threshold(torch.arange(1, 20), 0.9)
     18.0
     """
-    if not 0 < coverage < 1:
-        raise ValueError(f"Expected a coverage above 0 and below 1, but got {coverage}")
     n, exact = len(scores), Fraction(str(coverage))  # in floats, 100 * 0.55 is above 55
     rank = math.ceil((n + 1) * exact)
     if rank > n:
@@ -118,12 +92,3 @@ def threshold(scores: Tensor, coverage: float) -> float:
             f"{n} (at most coverage {n}/{n + 1} is possible)"
         )
     return float(scores.kthvalue(rank).values)
-
-
-def absent_classes(targets: Tensor, num_classes: int) -> list[int]:
-    """Returns the classes without a calibration example: of how often sets contain them, nothing is known.
-
-    >>> absent_classes(torch.tensor([0, 2, 2]), 4)
-    [1, 3]
-    """
-    return (torch.bincount(targets, minlength=num_classes) == 0).nonzero()[:, 0].tolist()

@@ -9,91 +9,70 @@ classification in the presence of foreign data, SCOD: Xia and Bouganis 2022). Th
 examples and all foreign ones, and scores are AUROC and the area under the risk-coverage curve of failures (Jaeger et
 al. 2023).
 
-Shapes: N examples, known and foreign ones, R resamples. How many of them are foreign is a choice, not a sample, so
-weights count as if each of the two kinds had the total that it has in the data.
+Shapes: N examples, known and foreign ones. How many of them are foreign is a choice, not a sample, so weights count as
+if each of the two kinds had the total that it has in the data.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from thinned.uncertainty.intervals import Difference, Interval, score_intervals
 from thinned.uncertainty.scores import Score, aurc, auroc_error
-from thinned.uncertainty.weighting import over_curves
+from thinned.uncertainty.weighting import curves, weights_of
 
 
 def aupr(known: Tensor, uncertainty: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Returns the area under the precision-recall curve of foreign examples, as average precision, () or (R,).
+    """Returns the area under the precision-recall curve of foreign examples, as average precision, ().
 
     >>> aupr(torch.tensor([True, False, True, False]), torch.tensor([0.1, 0.2, 0.3, 0.4])).item()  # (1 + 2 / 3) / 2
     0.8333...
     """
-
-    def of(weight: Tensor, foreign: Tensor) -> Tensor:
-        flagged, hits = (curve[:, -1:] - curve[:, :-1] for curve in (weight, foreign))
-        precision = hits / flagged.clamp_min(torch.finfo(flagged.dtype).tiny)
-        return (precision * foreign.diff()).sum(1) / foreign[:, -1]
-
-    return over_curves(of, uncertainty, 1 - known.double(), balanced(known, weights))
+    weight, foreign = curves(uncertainty, ~known, balanced(known, weights))
+    flagged, hits = (curve[-1] - curve[:-1] for curve in (weight, foreign))
+    precision = hits / flagged.clamp_min(torch.finfo(flagged.dtype).tiny)
+    return precision @ foreign.diff() / foreign[-1]
 
 
 def fpr_at_95_tpr(known: Tensor, uncertainty: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Returns the share of known examples at or above the threshold that 95 % of the foreign ones reach, () or (R,).
+    """Returns the share of known examples at or above the threshold that 95 % of the foreign ones reach, ().
 
     >>> fpr_at_95_tpr(torch.tensor([True, False, True, False]), torch.tensor([0.1, 0.2, 0.3, 0.4])).item()
     0.5
     """
-
-    def of(weight: Tensor, foreign: Tensor) -> Tensor:
-        flagged, hits = (curve[:, -1:] - curve for curve in (weight, foreign))
-        enough = hits >= 0.95 * foreign[:, -1:] * (1 - 1e-9)  # Sums of fractions are rounded.
-        false = torch.where(enough, flagged - hits, math.inf).amin(1)
-        return false / (weight[:, -1] - foreign[:, -1])
-
-    return over_curves(of, uncertainty, 1 - known.double(), weights)
+    weight, foreign = curves(uncertainty, ~known, weights)
+    flagged, hits = (curve[-1] - curve for curve in (weight, foreign))
+    enough = hits >= 0.95 * foreign[-1] * (1 - 1e-9)  # sums of fractions are rounded
+    return torch.where(enough, flagged - hits, math.inf).amin() / (weight[-1] - foreign[-1])
 
 
 def balanced(known: Tensor, weights: Tensor | None) -> Tensor:
-    """Returns weights whose totals over known and over foreign examples are their numbers, (N,) or (R, N) float64."""
-    weights = torch.ones(len(known), device=known.device) if weights is None else weights
-    weights, factors = weights.double(), torch.zeros_like(weights, dtype=torch.float64)
-    for kind in (known, ~known):
-        of_kind = kind.double()
-        factors = factors + of_kind * (of_kind.sum() / (weights @ of_kind))[..., None]
-    return weights * factors
+    """Returns weights whose totals over known and over foreign examples are their numbers, (N,) float64."""
+    w = weights_of(known, weights)
+    return sum((w * kind * (kind.sum() / (w @ kind)) for kind in (known.double(), (~known).double())), 0 * w)
 
 
-def _uncertainty(measure: str, column: Tensor) -> Tensor:
-    return -column if measure == "confidence" else column
+def scod_auroc(known: Tensor, correct: Tensor, uncertainty: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Returns the probability that a failure is more uncertain than a success, a tie counting half, ()."""
+    return auroc_error(known & correct, uncertainty, balanced(known, weights))
+
+
+def scod_aurc(known: Tensor, correct: Tensor, uncertainty: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Returns the area under the risk-coverage curve of failures, ()."""
+    return aurc(~(known & correct), uncertainty, balanced(known, weights))
 
 
 def _scores_of(measure: str, label: str) -> dict[str, Score]:
     """Returns the scores that one measure of uncertainty has, by their names."""
-
-    def detecting(of: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        return lambda known, column, weights=None: of(known, _uncertainty(measure, column), weights)
-
-    def rejecting(of: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        return lambda known, right, column, weights=None: of(
-            known & right, _uncertainty(measure, column), balanced(known, weights)
-        )
-
-    columns, all_columns = ("known", measure), ("known", "correct", measure)
+    two, three = ("known", f"uncertainty_{measure}"), ("known", "correct", f"uncertainty_{measure}")
     return {
-        f"foreign_auroc_{measure}": Score(f"AUROC, {label} ↑", detecting(auroc_error), columns, most=1),
-        f"foreign_aupr_{measure}": Score(f"AUPR, {label} ↑", detecting(aupr), columns, most=1),
-        f"foreign_fpr95_{measure}": Score(
-            f"FPR at 95 % TPR, {label} ↓", detecting(fpr_at_95_tpr), columns, "resampled", most=1
-        ),
-        f"scod_auroc_{measure}": Score(f"SCOD: AUROC, {label} ↑", rejecting(auroc_error), all_columns, most=1),
-        f"scod_aurc_{measure}": Score(
-            f"SCOD: AURC, {label} ↓",
-            rejecting(lambda right, uncertainty, weights: aurc(~right, uncertainty, weights)),
-            all_columns,
-            most=1,
-        ),
+        f"foreign_auroc_{measure}": Score(f"AUROC, {label} ↑", auroc_error, two, most=1),
+        f"foreign_aupr_{measure}": Score(f"AUPR, {label} ↑", aupr, two, most=1),
+        f"foreign_fpr95_{measure}": Score(f"FPR at 95 % TPR, {label} ↓", fpr_at_95_tpr, two, "resampled", most=1),
+        f"scod_auroc_{measure}": Score(f"SCOD: AUROC, {label} ↑", scod_auroc, three, most=1),
+        f"scod_aurc_{measure}": Score(f"SCOD: AURC, {label} ↓", scod_aurc, three, most=1),
     }
 
 
@@ -122,12 +101,12 @@ def detection_intervals(
     """
     ways = {}
     for way, columns in known.items():
-        measures = [key for key in MEASURES if key in columns]
-        joined = {key: torch.cat([columns[key], foreign[way][key]]) for key in measures}
-        number, others = len(columns["confidence"]), len(foreign[way]["confidence"])
-        joined["known"] = torch.arange(number + others) < number
+        joined = {key: torch.cat([columns[key], foreign[way][key]]) for key in MEASURES if key in columns}
+        joined |= {f"uncertainty_{key}": -x if key == "confidence" else x for key, x in joined.items()}
+        joined["known"] = torch.arange(len(joined["confidence"])) < len(columns["confidence"])
         if "correct" in columns:
-            joined["correct"] = torch.cat([columns["correct"], columns["correct"].new_zeros(others)])
+            others = columns["correct"].new_zeros(len(foreign[way]["confidence"]))
+            joined["correct"] = torch.cat([columns["correct"], others])
         ways[way] = joined
     joint = None if groups is None else torch.cat([groups[0], groups[0].max() + 1 + groups[1]])
     return score_intervals(ways, baseline, joint, table=DETECTION)

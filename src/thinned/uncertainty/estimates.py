@@ -25,10 +25,12 @@ from torch import Tensor
 
 from thinned.models.dropout import derive_seed
 from thinned.uncertainty.scores import Score
+from thinned.uncertainty.weighting import totals
 
 Z = 1.959964  # 95 % of a normal variable are in [-Z, Z]
-WEIGHTS_AT_ONCE = 2**24  # of one byte each
+WEIGHTS_AT_ONCE = 2**20  # of float64
 HYPOTHETICAL = {"confidence", "predictive_entropy", "nll", "brier"}  # the columns that make the hypothetical error
+EMPTY = torch.empty(0)
 PARTS = 16  # of it, which differ in uncertainty
 POISSON = np.searchsorted(  # the quantiles at 2^16 levels
     np.cumsum([math.exp(-1) / math.factorial(k) for k in range(10)]), (np.arange(2**16) + 0.5) / 2**16
@@ -61,128 +63,110 @@ def resample_weights(num_groups: int, resamples: range, seed: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Smooth:
-    """A smooth score, and by how much each group of examples moves it.
+class Estimate:
+    """A score with its sampling error.
 
     Attributes:
-        value: The score.
-        at: The score with the hypothetical error.
-        moves: Its gradient in the weights of groups, and of the parts of the hypothetical error, (G + E,).
-        weights: 1 for groups, less for parts, (G + E,).
+        score: What is estimated.
+        value: The score of the predictions.
         n: N.
-        proportion: Whether it is a proportion. E is 0 then.
-        most: The largest possible score.
+        why: Why there is no interval, in a few words; None if there is one.
+        at: The score with the hypothetical error.
+        moves: The gradient of a smooth score in the weights of groups and of the parts of the error, (G + E,); the
+            values in resamples of another, (R,).
+        weights: 1 for groups, less for parts, (G + E,). The error has no parts in a proportion.
     """
 
+    score: Score
     value: float
-    at: float
-    moves: Tensor
-    weights: Tensor
     n: int
-    proportion: bool
-    most: float
+    why: str | None = None
+    at: float = math.nan
+    moves: Tensor = EMPTY
+    weights: Tensor = EMPTY
+
+    @classmethod
+    def mean(cls, runs: "Sequence[Estimate]") -> "Estimate":
+        """Returns the mean of a score over runs on the same examples; undefined if that of one run is."""
+        value, why = fmean(run.value for run in runs), next((run.why for run in runs if run.why), None)
+        if why is not None:
+            return cls(runs[0].score, value, runs[0].n, why)
+        at, moves = fmean(run.at for run in runs), torch.stack([run.moves for run in runs]).mean(0)
+        return replace(runs[0], value=value, at=at, moves=moves)
 
     def bounds(self) -> tuple[float, float]:
-        """Returns the 95 % interval: Hall's; or Wilson's for as many independent examples as have this variance."""
+        """Returns the 95 % interval: normal; Wilson's for as many examples as have this variance; or Hall's."""
+        if self.score.resampled:
+            power = 2 if self.score.kind == "calibration" else 1  # the one that is unbiased
+            powers = replace(self, moves=self.moves**power)
+            centre, error = 2 * self.value**power - float(powers.moves.nanmean()), powers._error_and_skewness()[0]
+            low, high = (max(0.0, centre + z * error) ** (1 / power) for z in (-Z, Z))
+            return min(low, self.score.most), min(high, self.score.most)
         error, skewness = self._error_and_skewness()
-        if self.proportion:
+        if self.score.kind == "proportion":
             groups = len(self.moves)
-            spread = (
-                self.value * (1 - self.value) * groups / (groups - 1)
-            )  # 0 if all are right; rounding may leave an error
+            spread = self.value * (1 - self.value) * groups / (groups - 1)
+            # If all are right, the spread is 0, but rounding may leave an error.
             n_effective = spread / error**2 if spread > 1e-9 and error > 0 else groups
             return wilson(self.value * n_effective, n_effective)
         low, high = (self.at - error * _inverse_hall(z, skewness) for z in (Z, -Z))
-        return max(0.0, min(low, self.value)), min(self.most, max(high, self.value))
+        return max(0.0, min(low, self.value)), min(self.score.most, max(high, self.value))
 
-    def above(self, other: "Smooth | Resampled") -> tuple[float, float, float]:
+    def above(self, other: "Estimate") -> tuple[float, float, float]:
         """Returns the 95 % interval of the difference to another way, and the p-value of none."""
-        assert isinstance(other, Smooth)
-        value, at, moves, weights = self.value - other.value, self.at - other.at, self.moves - other.moves, self.weights
-        if self.proportion:  # Half an example counts that one way alone has right, and half one that the other has.
+        value, moves, weights = self.value - other.value, self.moves - other.moves, self.weights
+        at = value if self.score.resampled else self.at - other.at
+        if self.score.kind == "proportion":  # half an example that one way has right, half one of the other
             moves = torch.cat([moves, moves.new_tensor([1, -1]) / self.n])
             weights = torch.cat([weights, weights.new_full((2,), 0.5)])
         error, skewness = replace(self, moves=moves, weights=weights)._error_and_skewness()
         if error == 0:
             return value, value, float(value == 0)
         # The skewness of a few differences is itself noise: It may widen an interval, and not move it.
-        skews = (0.0, 0.0 if self.proportion else skewness)
+        skews = (0.0, skewness if self.score.kind == "smooth" else 0.0)
         low = min(at - error * _inverse_hall(Z, skew) for skew in skews)
         high = max(at - error * _inverse_hall(-Z, skew) for skew in skews)
-        return min(low, value), max(high, value), max(_two_sided(_hall(at / error, skew)) for skew in skews)
-
-    @classmethod
-    def mean_of(cls, runs: Sequence["Smooth"]) -> "Smooth":
-        """Returns the mean of a score over runs on the same examples."""
-        at, moves = fmean(run.at for run in runs), torch.stack([run.moves for run in runs]).mean(0)
-        return replace(runs[0], value=fmean(run.value for run in runs), at=at, moves=moves)
+        p = max(math.erfc(abs(_hall(at / error, skew)) / math.sqrt(2)) for skew in skews)
+        return min(low, value), max(high, value), p
 
     def _error_and_skewness(self) -> tuple[float, float]:
+        if self.score.resampled:
+            return float(self.moves[~self.moves.isnan()].std()), 0.0
         square, cube = (float(self.weights @ self.moves**power) for power in (2, 3))
         n = float(self.weights.sum())
         return math.sqrt(square * n / (n - 1)), cube / square**1.5 if square > 0 else 0.0
 
 
-@dataclass(frozen=True)
-class Resampled:
-    """A score and its values in resamples, (R,). The power that is unbiased is normal in its interval, up to `most`."""
-
-    value: float
-    replicates: Tensor
-    power: int
-    most: float = math.inf
-
-    def bounds(self) -> tuple[float, float]:
-        """Returns the 95 % interval."""
-        powers = self.replicates[~self.replicates.isnan()] ** self.power
-        centre, error = 2 * self.value**self.power - float(powers.mean()), float(powers.std())
-        low, high = (max(0.0, centre + z * error) ** (1 / self.power) for z in (-Z, Z))
-        return min(low, self.most), min(high, self.most)
-
-    def above(self, other: "Smooth | Resampled") -> tuple[float, float, float]:
-        """Returns the 95 % interval of the difference to another way, and the p-value of none."""
-        assert isinstance(other, Resampled)
-        value, replicates = self.value - other.value, self.replicates - other.replicates
-        error = float(replicates[~replicates.isnan()].std())
-        p = _two_sided(value / error) if error != 0 else float(value == 0)
-        return value - Z * error, value + Z * error, p
-
-    @classmethod
-    def mean_of(cls, runs: Sequence["Resampled"]) -> "Resampled":
-        """Returns the mean of a score over runs on the same examples."""
-        replicates = torch.stack([run.replicates for run in runs]).mean(0)
-        return replace(runs[0], value=fmean(run.value for run in runs), replicates=replicates)
-
-
 def estimated(
     score: Score,
-    value: float,
     columns: dict[str, Tensor],
     hypothetical: Mapping[str, Tensor],
     group: Tensor,
     num_resamples: int,
     seed: int,
-) -> Smooth | Resampled:
-    """Returns the sampling error of a score, in the way that is right for its kind.
+) -> Estimate:
+    """Returns a score with its sampling error.
 
     Args:
-        score: Of any kind but "descriptive".
-        value: The score of the columns.
-        columns: Those that the score reads, (N, ...).
+        score: The score.
+        columns: Those that it reads, (N, ...).
         hypothetical: What `hypothetical_error` returns. It joins the columns, if it has all that the score reads.
         group: The group of each prediction, from 0 on, (N,) int64.
         num_resamples: R.
-        seed: Seed of the resamples.
+        seed: Of the resamples.
     """
     n, num_groups = len(group), int(group.max()) + 1
-    if score.kind in ("calibration", "resampled"):
-        at_once = max(1, WEIGHTS_AT_ONCE // n)
-        parts = [range(start, min(start + at_once, num_resamples)) for start in range(0, num_resamples, at_once)]
-        replicates = [
-            score.of(*columns.values(), weights=resample_weights(num_groups, part, seed)[:, group]) for part in parts
-        ]
-        return Resampled(value, torch.cat(replicates), 2 if score.kind == "calibration" else 1, score.most)
-
+    estimate = Estimate(score, score.of(*columns.values(), weights=None).item(), n)
+    if math.isnan(estimate.value):
+        return replace(estimate, why=why_undefined(columns))
+    if score.kind == "descriptive":
+        return replace(estimate, why="it fits noise, which resampling does not show")
+    if score.resampled:
+        of_resamples = torch.vmap(lambda w: score.of(*columns.values(), weights=w[group]))
+        at_once = max(8, WEIGHTS_AT_ONCE // n)
+        parts = (range(start, min(start + at_once, num_resamples)) for start in range(0, num_resamples, at_once))
+        values = [of_resamples(resample_weights(num_groups, part, seed)) for part in parts]
+        return replace(estimate, moves=torch.cat(values))
     weights = torch.ones(n, dtype=torch.float64)
     if score.kind == "smooth" and columns.keys() <= hypothetical.keys():
         columns = {name: torch.cat([column, hypothetical[name].to(column)]) for name, column in columns.items()}
@@ -191,20 +175,27 @@ def estimated(
     (gradient,) = torch.autograd.grad(at, weights)
     weights = weights.detach()
     gradient = gradient - weights @ gradient / weights.sum()
-    moves = torch.cat([gradient.new_zeros(num_groups).index_add_(0, group, gradient[:n]), gradient[n:]])
-    weights = torch.cat([weights.new_ones(num_groups), weights[n:]])
-    return Smooth(value, at.item(), moves, weights, n, score.kind == "proportion", score.most)
+    moves = torch.cat([totals(gradient[:n], group, num_groups), gradient[n:]])
+    return replace(estimate, at=at.item(), moves=moves, weights=torch.cat([weights.new_ones(num_groups), weights[n:]]))
+
+
+def why_undefined(columns: Mapping[str, Tensor]) -> str:
+    """Says in a few words why a score of columns is NaN.
+
+    >>> why_undefined({"correct": torch.tensor([True]), "predictive_entropy": torch.tensor([0.1])})
+    'no prediction is wrong'
+    """
+    correct = columns.get("correct")
+    if correct is not None and correct.all() == correct.any():
+        return "no prediction is wrong" if correct.all() else "no prediction is right"
+    return "the targets have no bytes" if "bytes" in columns else "a column is not a number"
 
 
 def hypothetical_error(rows: Mapping[str, Tensor], doubt: Tensor) -> dict[str, Tensor]:
     """Returns the columns of one error in parts, (E,), which is at row i with probability doubt_i / sum_j doubt_j.
 
     Given an error, a row p with confidence c expects an NLL of (H[p] + c log c) / (1 - c), and a Brier score of
-    sum_k p_k^2 + 1 - 2 (sum_k p_k^2 - c^2) / (1 - c).
-
-    Args:
-        rows: Columns of a way, (N,) each. Brier scores may be missing.
-        doubt: The same for all ways, (N,) float64.
+    sum_k p_k^2 + 1 - 2 (sum_k p_k^2 - c^2) / (1 - c). Rows are columns (N,), and the doubt (N,) is that of all ways.
     """
     tiny = torch.finfo(torch.float32).eps
     doubt, wrong = doubt.clamp_min(tiny), (1 - rows["confidence"].double()).clamp_min(tiny)
@@ -229,8 +220,3 @@ def _hall(t: float, skewness: float) -> float:
 def _inverse_hall(z: float, skewness: float) -> float:
     """Returns the t that `_hall` maps to z."""
     return 3 * (float(np.cbrt(1 + skewness * (z - skewness / 6))) - 1) / skewness if abs(skewness) > 1e-6 else z
-
-
-def _two_sided(z: float) -> float:
-    """Returns the probability that a normal variable is as far from 0 as z."""
-    return math.erfc(abs(z) / math.sqrt(2))

@@ -1,28 +1,38 @@
-"""Finds the dropout of a net of another make, by passes over one batch in which its calls are watched.
+"""Finds which modules of a net of another make go into training mode, so that its dropout acts and nothing else does.
 
-Dropout is seen from evaluation mode if a module does it, or a function that is told its rate and `self.training`. An
-attention that is told `dropout_p=self.p if self.training else 0` is seen in training mode alone: its module, without
-its submodules, has to go there, and may do nothing else in that mode.
+Modules of dropout are known, see `is_dropout`. Others call a function of dropout (`F.dropout`, attention with a rate)
+or, in training mode alone, a module of dropout. A pass in training mode finds them: a `TorchFunctionMode` sees such
+calls, and keeps them from dropping. In that mode they may do nothing else, which another pass checks.
 """
 
-import random
-from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import contextmanager
+import inspect
+import sys
+from collections.abc import Callable, Collection
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
-from thinned.models.net import Logits
-from thinned.uncertainty.acting_dropout import kept_random_state, restored, seed_generators
-from thinned.uncertainty.dropout_calls import Call, DropoutCalls, Site, is_dropout, rates
+from thinned.uncertainty.acting_dropout import is_dropout, random_state, restored, seeded
 
 Output = TypeVar("Output")
+Function = Callable[..., Any]
 
 ATTEMPTS = 20  # to see all layers of a net that leaves out some of them at random in training mode
+_IN_PYTHON: tuple[Function, ...] = (
+    F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout,
+    F.multi_head_attention_forward,
+)  # fmt: skip
+_IN_C: tuple[Function, ...] = (torch.dropout, torch.alpha_dropout, torch.feature_dropout, torch.feature_alpha_dropout)
+PARAMETERS: dict[Function, tuple[str, ...]] = {  # in their order; functions in C have no signature to inspect
+    **{function: tuple(inspect.signature(function).parameters) for function in _IN_PYTHON},
+    **dict.fromkeys(_IN_C, ("input", "p", "train")),
+    F.scaled_dot_product_attention: ("query", "key", "value", "attn_mask", "dropout_p", "is_causal"),
+}
 
 
 @dataclass(frozen=True)
@@ -30,200 +40,140 @@ class FoundDropout:
     """What has to be done for the dropout of a net to act.
 
     Attributes:
-        owners: Modules that go into training mode, each alone, for the sake of an attention that cannot be seen.
-        sites: Calls of functions that are turned on; None if all of them are.
+        owners: Modules that go into training mode, each alone, beside those that are dropout.
         off: Whether there is dropout, and all of its rates are 0: every sampled network is the deterministic one.
         resting: Modules that draw in training mode and are not known as dropout, or drop in a part of the net that runs
             in that mode alone. They stay off.
     """
 
     owners: frozenset[nn.Module]
-    sites: frozenset[Site] | None
     off: bool
     resting: str
 
-    def pass_of(self, evaluate: Callable[[nn.Module], Output]) -> Callable[[nn.Module], Output]:
-        """Returns `evaluate` with its calls of dropout functions turned on."""
 
-        def run(net: nn.Module) -> Output:
-            with DropoutCalls(self._turns_on, None if self.sites is None else net):
-                return evaluate(net)
+class _Watch(TorchFunctionMode):
+    """Keeps functions from dropping, and collects in all passes what runs, what draws, and calls of dropout."""
 
-        return run
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+        self.ran, self.drawn, self.rates = {net}, set[nn.Module](), list[float]()
+        self.calls = set[tuple[nn.Module, Any]]()  # a module, and the function or module of dropout that it calls
+        self._running = [net]  # the last one runs; `evaluate` may call other methods of the net than `forward`
 
-    def _turns_on(self, call: Call) -> bool:
-        return call.on or self.sites is None or call.site in self.sites
+    def run(
+        self, evaluate: Callable[[nn.Module], Output], training: Collection[nn.Module] = (), seed: int = 0
+    ) -> Output:
+        """Runs a pass with the given modules in training mode, and no others."""
+        with restored(self.net), seeded(seed), ExitStack() as stack:
+            if "torch._dynamo" in sys.modules:  # a compiled graph calls no functions
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
+            self._state = random_state()
+            for module in self.net.modules():
+                module.training = module in training
+                if not isinstance(module, torch.jit.ScriptModule):
+                    stack.callback(module.register_forward_pre_hook(self._begin).remove)
+                    stack.callback(module.register_forward_hook(self._end, always_call=True).remove)
+            stack.enter_context(self)
+            return evaluate(self.net)
+
+    def _begin(self, module: nn.Module, args: Any) -> None:
+        self._notice_draws()
+        if is_dropout(module):
+            self.calls.add((self._running[-1], module))
+        self.ran.add(module)
+        self._running.append(module)
+
+    def _end(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._notice_draws()
+        del self._running[-1]
+
+    def _notice_draws(self) -> None:
+        if not torch.equal(self._state, state := random_state()):
+            self._state = state
+            self.drawn.add(self._running[-1])
+
+    def __torch_function__(self, func: Function, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func not in PARAMETERS or is_dropout(self._running[-1]):
+            return func(*args, **(kwargs or {}))
+        given = dict(zip(PARAMETERS[func], args, strict=False)) | (kwargs or {})
+        name = "p" if "p" in given else "dropout_p"
+        self.rates.append(float(given.get(name, 0)))
+        if self.rates[-1] > 0 and given.get("training", given.get("train", True)):  # attention has no such flag
+            self.calls.add((self._running[-1], func))
+        return func(**given | {name: 0.0})
 
 
-def still_output(net: nn.Module, evaluate: Callable[[nn.Module], Output]) -> tuple[Output, DropoutCalls]:
-    """Runs a pass in evaluation mode; ValueError if it draws. Returns its output and its calls of dropout."""
-    with _watched(net, (), lambda call: call.on) as (watched, _):
-        output = evaluate(net)
-    if watched.drawn:
+@torch.no_grad()
+def deterministic_output(net: nn.Module, evaluate: Callable[[nn.Module], Output], watch: Any = None) -> Output:
+    """Runs a pass in evaluation mode and returns its output; ValueError if it draws."""
+    watch = watch or _Watch(net)
+    output: Output = watch.run(evaluate)
+    if drawing := watch.drawn | {caller for caller, called in watch.calls if not isinstance(called, nn.Module)}:
         raise ValueError(
             f"Expected {type(net).__name__} to be deterministic in evaluation mode, but got random numbers drawn by "
-            f"{_names(net, watched.drawn)}, which has to ask `self.training`"
+            f"{_names(net, drawing)}, which has to ask `self.training`"
         )
-    return output, watched
+    return output
 
 
 @torch.no_grad()
 def find_dropout(net: nn.Module, evaluate: Callable[[nn.Module], Any]) -> FoundDropout:
-    """Finds the dropout of a net by two passes, and checks it by a third if some of it acts in training mode alone.
+    """Finds the dropout of a net by two passes, and checks it by a third if some of it is called by other modules.
 
-    A net that leaves out layers at random runs in training mode until each has run, `ATTEMPTS` times at most.
+    A net that leaves out layers at random runs in training mode until each has run, `ATTEMPTS` times at most. Modes,
+    buffers, numbers and tensors that are attributes, and the random state are restored.
 
     Args:
-        net: The net. Its modes, buffers, numbers and tensors that are attributes, and the random state are restored.
-        evaluate: Runs the net on a batch; returns tensors or `Logits`.
+        net: The net.
+        evaluate: Runs the net on a batch, and returns a tensor.
 
     Raises:
-        ValueError: The net draws in evaluation mode; a pass fails or writes parameters; or a module that has to go into
-            training mode does something else there, too.
+        ValueError: The net draws in evaluation mode; it cannot run in training mode; or a module that calls dropout
+            does something else in that mode, too.
     """
-    expected, still = still_output(net, evaluate)
-    _refuse_scripts(net)
-    made, acting, drawn, alone = set[Site](), Counter[Site](), set[nn.Module](), set[nn.Module]()
+    still, trained, check = _Watch(net), _Watch(net), _Watch(net)
+    expected = deterministic_output(net, evaluate, still)
+    for path, module in net.named_modules():
+        asks = isinstance(module, torch.jit.ScriptModule) and "self.training" in getattr(module, "code", "")
+        if asks and not is_dropout(module) and "Norm" not in str(module.original_name):
+            got = f"TorchScript in {type(net).__name__}.{path}, whose code reads `training`"
+            raise ValueError(f"Expected dropout that can be told from other code, but got {got}: use the Python module")
+    own = {module for module in net.modules() if not is_dropout(module) and not _of_torch(module)}
     for attempt in range(ATTEMPTS):
-        trained = _training_pass(net, evaluate, attempt)
-        made |= {call.site for call in trained.calls}
-        acting |= Counter(call.site for call in trained.calls if call.acts)
-        drawn |= trained.drawn
-        alone |= {module for module in trained.ran - still.ran if module is not None}
-        if {call.site for call in still.calls} <= made:  # else a layer was left out at random
-            break
-    visible = Counter(call.site for call in still.calls if call.p > 0)
-    hidden = Counter({site: count for site, count in (acting - visible).items() if site[0] in still.ran})
-    if hidden:
-        _check_owners(net, evaluate, hidden, expected)
-    sites = frozenset(site for site in visible if site in acting or site not in made or _of_torch(site[0]))
-    known = [call.p for call in (*still.calls, *trained.calls)]
-    known += [rate for module in net.modules() if is_dropout(module) for rate in rates(module)]
-    return FoundDropout(
-        owners=frozenset(module for module, _ in hidden if module is not None),
-        sites=None if sites == visible.keys() else sites,
-        off=bool(known) and not any(known),
-        resting=_names(net, drawn | {site[0] for site in acting if site[0] in alone}),
-    )
-
-
-def _training_pass(net: nn.Module, evaluate: Callable[[nn.Module], Any], seed: int) -> DropoutCalls:
-    """Runs a pass in which what is not of torch is in training mode, and no function drops."""
-    own = [module for module in net.modules() if not is_dropout(module) and not _of_torch(module)]
-    with _watched(net, own, lambda call: False) as (watched, _):
-        seed_generators(seed)
         try:
-            evaluate(net)
+            trained.run(evaluate, own, attempt)
         except Exception as error:
             expectation = f"Expected {type(net).__name__} to run in training mode, in which its dropout is looked for"
             raise ValueError(f"{expectation}, but got {type(error).__name__}: {error}") from error
-    return watched
-
-
-@torch.no_grad()
-def deterministic_output(net: nn.Module, evaluate: Callable[[nn.Module], Output]) -> Output:
-    """Runs two passes in evaluation mode and returns what both of them do; ValueError if they differ."""
-    (first, _), (second, _) = (still_output(net, evaluate) for _ in range(2))
-    if not _close(first, second):
-        name = type(net).__name__
-        raise ValueError(f"Expected {name} to be deterministic in evaluation mode, but got two passes that differ")
-    return second
-
-
-def _check_owners(net: nn.Module, evaluate: Callable[[nn.Module], Any], hidden: Counter[Site], expected: Any) -> None:
-    """Raises a ValueError if the modules of hidden calls do anything in training mode but make them."""
-    owners = [module for module in net.modules() if any(module is owner for owner, _ in hidden)]
-    output, failed = None, ""
-    with _watched(net, owners, lambda call: False) as (watched, changed):
-        numbers = _attributes(owners, (int, float))
+        if all(map(_of_torch, still.ran - trained.ran)):  # else a layer was left out at random
+            break
+    calls = {call for call in trained.calls - still.calls if call[0] in still.ran}
+    owners = frozenset(caller for caller, _ in calls)
+    if owners:
         try:
-            output = evaluate(net)
+            torch.testing.assert_close(check.run(evaluate, owners), expected, equal_nan=True, msg="another output")
+            got = f"random numbers drawn by {_names(net, check.drawn)}" if check.drawn else ""
         except Exception as error:
-            failed = f"{type(error).__name__}: {error}"
-        if numbers != _attributes(owners, (int, float)):
-            changed.append("a number that it keeps")
-    problems = [
-        failed or ("" if _close(output, expected) else "another output"),
-        f"random numbers drawn by {_names(net, watched.drawn)}" if watched.drawn else "",
-        f"changes of {', '.join(changed)}" if changed else "",
-        "" if failed or hidden <= Counter(call.site for call in watched.calls if call.acts) else "dropout out of reach",
-    ]
-    if any(problems):
-        raise ValueError(
-            f"Expected {_names(net, owners)} to do nothing in training mode but dropout, which acts in that mode "
-            f"alone, but got {', '.join(filter(None, problems))}"
-        )
+            got = f"{type(error).__name__}: {error}"
+        if got or not calls <= check.calls:
+            expectation = f"Expected {_names(net, owners)} to do nothing in training mode but dropout"
+            raise ValueError(f"{expectation}, but got {got or 'dropout out of reach'}: use a module such as nn.Dropout")
+    numbers = [number for module in net.modules() if is_dropout(module) for number in vars(module).values()]
+    rates = [p for p in numbers if isinstance(p, int | float) and not isinstance(p, bool) and 0 <= p < 1]
+    rates += trained.rates
+    alone = {caller for caller, _ in trained.calls if caller not in still.ran}
+    return FoundDropout(owners, bool(rates) and not any(rates), _names(net, trained.drawn | alone))
 
 
-@contextmanager
-def _watched(
-    net: nn.Module, training: Collection[nn.Module], turn_on: Callable[[Call], bool]
-) -> Iterator[tuple[DropoutCalls, list[str]]]:
-    """Puts the given modules and no others into training mode; watches calls and draws; restores what it can.
-
-    The list of changed buffers is filled on the way out.
-    """
-    attributes = _attributes(net.modules(), (int, float, Tensor))
-    parameters = list(net.parameters())  # a sharded net may have others after a pass
-    sums = _sums(parameters)
-    of_python, of_numpy = random.getstate(), np.random.get_state()  # noqa: NPY002  # as others draw
-    chosen = set(training)
-    with restored(net) as changed, kept_random_state():
-        for module in net.modules():
-            module.training = module in chosen
-        try:
-            with DropoutCalls(turn_on, net) as watched:
-                yield watched, changed
-        finally:
-            random.setstate(of_python)
-            np.random.set_state(of_numpy)  # noqa: NPY002
-            for module, values in attributes.items():
-                vars(module).update(values)
-    if not torch.equal(sums, _sums(parameters)):  # copies to restore them would take the memory of another net
-        raise ValueError(f"Expected a pass of {type(net).__name__} to leave its parameters, but got others after it")
+def _of_torch(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("torch.")
 
 
-def _sums(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """Returns the sum of each parameter, (n,); of one that is sharded, the sum of this process's part."""
-    local: list[Tensor] = [getattr(parameter, "to_local", lambda p=parameter: p)() for parameter in parameters]
-    sums = [part.detach().sum(dtype=torch.float64).cpu() for part in local if part.is_floating_point()]
-    return torch.stack([torch.zeros((), dtype=torch.float64), *sums]).nan_to_num()
-
-
-def _attributes(modules: Iterable[nn.Module], kinds: tuple[type, ...]) -> dict[nn.Module, dict[str, Any]]:
-    """Returns the attributes of some kinds, but for the mode: counters, averages and the like."""
-    return {
-        module: {name: value for name, value in vars(module).items() if isinstance(value, kinds) and name != "training"}
-        for module in modules
-    }
-
-
-def _refuse_scripts(net: nn.Module) -> None:
-    """Raises a ValueError if TorchScript, whose calls cannot be watched, has code that asks whether it trains."""
-    for name, module in net.named_modules():
-        asks = isinstance(module, torch.jit.ScriptModule) and "self.training" in getattr(module, "code", "")
-        if asks and not is_dropout(module) and "Norm" not in module.original_name:
-            got = f"TorchScript in {type(net).__name__}{name and '.' + name}, whose code reads `training`"
-            raise ValueError(f"Expected dropout that can be told from other code, but got {got}: use the Python module")
-
-
-def _of_torch(module: nn.Module | None) -> bool:
-    return module is None or type(module).__module__.startswith("torch.")
-
-
-def _names(net: nn.Module, modules: Iterable[nn.Module]) -> str:
+def _names(net: nn.Module, modules: Collection[nn.Module]) -> str:
     """Returns the classes of modules and the path of the first of each: `Attention (layers.0.attention)`."""
     paths: dict[str, str] = {}
     for path, module in net.named_modules():
-        if any(module is each for each in modules):
+        if module in modules:
             paths.setdefault(type(module).__name__, path)
     return ", ".join(f"{name} ({path})" if path else name for name, path in paths.items())
-
-
-def _close(output: Any, expected: Any) -> bool:
-    output, expected = (x.x if isinstance(x, Logits) else x for x in (output, expected))
-    try:
-        torch.testing.assert_close(output, expected, equal_nan=True)
-    except (AssertionError, TypeError):  # TypeError: of other kinds
-        return False
-    return True

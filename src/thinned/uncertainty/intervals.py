@@ -6,15 +6,13 @@ Shapes: N predictions, G independent groups of them (each its own, if none are g
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from statistics import fmean
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from thinned.uncertainty.estimates import HYPOTHETICAL, Resampled, Smooth, estimated, hypothetical_error
-from thinned.uncertainty.scores import SCORES, Score, why_undefined
+from thinned.uncertainty.estimates import HYPOTHETICAL, Estimate, estimated, hypothetical_error
+from thinned.uncertainty.scores import SCORES, Score
 
 Columns = Mapping[str, Tensor]
 
@@ -25,8 +23,7 @@ class Interval:
 
     Attributes:
         value: The score. A calibration error may be above its interval, from which its bias is taken.
-        low: NaN, as `high` is, if the score is undefined, or if no interval can be trusted.
-        high: See `low`.
+        low, high: NaN if the score is undefined, or if no interval can be trusted.
         n: Number of predictions, or of seeds.
         why: Why something is NaN, in a few words.
         runs: The score of each run, of which `value` is the mean, if there are several.
@@ -100,9 +97,7 @@ def score_intervals(
     seed: int = 0,
     table: Mapping[str, Score] | None = None,
 ) -> tuple[dict[str, dict[str, Interval]], dict[str, dict[str, Difference]]]:
-    """Returns the intervals of the scores of each way, and the differences of each other way to the baseline.
-
-    They are of the kinds that `thinned.uncertainty.estimates` describes.
+    """Returns by way, then by score the intervals, and the differences of each other way to the baseline.
 
     Args:
         ways: The columns of each way, (N, ...), by its name; or those of several runs, whose mean score is taken. Those
@@ -113,50 +108,48 @@ def score_intervals(
         seed: Seed of the resamples.
         table: The scores by their names; those in `SCORES` if None.
 
-    Returns:
-        Both by way, then by score.
-
     Raises:
         ValueError: There are fewer than two predictions or groups, ways differ in length, or the baseline is no way.
+
+    >>> way = {"correct": torch.tensor([True] * 8 + [False] * 2), "confidence": torch.full((10,), 0.8)}
+    >>> accuracy = score_intervals({"mc_dropout": way})[0]["mc_dropout"]["accuracy"]  # Wilson's interval of 8 in 10
+    >>> [round(number, 3) for number in (accuracy.value, accuracy.low, accuracy.high)]
+    [0.8, 0.49, 0.943]
     """
     table = SCORES if table is None else table
     if baseline is not None and baseline not in ways:
         raise ValueError(f"Expected a baseline among {list(ways)}, but got {baseline}")
     runs = {name: [way] if isinstance(way, Mapping) else list(way) for name, way in ways.items()}
-    doubts = {name: [1 - run["confidence"].double() for run in of_way] for name, of_way in runs.items()}
-    lengths = {name: len(doubt) for name, of_way in doubts.items() for doubt in of_way}
-    if len({len(doubt) for of_way in doubts.values() for doubt in of_way}) != 1:
+    doubts = [1 - run["confidence"].double() for of_way in runs.values() for run in of_way]
+    n = len(doubts[0])
+    if any(len(doubt) != n for doubt in doubts):
+        lengths = [len(doubt) for doubt in doubts]
         raise ValueError(f"Expected ways with predictions of the same examples, but got numbers of them: {lengths}")
-    doubt = torch.stack([doubt for of_way in doubts.values() for doubt in of_way]).mean(0)
-    n = len(doubt)
     group = torch.arange(n) if groups is None else torch.unique(groups, return_inverse=True)[1]
     if n == 0 or group.max() == 0:
         raise ValueError(f"Expected at least two predictions that are independent, but got {min(n, 1)}")
+    doubt = torch.stack(doubts).mean(0)
 
     intervals: dict[str, dict[str, Interval]] = {name: {} for name in ways}
     differences: dict[str, dict[str, Difference]] = {name: {} for name in ways if baseline not in (None, name)}
-    of_baseline: dict[str, Smooth | Resampled] = {}
+    of_baseline: dict[str, Estimate] = {}
     nll_of_baseline = torch.empty(0)
     for name in sorted(ways, key=lambda name: name != baseline):
         of_runs = [_estimates(run, table, doubt, group, num_resamples, seed) for run in runs[name]]
         nll = torch.stack([run.get("nll", run["confidence"]) for run in runs[name]])
+        if name == baseline:
+            nll_of_baseline = nll
         for key in of_runs[0]:
-            parts = [run[key] for run in of_runs]
-            value, values = fmean(part.value for part in parts), tuple(part.value for part in parts)
-            values = values if len(parts) > 1 else ()
-            estimates = [part for part in parts if not isinstance(part, Undefined)]
-            if len(estimates) < len(parts):
-                why = next(part.why for part in parts if isinstance(part, Undefined))
-                intervals[name][key] = Interval(value, math.nan, math.nan, n, why, values)
-                continue
-            estimate = type(estimates[0]).mean_of(estimates)  # type: ignore[arg-type]  # all are of one type
-            intervals[name][key] = Interval(value, *estimate.bounds(), n, runs=values)
+            estimate = Estimate.mean([run[key] for run in of_runs])
+            values = tuple(run[key].value for run in of_runs) if len(of_runs) > 1 else ()
+            low, high = (math.nan, math.nan) if estimate.why else estimate.bounds()
+            intervals[name][key] = Interval(estimate.value, low, high, n, estimate.why, values)
             if name == baseline:
-                of_baseline[key], nll_of_baseline = estimate, nll
-            elif key in of_baseline:
+                of_baseline[key] = estimate
+            elif key in of_baseline and not (estimate.why or of_baseline[key].why):
                 same = torch.equal(nll, nll_of_baseline)
                 difference = (0.0, 0.0, 1.0) if same else estimate.above(of_baseline[key])
-                differences[name][key] = Difference(value - of_baseline[key].value, *difference)
+                differences[name][key] = Difference(estimate.value - of_baseline[key].value, *difference)
     for key in table:
         family = [of_way for of_way in differences.values() if key in of_way]
         for of_way, p in zip(family, holm([of_way[key].p for of_way in family]), strict=True):
@@ -164,30 +157,15 @@ def score_intervals(
     return intervals, differences
 
 
-class Undefined(NamedTuple):
-    """A score without an interval, and why it has none."""
-
-    value: float
-    why: str
-
-
 def _estimates(
     way: Columns, table: Mapping[str, Score], doubt: Tensor, group: Tensor, num_resamples: int, seed: int
-) -> dict[str, Smooth | Resampled | Undefined]:
+) -> dict[str, Estimate]:
     """Returns all scores that the columns of a way allow."""
     read = HYPOTHETICAL.union(*(score.needs for score in table.values())) & set(way)
     rows = {column: way[column].clone() for column in read}
     hypothetical = hypothetical_error(rows, doubt) if "nll" in rows else {}
-    found: dict[str, Smooth | Resampled | Undefined] = {}
-    for key, score in table.items():
-        if not score.needs <= read:
-            continue
-        columns = {column: rows[column] for column in score.columns}
-        value = score.of(*columns.values()).item()
-        if math.isnan(value):
-            found[key] = Undefined(value, why_undefined(key, rows, table=table))
-        elif score.kind == "descriptive":
-            found[key] = Undefined(value, "it fits noise, which resampling does not show")
-        else:
-            found[key] = estimated(score, value, columns, hypothetical, group, num_resamples, seed)
-    return found
+    return {
+        key: estimated(score, {c: rows[c] for c in score.columns}, hypothetical, group, num_resamples, seed)
+        for key, score in table.items()
+        if score.needs <= read
+    }

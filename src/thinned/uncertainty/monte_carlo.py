@@ -3,9 +3,8 @@
 `shared` masks sample a network and evaluate it on every input. `independent` masks are drawn for every input and
 element, by whatever dropout the net contains.
 
-Shared masks have two ways to the same logits. Few inputs pass once through all weights for many networks, with their
-masks on the activations (`net.stack`). Many inputs pass through the smaller weights of one network after the other
-(`net.thin`), which repays the cutting.
+Few inputs pass once through all weights for many networks, with their shared masks on the activations (`net.stack`).
+Many inputs pass through the smaller weights of one network after the other (`net.thin`), which repays the cutting.
 
 Shapes: B inputs, S samples, n of them at once, K classes.
 """
@@ -13,7 +12,7 @@ Shapes: B inputs, S samples, n of them at once, K classes.
 from collections.abc import Callable, Collection, Generator
 from contextlib import closing
 from itertools import repeat
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
@@ -22,106 +21,11 @@ from thinned.models.dropout import derive_seed
 from thinned.models.net import check_logits, logits_in, net_offers
 from thinned.uncertainty.acting_dropout import acting_sites, of_our_make, only_dropout_active, seeded_output
 from thinned.uncertainty.foreign_dropout import FoundDropout, find_dropout
-from thinned.uncertainty.kept_networks import KeptNetworks
+from thinned.uncertainty.kept_networks import KeptNetworks, stacked_at_once
 from thinned.uncertainty.statistics import MCPrediction, MCStatistics
 
 Masks = Literal["auto", "shared", "independent"]
 Output = TypeVar("Output")
-
-# On a CPU, for 784-1024-1024-1024-10 (`scripts/bench mc_batch`), a stack is cheaper below about 100 inputs at a rate of
-# 0.5, and below 25 if networks are kept; at a rate of 0.1 below more than 128, and about 130.
-STACKED_INPUTS = 64
-ROWS_AT_ONCE = 512  # networks times inputs in a stack: their activations stay in the cache
-# On an H200, where cutting 50 networks takes 69 ms, and a pass through kept ones 15 ms: a stack takes 1 ms for 128
-# inputs, 6 for 1,000, 24 for 4,000 and 67 for 10,000.
-STACKED_INPUTS_ON_GPU = 4096
-ROWS_AT_ONCE_ON_GPU = 2**15
-
-
-def stack_limits(device: torch.device) -> tuple[int, int]:
-    """Returns how many inputs at most pass through a stack, and the most rows of it: networks times inputs."""
-    return (STACKED_INPUTS, ROWS_AT_ONCE) if device.type == "cpu" else (STACKED_INPUTS_ON_GPU, ROWS_AT_ONCE_ON_GPU)
-
-
-def resolve_masks(net: nn.Module, masks: Masks) -> Literal["shared", "independent"]:
-    """Resolves `auto` to `shared` if the net has `thin`; ValueError for shared masks of a net without it."""
-    if masks not in ("auto", "shared", "independent"):
-        raise ValueError(f"Expected masks to be auto, shared or independent, but got {masks!r}")
-    thinnable = net_offers(net).thin is not None
-    if masks == "shared" and not thinnable:
-        raise ValueError(
-            f"Expected a net with `thin(seed, sample, sites)` for masks=shared, but got {type(net).__name__}"
-        )
-    return "shared" if masks != "independent" and thinnable else "independent"
-
-
-def sampled_outputs(
-    net: nn.Module,
-    evaluate: Callable[[nn.Module], Output],
-    *,
-    num_samples: int = 50,
-    masks: Masks = "auto",
-    seed: int = 0,
-    sites: Collection[str] | None = None,
-    scale: float = 1.0,
-    found: FoundDropout | None = None,
-    kept: KeptNetworks | None = None,
-    at_once: int = 1,
-) -> Generator[Output, None, None]:
-    """Yields what `evaluate` returns for each of the S sampled networks.
-
-    Shared masks depend on (seed, sample) alone: the same networks whatever the inputs, the batch or the device.
-    Independent masks depend on the shape of the inputs too. If all rates are 0, the deterministic network is evaluated
-    once, and yielded S times. `found` is what `find_dropout` says of a net of another make; it is asked if None. With
-    `at_once` above 1, `evaluate` is given stacks of so many networks. Other Args and Raises: see `mc_predict`.
-    """
-    if num_samples < 2:
-        raise ValueError(f"Expected num_samples to be at least 2, but got {num_samples}")
-    shared = resolve_masks(net, masks) == "shared"
-    if sites is None and not of_our_make(net):
-        found = found or find_dropout(net, evaluate)
-        off = found.off
-    else:
-        sites = acting_sites(net, sites)
-        off = not sites
-    if off:
-        with only_dropout_active(net, ()):
-            output = evaluate(net)
-        yield from repeat(output, num_samples)
-    elif shared:
-        kept = kept or KeptNetworks(max_bytes=0)
-        yield from map(evaluate, kept.networks(net, num_samples, at_once, seed, sites, scale))
-    else:
-        watched = evaluate if found is None else found.pass_of(evaluate)
-        with only_dropout_active(net, sites, scale, () if found is None else found.owners):
-            for sample in range(num_samples):
-                yield seeded_output(net, watched, derive_seed(seed, sample))
-
-
-def sampled_logits(
-    net: nn.Module, inputs: Any, masks: Masks = "auto", sites: Collection[str] | None = None, **settings: Any
-) -> Generator[Tensor, None, None]:
-    """Yields the logits of S sampled networks, (n, B, K) for the next n of them. See `sampled_outputs`."""
-    can_stack = resolve_masks(net, masks) == "shared" and net_offers(net).stack is not None
-    most_inputs, most_rows = stack_limits(inputs.device) if can_stack else (0, 0)
-    stacked = can_stack and len(inputs) <= most_inputs and acting_sites(net, sites) != ()
-    at_once = most_rows // max(len(inputs), 1) if stacked else 1
-    settings |= {"masks": masks, "sites": sites, "at_once": at_once}
-    with closing(sampled_outputs(net, lambda sampled: logits_in(sampled, inputs), **settings)) as outputs:
-        for number, logits in enumerate(outputs):  # closed on an exception, which restores the modes at once
-            if number == 0 and not of_our_make(net):
-                check_logits(net, logits)
-            if not stacked:
-                yield logits[None]
-            else:  # weights get no gradients through thinned networks
-                yield logits if inputs.requires_grad else logits.detach()
-
-
-def mc_samples(net: nn.Module, inputs: Any, **settings: Any) -> Generator[Tensor, None, None]:
-    """Yields the S sampled predictive distributions: softmax of the logits, (B, K). See `mc_predict`."""
-    with closing(sampled_logits(net, inputs, **settings)) as parts:
-        for logits in parts:
-            yield from _probabilities(logits)
 
 
 @torch.no_grad()
@@ -139,11 +43,9 @@ def mc_predict(
     """Predicts with S networks sampled by dropout and says how much they differ.
 
     Args:
-        net: Maps inputs to logits (B, K). Any module will do for independent masks: its dropout is found by two passes
-            more, three if it acts in training mode alone (see `foreign_dropout`). It may be a module, `F.dropout(...,
-            self.training)`, or inside `nn.MultiheadAttention`, `nn.LSTM` or `scaled_dot_product_attention`. Nothing
-            else is in training mode, and all modes are restored. Of a dict or dataclass, `logits` is taken; of a tuple,
-            its first element.
+        net: Maps inputs to logits (B, K); of a dict or dataclass `logits` is taken, of a tuple the first element. Any
+            module will do, whose dropout is found by two or three passes more: see `foreign_dropout`. Nothing but
+            dropout is in training mode, and all modes are restored.
         inputs: The net is called with them.
         num_samples: S, at least 2.
         masks: Shared by all inputs (a thinned network), independent per element, or auto: shared if the net has `thin`.
@@ -155,14 +57,98 @@ def mc_predict(
     Raises:
         ValueError: S below 2, unknown site, no dropout, dropout with a rate that never draws, a net of which dropout
             cannot act alone, or outputs that are no logits.
+
+    >>> net = nn.Sequential(nn.Dropout(0.5), nn.Linear(1, 2, bias=False))
+    >>> net[1].weight.data = torch.tensor([[1.0], [0.0]])
+    >>> p = mc_predict(net, torch.ones(1, 1), num_samples=1000)  # p_s is sigmoid(2), or 1/2 if the input is dropped
+    >>> [round(x.item(), 1) for x in (p.mean[0, 0], p.predictive_entropy, p.expected_entropy, p.mutual_information)]
+    [0.7, 0.6, 0.5, 0.1]
     """
     statistics = MCStatistics()
     settings: dict[str, Any] = {"num_samples": num_samples, "masks": masks, "seed": seed, "sites": sites}
-    with closing(sampled_logits(net, inputs, **settings, scale=scale, kept=kept)) as parts:
-        for logits in parts:  # closed on an exception, which restores the modes at once
+    with closing(sampled_logits(net, inputs, **settings, scale=scale, kept=kept)) as sampled:
+        for logits in sampled:  # (n, B, K)
             statistics.update_all(_probabilities(logits))
     return statistics.compute()
 
 
+def mc_samples(net: nn.Module, inputs: Any, **settings: Any) -> Generator[Tensor, None, None]:
+    """Yields the S sampled predictive distributions: softmax of the logits, (B, K). See `mc_predict`."""
+    with closing(sampled_logits(net, inputs, **settings)) as sampled:
+        for logits in sampled:
+            yield from _probabilities(logits)
+
+
 def _probabilities(logits: Tensor) -> Tensor:
-    return torch.softmax(logits if logits.dtype == torch.float64 else logits.float(), dim=-1)
+    return torch.softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=-1)
+
+
+def sampled_logits(
+    net: nn.Module, inputs: Any, masks: Masks = "auto", sites: Collection[str] | None = None, **settings: Any
+) -> Generator[Tensor, None, None]:
+    """Yields the logits of S sampled networks, (n, B, K) for the next n of them. See `sampled_outputs`."""
+    at_once = 0  # networks in a stack; 0 without stacks
+    if resolve_masks(net, masks) == "shared" and net_offers(net).stack is not None and acting_sites(net, sites):
+        at_once = stacked_at_once(len(inputs), inputs.device)
+    settings |= {"masks": masks, "sites": sites, "at_once": at_once}
+    with closing(sampled_outputs(net, lambda sampled: logits_in(sampled, inputs), **settings)) as outputs:
+        for number, logits in enumerate(outputs):
+            if number == 0 and not of_our_make(net):
+                check_logits(net, logits)
+            if at_once and not inputs.requires_grad:  # weights get no gradients, as those of thinned networks
+                logits = logits.detach()
+            yield logits if at_once else logits[None]
+
+
+def sampled_outputs(
+    net: nn.Module,
+    evaluate: Callable[[nn.Module], Output],
+    *,
+    num_samples: int = 50,
+    masks: Masks = "auto",
+    seed: int = 0,
+    sites: Collection[str] | None = None,
+    scale: float = 1.0,
+    found: FoundDropout | None = None,
+    kept: KeptNetworks | None = None,
+    at_once: int = 0,
+) -> Generator[Output, None, None]:
+    """Yields what `evaluate` returns for each of the S sampled networks, or if `at_once` is above 0, stacks of so many.
+
+    Shared masks depend on (seed, sample) alone: the same networks whatever the inputs, the batch or the device.
+    Independent masks depend on the shape of the inputs too. If all rates are 0, the deterministic network is evaluated
+    once, and yielded S times. `found` is what `find_dropout` says of a net of another make; it is asked if None. The
+    modes are restored when the generator is closed. Other Args and Raises: see `mc_predict`.
+    """
+    if num_samples < 2:
+        raise ValueError(f"Expected num_samples to be at least 2, but got {num_samples}")
+    shared, owners = resolve_masks(net, masks) == "shared", frozenset[nn.Module]()
+    if sites is None and not of_our_make(net):
+        found = found or find_dropout(net, evaluate)
+        off, owners = found.off, found.owners
+    else:
+        sites = acting_sites(net, sites)
+        off = not sites
+    if off:
+        with only_dropout_active(net, ()):
+            output = evaluate(net)
+        yield from repeat(output, num_samples)
+    elif shared:
+        kept = kept or KeptNetworks(max_bytes=0)
+        yield from map(evaluate, kept.networks(net, num_samples, at_once, seed, sites, scale))
+    else:
+        with only_dropout_active(net, sites, scale, owners):
+            for sample in range(num_samples):
+                yield seeded_output(net, evaluate, derive_seed(seed, sample))
+
+
+def resolve_masks(net: nn.Module, masks: Masks) -> Literal["shared", "independent"]:
+    """Resolves `auto` to `shared` if the net has `thin`; ValueError for shared masks of a net without it."""
+    if masks not in get_args(Masks):
+        raise ValueError(f"Expected masks to be auto, shared or independent, but got {masks!r}")
+    if net_offers(net).thin is not None:
+        return "independent" if masks == "independent" else "shared"
+    if masks == "shared":
+        name = type(net).__name__
+        raise ValueError(f"Expected a net with `thin(seed, sample, sites)` for masks=shared, but got {name}")
+    return "independent"

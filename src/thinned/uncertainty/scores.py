@@ -1,13 +1,13 @@
 """Scores of predictions, and of how well an uncertainty tells errors from hits.
 
-Each is a function of columns and of weights, None, (N,) or (R, N); a weight w stands for w copies of a row. Tied
-uncertainties enter together, so the order of the rows does not matter. Shapes: N predictions, K classes, R resamples.
+Each is a function of columns and of weights, None or (N,); a weight w stands for w copies of a row. Tied uncertainties
+enter together, so the order of the rows does not matter. Shapes: N predictions, K classes.
 """
 
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal, overload
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -17,64 +17,74 @@ from thinned.uncertainty import calibration
 from thinned.uncertainty.conformal import KINDS
 from thinned.uncertainty.per_class import balanced_accuracy
 from thinned.uncertainty.statistics import entropy
-from thinned.uncertainty.weighting import interpolated, mean, over_curves
+from thinned.uncertainty.weighting import curves, interpolated, mean
 
 
 def nll(probs: Tensor, targets: Tensor) -> Tensor:
-    """(N,): - log p[target], in nats, bounded by the smallest normal number of the dtype."""
+    """Returns - log p[target] in nats, (N,), bounded by the smallest normal number of the dtype.
+
+    >>> nll(torch.tensor([[0.5, 0.5], [0.9, 0.1]]), torch.tensor([0, 1]))
+    tensor([0.6931, 2.3026])
+    """
     chosen = probs.gather(-1, targets[:, None]).squeeze(-1)
     return -chosen.clamp_min(torch.finfo(probs.dtype).tiny).log()
 
 
 def brier(probs: Tensor, targets: Tensor) -> Tensor:
-    """(N,): sum_k (p_k - [k = target])^2, in [0, 2] (Brier 1950)."""
+    """Returns sum_k (p_k - [k = target])^2, (N,), in [0, 2] (Brier 1950).
+
+    >>> brier(torch.tensor([[0.5, 0.5], [0.9, 0.1]]), torch.tensor([0, 1]))  # 2 * 0.5^2 and 2 * 0.9^2
+    tensor([0.5000, 1.6200])
+    """
     return (probs - F.one_hot(targets, probs.shape[-1])).square().sum(-1)
 
 
+def prediction_columns(probs: Tensor, targets: Tensor | None) -> dict[str, Tensor]:
+    """Returns what distributions (N, K) say of themselves and, unless they are None, of targets (N,): columns, (N,).
+
+    The rank is 1 if the target is the most probable class.
+    """
+    confidence, prediction = probs.max(-1)
+    columns = {"prediction": prediction, "confidence": confidence.clamp_max(1), "predictive_entropy": entropy(probs)}
+    if targets is not None:
+        rank = 1 + (probs > probs.gather(-1, targets[:, None])).sum(-1)
+        columns |= {"nll": nll(probs, targets), "correct": prediction == targets, "rank": rank}
+    return columns
+
+
 def auroc_error(correct: Tensor, uncertainty: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Returns the probability that an error is more uncertain than a hit, a tie counting half, () or (R,).
+    """Returns the probability that an error is more uncertain than a hit, a tie counting half, ().
 
     It is NaN if all are errors, or none is.
 
     >>> auroc_error(torch.tensor([True, False, True]), torch.tensor([0.1, 0.2, 0.2])).item()
     0.75
     """
-
-    def of(weight: Tensor, errors: Tensor) -> Tensor:
-        hits = weight - errors
-        return torch.trapezoid(hits, errors) / (hits[:, -1] * errors[:, -1])
-
-    return over_curves(of, uncertainty, 1 - correct.double(), weights)
+    weight, errors = curves(uncertainty, 1 - correct.double(), weights)
+    hits = weight - errors
+    return torch.trapezoid(hits, errors) / (hits[-1] * errors[-1])
 
 
 def aurc(errors: Tensor, uncertainty: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Returns the area under the risk-coverage curve (Geifman and El-Yaniv 2017), () or (R,); 0 is perfect.
+    """Returns the area under the risk-coverage curve (Geifman and El-Yaniv 2017), (); 0 is perfect.
 
     It is the mean, over n = 1 .. N, of the risk (the mean error) among the n least uncertain predictions, and over all
-    orders of tied ones. It alone depends on the scale of the weights, as it does on N.
+    orders of tied ones. It alone depends on the scale of the weights, as it does on N. Errors (N,) are bool, or any
+    loss, and the uncertainty (N,) is any number that should be higher for them.
 
-    Args:
-        errors: Bool, or any loss of a prediction, (N,).
-        uncertainty: Any number that should be higher for errors, (N,).
-        weights: Non-negative, (N,) or (R, N).
-
-    >>> aurc(torch.tensor([False, True]), torch.tensor([0.1, 0.1])).item()  # Mean of (0 + 1/2) / 2 and (1 + 1/2) / 2.
+    >>> aurc(torch.tensor([False, True]), torch.tensor([0.1, 0.1])).item()  # mean of (0 + 1/2) / 2 and (1 + 1/2) / 2
     0.5
     """
-
-    def of(weight: Tensor, total: Tensor) -> Tensor:
-        # Of m tied rows with mean risk q after W rows with total T: sum_i (T + i q) / (W + i), i = 1 .. m
-        # = m q + (T - W q) (H(W + m) - H(W)), with the harmonic numbers H(x) = digamma(x + 1) + constant.
-        m, mq = weight.diff(), total.diff()
-        q = mq / m.clamp_min(torch.finfo(m.dtype).tiny)
-        area = mq + (total[:, :-1] - weight[:, :-1] * q) * torch.digamma(weight + 1).diff()
-        return area.sum(1) / weight[:, -1]
-
-    return over_curves(of, uncertainty, errors, weights)
+    weight, total = curves(uncertainty, errors, weights)
+    # Of m tied rows with mean risk q after W rows with total T: sum_i (T + i q) / (W + i), i = 1 .. m
+    # = m q + (T - W q) (H(W + m) - H(W)), with the harmonic numbers H(x) = digamma(x + 1) + constant.
+    m, mq = weight.diff(), total.diff()
+    q = mq / m.clamp_min(torch.finfo(m.dtype).tiny)
+    return (mq + (total[:-1] - weight[:-1] * q) * torch.digamma(weight + 1).diff()).sum() / weight[-1]
 
 
 def augrc(errors: Tensor, uncertainty: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Returns the area under the generalized risk-coverage curve (Traub et al. 2024), () or (R,); 0 is perfect.
+    """Returns the area under the generalized risk-coverage curve (Traub et al. 2024), (); 0 is perfect.
 
     The generalized risk is the sum of errors among the least uncertain predictions, divided by N: the probability of a
     silent failure. Its curve is linear between coverages, so that for errors of 0 or 1
@@ -83,35 +93,34 @@ def augrc(errors: Tensor, uncertainty: Tensor, weights: Tensor | None = None) ->
     >>> augrc(torch.tensor([False, True]), torch.tensor([0.1, 0.2])).item()
     0.125
     """
-    return over_curves(
-        lambda weight, total: torch.trapezoid(total, weight) / weight[:, -1] ** 2, uncertainty, errors, weights
-    )
+    weight, total = curves(uncertainty, errors, weights)
+    return torch.trapezoid(total, weight) / weight[-1] ** 2
 
 
 def coverage_at_5_risk(errors: Tensor, uncertainty: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Returns the largest coverage with a risk of at most 5 % (Geifman and El-Yaniv 2017), () or (R,); 0 if none has.
+    """Returns the largest coverage with a risk of at most 5 % (Geifman and El-Yaniv 2017), (); 0 if none has.
 
     Tied predictions pass a threshold on their uncertainty together. Arguments are those of `aurc`.
+
+    >>> coverage_at_5_risk(torch.tensor([False, True, False]), torch.tensor([0.1, 0.2, 0.3])).item()
+    0.3333...
     """
-
-    def of(weight: Tensor, total: Tensor) -> Tensor:
-        low = 20 * total <= weight * (1 + 1e-9)  # Sums of fractions are rounded.
-        return (weight * low).amax(1) / weight[:, -1]
-
-    return over_curves(of, uncertainty, errors, weights)
+    weight, total = curves(uncertainty, errors, weights)
+    low = 20 * total <= weight * (1 + 1e-9)  # sums of fractions are rounded
+    return (weight * low).amax() / weight[-1]
 
 
 def risk_at_80_coverage(errors: Tensor, uncertainty: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Returns the risk of the least uncertain 80 % of predictions, () or (R,).
+    """Returns the risk of the least uncertain 80 % of predictions, ().
 
     The one on the border counts by its share, tied ones by their mean. Arguments are those of `aurc`.
+
+    >>> risk_at_80_coverage(torch.tensor([0, 0, 0, 0, 1]), torch.arange(5)).item()  # the last one is left out
+    0.0
     """
-
-    def of(weight: Tensor, total: Tensor) -> Tensor:
-        at = 0.8 * weight[:, -1:]
-        return (interpolated(at, weight, total) / at).squeeze(1)
-
-    return over_curves(of, uncertainty, errors, weights)
+    weight, total = curves(uncertainty, errors, weights)
+    at = 0.8 * weight[-1:]
+    return (interpolated(at, weight, total) / at)[0]
 
 
 @dataclass(frozen=True)
@@ -120,8 +129,7 @@ class Score:
 
     Args:
         label: For tables, with the better direction and the unit.
-        of: Maps the columns, (N,) each or probs (N, K), and `weights`, None, (N,) or (R, N), to () or (R,) float64.
-            NaN: It is undefined.
+        of: Maps the columns, (N,) each or probs (N, K), and `weights`, None or (N,), to () float64; NaN if undefined.
         columns: Names of the columns.
         kind: What its interval is made of. A proportion is a mean of a bool column, or of such means. A smooth score
             has a gradient in the weights. A calibration error is a sum of absolute values, which noise makes larger.
@@ -140,13 +148,34 @@ class Score:
     beside: str | None = None
 
     @property
+    def resampled(self) -> bool:
+        """Whether its interval is made of its values in resamples."""
+        return self.kind in ("calibration", "resampled")
+
+    @property
     def needs(self) -> set[str]:
         """The names of all columns without which there is no such score."""
         return {*self.columns, *filter(None, [self.beside])}
 
 
-def _of_errors(score: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def of_correct(score: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Returns a score of errors as a function of which predictions are correct."""
     return lambda correct, uncertainty, weights=None: score(1 - correct.double(), uncertainty, weights)
+
+
+def top_5(rank: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Returns how often the target is among the five most probable classes, ()."""
+    return mean(rank <= 5, weights)
+
+
+def perplexity(nll: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Returns e to the power of the mean NLL, ()."""
+    return mean(nll, weights).exp()
+
+
+def bits_per_byte(nll: Tensor, bytes: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Returns the NLL of tokens in bits, divided by the number of bytes that they stand for, ()."""
+    return mean(nll, weights) / mean(bytes, weights) / math.log(2)
 
 
 ERRORS = ("correct", "predictive_entropy")
@@ -157,23 +186,10 @@ SCORES = {
     "balanced_accuracy": Score(
         "balanced accuracy ↑", balanced_accuracy, ("target", "correct"), "proportion", beside="brier"
     ),
-    "top_5": Score(
-        "top-5 accuracy ↑",
-        lambda rank, weights=None: mean(rank <= 5, weights),
-        ("rank",),
-        "proportion",
-        beside="position",
-    ),
+    "top_5": Score("top-5 accuracy ↑", top_5, ("rank",), "proportion", beside="position"),
     "nll": Score("NLL, nats ↓", mean, ("nll",), headline=True),
-    "perplexity": Score(
-        "perplexity ↓", lambda nll, weights=None: mean(nll, weights).exp(), ("nll",), beside="position"
-    ),
-    "bits_per_byte": Score(
-        "bits per byte ↓",
-        lambda nll, bytes, weights=None: mean(nll, weights) / mean(bytes, weights) / math.log(2),
-        ("nll", "bytes"),
-        headline=True,
-    ),
+    "perplexity": Score("perplexity ↓", perplexity, ("nll",), beside="position"),
+    "bits_per_byte": Score("bits per byte ↓", bits_per_byte, ("nll", "bytes"), headline=True),
     "brier": Score("Brier ↓", mean, ("brier",), headline=True),
     "brier_miscalibration": Score(
         "Brier: miscalibration ↓", calibration.brier_miscalibration, ("target", "probs", "brier"), "descriptive"
@@ -186,60 +202,26 @@ SCORES = {
     "adaptive_ece": Score("adaptive ECE ↓", calibration.adaptive_ece, CONFIDENCE, "calibration"),
     "smooth_ece": Score("smooth ECE ↓", calibration.smooth_ece, CONFIDENCE, "calibration"),
     "auroc_error": Score("AUROC of errors ↑", auroc_error, ERRORS, headline=True, most=1),
-    "aurc": Score("AURC ↓", _of_errors(aurc), ERRORS, headline=True, most=1),
-    "augrc": Score("AUGRC ↓", _of_errors(augrc), ERRORS, most=1),
-    "coverage_at_5_risk": Score("coverage at 5 % risk ↑", _of_errors(coverage_at_5_risk), ERRORS, "resampled"),
-    "risk_at_80_coverage": Score("risk at 80 % coverage ↓", _of_errors(risk_at_80_coverage), ERRORS, "resampled"),
-    **{
-        f"{kind}_coverage": Score(f"coverage of {kind.upper()}", mean, (f"{kind}_covered",), "proportion")
-        for kind in KINDS
-    },
-    **{f"{kind}_size": Score(f"mean size of {kind.upper()} ↓", mean, (f"{kind}_size",)) for kind in KINDS},
+    "aurc": Score("AURC ↓", of_correct(aurc), ERRORS, headline=True, most=1),
+    "augrc": Score("AUGRC ↓", of_correct(augrc), ERRORS, most=1),
+    "coverage_at_5_risk": Score("coverage at 5 % risk ↑", of_correct(coverage_at_5_risk), ERRORS, "resampled"),
+    "risk_at_80_coverage": Score("risk at 80 % coverage ↓", of_correct(risk_at_80_coverage), ERRORS, "resampled"),
+    **{f"{k}_coverage": Score(f"coverage of {k.upper()}", mean, (f"{k}_covered",), "proportion") for k in KINDS},
+    **{f"{k}_size": Score(f"mean size of {k.upper()} ↓", mean, (f"{k}_size",)) for k in KINDS},
 }
 
 
-@overload
-def scores(rows: Mapping[str, Tensor], prefix: str = "", weights: None = None) -> dict[str, float]: ...
-@overload
-def scores(rows: Mapping[str, Tensor], prefix: str, weights: Tensor) -> dict[str, Tensor]: ...
-def scores(
-    rows: Mapping[str, Tensor], prefix: str = "", weights: Tensor | None = None
-) -> dict[str, float] | dict[str, Tensor]:
-    """Returns all scores for which there are columns, with or without the prefix before their names.
-
-    They are numbers without weights, and tensors () or (R,) with them.
-    """
-    values = {}
+def scores(rows: Mapping[str, Tensor]) -> dict[str, float]:
+    """Returns all scores for which there are columns, by name."""
+    found = {}
     for name, score in SCORES.items():
-        if all(_column(rows, prefix, key) is not None for key in score.needs):
-            values[name] = score.of(*(_column(rows, prefix, key) for key in score.columns), weights=weights)
-    return values if weights is not None else {name: value.item() for name, value in values.items()}
-
-
-def why_undefined(name: str, rows: Mapping[str, Tensor], prefix: str = "", table: Mapping[str, Score] = SCORES) -> str:
-    """Says in a few words why a score of rows is NaN.
-
-    >>> why_undefined("auroc_error", {"correct": torch.tensor([True]), "predictive_entropy": torch.tensor([0.1])})
-    'no prediction is wrong'
-    """
-    columns = {key: _column(rows, prefix, key) for key in table[name].columns}
-    if any(column is not None and not len(column) for column in columns.values()):
-        return "there are no predictions"
-    if (correct := columns.get("correct")) is not None and correct.all() == correct.any():
-        return "no prediction is wrong" if correct.all() else "no prediction is right"
-    return "the targets have no bytes" if "bytes" in columns else "a column is not a number"
-
-
-def _column(rows: Mapping[str, Tensor], prefix: str, key: str) -> Tensor | None:
-    return rows[prefix + key] if prefix + key in rows else rows.get(key)
+        if all(column in rows for column in score.needs):
+            found[name] = score.of(*(rows[column] for column in score.columns), weights=None).item()
+    return found
 
 
 def classification_scores(probs: Tensor, targets: Tensor) -> dict[str, float]:
-    """Returns the scores of predicted distributions, by name.
-
-    Args:
-        probs: Floats that sum to 1 over classes, (N, K).
-        targets: Classes, (N,).
+    """Returns the scores of predicted distributions (N, K) with targets (N,), by name.
 
     Raises:
         ValueError: The shapes do not match.
@@ -250,7 +232,4 @@ def classification_scores(probs: Tensor, targets: Tensor) -> dict[str, float]:
     """
     if probs.dim() != 2 or targets.shape != probs.shape[:1]:
         raise ValueError(f"Expected probs (N, K) and targets (N,), but got {(*probs.shape,)} and {(*targets.shape,)}")
-    confidence, prediction = probs.max(-1)
-    rows = {"target": targets, "correct": prediction == targets, "confidence": confidence}
-    rows |= {"nll": nll(probs, targets), "brier": brier(probs, targets), "predictive_entropy": entropy(probs)}
-    return scores(rows)
+    return scores(prediction_columns(probs, targets) | {"target": targets, "brier": brier(probs, targets)})

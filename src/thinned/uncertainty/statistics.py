@@ -37,7 +37,11 @@ class MCPrediction:
 
 
 def entropy(probs: Tensor) -> Tensor:
-    """H[p] = - sum_k p_k log p_k over the last dimension, in nats, with 0 log 0 = 0."""
+    """Returns H[p] = - sum_k p_k log p_k over the last dimension, in nats, with 0 log 0 = 0.
+
+    >>> entropy(torch.tensor([[0.5, 0.5], [1.0, 0.0]]))
+    tensor([0.6931, 0.0000])
+    """
     return torch.special.entr(probs).sum(-1)
 
 
@@ -46,6 +50,11 @@ class MCStatistics:
 
     Attributes:
         members: Of an ensemble, the statistics of each member, with equally many samples; else empty.
+
+    >>> statistics = MCStatistics()
+    >>> statistics.update_all(torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]]]))  # two samples of one example
+    >>> statistics.compute().mutual_information  # log 2: each sample is sure, and they contradict each other
+    tensor([0.6931])
     """
 
     def __init__(self) -> None:
@@ -76,16 +85,12 @@ class MCStatistics:
     @classmethod
     def of_ensemble(cls, members: "Sequence[MCStatistics]") -> "MCStatistics":
         """Returns the statistics of the samples of all members together."""
-
-        def stacked(name: str) -> Tensor:
-            return torch.stack([getattr(member, name) for member in members])
-
         joined = cls()
         joined.members, joined.num_samples = members, sum(member.num_samples for member in members)
-        joined.mean, joined._entropy, joined._votes = (
-            stacked("mean").mean(0), stacked("_entropy").sum(0), stacked("_votes").sum(0)
-        )  # fmt: skip
-        joined._squares = stacked("_squares").sum(0) + joined.num_samples * joined.variance_between()
+        joined.mean = torch.stack([member.mean for member in members]).mean(0)
+        joined._entropy = torch.stack([member._entropy for member in members]).sum(0)
+        joined._votes = torch.stack([member._votes for member in members]).sum(0)
+        joined._squares = joined.num_samples * (joined.variance_within() + joined.variance_between())
         return joined
 
     def variance_between(self) -> Tensor:
@@ -104,7 +109,7 @@ class MCStatistics:
         return entropy(self.mean) - torch.stack([entropy(member.mean) for member in self.members]).mean(0)
 
     def compute(self) -> MCPrediction:
-        """The prediction; ValueError with fewer than two samples, which have no spread."""
+        """Returns the prediction; ValueError with fewer than two samples, which have no spread."""
         if self.num_samples < 2:
             raise ValueError(f"Expected num_samples to be at least 2, but got {self.num_samples}")
         predictive, expected = entropy(self.mean), self._entropy / self.num_samples

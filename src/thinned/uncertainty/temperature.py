@@ -33,14 +33,9 @@ def tempered(probs: Tensor, temperature: float) -> Tensor:
 
 
 def nll_at(probs: Tensor, targets: Tensor, temperatures: Sequence[float]) -> Tensor:
-    """Returns - log q[target] at each temperature, in nats, (N, G), at least fp32.
+    """Returns - log q[target] of distributions (N, K) and targets (N,) at each temperature, in nats, (N, G).
 
     No temperature changes a probability of 0: such a target counts like the smallest normal number, as in `nll`.
-
-    Args:
-        probs: (N, K), which sum to 1 over K.
-        targets: (N,).
-        temperatures: G of them.
 
     >>> nll_at(torch.tensor([[0.8, 0.2]]), torch.tensor([0]), [1, 0.5])
     tensor([[0.2231, 0.0606]])
@@ -49,10 +44,10 @@ def nll_at(probs: Tensor, targets: Tensor, temperatures: Sequence[float]) -> Ten
     nll = torch.empty(len(probs), len(temperatures), dtype=dtype, device=probs.device)
     for rows, log_probs in _log_probs(probs):
         log_target = log_probs.gather(-1, targets[rows, None]).squeeze(-1)
-        scaled = torch.empty_like(log_probs)
+        powers = torch.empty_like(log_probs)
         for g, temperature in enumerate(temperatures):
             # The largest power is 1, to which e^-80 adds nothing. Subnormal ones would cost 30 times as much.
-            powers = torch.mul(log_probs, 1 / temperature, out=scaled).clamp_min_(-80).exp_()
+            torch.mul(log_probs, 1 / temperature, out=powers).clamp_min_(-80).exp_()
             nll[rows, g] = powers.sum(-1).log() - log_target / temperature
     return nll.masked_fill_(nll == math.inf, -math.log(torch.finfo(dtype).tiny))
 
@@ -69,8 +64,7 @@ def _log_probs(probs: Tensor) -> Iterator[tuple[slice, Tensor]]:
 def fit_temperature(mean_nll: Callable[[Sequence[float]], Tensor]) -> float:
     """Returns the temperature with the lowest negative log-likelihood, to 0.5 %; 1 unless another one is better.
 
-    Args:
-        mean_nll: Returns the mean of `nll_at` over held-out data, (G,). It is called twice.
+    `mean_nll` returns the mean of `nll_at` over held-out data, (G,). It is called twice.
 
     >>> probs, targets = torch.tensor([[0.8, 0.2]] * 10), torch.tensor([0] * 6 + [1] * 4)
     >>> round(fit_temperature(lambda temperatures: nll_at(probs, targets, temperatures).mean(0)), 1)

@@ -13,42 +13,33 @@ from torch import Tensor
 
 from thinned.models import net
 from thinned.models.net import Logits
-from thinned.uncertainty.scores import nll
+from thinned.uncertainty.scores import prediction_columns
 from thinned.uncertainty.statistics import entropy
 
 
 class TokenStatistics:
-    """Accumulates sampled distributions of N tokens.
-
-    Args:
-        target: The token that came, (N,).
-        sequence: The sequence of each token, in [0, B), (N,).
-        num_sequences: B.
-    """
+    """Accumulates sampled distributions of N tokens: `target` (N,) came, in the sequences (N,) from 0 to B - 1."""
 
     def __init__(self, target: Tensor, sequence: Tensor, num_sequences: int) -> None:
         self.target, self.sequence, self.num_sequences = target, sequence, num_sequences
         self.num_samples = 0
         self.mean = torch.empty(0)  # (N, V) after the first sample
         self._entropy = torch.zeros(len(target), device=target.device)
-        zeros = torch.zeros(num_sequences, device=target.device)
-        self._log_likelihoods = torch.stack([zeros - math.inf, zeros])  # log sum and sum over samples (2, B)
+        self._sum = torch.zeros(num_sequences, device=target.device)  # of the samples' log-likelihoods, (B,)
+        self._log_sum = self._sum - math.inf  # of their likelihoods, (B,)
         self.members: Sequence[TokenStatistics] = ()  # of an ensemble; else empty
 
     @classmethod
     def of_ensemble(cls, members: "Sequence[TokenStatistics]") -> "TokenStatistics":
         """Returns the statistics of the samples of all members, which have equally many, together."""
-        first, M = members[0], len(members)
-        joined = cls(first.target, first.sequence, first.num_sequences)
-        joined.members, joined.num_samples = members, sum(member.num_samples for member in members)
-        joined.mean = first.mean / M
+        joined = cls(members[0].target, members[0].sequence, members[0].num_sequences)
+        joined.members, joined.mean = members, torch.zeros_like(members[0].mean)
         for member in members:
-            if member is not first:
-                joined.mean.add_(member.mean, alpha=1 / M)
+            joined.num_samples += member.num_samples
+            joined.mean.add_(member.mean, alpha=1 / len(members))
             joined._entropy += member._entropy
-            log_sum, total = member._log_likelihoods
-            joined._log_likelihoods[0] = torch.logaddexp(joined._log_likelihoods[0], log_sum)
-            joined._log_likelihoods[1] += total
+            joined._sum += member._sum
+            joined._log_sum = torch.logaddexp(joined._log_sum, member._log_sum)
         return joined
 
     def update(self, logits: Logits) -> None:
@@ -61,40 +52,32 @@ class TokenStatistics:
             probs = log_probs.exp()
             self.mean[rows].lerp_(probs, 1 / (self.num_samples + 1))
             self._entropy[rows] -= probs.mul_(log_probs.clamp_min_(torch.finfo(log_probs.dtype).min)).sum(-1)
-        sums = self._by_sequence(log_target)
-        self._log_likelihoods[0] = torch.logaddexp(self._log_likelihoods[0], sums)
-        self._log_likelihoods[1] += sums
+        log_likelihood = self._by_sequence(log_target)
+        self._sum += log_likelihood
+        self._log_sum = torch.logaddexp(self._log_sum, log_likelihood)
         self.num_samples += 1
 
     def _by_sequence(self, column: Tensor) -> Tensor:
         """Adds up the tokens of each sequence, (B,)."""
         return column.new_zeros(self.num_sequences).index_add_(0, self.sequence, column)
 
+    def _few(self, rows: Tensor) -> Sequence[Tensor]:
+        """Splits rows so that few distributions over the vocabulary are computed with at once."""
+        return torch.split(rows, max(1, net.LOGITS_AT_ONCE // self.mean.shape[-1]))
+
     def tokens(self) -> dict[str, Tensor]:
         """Returns the columns of the mean prediction, (N,) each; with two samples or more, of their spread too."""
-        probs = self.mean
-        confidence, prediction = probs.max(-1)
-        own = probs.gather(-1, self.target[:, None])
-        predictive = self._predictive_entropy()
-        columns = {
-            "prediction": prediction,
-            "confidence": confidence.clamp_max(1),
-            "nll": nll(probs, self.target),
-            "correct": prediction == self.target,
-            "rank": 1 + torch.cat([(p > q).sum(-1) for p, q in zip(_few(probs), _few(own, probs), strict=True)]),
-            "predictive_entropy": predictive,
-        }
+        parts = [prediction_columns(*part) for part in zip(self._few(self.mean), self._few(self.target), strict=True)]
+        columns = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         if self.num_samples > 1:
-            expected = self._entropy / self.num_samples
-            columns["expected_entropy"] = expected
-            columns["mutual_information"] = (predictive - expected).clamp_min(0)
+            columns["expected_entropy"] = self._entropy / self.num_samples
+            information = columns["predictive_entropy"] - columns["expected_entropy"]
+            columns["mutual_information"] = information.clamp_min(0)
         if self.members:
-            of_members = torch.stack([member._predictive_entropy() for member in self.members])
-            columns["mutual_information_between"] = (predictive - of_members.mean(0)).clamp_min(0)
+            of_members = torch.stack([torch.cat([entropy(p) for p in m._few(m.mean)]) for m in self.members])
+            information = columns["predictive_entropy"] - of_members.mean(0)
+            columns["mutual_information_between"] = information.clamp_min(0)
         return columns
-
-    def _predictive_entropy(self) -> Tensor:
-        return torch.cat([entropy(part) for part in _few(self.mean)])
 
     def sequences(self, tokens: dict[str, Tensor]) -> dict[str, Tensor]:
         """Returns the columns of the sequences, (B,) each.
@@ -110,14 +93,9 @@ class TokenStatistics:
         columns = {"log_likelihood": self._by_sequence(-tokens["nll"])}
         if self.num_samples > 1:
             information = self._by_sequence(tokens["mutual_information"])
-            number = self._by_sequence(torch.ones_like(tokens["nll"]))
-            columns["mean_log_likelihood"] = self._log_likelihoods[1] / self.num_samples
-            columns["joint_log_likelihood"] = self._log_likelihoods[0] - math.log(self.num_samples)
+            columns["mean_log_likelihood"] = self._sum / self.num_samples
+            columns["joint_log_likelihood"] = self._log_sum - math.log(self.num_samples)
             columns["mutual_information"] = information
+            number = torch.bincount(self.sequence, minlength=self.num_sequences)
             columns["mutual_information_per_token"] = information / number
         return columns
-
-
-def _few(rows: Tensor, like: Tensor | None = None) -> Sequence[Tensor]:
-    """Splits rows so that few distributions over the vocabulary are computed with at once."""
-    return torch.split(rows, max(1, net.LOGITS_AT_ONCE // (rows if like is None else like).shape[-1]))

@@ -1,96 +1,57 @@
-"""Sums of rows under weights, for many resamples at once.
+"""Sums of rows under weights.
 
-A weight w stands for w copies of its row, so the multiplicities of a bootstrap resample are weights. Shapes: N rows,
-R resamples, r of them at a time, G groups of rows.
+A weight w stands for w copies of its row, so the multiplicities of a bootstrap resample are weights. Scores are
+functions of weights (N,), of which `torch.vmap` makes functions of many resamples.
+
+Shapes: N rows, G groups of rows or distinct values, Q places on a curve.
 """
-
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-WEIGHTS_AT_ONCE = 2**18  # those in float64: few megabytes, which a processor's cache holds
 
-
-def over_resamples(
-    score: Callable[[Tensor], Tensor], weights: Tensor | None, num_rows: int, order: Tensor | None = None
-) -> Tensor:
-    """Applies a function of weights to those of all resamples, a few at a time.
-
-    Args:
-        score: Maps weights (r, N), float64, to (r, ...).
-        weights: Non-negative, of any dtype, (N,) or (R, N). None: Each row counts once.
-        num_rows: N.
-        order: In which `score` wants the rows, (N,). None: As they are.
-
-    Returns:
-        (...) for weights (N,) or None, (R, ...) for weights (R, N).
-
-    Raises:
-        ValueError: The weights are not those of N rows.
-    """
-    weights = torch.ones(num_rows) if weights is None else weights
-    if weights.shape[-1] != num_rows:
-        raise ValueError(f"Expected weights of {num_rows} rows, but got {tuple(weights.shape)}")
-    rows = weights if weights.dim() == 2 else weights[None]
-    parts = torch.split(rows, max(1, WEIGHTS_AT_ONCE // max(1, num_rows)))
-    values = torch.cat([score((p if order is None else p.index_select(1, order)).double()) for p in parts])
-    return values.view(weights.shape[:-1] + values.shape[1:])
+def weights_of(rows: Tensor, weights: Tensor | None) -> Tensor:
+    """Returns the weights of rows, (N,) float64; None counts each row once."""
+    return torch.ones(len(rows), dtype=torch.float64, device=rows.device) if weights is None else weights.double()
 
 
 def mean(values: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Returns the weighted mean of a column, () or (R,) float64.
+    """Returns the weighted mean of a column (N,), () float64.
 
-    >>> mean(torch.tensor([1.0, 2.0]), torch.tensor([[1, 1], [0, 3]])).tolist()
-    [1.5, 2.0]
+    >>> mean(torch.tensor([1.0, 2.0]), torch.tensor([1, 3])).item()
+    1.75
     """
-    values = values.double()
-    return over_resamples(lambda w: w @ values / w.sum(1), weights, len(values))
+    w = weights_of(values, weights)
+    return w @ values.double() / w.sum()
 
 
 def totals(values: Tensor, group: Tensor, num_groups: int) -> Tensor:
-    """Adds up the rows of each group: values (r, N) and groups (N,) in [0, G) give (r, G)."""
-    return values.new_zeros(len(values), num_groups).index_add_(1, group, values)
+    """Adds up the rows of each group: values (N,) and groups (N,) in [0, G) give (G,)."""
+    return values.new_zeros(num_groups).index_add(0, group, values)
 
 
-def last_of_ties(ordered: Tensor) -> Tensor:
-    """Returns the index of the last of each run of equal values, (G,)."""
-    return torch.cat([ordered[1:] != ordered[:-1], ordered.new_ones(len(ordered[:1])).bool()]).nonzero().squeeze(1)
+def curves(by: Tensor, values: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Returns the weight of the rows up to each distinct value of `by`, and the weighted sum of their values, (G + 1,).
 
+    Both begin with 0. Rows that are equal in `by` enter together, so the order of the rows does not matter.
 
-def over_curves(
-    score: Callable[[Tensor, Tensor], Tensor], by: Tensor, values: Tensor, weights: Tensor | None
-) -> Tensor:
-    """Applies a function of cumulated sums to those of all resamples.
-
-    Rows are sorted once. Those that are equal in `by` enter together, so the order of the rows does not matter.
-
-    Args:
-        score: Maps the weight of the rows up to each distinct value of `by`, (r, G + 1) from 0 on, and the sum of their
-            values, likewise, to (r,).
-        by: What the rows are sorted by, ascending, (N,).
-        values: What is summed, (N,).
-        weights: As in `over_resamples`.
+    >>> curves(torch.tensor([3, 1, 1]), torch.tensor([5.0, 0.0, 2.0]))
+    (tensor([0., 2., 3.], dtype=torch.float64), tensor([0., 2., 7.], dtype=torch.float64))
     """
-    order = by.argsort()
-    last = last_of_ties(by[order])
-    from_zero = torch.cat([last.new_zeros(1), last + 1])
-    values = values[order].double()
-
-    def of(w: Tensor) -> Tensor:
-        curves = F.pad(torch.stack([w, w * values]).cumsum(2), (1, 0))  # No `out`: weights have a gradient.
-        return score(*(curves if len(last) == len(order) else curves.index_select(2, from_zero)))
-
-    return over_resamples(of, weights, len(by), order)
+    ordered, order = by.sort()
+    last = torch.cat([ordered[1:] != ordered[:-1], torch.ones_like(ordered[:1], dtype=torch.bool)]).nonzero().squeeze(1)
+    w = weights_of(by, weights)[order]
+    weight, total = (F.pad(each.cumsum(0)[last], (1, 0)) for each in (w, w * values.double()[order]))
+    return weight, total
 
 
 def interpolated(at: Tensor, weight: Tensor, total: Tensor) -> Tensor:
-    """Returns the sum of values of the first rows whose weight is `at`, (r, Q), linear between two points of a curve.
+    """Returns the sum of values of the first rows whose weight is `at`, (Q,), linear between two points of `curves`.
 
     It is the mean over the random orders of tied rows.
     """
-    above = torch.searchsorted(weight, at).clamp_max(weight.shape[1] - 1)
+    above = torch.searchsorted(weight, at).clamp_max(len(weight) - 1)
     below = (above - 1).clamp_min(0)
-    share = (at - weight.gather(1, below)) / (weight.gather(1, above) - weight.gather(1, below))
-    return total.gather(1, below).lerp(total.gather(1, above), share)
+    share = (at - weight[below]) / (weight[above] - weight[below])
+    return total[below].lerp(total[above], share)
