@@ -165,7 +165,8 @@ def test_scores_of_both_networks(run: Callable[..., Any], tmp_path: Path) -> Non
     logged = {f"mc/{key}": metrics["mc_dropout"][key] for key in SCORES + OF_PROBS}
     logged |= {f"test/{key}": metrics["deterministic"][key] for key in SCORES + OF_PROBS}
     assert metrics["logged"] == pytest.approx(logged, rel=1e-5)
-    assert {path.name for path in tmp_path.glob("*.png")} == {"reliability.png", "entropy.png", "confusion.png"}
+    drawn = {"reliability", "risk_coverage", "entropy", "mutual_information", "nll_by_samples", "confusion"}
+    assert {path.name for path in (tmp_path / "figures").glob("*.png")} == {f"{name}.png" for name in drawn}
 
 
 def test_scores_that_the_task_logs_are_not_logged_again(

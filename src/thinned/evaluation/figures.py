@@ -7,7 +7,6 @@ Ito (2008), which colour-blind people tell apart. Bands and bars are 95 % interv
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +19,10 @@ from torch import Tensor
 
 from thinned.data.distortion import KINDS
 from thinned.evaluation.rows import blocks_of
+from thinned.evaluation.score_tables import Evaluation
 from thinned.files import whole_file
-from thinned.uncertainty.calibration import ECE_BINS
-from thinned.uncertainty.estimates import wilson
+from thinned.uncertainty.calibration import ECE_BINS, equal_mass_bins
+from thinned.uncertainty.estimates import share_interval
 from thinned.uncertainty.intervals import score_intervals
 from thinned.uncertainty.per_class import confusion_matrix
 from thinned.uncertainty.scores import SCORES
@@ -35,19 +35,16 @@ CAPTIONS = {
     "risk_coverage": "Errors left if the most uncertain predictions are left out: as close to the oracle as possible.",
     "entropy": "The total uncertainty: it should be low for right predictions, high for wrong and foreign ones.",
     "mutual_information": "What sampled networks disagree on: it should be highest for foreign examples.",
-    "nll_by_samples": "NLL of the first s sampled networks together: from the star on, more of them do not help.",
+    "nll_by_samples": "NLL of the first s sampled networks together: from the star on, the rest of them does not help.",
     "severity": "Scores by severity of a shift: all get worse, and good ones slowly.",
     "confusion": "Share of each class (rows) that is predicted as each class: all on the diagonal is perfect.",
     "uncertain": "Examples of the highest entropy, red if wrong: they should be hard for a person too.",
 }
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-OF_KINDS = (COLOURS[2], COLOURS[1], COLOURS[0], *COLOURS[3:])  # of right, wrong and foreign predictions
 LINES = ("-", "--", ":", "-.")
 MARKERS = "os^DvpX"  # one more than colours, so that more ways than colours differ
-LEAST_IN_BIN = 10
 FEW_CLASSES = 20  # whose names and numbers are readable
 Rows = Mapping[str, Tensor]
-Evaluation = Mapping[str, Any]
 Images = Callable[[list[int]], Tensor]  # rows of the split -> (n, C, H, W) uint8
 Point = tuple[float, float, float]  # a value with its 95 % interval
 
@@ -76,59 +73,33 @@ def figures_of_sets(rows: Rows, evaluation: Evaluation, foreign: Mapping[str, Ro
     return drawn | ({"severity": severity(evaluation, entries)} if entries else {})
 
 
-def save(figure: Figure, folder: Path, name: str) -> None:
-    """Writes `<name>.png` and `<name>.svg`, whose text stays text. Equal figures make equal files."""
-    options: dict[str, dict[str, Any]] = {"png": {"dpi": 150}, "svg": {"metadata": {"Date": None}}}
+def save(figure: Figure, folder: Path, name: str) -> Path:
+    """Writes `<name>.svg`, and `<name>.png`, whose path it returns; equal figures make equal files."""
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "thinned"}):
-        for kind, of_kind in options.items():
+        for kind, metadata in (("png", None), ("svg", {"Date": None})):
             with whole_file(folder / f"{name}.{kind}") as temporary:
-                figure.savefig(temporary, **of_kind)
+                figure.savefig(temporary, dpi=150, metadata=metadata)
+    return folder / f"{name}.png"
 
 
 def reliability(rows: Rows, evaluation: Evaluation) -> Figure:
     """Draws accuracy against mean confidence in bins of equally many predictions, and how confidences are spread."""
     figure, (axes, counts) = _figure(evaluation, "Reliability", (5.2, 2.6), 2, 1, height_ratios=[3, 1])
     axes.plot([0, 1], [0, 1], "k:", linewidth=0.8)
-    blocks, confidences, lowest = blocks_of(rows), [], 1.0
-    for way, style in _styles(evaluation, "ece", "ECE"):
+    blocks, lowest = blocks_of(rows), 1.0
+    for i, (way, style) in enumerate(_styles(evaluation, "ece")):
         confidence, right = rows[f"{way}_confidence"], rows[f"{way}_correct"]
         bins = equal_mass_bins(confidence)
         means = [confidence[of_bin].double().mean().item() for of_bin in bins]
-        accuracy, low, high = np.array([share(right, of_bin, blocks) for of_bin in bins]).T
+        accuracy, low, high = np.array([share_interval(right, of_bin, blocks) for of_bin in bins]).T
         axes.errorbar(means, accuracy, (accuracy - low, high - accuracy), **style)
-        confidences.append(confidence.numpy())
+        counts.hist(confidence.numpy(), ECE_BINS, range=(0, 1), histtype="step", log=True, **_colour(i))
         lowest = min(lowest, *means, *low)
-    counts.hist(confidences, ECE_BINS, range=(0, 1), color=[style["color"] for _, style in _styles(evaluation)])
     start = math.floor(10 * lowest) / 10
     axes.set(xlabel="confidence", ylabel="accuracy", xlim=(start, 1), ylim=(start, 1.02 - 0.02 * start))
-    axes.legend(title=f"n = {evaluation['n']}, 95 % intervals", fontsize=8, title_fontsize=8)
-    counts.set(xlabel="confidence", ylabel="predictions", yscale="log", xlim=(0, 1))
+    counts.set(xlabel="confidence", ylabel="predictions", xlim=(0, 1))
+    _legend(figure, axes)
     return figure
-
-
-def equal_mass_bins(confidence: Tensor) -> list[Tensor]:
-    """Returns the rows of at most 15 bins, ascending in confidence, ties together, and at least 10 in each."""
-    n, order = len(confidence), confidence.argsort()
-    ends = last_of_ties(confidence[order]) + 1
-    least, edges = max(-(-n // ECE_BINS), LEAST_IN_BIN), [0]
-    while edges[-1] < n:
-        end = int(ends[torch.searchsorted(ends, min(edges[-1] + least, n))])
-        edges.append(end if n - end >= least else n)
-    return [order[start:end] for start, end in pairwise(edges)]
-
-
-def share(column: Tensor, chosen: Tensor, blocks: Tensor | None) -> Point:
-    """Returns the share of chosen rows in which a bool column is true, with its 95 % interval (Wilson 1927).
-
-    Tokens of a block depend on each other: they count as the number of independent ones with their variance.
-    """
-    hits, n = column[chosen].double(), float(len(chosen))
-    p = hits.mean().item()
-    if blocks is not None:
-        moves, G = blocks[chosen].bincount(hits - p), int((blocks[chosen].bincount() > 0).sum())
-        variance = moves.square().sum().item() / n**2 * G / max(G - 1, 1)
-        n = p * (1 - p) / variance if variance > 1e-12 else G
-    return p, *wilson(p * n, n)
 
 
 def risk_coverage(rows: Rows, evaluation: Evaluation) -> Figure:
@@ -138,12 +109,12 @@ def risk_coverage(rows: Rows, evaluation: Evaluation) -> Figure:
     """
     figure, (axes,) = _figure(evaluation, "Risk and coverage", (5.2, 4))
     blocks, n = blocks_of(rows), evaluation["n"]
-    for way, style in _styles(evaluation, "aurc", "AURC"):
+    for way, style in _styles(evaluation, "aurc"):
         entropy, wrong = rows[f"{way}_predictive_entropy"], ~rows[f"{way}_correct"]
         order = entropy.argsort()
         ends = last_of_ties(entropy[order]) + 1
         kept = sorted({int(ends[torch.searchsorted(ends, -(-i * n // 50))]) for i in range(5, 51)})
-        points = [share(wrong, order[:end], blocks) for end in kept]
+        points = [share_interval(wrong, order[:end], blocks) for end in kept]
         _line(axes, [end / n for end in kept], points, style | {"markevery": 5})
     first = evaluation["ways"][evaluation["baseline"]]
     coverage, errors = np.linspace(0.01, 1, 100), 1 - first["scores"]["accuracy"]["value"]
@@ -152,7 +123,7 @@ def risk_coverage(rows: Rows, evaluation: Evaluation) -> Figure:
     axes.plot(coverage, oracle, "k-.", linewidth=0.8, label=f"{first['label']} with an oracle")
     axes.set(xlabel="coverage: share of predictions that is kept", ylabel="risk: share of errors", xlim=(0, 1))
     axes.set_ylim(bottom=0)
-    axes.legend(fontsize=8)
+    _legend(figure, axes)
     return figure
 
 
@@ -163,7 +134,7 @@ def uncertainty_histograms(rows: Rows, evaluation: Evaluation, foreign: Mapping[
         ways, label = [w for w in evaluation["ways"] if f"{w}_{measure}" in rows], measure.replace("_", " ")
         if not ways:
             continue
-        drawn[name], panels = _figure(evaluation, label.capitalize(), (4, 2.8), len(ways))
+        drawn[name], panels = _figure(evaluation, label.capitalize(), (4.6, 2.4), len(ways), sharey=True)
         top = max(of_set[f"{way}_{measure}"].max().item() for of_set in (rows, *foreign.values()) for way in ways)
         for axes, way in zip(panels, ways, strict=True):
             values, right = rows[f"{way}_{measure}"], rows[f"{way}_correct"]
@@ -171,11 +142,10 @@ def uncertainty_histograms(rows: Rows, evaluation: Evaluation, foreign: Mapping[
             kinds |= {key: of_set[f"{way}_{measure}"] for key, of_set in foreign.items()}
             for i, (kind, of_kind) in enumerate(kinds.items()):
                 n = len(of_kind)
-                style: dict[str, Any] = {"color": OF_KINDS[i % len(OF_KINDS)], "linestyle": LINES[i % len(LINES)]}
-                style |= {"weights": np.full(n, 1 / max(1, n)), "histtype": "step", "label": f"{kind}, n = {n}"}
-                axes.hist(of_kind.numpy(), 25, range=(0, top or 1), log=True, **style)
+                style = _colour(i) | {"weights": np.full(n, 1 / max(1, n)), "label": f"{kind}, n = {n}"}
+                axes.hist(of_kind.numpy(), 15, range=(0, top or 1), histtype="step", log=True, **style)
             axes.set(title=evaluation["ways"][way]["label"], xlabel=f"{label}, nats", ylabel="share in bin")
-            axes.legend(fontsize=8)
+            axes.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=8, frameon=False)
     return drawn
 
 
@@ -187,24 +157,24 @@ def nll_by_samples(rows: Rows, evaluation: Evaluation) -> Figure:
         if f"{way}_nll_at" in rows:
             points, enough = nll_of_prefixes(rows, way, of_way["settings"].get("num_samples"))
             _line(axes, [*points], [*points.values()], style)
-            said = f"enough of S = {max(points)}: s = {enough}"
+            said = f"as good as S = {max(points)} from s = {enough} on"
             axes.plot(enough, points[enough][0], "*", color=style["color"], markersize=14, label=said)
         elif way == evaluation["baseline"]:
             nll, *interval = _point(of_way["scores"]["nll"])
             axes.axhline(nll, color=style["color"], label=style["label"])
-            axes.axhspan(*interval, color=style["color"], alpha=0.15, linewidth=0)
+            axes.axhspan(*interval, color=style["color"], alpha=0.1, linewidth=0)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:g}")
     axes.set(xlabel="sampled networks s", ylabel="NLL, nats")
-    axes.legend(fontsize=8)
+    _legend(figure, axes)
     return figure
 
 
 def nll_of_prefixes(rows: Rows, way: str, num_samples: int | None) -> tuple[dict[int, Point], int]:
     """Returns the NLL of the mean of a way's first s samples by s, and the s that is enough.
 
-    It is the smallest one from which on the 95 % interval of the paired difference NLL(s) - NLL(S) lies below 1 % of
-    NLL(S), or below 0.001 nats if this is more.
+    It is the smallest from which on the paired difference NLL(s) - NLL(S) is at most 1 % of NLL(S), or 0.001 nats, or
+    has a 95 % interval that includes 0.
     """
     nll = {2**j: column for j, column in enumerate(rows[f"{way}_nll_at"].T)}
     nll |= {num_samples: rows[f"{way}_nll"]} if num_samples else {}
@@ -212,7 +182,8 @@ def nll_of_prefixes(rows: Rows, way: str, num_samples: int | None) -> tuple[dict
     prefixes = {str(s): {"nll": of_s, **others} for s, of_s in nll.items()}
     intervals, differences = score_intervals(prefixes, str(S), blocks_of(rows), table={"nll": SCORES["nll"]})
     points = {s: (i.value, i.low, i.high) for s in nll for i in [intervals[str(s)]["nll"]]}
-    too_few = [s for s in nll if s < S and differences[str(s)]["nll"].high > max(points[S][0] / 100, 0.001)]
+    loss = {s: differences[str(s)]["nll"] for s in nll if s < S}
+    too_few = [s for s in loss if loss[s].low > 0 and loss[s].value > max(points[S][0] / 100, 0.001)]
     return points, min(s for s in nll if s > max(too_few, default=0))
 
 
@@ -226,9 +197,9 @@ def severity(evaluation: Evaluation, entries: Mapping[str, Sequence[Evaluation]]
             points = [_point(of_set["ways"][way]["scores"][key]) for of_set in (evaluation, *sets)]
             _line(axes, range(len(points)), points, style)
         axes.set_xticks(range(len(sets) + 1), [evaluation["split"], *(f"{of_set['severity']:g}" for of_set in sets)])
-        unit = KINDS[sets[0]["settings"]["distortion"].partition(":")[0]].unit
-        axes.set(xlabel=f"{entry}, {unit}", ylabel=label)
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
+        kind = sets[0]["settings"]["distortion"].partition(":")[0]
+        axes.set(xlabel=f"{entry}, {KINDS[kind].unit}" if kind in KINDS else entry, ylabel=label)
+    _legend(figure, panels[0])
     return figure
 
 
@@ -285,23 +256,27 @@ def _figure(
     """Returns a figure, with split and n in its title, and its panels line by line; `size` is of a panel, in inches."""
     lines, columns = -(-panels // columns), min(panels, columns)
     figure = Figure(figsize=(size[0] * columns, 0.3 + size[1] * lines), layout="constrained")
-    figure.suptitle(f"{title}: {evaluation['split']}, n = {evaluation['n']}", fontsize="medium")
+    figure.suptitle(f"{title}: {evaluation['split']}, n = {evaluation['n']}")
     grid = list(figure.subplots(lines, columns, squeeze=False, **options).flat)
     for axes in grid[panels:]:
         axes.remove()
     return figure, grid[:panels]
 
 
-def _styles(evaluation: Evaluation, score: str = "", name: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+def _styles(evaluation: Evaluation, score: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
     """Yields each way with its colour, marker, line and label, to which a score with its interval may be added."""
     for i, (way, of_way) in enumerate(evaluation["ways"].items()):
-        style: dict[str, Any] = {"label": of_way["label"], "markersize": 4, "linewidth": 1}
-        for key, of_ways in (("color", COLOURS), ("marker", MARKERS), ("linestyle", LINES)):
-            style[key] = of_ways[i % len(of_ways)]
+        label = of_way["label"]
         if score:
-            value, low, high = _point(of_way["scores"][score])
-            style["label"] += f": {name} {value:.4f} [{low:.4f}, {high:.4f}]"
-        yield way, style
+            name, (value, low, high) = SCORES[score].label.rstrip(" ↑↓"), _point(of_way["scores"][score])
+            label += f": {name} {value:.4f} [{low:.4f}, {high:.4f}]"
+        marker = {"marker": MARKERS[i % len(MARKERS)], "markersize": 4, "linewidth": 1}
+        yield way, {"label": label, **marker, **_colour(i)}
+
+
+def _colour(i: int) -> dict[str, Any]:
+    """Returns a colour and the line style beside it."""
+    return {"color": COLOURS[i % len(COLOURS)], "linestyle": LINES[i % len(LINES)]}
 
 
 def _point(score: Mapping[str, Any]) -> Point:
@@ -314,4 +289,12 @@ def _line(axes: Axes, x: Sequence[float], points: Sequence[Point], style: dict[s
     """Draws a curve with the band of its intervals."""
     y, low, high = np.array(points).T
     axes.plot(x, y, **style)
-    axes.fill_between(x, low, high, color=style["color"], alpha=0.15, linewidth=0)
+    axes.fill_between(x, low, high, color=style["color"], alpha=0.1, linewidth=0)
+
+
+def _legend(figure: Figure, axes: Axes) -> None:
+    """Says below all panels what the lines are; the figure grows by that."""
+    handles, labels = axes.get_legend_handles_labels()
+    figure.set_size_inches(figure.get_figwidth(), figure.get_figheight() + 0.18 * (len(labels) + 1))
+    style: dict[str, Any] = {"fontsize": 8, "title_fontsize": 8, "frameon": False}
+    figure.legend(handles, labels, title="with 95 % intervals", loc="outside lower center", **style)

@@ -31,16 +31,17 @@ class LearningCurves(Callback):
             return
         with metrics.open(newline="", encoding="utf-8") as file:
             figure = learning_curves(list(csv.DictReader(file)))
-        save(figure, metrics.parent / "figures", "learning_curves")
+        image = str(save(figure, metrics.parent / "figures", "learning_curves"))
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
-                logger.log_image("fit/learning_curves", [figure], step=trainer.global_step)
+                logger.log_image("fit/learning_curves", [image], step=trainer.global_step)
 
 
 def learning_curves(rows: Sequence[Mapping[str, str]]) -> Figure:
     """Draws NLL, and accuracy if there is one, against the number of optimiser steps, from rows of `metrics.csv`."""
     scores = [score for score in ("nll", "accuracy") if any(row.get(f"val/{score}") for row in rows)] or ["nll"]
     figure = Figure(figsize=(1.4 + 4.2 * len(scores), 4), layout="constrained")
+    figure.suptitle("Learning curves")
     panels = figure.subplots(1, len(scores), squeeze=False)[0]
     for axes, score in zip(panels, scores, strict=True):
         for prefix, (label, colour, marker) in SERIES.items():

@@ -182,7 +182,7 @@ def class_names_of(trainer: Trainer, rows: Columns, ways: Sequence[Way]) -> list
 def write_figures(trainer: Trainer, directory: Path, drawn: Mapping[str, Figure], split: Split) -> None:
     """Writes figures into a folder's `figures/`, and to W&B."""
     for name, figure in drawn.items():
-        figures.save(figure, directory / "figures", name)
+        image = str(figures.save(figure, directory / "figures", name))
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
-                logger.log_image(f"{split}/{name}", [figure], step=trainer.global_step)
+                logger.log_image(f"{split}/{name}", [image], step=trainer.global_step)

@@ -81,7 +81,7 @@ class MCStatistics:
         if self._target is not None:
             of_target = probs.gather(-1, self._target.expand(probs.shape[:-1])[..., None]).squeeze(-1)
             sums = self._of_target + of_target.cumsum(0)  # (n, B)
-            self._of_target = sums[-1]
+            self._of_target = sums[-1].clone()
             for s in range(before + 1, self.num_samples + 1):
                 if s.bit_count() == 1:  # a power of two
                     self.nll_at[s] = -(sums[s - before - 1] / s).clamp_min(torch.finfo(sums.dtype).tiny).log()
