@@ -17,8 +17,8 @@ from thinned.uncertainty.scores import scores
 
 K, S = 3, 6
 OF_EACH = {"prediction", "confidence", "predictive_entropy", "nll", "correct", "brier", "rank", "probs"}
-OF_SAMPLES = {"expected_entropy", "mutual_information", "variation_ratio", "std"}  # and with targets nll_at
-OF_TARGETS = {"nll", "correct", "brier", "rank"}
+OF_SAMPLES = {"expected_entropy", "mutual_information", "variation_ratio", "std", "nll_at"}
+OF_TARGETS = {"nll", "correct", "brier", "rank", "nll_at"}
 
 
 @pytest.fixture(autouse=True)
@@ -74,7 +74,7 @@ def test_rows_describe_both_predictions() -> None:
     mc = mc_predict(net, x, num_samples=S, seed=3)
     assert_describe(rows, "mc_dropout", mc.mean, y)
     assert_describe(rows, "deterministic", net(x).softmax(-1), y)
-    own = columns_of("mc_dropout", OF_EACH | OF_SAMPLES | {"nll_at"}) | columns_of("deterministic", OF_EACH)
+    own = columns_of("mc_dropout", OF_EACH | OF_SAMPLES) | columns_of("deterministic", OF_EACH)
     assert rows.keys() == {"index", "target", *own}
     assert rows["index"].tolist() == list(range(5, 25))
     assert rows["target"].equal(y)
@@ -97,7 +97,7 @@ def test_without_targets_nothing_is_said_of_them() -> None:
     net, x = mlp(), torch.randn(20, 4)
     rows = rows_of(net, x)
     known = OF_EACH - OF_TARGETS
-    own = columns_of("mc_dropout", known | OF_SAMPLES) | columns_of("deterministic", known)
+    own = columns_of("mc_dropout", known | OF_SAMPLES - OF_TARGETS) | columns_of("deterministic", known)
     assert rows.keys() == {"index", *own}
     torch.testing.assert_close(rows["mc_dropout_probs"], mc_predict(net, x, num_samples=S, seed=3).mean)
     torch.testing.assert_close(rows["deterministic_probs"], net(x).softmax(-1))
@@ -151,9 +151,7 @@ def test_way_that_streams_two_distributions_has_their_spread() -> None:
     p, q = net(x).softmax(-1), (net(x) / 4).softmax(-1)
     mean = (p + q) / 2
     assert_describe(rows, "tempered", mean, y)
-    assert {name for name in rows if name.startswith("tempered")} == columns_of(
-        "tempered", OF_EACH | OF_SAMPLES | {"nll_at"}
-    )
+    assert {name for name in rows if name.startswith("tempered")} == columns_of("tempered", OF_EACH | OF_SAMPLES)
     expected_entropy = -((p * p.log()).sum(-1) + (q * q.log()).sum(-1)) / 2
     torch.testing.assert_close(rows["tempered_expected_entropy"], expected_entropy)
     information = -(mean * mean.log()).sum(-1) - expected_entropy
