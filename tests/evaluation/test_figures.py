@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from scipy.stats import binomtest
 from torch import Tensor
 
+from thinned.data.distortion import Range
 from thinned.evaluation import figures
 from thinned.evaluation.report import evaluation_of
 from thinned.evaluation.rows import example_columns
@@ -228,8 +229,9 @@ def test_nll_is_drawn_by_samples_beside_the_deterministic_one() -> None:
 # Sets
 
 
-def test_severities_come_from_the_evaluation() -> None:
+def test_severities_come_from_the_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
     """The unshifted split first; a set that was left out is missing, and its entry too if there is no other."""
+    monkeypatch.setitem(figures.KINDS, "tilt", Range(90, "degrees"))
 
     def scores(i: int) -> dict[str, Any]:
         return {"accuracy": score(0.9 - i / 10, 0.8 - i / 10, 1 - i / 10), "nll": score(1 + i, 0.5 + i, 2 + i)}
@@ -240,17 +242,17 @@ def test_severities_come_from_the_evaluation() -> None:
 
     evaluation = evaluation_with(9, scores(0), a="A")
     evaluation["sets"] = {
-        "rotation_15": of_set("rotation", 15, 1),
+        "tilt_15": of_set("tilt", 15, 1),
         "letters": of_set("letters", None, 2),
-        "rotation_30": of_set("rotation", 30, 2),
-        "rotation_60": of_set("rotation", 60, None) | {"left_out": "why"},
+        "tilt_30": of_set("tilt", 30, 2),
+        "tilt_60": of_set("tilt", 60, None) | {"left_out": "why"},
         "noise_0.5": of_set("noise", 0.5, None) | {"left_out": "why"},
     }
     drawn = figures.figures_of_sets({}, evaluation, {})
     assert list(drawn) == ["severity"]
     accuracy, nll = drawn["severity"].axes
     assert (accuracy.get_xlabel(), accuracy.get_ylabel(), nll.get_ylabel()) == (
-        "rotation, degrees", "accuracy", "NLL, nats",
+        "tilt, degrees", "accuracy", "NLL, nats",
     )  # fmt: skip
     assert [label.get_text() for label in nll.get_xticklabels()] == ["test", "15", "30"]
     assert nll.lines[0].get_xydata().tolist() == [[0, 1], [1, 2], [2, 3]]

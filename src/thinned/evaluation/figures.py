@@ -1,8 +1,8 @@
 """Figures of calibration and uncertainty, fit for a paper.
 
-Each is a function of `rows`, columns of N predictions as in `thinned.evaluation.rows`, and of `evaluation`, the content
-of `evaluation.json`. To add one, write the function, its line in `figures` and its caption. Colours are of Okabe and
-Ito (2008), which colour-blind people tell apart. Bands and bars are 95 % intervals.
+Each is a function of `rows`, columns as in `thinned.evaluation.rows`, and of `evaluation`, the content of
+`evaluation.json`. To add one, write the function, its line in `figures` and its caption. Colours are of Okabe and Ito
+(2008), which colour-blind people tell apart. Bands and bars are 95 % intervals.
 """
 
 import math
@@ -76,7 +76,7 @@ def figures_of_sets(rows: Rows, evaluation: Evaluation, foreign: Mapping[str, Ro
 def save(figure: Figure, folder: Path, name: str) -> Path:
     """Writes `<name>.svg`, and `<name>.png`, whose path it returns; equal figures make equal files."""
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "thinned"}):
-        for kind, metadata in (("png", None), ("svg", {"Date": None})):
+        for kind, metadata in (("svg", {"Date": None}), ("png", None)):
             with whole_file(folder / f"{name}.{kind}") as temporary:
                 figure.savefig(temporary, dpi=150, metadata=metadata)
     return folder / f"{name}.png"
