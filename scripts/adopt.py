@@ -17,7 +17,6 @@ import argparse
 import importlib.util
 import keyword
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -92,9 +91,7 @@ def main() -> None:
     removed = removed_files(files, removed_parts)
     for path in sorted(set(files) - removed):
         rewrite(path, removed_parts, removed, options.name)
-    for path in removed:
-        path.unlink()
-        remove_if_empty(path.parent)
+    git("rm", "--quiet", "--", *map(str, removed))
     Path("src", OLD).rename(Path("src", options.name))
     tidied = run_ruff()
 
@@ -108,7 +105,7 @@ def main() -> None:
 
 
 def obstacle(name: str) -> str | None:
-    """What speaks against adopting under this name, here and now; None if nothing does."""
+    """Returns what speaks against adopting under this name, here and now; None if nothing does."""
     pyproject = Path("pyproject.toml")
     if not (pyproject.is_file() and f'name = "{OLD}"' in pyproject.read_text() and Path("src", OLD).is_dir()):
         return f"Expected to run in the root of the template {OLD}, but got {Path.cwd()}"
@@ -127,12 +124,12 @@ def obstacle(name: str) -> str | None:
 
 
 def git(*arguments: str) -> str:
-    """What a git command prints."""
+    """Returns what a git command prints."""
     return subprocess.run(["git", *arguments], check=True, capture_output=True, encoding="utf-8").stdout
 
 
 def removed_files(files: list[Path], parts: set[str]) -> set[Path]:
-    """Those files that belong to one of the parts."""
+    """Returns those files that belong to one of the parts."""
     matched = {path for part in parts for pattern in PARTS[part].split() for path in Path().glob(pattern)}
     return {file for file in files if not matched.isdisjoint([file, *file.parents])}
 
@@ -195,13 +192,6 @@ def renamed(text: str, name: str) -> str:
     text = re.sub(named, name, text, flags=re.VERBOSE | re.MULTILINE)
     text = text.replace(f"{OLD.upper()}_", f"{name.upper()}_")  # environment variables
     return text.replace(f"{OLD.title()}CLI", "".join(part.title() for part in name.split("_")) + "CLI")
-
-
-def remove_if_empty(folder: Path) -> None:
-    """Removes a folder in which Python's caches alone are left, and then perhaps its parent."""
-    if all(path.name == "__pycache__" for path in folder.iterdir()):
-        shutil.rmtree(folder)
-        remove_if_empty(folder.parent)
 
 
 def run_ruff() -> bool:

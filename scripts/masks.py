@@ -10,14 +10,13 @@ are shown beside them.
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from pydoc import locate
-from typing import Any
+from typing import Any  # mlp only
 
 import torch  # gpt only
 from matplotlib.figure import Figure
 from torch import nn
 
-from thinned.cli import one_message, read_checkpoint, restart_in_utf8
+from thinned.cli import one_message, restart_in_utf8
 from thinned.data import Tokenizer  # gpt only
 from thinned.evaluation.figures import save
 from thinned.evaluation.mask_figures import (
@@ -26,7 +25,7 @@ from thinned.evaluation.mask_figures import (
     example_figure,  # mlp only
     mask_figures,
 )
-from thinned.files import checkpoint_file
+from thinned.evaluation.predictor import Predictor
 from thinned.generation.sampling import prompt_tokens  # gpt only
 from thinned.models.net import net_offers
 
@@ -46,9 +45,8 @@ def parse(args: Sequence[str] | None) -> argparse.Namespace:
 
 
 # gpt only: begin
-def draw_prompt(net: nn.Module, checkpoint: dict[str, Any], given: argparse.Namespace) -> dict[str, Figure]:
+def draw_prompt(net: nn.Module, tokenizer: Tokenizer, given: argparse.Namespace) -> dict[str, Figure]:
     """Returns the figures of --prompt; ValueError if the vocabulary or the context does not hold it."""
-    tokenizer = Tokenizer.from_json(checkpoint["TextDataModule"]["tokenizer"])
     tokens, most = prompt_tokens(tokenizer, given.prompt), int(net.context_length)  # type: ignore[arg-type]
     if len(tokens) > most:
         raise ValueError(f"Expected --prompt of at most {most} tokens (net.context_length), but got {len(tokens)}")
@@ -58,11 +56,8 @@ def draw_prompt(net: nn.Module, checkpoint: dict[str, Any], given: argparse.Name
 
 # gpt only: end
 # mlp only: begin
-def draw_example(net: nn.Module, checkpoint: dict[str, Any], given: argparse.Namespace) -> Figure:
+def draw_example(net: nn.Module, data: Any, given: argparse.Namespace) -> Figure:
     """Returns the figure of --index; ValueError if the test split has no such example."""
-    settings = checkpoint["config"]["data"]
-    data: Any = locate(settings["class_path"])(**settings["init_args"])  # type: ignore[operator]
-    data.load_state_dict(checkpoint[type(data).__qualname__])
     data.setup("predict")
     if not 0 <= given.index < data.num_examples("test"):
         raise ValueError(f"Expected --index in [0, {data.num_examples('test')}) (test split), but got {given.index}")
@@ -75,10 +70,8 @@ def draw_example(net: nn.Module, checkpoint: dict[str, Any], given: argparse.Nam
 def main(args: Sequence[str] | None = None) -> None:
     with one_message():
         given = parse(args)
-        path = checkpoint_file(given.ckpt_path)
-        checkpoint = read_checkpoint(path)
-        task: Any = locate(checkpoint["config"]["model"]["class_path"])
-        net = task.load_from_checkpoint(path, map_location="cpu", weights_only=True).net.eval()
+        predictor = Predictor.from_checkpoint(given.ckpt_path)
+        net, data = predictor.net, predictor.data
         text = net_offers(net).vocab_size is not None
         if (given.index if text else given.prompt) is not None:
             kinds = ("--prompt", "text", "--index") if text else ("--index", "images", "--prompt")
@@ -88,11 +81,11 @@ def main(args: Sequence[str] | None = None) -> None:
         if "masks_attention_layer0" in figures:
             figures["empty_rows"] = empty_rows_figure(net, given.seed)
         if given.prompt is not None:
-            figures |= draw_prompt(net, checkpoint, given)
+            figures |= draw_prompt(net, data.tokenizer, given)
         # gpt only: end
         # mlp only: begin
         if given.index is not None:
-            figures["example"] = draw_example(net, checkpoint, given)
+            figures["example"] = draw_example(net, data, given)
         # mlp only: end
         for name, figure in figures.items():
             save(figure, given.out, name)

@@ -11,13 +11,11 @@ import argparse
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from pydoc import locate
-from typing import Any, cast
 
 import torch
 
-from thinned.cli import one_message, read_checkpoint, restart_in_utf8
-from thinned.data import Tokenizer
+from thinned.cli import one_message, restart_in_utf8
+from thinned.evaluation.predictor import Predictor
 from thinned.files import whole_file
 from thinned.generation.highlight import highlighted_page
 from thinned.generation.sampling import Sampling, sample_texts
@@ -33,20 +31,16 @@ def parse(args: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--prompt",
         default="\n",
-        help="text to continue, or FILE:path of a file with it; empty, or <|endoftext|> in it, to begin a document",
+        help="text to continue, or FILE:path of a file with it; <|endoftext|> begins a document",
     )
     parser.add_argument("--num_samples", type=int, default=3, help="number of continuations (default 3)")
     parser.add_argument("--max_new_tokens", type=int, default=256, help="length of each (default 256)")
     parser.add_argument("--temperature", type=float, default=0.8, help="divides the logits; 0 is greedy (default 0.8)")
-    parser.add_argument("--top_k", type=int, help="only the k most probable tokens can follow")
-    parser.add_argument(
-        "--top_p", type=float, help="only the most probable tokens can follow, of this joint probability"
-    )
+    parser.add_argument("--top_k", type=int, help="only the k most probable tokens")
+    parser.add_argument("--top_p", type=float, help="only the most probable tokens with this joint probability")
     parser.add_argument("--stop", help="text that ends a continuation")
     parser.add_argument("--seed", type=int, default=0, help="of networks and tokens")
-    parser.add_argument(
-        "--ensemble", type=int, nargs="?", const=20, metavar="S", help="mean of S networks (default 20)"
-    )
+    parser.add_argument("--ensemble", type=int, nargs="?", const=20, metavar="S", help="mean of S networks (alone: 20)")
     parser.add_argument("--deterministic", action="store_true", help="the network without dropout")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write the coloured text there too")
     default = "cuda" if torch.cuda.is_available() else "cpu"
@@ -54,20 +48,8 @@ def parse(args: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(args)
 
 
-def load(path: str, device: str) -> tuple[GPT, Tokenizer]:
-    """The net and tokenizer of a checkpoint; ValueError where it is of no GPT."""
-    checkpoint = read_checkpoint(path)
-    task: Any = cast(type, locate(checkpoint["config"]["model"]["class_path"]))
-    if "TextDataModule" not in checkpoint:
-        raise ValueError(f"Expected ckpt_path to be a checkpoint of a language model, but got one of {task.__name__}")
-    net = task.load_from_checkpoint(path, map_location=device, weights_only=True).net.eval()
-    if not isinstance(net, GPT):
-        raise ValueError(f"Expected ckpt_path to hold a GPT, but got {type(net).__name__}")
-    return net, Tokenizer.from_json(checkpoint["TextDataModule"]["tokenizer"])
-
-
 def read_prompt(given: str) -> str:
-    """Returns the text of --prompt; ValueError if it names a file that is none of UTF-8 text."""
+    """Returns the text of --prompt; ValueError for a file that is not UTF-8 text."""
     if not given.startswith("FILE:"):
         return given
     try:
@@ -85,7 +67,11 @@ def main(args: Sequence[str] | None = None) -> None:
             torch.empty(0, device=options.device)
         except (RuntimeError, AssertionError) as error:
             raise ValueError(f"Expected --device to be one of this machine, but got {options.device!r}") from error
-        net, tokenizer = load(options.ckpt_path, options.device)
+        predictor = Predictor.from_checkpoint(options.ckpt_path, device=options.device)
+        net = predictor.net
+        if not isinstance(net, GPT):
+            raise ValueError(f"Expected ckpt_path to hold a GPT, but got {type(net).__name__}")
+        tokenizer = predictor.data.tokenizer
         samples = sample_texts(
             net, tokenizer, read_prompt(options.prompt), num_samples=options.num_samples, ensemble=options.ensemble,
             deterministic=options.deterministic, max_new_tokens=options.max_new_tokens,
@@ -94,9 +80,8 @@ def main(args: Sequence[str] | None = None) -> None:
         if options.html is not None:
             with whole_file(options.html) as temporary:
                 temporary.write_text(highlighted_page(samples, f"Samples of {options.ckpt_path}"), encoding="utf-8")
-        print_samples(samples)
-        if options.html is not None:
             print(f"Written: {options.html}")
+        print_samples(samples)
 
 
 if __name__ == "__main__":

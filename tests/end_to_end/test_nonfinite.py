@@ -63,7 +63,9 @@ def test_both_ranks_stop(launcher: str, start_ranks: Script) -> None:
     assert finished.status == 1
     said = finished.errors
     assert len(said) == 1, finished.err
-    assert "at step 3 (epoch 0), but got nan in batch 3 of rank 1 (examples " in said.pop()
+    (message,) = said
+    assert "at step 3 (epoch 0), but got nan in batch 3 (examples " in message
+    assert "of 32) of rank 1." in message
     assert finished.seconds < 30
 
 

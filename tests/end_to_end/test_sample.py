@@ -85,7 +85,7 @@ def test_prompt_from_a_file(sample: Script, tmp_path: Path) -> None:
         (("--temperature", -1), "Expected temperature to be 0 or more, but got -1.0"),
         (("--top_p", 0), "Expected top_p in (0, 1], but got 0.0"),
         (("--ensemble", 1), "Expected an ensemble of at least 2"),
-        (("--num_samples", 0), "Expected num_samples to be at least 1"),
+        (("--num_samples", 0), "Expected num_samples and max_new_tokens to be at least 1"),
         (("--ckpt_path", "nowhere.ckpt"), "nowhere.ckpt"),
         (("--device", "nonsense"), "Expected --device"),
     ],
@@ -103,7 +103,7 @@ def test_prompt_in_another_encoding(sample: Script, tmp_path: Path) -> None:
 # mlp only: begin
 def test_checkpoint_of_images_is_refused(trained: Any, sample: Script) -> None:
     error = sample("--ckpt_path", trained.run / "checkpoints/last.ckpt").error
-    assert "Expected ckpt_path to be a checkpoint of a language model" in error
+    assert "Expected ckpt_path to hold a GPT, but got MLP" in error
 
 
 # mlp only: end

@@ -20,6 +20,7 @@ from thinned.models import (
     Dropout,
     DropoutRates,
 )
+from thinned.models.dropout import sample_masks
 from thinned.models.gpt import Attention  # gpt only
 
 
@@ -42,7 +43,7 @@ def gpt() -> GPT:
 def test_heads_show_the_causal_half_of_their_masks(gpt: GPT) -> None:
     """Two networks, what they share, and training masks, a line of panels each; titles give what was observed."""
     figure = mask_figures(gpt, seed=3, samples=(4, 7), draws=2)["masks_attention_layer1"]
-    one, other = (gpt.masks(3, sample)["blocks.1.attention.attention_dropout"] > 0 for sample in (4, 7))
+    one, other = (sample_masks(gpt, 3, sample)["blocks.1.attention.attention_dropout"] > 0 for sample in (4, 7))
     below = torch.ones(P, P).tril() > 0
     lines = [one.double(), other.double(), (one.double() + other.double()) / 2]
     for axes, mask in zip(figure.axes, [head for line in lines for head in line], strict=False):
@@ -61,7 +62,7 @@ def test_heads_show_the_causal_half_of_their_masks(gpt: GPT) -> None:
 
 def test_empty_rows_are_marked(gpt: GPT) -> None:
     figure = mask_figures(gpt)["masks_attention_layer0"]
-    mask = gpt.masks(0, 0)["blocks.0.attention.attention_dropout"].tril()
+    mask = sample_masks(gpt, 0, 0)["blocks.0.attention.attention_dropout"].tril()
     for axes, head in zip(figure.axes, mask, strict=False):
         assert axes.lines[0].get_ydata().tolist() == [t for t in range(P) if not head[t].any()]
     assert any(len(axes.lines[0].get_ydata()) for axes in figure.axes[:H])
@@ -72,7 +73,7 @@ def test_sites_of_units_show_their_masks(gpt: GPT) -> None:
     figures = mask_figures(gpt, draws=1)
     layers = {f"masks_attention_layer{layer}" for layer in range(2)}
     assert figures.keys() == layers | {"masks_embedding", "masks_residual", "masks_mlp"}
-    one, other = (gpt.masks(0, sample)["blocks.0.mlp.mlp_dropout"] > 0 for sample in (0, 1))
+    one, other = (sample_masks(gpt, 0, sample)["blocks.0.mlp.mlp_dropout"] > 0 for sample in (0, 1))
     panel = figures["masks_mlp"].axes[0]
     assert shown(panel)[:3].tolist() == [one.tolist(), other.tolist(), ((one.double() + other) / 2).tolist()]
     assert [label.get_text() for label in panel.get_yticklabels()] == [
@@ -108,7 +109,7 @@ def test_attention_before_and_after_dropout_is_what_the_network_used(gpt: GPT, m
     values: list[Tensor] = []
     monkeypatch.setattr(Attention, "attend", spied)
     figures = attention_figures(gpt, torch.arange(T), ["a", "$b$", "c", "d", "e"], seed=2, sample=1)
-    masks = gpt.masks(2, 1)
+    masks = sample_masks(gpt, 2, 1)
     assert list(figures) == ["prompt_layer0", "prompt_layer1"]
     for layer, (probs, mixed) in enumerate(seen):
         mask = masks[f"blocks.{layer}.attention.attention_dropout"][:, :T, :T].double()
@@ -138,7 +139,7 @@ def test_empty_rows_stand_beside_their_probability(gpt: GPT) -> None:
     """Shares over 20 networks of two layers with two heads, counted anew; the expected mean is of 0.5^1 to 0.5^8."""
     figure = empty_rows_figure(gpt, seed=1, num_networks=20)
     (axes,) = figure.axes
-    masks = [mask for s in range(20) for name, mask in gpt.masks(1, s).items() if name.endswith("attention_dropout")]
+    masks = [mask for s in range(20) for mask in sample_masks(gpt, 1, s, ["attention"]).values()]
     shares = [sum(int(not mask[h, t, : t + 1].any()) for mask in masks for h in range(H)) / 80 for t in range(P)]
     line, points = axes.lines[0], axes.lines[1]
     number = len(points.get_ydata())
@@ -166,7 +167,7 @@ def test_pixels_lie_as_in_the_image() -> None:
     image = torch.rand(1, 4, 6) + 0.1
     figure = example_figure(net, image, "Test example 7", seed=2, samples=(1, 3))
     for column, sample in enumerate((1, 3)):
-        mask = net.masks(2, sample)["stages.embedding_dropout"].view(4, 6).float()
+        mask = sample_masks(net, 2, sample)["stages.embedding_dropout"].view(4, 6).float()
         before, after = (shown(figure.axes[2 * column + i]).float() for i in range(2))
         torch.testing.assert_close(before, image[0])
         torch.testing.assert_close(after.where(mask > 0, 0), image[0] * mask)
@@ -182,7 +183,7 @@ def test_pixels_lie_as_in_the_image() -> None:
 def test_patches_lie_as_in_the_image() -> None:
     net = MLP((1, 6, 9), 3, [8], width=5, patch_size=3, dropout=DropoutRates(attention=0.5)).eval()
     figure = example_figure(net, torch.rand(1, 6, 9), "Test example 7")
-    mask = net.masks(0, 0)["stages.pooling.attention_dropout"].view(2, 3)
+    mask = sample_masks(net, 0, 0)["stages.pooling.attention_dropout"].view(2, 3)
     before, after = (shown(axes) for axes in figure.axes[:2])
     assert before.shape == (2, 3)
     torch.testing.assert_close(after.where(mask > 0, 0), before * mask)

@@ -304,7 +304,7 @@ def test_output_that_is_known_is_not_asked_for_again(at_once: int, head: bool, m
     """What is handed over differs from what the net would say, so that the rows tell which of both they are of."""
     net, (tokens, targets, index) = gpt(), text()
     x = torch.randn(3, T, 16 if head else V)
-    known = Logits(x, net.logits if head else None)
+    known = Logits(x, net.logits) if head else Logits(x)
     with torch.no_grad():
         probs = (net.logits(x) if head else x).double().softmax(-1)[None]
     monkeypatch.setattr(batch_module, "PROBABILITIES_AT_ONCE", at_once * 2 * T * V)

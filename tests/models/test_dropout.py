@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from thinned.models import SITES, Dropout, DropoutRates
-from thinned.models.dropout import check_sites, derive_seed, dropout_mask, dropout_masks, sample_masks, sites_in
+from thinned.models.dropout import check_sites, derive_seed, dropout_mask, sample_masks, sites_in
 
 RATES = [0.1, 0.25, 0.5, 0.9]  # 0.25 and 0.5 are drawn with 8 bits, the others with 16
 
@@ -114,13 +114,6 @@ def test_rate_of_one_gives_zeros_and_no_gradient() -> None:
     assert torch.equal(y, torch.zeros(10))
     assert torch.equal(x.grad, torch.zeros(10))
     assert torch.equal(dropout_mask((10,), 1.0), torch.zeros(10))
-
-
-@pytest.mark.parametrize("p", [0.5, 0.1, 0.7, 1.0], ids=["8 bits", "16 bits", "32 bits", "all"])
-@pytest.mark.parametrize("shape", [(1,), (37,), (1024,), (3, 5)])
-def test_masks_of_many_seeds_are_those_of_each(shape: tuple[int, ...], p: float) -> None:
-    masks = dropout_masks(shape, p, torch.float32, [3, 1, 4])
-    assert torch.equal(masks, torch.stack([dropout_mask(shape, p, torch.float32, seed) for seed in (3, 1, 4)]))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])

@@ -13,8 +13,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from thinned.models import GPT, SITES, Dropout, DropoutRates
+from thinned.models.dropout import watched
 from thinned.models.gpt import Attention, AttentionMask, KVCache
-from thinned.models.watching import watched
 
 V, P, H, C = 21, 8, 4, 16
 ALL = DropoutRates(embedding=0.1, attention=0.2, residual=0.3, mlp=0.4)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from thinned.models import GPT, SITES, Dropout, DropoutRates, KVCache
+from thinned.models.dropout import sample_masks
 from thinned.models.thinning import replace_modules
 
 V, P, H, C = 21, 8, 4, 16
@@ -87,7 +88,7 @@ def test_evaluation_is_the_reference_without_masks(bias: bool, gelu: str, length
 def test_thinned_network_is_the_network_under_its_masks(bias: bool, sites: list[str] | None) -> None:
     net = make(None, bias=bias)
     for scale, sample, length in product((1.0, 0.5), range(3), (P, 5)):
-        masks, tokens = net.masks(7, sample, sites, scale), some_tokens(length)
+        masks, tokens = sample_masks(net, 7, sample, sites, scale), some_tokens(length)
         acting = {n for n, m in net.named_modules() if isinstance(m, Dropout) and (sites is None or m.site in sites)}
         assert set(masks) == acting
         thinned = net.thin(7, sample, sites, scale)
@@ -119,7 +120,7 @@ def test_masks_have_the_rates_and_are_shared_by_positions_but_for_attention() ->
     net = make(None)
     shapes = {"embedding": (C,), "attention": (H, P, P), "residual": (C,), "mlp": (4 * C,)}
     for scale in (1.0, 0.5):
-        for name, mask in net.masks(0, 0, scale=scale).items():
+        for name, mask in sample_masks(net, 0, 0, scale=scale).items():
             module = net.get_submodule(name)
             assert tuple(mask.shape) == shapes[module.site], name
             kept = 1 / (1 - scale * module.p)
@@ -130,14 +131,14 @@ def test_rate_of_one_leaves_what_bypasses_dropout() -> None:
     net, tokens = make(1.0, bias=True), some_tokens()
     torch.testing.assert_close(net.thin(0, 0)(tokens), net.train()(tokens), rtol=0, atol=1e-12)
     for sites in CHOICES[1:5]:
-        masks = net.masks(0, 0, sites)
+        masks = sample_masks(net, 0, 0, sites)
         torch.testing.assert_close(net.thin(0, 0, sites)(tokens), reference(net, tokens, masks), rtol=0, atol=1e-10)
 
 
 def test_dropped_hidden_units_are_cut_out_in_multiples_of_16() -> None:
     net = make(0.5, width=64)
     for i, block in enumerate(net.thin(0, 0).blocks):
-        kept = int((net.masks(0, 0)[f"blocks.{i}.mlp.mlp_dropout"] > 0).sum())
+        kept = int((sample_masks(net, 0, 0)[f"blocks.{i}.mlp.mlp_dropout"] > 0).sum())
         width = -(-kept // 16) * 16
         assert width <= 160
         assert block.mlp.up.weight.shape == (width, 64)
@@ -212,7 +213,7 @@ def test_thinned_network_has_the_loss_of_its_logits_and_a_cache() -> None:
     torch.testing.assert_close(losses, expected, rtol=0, atol=1e-12)
     cache = KVCache()
     one_by_one = torch.cat([thinned(token, cache=cache) for token in tokens.split(1, 1)], 1)
-    torch.testing.assert_close(one_by_one, reference(net, tokens, net.masks(0, 0)), rtol=0, atol=1e-10)
+    torch.testing.assert_close(one_by_one, reference(net, tokens, sample_masks(net, 0, 0)), rtol=0, atol=1e-10)
 
 
 def test_replaced_submodules_leave_the_original_as_it_is() -> None:

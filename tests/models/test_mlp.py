@@ -12,8 +12,8 @@ from scipy import stats
 from torch import Tensor, nn
 
 from thinned.models import MLP, Dropout, DropoutRates
-from thinned.models.dropout import sites_in
-from thinned.models.thinning import AttentionPooling, PatchEmbedding, Residual
+from thinned.models.dropout import sample_masks, sites_in
+from thinned.models.mlp import AttentionPooling, PatchEmbedding, Residual
 
 ACTIVATIONS = ["relu", "gelu", "silu", "tanh"]
 STEMS: dict[str, dict[str, Any]] = {
@@ -68,7 +68,7 @@ def test_thinned_network_is_the_network_under_its_masks(stem: str, layer_norm: b
     x, sites = torch.randn(3, 2, 4, 4, dtype=torch.float64), sites_in(net)
     subsets = [None, *chain.from_iterable(combinations(sites, n) for n in range(1, len(sites) + 1))]
     for subset, sample in product(subsets, range(3)):
-        masks = net.masks(7, sample, subset)
+        masks = sample_masks(net, 7, sample, subset)
         dropouts = {name: m for name, m in net.named_modules() if isinstance(m, Dropout) and m.p > 0}
         assert set(masks) == {name for name, m in dropouts.items() if subset is None or m.site in subset}
         with masked(net, masks):
@@ -105,7 +105,7 @@ def test_thinning_draws_nothing_and_leaves_the_net_as_it_was(training: bool) -> 
 
 def test_dropped_hidden_units_are_cut_out_in_multiples_of_16() -> None:
     net = MLP((64,), 10, (256, 256), dropout=DropoutRates(mlp=0.5))
-    kept = [int((net.masks(0, 11)[f"stages.mlp_dropout{i}"] > 0).sum()) for i in (0, 1)]
+    kept = [int((sample_masks(net, 0, 11)[f"stages.mlp_dropout{i}"] > 0).sum()) for i in (0, 1)]
     widths = [-(-n // 16) * 16 for n in kept]
     assert all(0 < n % 16 <= 8 for n in kept)  # so that no other multiple would do
     shapes = [tuple(m.weight.shape) for m in net.thin(0, 11) if isinstance(m, nn.Linear)]
@@ -228,16 +228,16 @@ def test_without_max_norm_nothing_is_constrained() -> None:
 
 
 @pytest.mark.parametrize(
-    ("site", "options", "remedy"),
+    ("site", "options", "needed"),
     [
-        ("attention", {}, "set net.patch_size and net.width"),
-        ("residual", {"width": 4}, "set net.residual and net.width"),
-        ("residual", {"width": 4, "residual": True, "hidden": ()}, "with at least one net.hidden"),
-        ("mlp", {"hidden": ()}, "give at least one width in net.hidden"),
+        ("attention", {}, "net.patch_size"),
+        ("residual", {"width": 4}, "net.residual and net.hidden"),
+        ("residual", {"width": 4, "residual": True, "hidden": ()}, "net.residual and net.hidden"),
+        ("mlp", {"hidden": ()}, "net.hidden"),
     ],
 )
-def test_rate_for_a_lacking_site_is_refused(site: str, options: dict[str, Any], remedy: str) -> None:
-    with pytest.raises(ValueError, match=rf"net.dropout.{site} to be 0 .* but got 0.1: .*{remedy}"):
+def test_rate_for_a_lacking_site_is_refused(site: str, options: dict[str, Any], needed: str) -> None:
+    with pytest.raises(ValueError, match=f"net.dropout.{site} to be 0 without {needed}, but got 0.1"):
         MLP((1, 4, 4), 2, dropout=DropoutRates(**{site: 0.1}), **options)
 
 

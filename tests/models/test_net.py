@@ -118,8 +118,8 @@ def test_first_of_a_tuple_is_taken_and_said() -> None:
 @pytest.mark.parametrize(
     ("wrap", "got"),
     [
-        (lambda x: {"loss": x, "output": x}, r"dict with \['loss', 'output'\]"),
-        (lambda x: {"logits": None}, r"dict with \['logits'\]"),
+        (lambda x: {"loss": x, "output": x}, "dict"),
+        (lambda x: {"logits": None}, "dict"),
         (lambda x: (), "tuple"),
         (lambda x: [None, x], "list"),
         (lambda x: 3, "int"),

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from thinned.models import Dropout, dropout
-from thinned.models.watching import watched
+from thinned.models.dropout import watched
 from thinned.tasks import DropoutMonitor, StepSeed
 from thinned.tasks.dropout_monitor import EXAMPLES
 

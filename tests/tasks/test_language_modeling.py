@@ -280,7 +280,7 @@ def test_checkpoint_alone_rebuilds_the_task(make_trainer: MakeTrainer, tmp_path:
     trainer.save_checkpoint(tmp_path / "task.ckpt")
     stored = torch.load(tmp_path / "task.ckpt", weights_only=True)["hyper_parameters"]
     assert primitive(dict(stored))
-    assert stored["net"] == {"class_path": "thinned.models.GPT", "init_args": task.net.init_args}
+    assert stored["net"] == {"class_path": "thinned.models.gpt.GPT", "init_args": task.net.init_args}
 
     torch.manual_seed(1)
     twin = LanguageModelingTask.load_from_checkpoint(tmp_path / "task.ckpt", weights_only=True)

@@ -22,10 +22,9 @@ from matplotlib.image import AxesImage
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from thinned.models.dropout import Dropout, derive_seed, dropout_mask, sample_masks
+from thinned.models.dropout import Dropout, derive_seed, dropout_mask, sample_masks, watched
 from thinned.models.net import net_offers
 from thinned.models.thinning import with_masks
-from thinned.models.watching import watched
 from thinned.uncertainty.estimates import wilson
 from thinned.uncertainty.intervals import t_interval
 
@@ -46,21 +45,19 @@ def mask_figures(net: nn.Module, seed: int = 0, samples: tuple[int, int] = (0, 1
     """
     figures: dict[str, Figure] = {}
     units: dict[str, dict[str, Tensor]] = {}
-    acting = _acting(net)
+    acting, both = _acting(net), [sample_masks(net, seed, sample) for sample in samples]
     for name, module in acting.items():
-        one, other = (sample_masks(net, seed, sample)[name] > 0 for sample in samples)
-        masks = {f"network {samples[0]}": one, f"network {samples[1]}": other, "together": (one.double() + other) / 2}
+        one, other = ((masks[name] > 0).double() for masks in both)
+        rows = {f"network {samples[0]}": one, f"network {samples[1]}": other, "together": (one + other) / 2}
         for draw in range(draws):
             drawn = dropout_mask(tuple(one.shape), module.p, seed=derive_seed("training", seed, draw, name))
-            masks[f"training {draw + 1}"] = drawn > 0
+            rows[f"training {draw + 1}"] = (drawn > 0).double()
         if _causal(module):
             layer = len(figures)
             title = f"{_place(layer, name, module)}: {COLOURS}"
-            rows = {label: mask.double() for label, mask in masks.items()}
             figures[f"masks_attention_layer{layer}"] = _heads(title, rows, MASKS, Normalize(0, 1), kept_above=0.5)
         else:
-            lines = torch.stack([mask.double().flatten() for mask in masks.values()])
-            units.setdefault(module.site, {})[name] = lines
+            units.setdefault(module.site, {})[name] = torch.stack([row.flatten() for row in rows.values()])
     for site, panels in units.items():
         figure, grid = _grid(len(panels), 1, f"Masks, site {site}: {COLOURS}", 1.3, 7.5)
         for (axes,), (name, lines) in zip(grid, panels.items(), strict=True):
@@ -68,7 +65,7 @@ def mask_figures(net: nn.Module, seed: int = 0, samples: tuple[int, int] = (0, 1
             axes.imshow(lines[:, :UNITS].numpy(), MASKS, vmin=0, vmax=1, aspect="auto", interpolation="nearest")
             shares = f"dropped {one:.3f} and {other:.3f}, by either {together:.3f}"
             axes.set_title(f"{name}: p = {acting[name].p:g}, {shares}, n = {lines.shape[1]}", **SMALL)
-            axes.set_yticks(range(len(lines)), list(masks))
+            axes.set_yticks(range(len(lines)), list(rows))
         grid[-1, 0].set_xlabel(f"unit (at most {UNITS} are shown)", **SMALL)
         figures[f"masks_{site}"] = figure
     return figures
@@ -82,7 +79,7 @@ def attention_figures(
     They are shown before dropout, after it (times the mask, over 1 - p), and as the network multiplies them with the
     values: under the mask alone, since 1 / (1 - p) is in the weights of its values. Empty rows are marked.
     """
-    acting = {name: module for name, module in _acting(net, "attention").items() if _causal(module)}
+    acting = _acting(net, causal=True)
     seen: dict[str, list[Tensor]] = {}
     network, T = net_offers(net).thin(seed, sample), len(tokens)  # type: ignore[misc]  # `_acting` has looked
     with torch.no_grad(), watched(network, lambda name, _, *pair: seen.update({name: [x[0].double() for x in pair]})):
@@ -136,7 +133,7 @@ def empty_rows_figure(net: nn.Module, seed: int = 0, num_networks: int = 50) -> 
     The bars are 95 % intervals over networks, layers and heads (Wilson 1927). That of all rows, in the title, is
     Student's over networks.
     """
-    acting = {name: module for name, module in _acting(net, "attention").items() if _causal(module)}
+    acting = _acting(net, causal=True)
     networks = (sample_masks(net, seed, sample, ["attention"]) for sample in range(num_networks))
     empty = torch.stack(
         [torch.cat([masks[name].tril().count_nonzero(-1) == 0 for name in acting]) for masks in networks]
@@ -159,13 +156,14 @@ def empty_rows_figure(net: nn.Module, seed: int = 0, num_networks: int = 50) -> 
     return figure
 
 
-def _acting(net: nn.Module, site: str | None = None) -> dict[str, Dropout]:
-    modules = {name: module for name, module in net.named_modules() if isinstance(module, Dropout)}
-    found = {name: module for name, module in modules.items() if module.p > 0 and site in (None, module.site)}
-    if net_offers(net).thin is None or not found:
-        kind = f"{site} dropout" if site else "dropout"
-        got = "one without `thin`" if net_offers(net).thin is None else "rates of 0 alone"
-        raise ValueError(f"Expected a net with `thin` and {kind}, but got {type(net).__name__} with {got}")
+def _acting(net: nn.Module, causal: bool = False) -> dict[str, Dropout]:
+    """Returns the dropout modules with a rate above 0, or those of causal attention alone, by their names."""
+    modules = {name: module for name, module in net.named_modules() if isinstance(module, Dropout) and module.p > 0}
+    found = {name: module for name, module in modules.items() if _causal(module) or not causal}
+    thins = net_offers(net).thin is not None
+    if not thins or not found:
+        got = f"{type(net).__name__} with {'rates of 0 alone' if thins else 'one without `thin`'}"
+        raise ValueError(f"Expected a net with `thin` and {'attention ' if causal else ''}dropout, but got {got}")
     return found
 
 

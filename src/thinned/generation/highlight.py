@@ -14,12 +14,9 @@ PAGE = """<!doctype html>
 <style>
 body {{ font: 15px/1.6 ui-monospace, monospace; max-width: 60rem; margin: 2rem auto; color: #111; background: #fff; }}
 pre {{ white-space: pre-wrap; overflow-wrap: anywhere; border-top: 1px solid #ddd; padding: 1rem 0; font: inherit; }}
-b {{ color: #555; }}
-i {{ font-style: normal; padding: 0 1rem; }}
 </style>
 <h1>{title}</h1>
-<p>Bold: the prompt. Background: {measure} of each token, in nats:
-<i style="background:{low}">0</i> to <i style="background:{high}">{top:.2f}</i> or more.
+<p>Bold: the prompt. Background: {measure} of each token, from 0 (white) to {top:.2f} nats or more (orange).
 Point at a token for its figures.</p>
 {samples}
 """
@@ -33,8 +30,7 @@ def measure(samples: Sequence[Sample]) -> str:
 
 def full_scale(samples: Sequence[Sample]) -> float:
     """Returns the value with the strongest colour, in nats: the 95th percentile of all tokens."""
-    name = measure(samples)
-    values = sorted(value for sample in samples for value in getattr(sample, name))
+    values = sorted(value for sample in samples for value in getattr(sample, measure(samples)))
     return values[int(0.95 * (len(values) - 1))] or 1.0
 
 
@@ -48,20 +44,17 @@ def highlighted(sample: Sample, measure: str, top: float) -> Text:
 
 def highlighted_page(samples: Sequence[Sample], title: str) -> str:
     """Returns a page of HTML with all samples; pointing at a token shows its entropy and mutual information."""
-    name, top = measure(samples), full_scale(samples)
-    parts = []
+    name, top, parts = measure(samples), full_scale(samples), []
     for sample in samples:
-        columns = (sample.pieces, getattr(sample, name), sample.entropy, sample.mutual_information)
+        columns = zip(sample.pieces, getattr(sample, name), sample.entropy, sample.mutual_information, strict=True)
         spans = [
             f'<span style="background:{_colour(value / top)}" title="entropy {e:.3f}, mutual information {i:.3f} nats">'
             f"{html.escape(piece)}</span>"
-            for piece, value, e, i in zip(*columns, strict=True)
+            for piece, value, e, i in columns
         ]
         parts.append(f"<pre><b>{html.escape(sample.prompt)}</b>{''.join(spans)}</pre>")
-    return PAGE.format(
-        title=html.escape(title), measure=name.replace("_", " "), top=top, low=_colour(0), high=_colour(1),
-        samples="\n".join(parts),
-    )  # fmt: skip
+    name, body = name.replace("_", " "), "\n".join(parts)
+    return PAGE.format(title=html.escape(title), measure=name, top=top, samples=body)
 
 
 def _colour(share: float) -> str:

@@ -21,15 +21,12 @@ from thinned.uncertainty.statistics import entropy
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn.
+    """How the next token is drawn; ValueError for a setting outside its range.
 
     Args:
         temperature: Divides the logits; 0 takes the most probable token.
         top_k: Only the k most probable tokens are left.
         top_p: Only the fewest most probable tokens with this joint probability are left (Holtzman et al. 2020).
-
-    Raises:
-        ValueError: A setting is outside its range.
     """
 
     temperature: float = 1.0
@@ -77,23 +74,13 @@ def generate(
     sampling: Sampling = Sampling(),
     generator: Generator | None = None,
     finished: Callable[[list[int]], bool] = lambda tokens: False,
-    cached: bool = True,
 ) -> list[Continuation]:
-    """Continues each prompt, token by token, and returns the B continuations.
+    """Continues each prompt (B, T), token by token, with the mean of S networks whose dropout does not act.
 
     A prompt longer than the context is cropped to its end. A full context is cropped to its last half. Both warn once.
-
-    Args:
-        nets: The S networks, without active dropout.
-        prompt: (B, T) int64, at least one token.
-        max_new_tokens: The most new tokens of each continuation.
-        sampling: How a token is drawn; entropies are those of the distribution before that.
-        generator: Source of randomness; None is the global one.
-        finished: Says of the new tokens of a continuation whether it ends with them.
-        cached: Whether keys and values are kept; without, each token costs a pass over the whole context.
+    Entropies are those of the distribution before `sampling` changes it. `finished` says of the new tokens of a
+    continuation whether it ends with them.
     """
-    if prompt.shape[1] == 0:
-        raise ValueError("Expected a prompt of at least one token, but got none")
     context_length = nets[0].context_length
     if prompt.shape[1] + max_new_tokens - 1 > context_length:
         warnings.warn(f"The text exceeds the context of {context_length} tokens: its start is cropped.", stacklevel=2)
@@ -102,9 +89,8 @@ def generate(
     continuations = [Continuation() for _ in prompt]
     running = [*enumerate(continuations)]
     for _ in range(max_new_tokens):
-        if not cached or caches[0].length + new.shape[1] > context_length:
-            if text.shape[1] > context_length:
-                text = text[:, -(context_length // 2 or 1) :]
+        if caches[0].length + new.shape[1] > context_length:
+            text = text[:, -(context_length // 2 or 1) :]
             caches, new = [KVCache() for _ in nets], text
         mean, expected = torch.zeros(()), torch.zeros(())
         for net, cache in zip(nets, caches, strict=True):
@@ -112,7 +98,7 @@ def generate(
             mean, expected = mean + probs / len(nets), expected + entropy(probs) / len(nets)
         predictive = entropy(mean)
         information = (predictive - expected).clamp_min(0)
-        token = sampling.draw(mean, generator)
+        token = sampling.draw(mean, generator)  # (B,)
         for i, continuation in running:
             continuation.tokens.append(int(token[i]))
             continuation.entropy.append(float(predictive[i]))
@@ -139,9 +125,7 @@ class Sample:
 def prompt_tokens(tokenizer: Tokenizer, prompt: str) -> list[int]:
     """Returns the tokens of a prompt, in which `<|endoftext|>`, or nothing at all, begins a document.
 
-    Args:
-        tokenizer: The tokenizer; if it has no end of text, a prompt is text and no more.
-        prompt: The prompt; the tokenizer's own name of the end of text stands for it too.
+    The tokenizer's own name of the end of text stands for it too. Without an end of text, a prompt is text and no more.
 
     Raises:
         ValueError: The tokenizer does not know the text, or the prompt is empty and there is no end of text.
@@ -149,9 +133,7 @@ def prompt_tokens(tokenizer: Tokenizer, prompt: str) -> list[int]:
     end = tokenizer.end_of_text
     if end is None:
         if not prompt:
-            raise ValueError(
-                "Expected a prompt of at least one token, as no token of the vocabulary begins a document, but got none"
-            )
+            raise ValueError("Expected a prompt of at least one token, as nothing begins a document, but got none")
         return tokenizer.encode(prompt)
     first, *parts = re.split("|".join(map(re.escape, {END_OF_TEXT, *tokenizer.pieces([end])})), prompt or END_OF_TEXT)
     return tokenizer.encode(first) + [token for part in parts for token in (end, *tokenizer.encode(part))]
@@ -170,31 +152,21 @@ def sample_texts(
     stop: str | None = None,
     seed: int = 0,
 ) -> list[Sample]:
-    """Continues a prompt several times: by default, continuation i comes from `net.thin(seed, i)`.
+    """Continues a prompt several times.
 
-    Args:
-        net: The network, in evaluation mode.
-        tokenizer: The net's tokenizer.
-        prompt: Text to continue; empty to begin a document, as `<|endoftext|>` does in it.
-        num_samples: Number of continuations.
-        ensemble: S, at least 2: every continuation comes from the mean of S thinned networks instead.
-        deterministic: Every continuation comes from the network without dropout instead.
-        max_new_tokens: The most new tokens of each continuation.
-        sampling: How tokens are drawn.
-        stop: Text with which a continuation ends.
-        seed: Seed of networks and tokens.
+    By default, continuation i comes from `net.thin(seed, i)`; with an `ensemble` of S, at least 2, each comes from the
+    mean of S thinned networks; with `deterministic`, from the network without dropout. It ends with the text `stop`.
 
     Raises:
         ValueError: The tokenizer does not know the prompt, or nothing drops in the net of an ensemble.
     """
-    for name, value in (("num_samples", num_samples), ("max_new_tokens", max_new_tokens)):
-        if value < 1:
-            raise ValueError(f"Expected {name} to be at least 1, but got {value}")
+    if min(num_samples, max_new_tokens) < 1:
+        got = f"{num_samples} and {max_new_tokens}"
+        raise ValueError(f"Expected num_samples and max_new_tokens to be at least 1, but got {got}")
     sites = sites_in(net)
     if ensemble is not None and (ensemble < 2 or deterministic or not sites):
-        expected = "an ensemble of at least 2 thinned networks, of a net with rates above 0, and not deterministic"
         got = f"ensemble={ensemble}, deterministic={deterministic}, dropout at {sites}"
-        raise ValueError(f"Expected {expected}, but got {got}")
+        raise ValueError(f"Expected an ensemble of at least 2 thinned networks, of a net that drops, but got {got}")
     device = next(net.parameters()).device
     ids = torch.tensor([prompt_tokens(tokenizer, prompt)], dtype=torch.int64, device=device)
     tail = 4 * len(stop or "") + 8  # tokens that surely hold the stop text, whatever their bytes

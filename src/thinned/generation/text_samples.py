@@ -22,7 +22,7 @@ from thinned.offers import task_offers
 
 
 class TextSamples(Callback):
-    """After the test, continues a prompt with the tested network.
+    """After the test, continues a prompt with the tested network, as `sample_texts` does.
 
     Prints the continuations, writes `samples.html` to the run's directory, and logs a table `samples` to W&B.
 

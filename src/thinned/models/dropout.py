@@ -4,9 +4,11 @@ A unit is kept with probability 1 - p and scaled by 1 / (1 - p) in training, so 
 """
 
 import hashlib
-import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,9 +21,8 @@ SITES = ("embedding", "attention", "residual", "mlp")
 
 def check_sites(sites: Collection[str]) -> tuple[str, ...]:
     """Returns the sites in canonical order; ValueError for a name that is not in `SITES`."""
-    unknown = [site for site in sites if site not in SITES]
-    if unknown or isinstance(sites, str):
-        raise ValueError(f"Expected sites among {list(SITES)}, but got {sites if isinstance(sites, str) else unknown}")
+    if unknown := [site for site in sites if site not in SITES]:  # of a string, its letters
+        raise ValueError(f"Expected sites among {list(SITES)}, but got {unknown}")
     return tuple(site for site in SITES if site in sites)
 
 
@@ -77,30 +78,14 @@ def dropout_mask(shape: tuple[int, ...], p: float, dtype: torch.dtype | None = N
         return mask.zero_()
     if seed is None:
         seed = int(torch.empty((), dtype=torch.int64).random_())
-    bits, threshold = _bits_and_threshold(p)
+    bits = 8 if (256 * p).is_integer() else 16 if 0.001 <= p <= 0.5 else 32
+    half = 2 ** (bits - 1)
+    least_kept = min(round(2 * half * p) - half, half - 1)  # of signed integers
     words = np.random.SFC64(seed)
     for part in torch.split(mask.view(-1), WORDS_AT_ONCE * 64 // bits):
         drawn = torch.from_numpy(words.random_raw(-(-len(part) * bits // 64)).view(f"i{bits // 8}"))[: len(part)]
-        part.copy_(drawn.ge_(threshold)).mul_(1 / (1 - p))
+        part.copy_(drawn.ge_(least_kept)).mul_(1 / (1 - p))
     return mask
-
-
-def dropout_masks(shape: tuple[int, ...], p: float, dtype: torch.dtype, seeds: Sequence[int]) -> Tensor:
-    """Returns what `dropout_mask` does for each seed, stacked: (S, *shape). Small masks cost a third."""
-    if p == 1:
-        return torch.zeros(len(seeds), *shape, dtype=dtype)
-    bits, threshold = _bits_and_threshold(p)
-    count = math.prod(shape)
-    words = np.stack([np.random.SFC64(seed).random_raw(-(-count * bits // 64)) for seed in seeds])
-    kept = torch.from_numpy(words.view(f"i{bits // 8}"))[:, :count] >= threshold
-    return kept.to(dtype).mul_(1 / (1 - p)).view(len(seeds), *shape)
-
-
-def _bits_and_threshold(p: float) -> tuple[int, int]:
-    """Returns the bits of a random signed integer, and the least one that keeps an element."""
-    bits = 8 if (256 * p).is_integer() else 16 if 0.001 <= p <= 0.5 else 32
-    half = 2 ** (bits - 1)
-    return bits, min(round(p * 2 * half) - half, half - 1)
 
 
 class Dropout(nn.Module):
@@ -112,7 +97,7 @@ class Dropout(nn.Module):
         shape: Shape of a mask that all examples share, without a batch dimension: `sample_masks` needs it.
     """
 
-    watched = False  # Whether someone looks at what it reads and returns: see `thinned.models.watching`.
+    watched = False  # whether someone looks at what it reads and returns: see the function `watched`
 
     def __init__(self, p: float, site: str, shape: tuple[int, ...] | None = None) -> None:
         super().__init__()
@@ -131,6 +116,19 @@ class Dropout(nn.Module):
         return f"p={self.p}, site={self.site}"
 
 
+class Mask(nn.Module):
+    """Multiplies by a fixed mask, in place of a dropout that cannot be folded into weights."""
+
+    watched = False  # as of `Dropout`
+
+    def __init__(self, mask: Tensor) -> None:
+        super().__init__()
+        self.mask = nn.Buffer(mask)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.mask
+
+
 def sites_in(net: nn.Module) -> tuple[str, ...]:
     """Returns the sites of a net at which something can be dropped (p > 0), in canonical order."""
     return check_sites({m.site for m in net.modules() if isinstance(m, Dropout) and m.p > 0})
@@ -139,22 +137,15 @@ def sites_in(net: nn.Module) -> tuple[str, ...]:
 def sample_masks(
     net: nn.Module,
     seed: int,
-    sample: int | Sequence[int],
+    sample: int,
     sites: Collection[str] | None = None,
     scale: float = 1.0,
     dtype: torch.dtype = torch.float64,
 ) -> dict[str, Tensor]:
     """Returns the masks of thinned network `sample`: one per `Dropout` of the net that acts, by module name.
 
-    They lie on the CPU and depend on (seed, sample, module name, p) alone, so every device sees the same network.
-
-    Args:
-        net: The net, whose `Dropout` modules know their shapes.
-        seed: Seed of the whole ensemble.
-        sample: Which network of the ensemble, 0 <= sample < S; or several, whose masks are stacked: (S, *shape).
-        sites: The sites that drop; None is all.
-        scale: Factor on each rate.
-        dtype: The masks' dtype, on which the units that are dropped do not depend.
+    They lie on the CPU and depend on (seed, sample, module name, p) alone, so every device sees the same network, and
+    `dtype` changes nothing of what is dropped. The chosen sites drop, or all; `scale` is a factor on each rate.
     """
     chosen = SITES if sites is None else check_sites(sites)
     masks = {}
@@ -162,8 +153,27 @@ def sample_masks(
         if isinstance(module, Dropout) and module.p * scale > 0 and module.site in chosen:
             assert module.shape is not None, f"Expected a shape of the mask of {name}"
             p = check_rate(scale * module.p, f"scale * dropout.{module.site}")
-            if isinstance(sample, int):
-                masks[name] = dropout_mask(module.shape, p, dtype, derive_seed(seed, sample, name))
-            else:
-                masks[name] = dropout_masks(module.shape, p, dtype, [derive_seed(seed, s, name) for s in sample])
+            masks[name] = dropout_mask(module.shape, p, dtype, derive_seed(seed, sample, name))
     return masks
+
+
+@contextmanager
+def watched(net: nn.Module, see: Callable[[str, nn.Module, Tensor, Tensor], None]) -> Iterator[None]:
+    """Calls `see(name, module, before, after)` in each pass within the block, for each dropout and mask that acts.
+
+    Attention takes the path on which its probabilities exist, also on CUDA. Nothing is drawn, and nothing else changes.
+    Compiled nets may pass by unseen.
+    """
+
+    @torch.no_grad()
+    def tell(name: str, module: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        if isinstance(module, Mask) or (module.training and module.p > 0):
+            see(name, module, inputs[0], output)
+
+    with ExitStack() as stack:
+        for name, module in net.named_modules():
+            if isinstance(module, Dropout | Mask):
+                stack.enter_context(module.register_forward_hook(partial(tell, name)))
+                stack.callback(setattr, module, "watched", False)
+                module.watched = True
+        yield

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from thinned.models.dropout import Dropout, DropoutRates, sample_masks
-from thinned.models.thinning import Mask, kept_units, replace_modules, thin_linear
+from thinned.models.dropout import Dropout, DropoutRates, Mask, sample_masks
+from thinned.models.thinning import kept_units, replace_modules, thin_linear
 
 LOGITS_AT_ONCE = 2**24  # the loss holds no more of them: 64 MiB in fp32
 
@@ -211,10 +211,9 @@ class GPT(nn.Module):
         if end > self.context_length:
             raise ValueError(f"Expected at most {self.context_length} tokens (net.context_length), but got {end}")
         if tokens.is_cpu and not torch.compiler.is_compiling() and tokens.numel():
-            lowest, highest = tokens.aminmax()
-            if lowest < 0 or highest >= self.vocab_size:
-                expected = f"tokens in [0, {self.vocab_size}) (net.vocab_size)"
-                raise ValueError(f"Expected {expected}, but got {lowest} to {highest}")
+            low, high = tokens.aminmax()
+            if low < 0 or high >= self.vocab_size:
+                raise ValueError(f"Expected tokens in [0, {self.vocab_size}) (net.vocab_size), but got {low} to {high}")
         position = torch.arange(start, end, device=tokens.device)
         x = self.embedding_dropout(self.token_embedding(tokens) + self.position_embedding(position))  # (B, T, C)
         for block in self.blocks:
@@ -264,20 +263,14 @@ class GPT(nn.Module):
         weights = sum(p.numel() for p in self.parameters()) - self.position_embedding.weight.numel()
         return 6 * weights + 12 * len(self.blocks) * self.norm.normalized_shape[0] * self.context_length
 
-    def masks(
-        self, seed: int, sample: int, sites: Collection[str] | None = None, scale: float = 1.0
-    ) -> dict[str, Tensor]:
-        """Returns the masks of a thinned network, which all sequences share: see `sample_masks`."""
-        return sample_masks(self, seed, sample, sites, scale, self.norm.weight.dtype)
-
     @torch.no_grad()
     def thin(self, seed: int, sample: int, sites: Collection[str] | None = None, scale: float = 1.0) -> "GPT":
-        """Returns a thinned network: a GPT without dropout that equals this one under `masks` of the same arguments.
+        """Returns a thinned network: a GPT without dropout that equals this one under its `sample_masks`.
 
-        Dropped hidden units are cut out; embedding and residual masks scale columns and rows; attention alone keeps
-        a mask. Weights that no mask touches are shared, not copied.
+        All sequences share the masks. Dropped hidden units are cut out; embedding and residual masks scale columns and
+        rows; attention alone keeps a mask. Weights that no mask touches are shared, not copied.
         """
-        masks = self.masks(seed, sample, sites, scale)
+        masks = sample_masks(self, seed, sample, sites, scale, self.norm.weight.dtype)
         blocks = [cast(Block, block).thin(masks, f"blocks.{i}") for i, block in enumerate(self.blocks)]
         changed: dict[str, nn.Module] = {"blocks": nn.ModuleList(blocks), "embedding_dropout": nn.Identity()}
         if "embedding_dropout" in masks:

@@ -8,17 +8,10 @@ from torch import nn
 from thinned.models.gpt import GPT
 
 NAMES = {  # ours to theirs, in the order of their replacement
-    "token_embedding": "wte",
-    "position_embedding": "wpe",
-    "blocks": "h",
-    "attention_norm": "ln_1",
-    "attention.qkv": "attn.c_attn",
-    "attention.projection": "attn.c_proj",
-    "mlp_norm": "ln_2",
-    "mlp.up": "mlp.c_fc",
-    "mlp.down": "mlp.c_proj",
-    "norm": "ln_f",
-}
+    "token_embedding": "wte", "position_embedding": "wpe", "blocks": "h", "attention_norm": "ln_1",
+    "attention.qkv": "attn.c_attn", "attention.projection": "attn.c_proj", "mlp_norm": "ln_2", "mlp.up": "mlp.c_fc",
+    "mlp.down": "mlp.c_proj", "norm": "ln_f",
+}  # fmt: skip
 GELUS = {"gelu": "exact", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}
 
 
@@ -31,14 +24,13 @@ def load_gpt2(net: nn.Module, path: str) -> None:
     try:
         from transformers import GPT2LMHeadModel
     except ImportError as error:
-        message = "Expected the package transformers for model.init_from: pip install 'thinned[hf]'"
-        raise ValueError(message) from error
+        remedy = "pip install 'thinned[hf]'"
+        raise ValueError(f"Expected the package transformers for model.init_from: {remedy}") from error
     try:
         source = GPT2LMHeadModel.from_pretrained(path, weights_only=True)
     except Exception as error:  # what is missing, cut off or no weights at all fails in many ways
-        cause = "" if isinstance(error, OSError) else f" ({type(error).__name__})"
-        expected = "Expected model.init_from to be a GPT-2 of the hub or a folder, but got"
-        raise ValueError(f"{expected} {path!r}{cause}") from error
+        got = f"{path!r} ({type(error).__name__})"
+        raise ValueError(f"Expected model.init_from to be a GPT-2 of the hub or a folder, but got {got}") from error
     copy_gpt2(source, net)
 
 

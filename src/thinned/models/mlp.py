@@ -14,16 +14,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from thinned.models.dropout import Dropout, DropoutRates, sample_masks
-from thinned.models.thinning import (
-    AttentionPooling,
-    Mask,
-    PatchEmbedding,
-    Residual,
-    kept_units,
-    thin_linear,
-    with_masks,
-)
+from thinned.models.dropout import Dropout, DropoutRates, Mask, sample_masks
+from thinned.models.thinning import kept_units, thin_linear, with_masks
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "relu": lambda: nn.ReLU(inplace=True),  # nothing else reads its input, and fresh memory is slow
@@ -31,6 +23,48 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "silu": nn.SiLU,
     "tanh": nn.Tanh,
 }
+
+
+class PatchEmbedding(nn.Module):
+    """Non-overlapping square patches, each projected to the width E, plus a learned position. Out: (B, P, E)."""
+
+    def __init__(self, input_shape: Sequence[int], patch_size: int, width: int) -> None:
+        super().__init__()
+        channels, height, image_width = input_shape
+        self.patch_size = patch_size
+        num_patches = (height // patch_size) * (image_width // patch_size)
+        self.projection = nn.Linear(channels * patch_size**2, width)
+        self.position = nn.Parameter(0.02 * torch.randn(num_patches, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        patches = nn.functional.unfold(x, self.patch_size, stride=self.patch_size)  # (B, C * size^2, P)
+        return self.projection(patches.transpose(1, 2)) + self.position  # (B, P, E)
+
+
+class AttentionPooling(nn.Module):
+    """One learned query attends over the patches: softmax(q k / sqrt(E)), dropout, then the values. Out: (B, E)."""
+
+    def __init__(self, query: nn.Parameter, key_value: nn.Linear, attention_dropout: nn.Module) -> None:
+        super().__init__()
+        self.query = query  # (E,)
+        self.key_value = key_value  # E -> 2 E
+        self.attention_dropout = attention_dropout
+
+    def forward(self, x: Tensor) -> Tensor:
+        key, value = self.key_value(x).chunk(2, dim=-1)  # (B, P, E) each
+        attention = torch.softmax(key @ self.query / math.sqrt(len(self.query)), dim=-1)  # (B, P)
+        return torch.einsum("...p,...pe->...e", self.attention_dropout(attention), value)
+
+
+class Residual(nn.Module):
+    """x + sublayer(x)."""
+
+    def __init__(self, sublayer: nn.Module) -> None:
+        super().__init__()
+        self.sublayer = sublayer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.sublayer(x)
 
 
 class MLP(nn.Module):
@@ -68,10 +102,7 @@ class MLP(nn.Module):
     ) -> None:
         super().__init__()
         if input_shape is None or num_classes is None:
-            raise ValueError(
-                "Expected net.input_shape and net.num_classes, which data with images and classes fill in, "
-                f"but got {input_shape} and {num_classes}"
-            )
+            raise ValueError(f"Expected net.input_shape and net.num_classes, but got {input_shape} and {num_classes}")
         self.init_args: dict[str, Any] = {
             "input_shape": list(input_shape), "num_classes": num_classes, "hidden": list(hidden),
             "activation": activation, "layer_norm": layer_norm, "width": width, "residual": residual,
@@ -81,19 +112,18 @@ class MLP(nn.Module):
         self.input_shape, self.num_classes, self.max_norm = tuple(input_shape), num_classes, max_norm
 
         size = width or math.prod(input_shape)
-        embedded: tuple[int, ...] = (size,)
         stages: OrderedDict[str, nn.Module] = OrderedDict()
-        if patch_size is not None:
-            stages["embedding"] = embedding = PatchEmbedding(input_shape, patch_size, size)
-            embedded = tuple(embedding.position.shape)  # (P, E)
-        else:
+        if patch_size is None:
             stages["flatten"] = nn.Flatten()
             if width is not None:
                 stages["embedding"] = nn.Linear(math.prod(input_shape), width)
-        stages["embedding_dropout"] = Dropout(dropout.embedding, "embedding", embedded)
-        if patch_size is not None:
+            stages["embedding_dropout"] = Dropout(dropout.embedding, "embedding", (size,))
+        else:
+            stages["embedding"] = embedding = PatchEmbedding(input_shape, patch_size, size)
+            patches = len(embedding.position)
+            stages["embedding_dropout"] = Dropout(dropout.embedding, "embedding", (patches, size))
             query, key_value = nn.Parameter(torch.randn(size)), nn.Linear(size, 2 * size)
-            attention_dropout = Dropout(dropout.attention, "attention", embedded[:1])
+            attention_dropout = Dropout(dropout.attention, "attention", (patches,))
             stages["pooling"] = AttentionPooling(query, key_value, attention_dropout)
         for i, units in enumerate(hidden):
             if residual:
@@ -125,20 +155,15 @@ class MLP(nn.Module):
                     norms = torch.linalg.vector_norm(module.weight, dim=1, keepdim=True)  # sharded weights lack renorm
                     module.weight.mul_((self.max_norm / (norms + 1e-7)).clamp_max(1))
 
-    def masks(
-        self, seed: int, sample: int, sites: Collection[str] | None = None, scale: float = 1.0
-    ) -> dict[str, Tensor]:
-        """Returns the masks of a thinned network, which all examples share: see `sample_masks`."""
-        return sample_masks(self, seed, sample, sites, scale)
-
     @torch.no_grad()
     def thin(self, seed: int, sample: int, sites: Collection[str] | None = None, scale: float = 1.0) -> nn.Sequential:
-        """Returns a thinned network: a module without dropout that equals this one under `masks` of the same arguments.
+        """Returns a thinned network: a module without dropout that equals this one under its `sample_masks`.
 
-        Dropped hidden units are cut out; embedding and residual masks scale rows or columns; masks on patches and on
-        attention stay, since no weight can carry them. Layers that no mask touches are shared, not copied.
+        All examples share the masks. Dropped hidden units are cut out; embedding and residual masks scale rows or
+        columns; masks on patches and on attention stay, since no weight can carry them. Layers that no mask touches are
+        shared, not copied.
         """
-        return _thin_chain(self.stages, "stages.", self.masks(seed, sample, sites, scale))
+        return _thin_chain(self.stages, "stages.", sample_masks(self, seed, sample, sites, scale))
 
     def stack(
         self, seed: int, samples: Sequence[int], sites: Collection[str] | None = None, scale: float = 1.0
@@ -147,13 +172,13 @@ class MLP(nn.Module):
 
         It shares all weights. The first mask, (S, 1, ...), repeats its input S times: what is before it runs once.
         """
+        each = [sample_masks(self, seed, sample, sites, scale) for sample in samples]
+        stacked = {name: torch.stack([masks[name] for masks in each]) for name in each[0]}
+        if not stacked:
+            embedding: Any = self.stages.get_submodule("embedding_dropout")
+            stacked["stages.embedding_dropout"] = torch.ones(len(samples), *embedding.shape)
         weights = next(self.parameters())
-        masks = sample_masks(self, seed, samples, sites, scale, weights.dtype)
-        if not masks:
-            shape = (len(samples), *self.stages.get_submodule("embedding_dropout").shape)  # type: ignore[misc]
-            masks["stages.embedding_dropout"] = torch.ones(shape, dtype=weights.dtype)
-        stacked = {name: mask.unsqueeze(1).to(weights.device) for name, mask in masks.items()}
-        return with_masks(self, stacked)
+        return with_masks(self, {name: masks.unsqueeze(1).to(weights) for name, masks in stacked.items()})
 
 
 def _residual_sublayer(size: int, units: int, activation: str, layer_norm: bool, dropout: DropoutRates) -> nn.Module:
@@ -173,7 +198,6 @@ def _thin_chain(chain: nn.Module, prefix: str, masks: dict[str, Tensor]) -> nn.S
     pending = {i: masks[prefix + name] for i, name in enumerate(names) if prefix + name in masks}
     thinned: OrderedDict[str, nn.Module] = OrderedDict()
     kept: Tensor | None = None  # hidden units that the last linear layer still has; None for all
-
     for i, (name, module) in enumerate(zip(names, modules, strict=True)):
         if isinstance(module, nn.Linear):
             scale_out = pending.pop(i + 1, None)  # a dropout right behind this layer scales its rows
@@ -198,28 +222,24 @@ def _thin_chain(chain: nn.Module, prefix: str, masks: dict[str, Tensor]) -> nn.S
 
 def _check(config: dict[str, Any]) -> None:
     """Raises ValueError for a setting outside its range, and for a rate at a site that is not there."""
-    shape, hidden, width, patch_size = (config[key] for key in ("input_shape", "hidden", "width", "patch_size"))
-    divides = patch_size is None or (
-        patch_size >= 1 and len(shape) == 3 and not any(size % patch_size for size in shape[1:])
+    given = config | {f"dropout.{site}": rate for site, rate in config["dropout"].items()}
+    shape, hidden, width, patch, residual = (
+        given[key] for key in ("input_shape", "hidden", "width", "patch_size", "residual")
     )
+    divides = patch is None or (patch >= 1 and len(shape) == 3 and not any(size % patch for size in shape[1:]))
     for key, valid, expected in (
         ("input_shape", min(shape, default=0) >= 1, "to hold positive sizes"),
-        ("num_classes", config["num_classes"] >= 2, "to be at least 2"),
+        ("num_classes", given["num_classes"] >= 2, "to be at least 2"),
         ("hidden", min(hidden, default=1) >= 1, "to hold positive widths"),
-        ("activation", config["activation"] in ACTIVATIONS, f"to be one of {list(ACTIVATIONS)}"),
+        ("activation", given["activation"] in ACTIVATIONS, f"to be one of {list(ACTIVATIONS)}"),
         ("width", width is None or width >= 1, "to be positive or null"),
-        ("width", width or not (config["residual"] or patch_size), "to be set if net.residual or net.patch_size is"),
+        ("width", width or not (residual or patch), "to be set if net.residual or net.patch_size is"),
         ("patch_size", divides, f"to divide the height and width of net.input_shape (C, H, W) {shape}"),
-        ("max_norm", config["max_norm"] is None or config["max_norm"] > 0, "to be positive or null"),
-    ):
+        ("max_norm", given["max_norm"] is None or given["max_norm"] > 0, "to be positive or null"),
+        ("dropout.attention", patch or not given["dropout.attention"], "to be 0 without net.patch_size"),
+        ("dropout.residual", (residual and hidden) or not given["dropout.residual"],
+         "to be 0 without net.residual and net.hidden"),
+        ("dropout.mlp", hidden or not given["dropout.mlp"], "to be 0 without net.hidden"),
+    ):  # fmt: skip
         if not valid:
-            raise ValueError(f"Expected net.{key} {expected}, but got {config[key]!r}")
-    for site, exists, remedy in (
-        ("attention", patch_size, "set net.patch_size and net.width"),
-        ("residual", config["residual"] and hidden, "set net.residual and net.width, with at least one net.hidden"),
-        ("mlp", hidden, "give at least one width in net.hidden"),
-    ):
-        rate = config["dropout"][site]
-        if rate > 0 and not exists:
-            expected = f"net.dropout.{site} to be 0 for an MLP without that site"
-            raise ValueError(f"Expected {expected}, but got {rate}: {remedy} to create it")
+            raise ValueError(f"Expected net.{key} {expected}, but got {given[key]!r}")

@@ -19,11 +19,10 @@ class NetOffers(Protocol):
     """Attributes of a net that others look for. All are optional: these are the defaults."""
 
     init_args: dict[str, Any] | None = None  # of `__init__`, as primitives: a checkpoint rebuilds the net from them
-    # Shape of one example, K, V and the number of positions: compared with the data before training.
-    input_shape: tuple[int, ...] | None = None
-    num_classes: int | None = None
-    vocab_size: int | None = None
-    context_length: int | None = None
+    input_shape: tuple[int, ...] | None = None  # of one example: this and the next are compared with the data
+    num_classes: int | None = None  # K
+    vocab_size: int | None = None  # V
+    context_length: int | None = None  # the number of positions
     # `thin(seed, sample, sites, scale)`: a thinned network, with masks that all inputs share.
     thin: Callable[..., nn.Module] | None = None
     # `stack(seed, samples, sites, scale)`: S of them as one module, (B, ...) -> (S, B, K), cheaper for few inputs.
@@ -46,23 +45,22 @@ class Logits:
 
     Args:
         x: Logits (N, K), or what the head reads: (N, C).
-        head: Maps (n, C) to logits (n, K); None if `x` holds the logits.
+        head: Maps (n, C) to logits (n, K).
         num_classes: K; None computes one row to see it.
     """
 
     def __init__(
-        self, x: Tensor, head: Callable[[Tensor], Tensor] | None = None, num_classes: int | None = None
+        self, x: Tensor, head: Callable[[Tensor], Tensor] = lambda x: x, num_classes: int | None = None
     ) -> None:
         self.x, self.head = x, head
-        one_row = x.flatten(0, -2)[:1]
-        self.num_classes = num_classes or (one_row if head is None else head(one_row)).shape[-1]
+        self.num_classes = num_classes or head(x.flatten(0, -2)[:1]).shape[-1]
 
     def __len__(self) -> int:
         return len(self.x)
 
     def __getitem__(self, rows: slice | Tensor) -> Tensor:
         """Returns the logits of some rows, (n, K), in fp32 or fp64."""
-        logits = self.x[rows] if self.head is None else self.head(self.x[rows])
+        logits = self.head(self.x[rows])
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def select(self, chosen: Tensor | slice) -> "Logits":
@@ -79,21 +77,14 @@ class Logits:
 
 def logits_in(net: nn.Module, inputs: Any) -> Tensor:
     """Runs a net and returns its logits: its output, `logits` of a dict or dataclass, or the first of a tuple."""
-    output = net(inputs)
-    if isinstance(output, Tensor):
-        return output
-    if isinstance(output, Mapping):
-        logits = output.get("logits")
-    elif isinstance(output, tuple | list) and not hasattr(output, "logits"):
-        logits = output[0] if output else None
-        taken = f"The first of the {len(output)} outputs of {type(net).__name__} is taken for the logits."
-        warnings.warn(taken, stacklevel=2)  # Python says it once
-    else:
-        logits = getattr(output, "logits", None)
+    output, name = net(inputs), type(net).__name__
+    logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", output)
+    if isinstance(logits, tuple | list) and logits:
+        warnings.warn(f"The first of the {len(logits)} outputs of {name} is taken for the logits.", stacklevel=2)
+        logits = logits[0]
     if not isinstance(logits, Tensor):
-        keys = f" with {list(output)}" if isinstance(output, Mapping) else ""
         expected = "a tensor of logits, `logits` in a dict or dataclass, or a tuple that begins with them"
-        raise ValueError(f"Expected {expected} from {type(net).__name__}, but got {type(output).__name__}{keys}")
+        raise ValueError(f"Expected {expected} from {name}, but got {type(output).__name__}")
     return logits
 
 
@@ -101,10 +92,8 @@ def check_logits(net: nn.Module, logits: Tensor) -> None:
     """Raises a ValueError for what cannot be logits (..., K): one number for each target, or probabilities."""
     name = type(net).__name__
     if logits.dim() < 2 or logits.shape[-1] < 2:
-        raise ValueError(
-            f"Expected logits of at least 2 classes from {name}, but got the shape {tuple(logits.shape)}: a net for "
-            f"two classes returns (B, 2), such as [0, x] for the logit x of the second"
-        )
+        got = f"the shape {tuple(logits.shape)}: a net for two classes returns (B, 2), such as [0, x]"
+        raise ValueError(f"Expected logits of at least 2 classes from {name}, but got {got}")
     tolerance = 1e-3 if torch.finfo(logits.dtype).eps < 1e-4 else 1e-2
     sums = logits.detach().float().sum(-1)
     if (logits >= 0).all() and (sums - 1).abs().max() < tolerance:  # by chance in 1 of 1,000 rows at most

@@ -1,73 +1,13 @@
-"""Parts of networks that torch lacks, and how a mask becomes a part of the weights.
+"""How masks become a part of a network: in place of its dropout, or in its weights."""
 
-Shapes: B batch, C channels, P patches, E width of the embedding.
-"""
-
-import math
-from collections.abc import Sequence
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from thinned.models.dropout import Dropout
+from thinned.models.dropout import Dropout, Mask
 
 M = TypeVar("M", bound=nn.Module)
-
-
-class PatchEmbedding(nn.Module):
-    """Non-overlapping square patches, each projected to the width E, plus a learned position. Out: (B, P, E)."""
-
-    def __init__(self, input_shape: Sequence[int], patch_size: int, width: int) -> None:
-        super().__init__()
-        channels, height, image_width = input_shape
-        self.patch_size = patch_size
-        num_patches = (height // patch_size) * (image_width // patch_size)
-        self.projection = nn.Linear(channels * patch_size**2, width)
-        self.position = nn.Parameter(0.02 * torch.randn(num_patches, width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        patches = nn.functional.unfold(x, self.patch_size, stride=self.patch_size)  # (B, C * size^2, P)
-        return self.projection(patches.transpose(1, 2)) + self.position  # (B, P, E)
-
-
-class AttentionPooling(nn.Module):
-    """One learned query attends over the patches: softmax(q k / sqrt(E)), dropout, then the values. Out: (B, E)."""
-
-    def __init__(self, query: nn.Parameter, key_value: nn.Linear, attention_dropout: nn.Module) -> None:
-        super().__init__()
-        self.query = query  # (E,)
-        self.key_value = key_value  # E -> 2 E
-        self.attention_dropout = attention_dropout
-
-    def forward(self, x: Tensor) -> Tensor:
-        key, value = self.key_value(x).chunk(2, dim=-1)  # (B, P, E) each
-        attention = torch.softmax(key @ self.query / math.sqrt(len(self.query)), dim=-1)  # (B, P)
-        return torch.einsum("...p,...pe->...e", self.attention_dropout(attention), value)
-
-
-class Residual(nn.Module):
-    """x + sublayer(x)."""
-
-    def __init__(self, sublayer: nn.Module) -> None:
-        super().__init__()
-        self.sublayer = sublayer
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.sublayer(x)
-
-
-class Mask(nn.Module):
-    """Multiplies by a fixed mask, in place of a dropout that cannot be folded into weights."""
-
-    watched = False  # as of `Dropout`
-
-    def __init__(self, mask: Tensor) -> None:
-        super().__init__()
-        self.mask = nn.Buffer(mask)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.mask
 
 
 def with_masks(module: M, masks: dict[str, Tensor], prefix: str = "") -> M:
@@ -114,8 +54,7 @@ def thin_linear(
         bias = None if bias is None else bias * scale_out.to(bias)
     if weight is linear.weight:
         return linear
-    thinned = nn.Linear.__new__(nn.Linear)  # its __init__ would draw initial weights
-    nn.Module.__init__(thinned)
+    thinned = replace_modules(linear)
     thinned.out_features, thinned.in_features = weight.shape
     thinned.weight = nn.Parameter(weight, requires_grad=False)
     thinned.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))

@@ -13,7 +13,7 @@ from thinned.tasks.task import Task
 from thinned.tasks.throughput import is_logged
 from thinned.uncertainty.scores import brier, nll, scores
 
-COLUMNS = ("target", "correct", "confidence", "nll", "brier")  # Of each example, for its scores.
+COLUMNS = ("target", "correct", "confidence", "nll", "brier")  # of each example, for its scores
 
 
 class ClassificationTask(Task):
@@ -53,11 +53,9 @@ class ClassificationTask(Task):
             ("image shape", "input_shape", net.input_shape, data.image_shape),
             ("num classes", "num_classes", net.num_classes, data.num_classes),
         ):
-            if expected is not None and got is not None and expected != got:
-                raise ValueError(
-                    f"Expected data with {what} {expected} (model.net.{key}), but got {got} from "
-                    f"data.path={data.path!r}"
-                )
+            if None not in (expected, got) and expected != got:
+                given = f"{got} from data.path={data.path!r}"
+                raise ValueError(f"Expected data with {what} {expected} (model.net.{key}), but got {given}")
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         logits, targets = self(batch[0]).float(), batch[1]

@@ -7,8 +7,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
-from thinned.models.dropout import SITES, Dropout, derive_seed, sites_in
-from thinned.models.watching import empty_rows, watched
+from thinned.models.dropout import SITES, Dropout, derive_seed, sites_in, watched
 from thinned.offers import task_offers
 from thinned.uncertainty.acting_dropout import kept_random_state, only_dropout_active, seed_generators
 
@@ -98,3 +97,21 @@ class DropoutMonitor(Callback):
             _, expected, rows = torch.cat([*heads.values()]).sum(0)
             shares["empty_rows/expected"] = expected / rows
         pl_module.log_dict({f"dropout/{name}": float(share) for name, share in shares.items()}, batch_size=1)
+
+
+def empty_rows(before: Tensor, after: Tensor, p: float) -> Tensor:
+    """Returns for each head how many rows of attention lost all that they had, how many should have, and all: (H, 3).
+
+    Args:
+        before: Attention probabilities or ones before dropout, (B, H, T, S), or (B, S) for one head.
+        after: The same after dropout.
+        p: The rate.
+
+    >>> ones = torch.ones(1, 1, 2, 2).tril()
+    >>> empty_rows(ones, ones * torch.tensor([0.0, 2.0]), 0.5).tolist()
+    [[1.0, 0.75, 2.0]]
+    """
+    if before.dim() == 2:
+        before, after = before[:, None, None], after[:, None, None]
+    possible, kept = before.count_nonzero(-1), after.count_nonzero(-1)  # (B, H, T)
+    return torch.stack([(kept == 0).float(), p**possible, torch.ones_like(kept).float()], dim=-1).sum((0, 2))

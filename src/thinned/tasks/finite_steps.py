@@ -12,13 +12,11 @@ from torch.optim import Optimizer
 from thinned.tasks.task import of_all_ranks
 from thinned.tasks.throughput import is_logged
 
-SHOWN = 8  # A message names at most this many examples of a batch.
-
 
 class FiniteSteps(Callback):
     """Stops the run, or skips the step, if the gradients of an optimiser step are not finite.
 
-    The check takes the norm of the gradients before they are clipped, when they have been reduced over all ranks: All
+    The check takes the norm of the gradients before they are clipped, when they have been reduced over all ranks: all
     ranks decide alike. In fp16-mixed, infinite gradients are left to the scaler unless a loss is not finite either.
 
     Args:
@@ -31,7 +29,7 @@ class FiniteSteps(Callback):
             raise ValueError(f"Expected finite_steps.on_nonfinite to be stop or skip, but got {on_nonfinite!r}")
         self.on_nonfinite = on_nonfinite
         self.skipped_steps = 0
-        self._losses: list[tuple[int, Any, Tensor]] = []  # Number, batch and loss, since the last step.
+        self._losses: list[tuple[int, Any, Tensor]] = []  # number, batch and loss, since the last step
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._batch = batch_idx, batch
@@ -41,26 +39,26 @@ class FiniteSteps(Callback):
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         losses, self._losses = self._losses, []
-        if _all_finite([p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]):
-            return
-        own = [_described(trainer, *item) for item in losses if not item[2].isfinite()]
-        wrong = [text for rank in of_all_ranks(own) for text in rank]
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        for order in (2.0, torch.inf):  # squares can overflow; the largest element cannot, but takes longer to find
+            norm: Any = get_total_norm(gradients, order)
+            if (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).isfinite():  # of sharded gradients
+                return
+        own = [_described(trainer.global_rank, *item) for item in losses if not item[2].isfinite()]
+        wrong = [text for of_rank in of_all_ranks(own) for text in of_rank]
         scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
         if scaled and not wrong:
             return
         kind, got = ("losses", "; ".join(wrong)) if wrong else ("gradients", "others, though every loss is finite")
         message = f"Expected finite {kind} at step {trainer.global_step} (epoch {trainer.current_epoch}), but got {got}"
         if self.on_nonfinite == "stop":
-            remedy = "--finite_steps.on_nonfinite skip leaves such steps out"
-            raise ValueError(f"{message}. This step is not taken; {remedy}")
+            raise ValueError(f"{message}. --finite_steps.on_nonfinite skip leaves such steps out")
         self.skipped_steps += 1
         rank_zero_info(f"{message}. This step is left out.")
-        if not scaled:  # A scaler skips the step itself.
+        if not scaled:  # a scaler skips the step itself
             optimizer.zero_grad()
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         if self.on_nonfinite == "skip" and is_logged(trainer, trainer.global_step):
             pl_module.log("train/skipped_steps", float(self.skipped_steps), batch_size=1)
 
@@ -71,21 +69,8 @@ class FiniteSteps(Callback):
         self.skipped_steps = state_dict["skipped_steps"]
 
 
-def _all_finite(gradients: list[Any]) -> bool:
-    for order in (2.0, torch.inf):  # Squares can overflow; the largest element cannot, but takes longer to find.
-        norm = get_total_norm(gradients, order)
-        if hasattr(norm, "full_tensor"):  # Of sharded gradients.
-            norm = norm.full_tensor()
-        if norm.isfinite():
-            return True
-    return False
-
-
-def _described(trainer: Trainer, batch_idx: int, batch: Any, loss: Tensor) -> str:
-    rank = f" of rank {trainer.global_rank}" if trainer.world_size > 1 else ""
-    text = f"{loss.item()} in batch {batch_idx}{rank}"
-    if not isinstance(batch, tuple | list) or len(batch) < 3:
-        return text
-    index = batch[2].tolist()
-    more = f", ... of {len(index)}" if len(index) > SHOWN else ""
-    return f"{text} (examples {', '.join(map(str, index[:SHOWN]))}{more})"
+def _described(rank: int, batch_idx: int, batch: Any, loss: Tensor) -> str:
+    """Names a batch with a loss that is not finite, and its first examples if it tells their indices."""
+    has_index = isinstance(batch, tuple | list) and len(batch) > 2
+    examples = f" (examples {batch[2][:8].tolist()} of {len(batch[2])})" if has_index else ""
+    return f"{loss.item()} in batch {batch_idx}{examples} of rank {rank}"

@@ -40,12 +40,7 @@ class LanguageModelingTask(Task):
     ) -> None:
         super().__init__(net, optimizer, warmup_steps, final_lr_fraction, compile)
         self.hparams.update(init_from=init_from)
-        self.init_from = init_from
-        # GPT-2's weights do not replace those of a resumed run.
-        self.register_load_state_dict_post_hook(  # type: ignore[no-untyped-call]
-            lambda *_: setattr(self, "init_from", None)
-        )
-        self.token_bytes: Tensor | None = None
+        self.init_from, self.token_bytes = init_from, None
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
@@ -54,11 +49,15 @@ class LanguageModelingTask(Task):
             ("vocab_size", "tokens", net.vocab_size, data.vocab_size),
             ("context_length", "positions", net.context_length, data.context_length),
         ):
-            if has is not None and wants is not None and wants > has:
+            if (wants or 0) > (has or math.inf):
                 raise ValueError(f"Expected at least {wants} {needed} (model.net.{key}) for this data, but got {has}")
         self.token_bytes = None if data.tokenizer is None else data.tokenizer.token_bytes
         if self.init_from is not None and stage == "fit":
             load_gpt2(self.net, self.init_from)
+
+    def load_state_dict(self, *args: Any, **options: Any) -> Any:
+        self.init_from = None  # GPT-2's weights do not replace those of a checkpoint
+        return super().load_state_dict(*args, **options)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         losses, targets = self.net(batch[0], batch[1]), batch[1]

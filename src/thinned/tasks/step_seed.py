@@ -9,12 +9,9 @@ from thinned.models.dropout import derive_seed
 
 
 class StepSeed(Callback):
-    """Seeds torch before each training batch, so that a resumed run draws the same masks.
+    """Seeds torch before each training batch with the run's seed, so that a resumed run draws the same masks.
 
-    Ranks draw different masks: After `seed_everything` alone, data-parallel replicas would drop the same units.
-
-    Args:
-        seed: Seed of the run.
+    Ranks draw different masks: after `seed_everything` alone, data-parallel replicas would drop the same units.
     """
 
     def __init__(self, seed: int = 0) -> None:
@@ -22,7 +19,7 @@ class StepSeed(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         seed = derive_seed(self.seed, trainer.global_rank, trainer.current_epoch, batch_idx)
-        # Not torch.manual_seed: If CUDA is not in use, that formats a stack trace, which costs 0.4 ms.
+        # Not torch.manual_seed: if CUDA is not in use, that formats a stack trace, which costs 0.4 ms.
         torch.default_generator.manual_seed(seed)
         if pl_module.device.type != "cpu":
             torch.get_device_module(pl_module.device).manual_seed(seed)

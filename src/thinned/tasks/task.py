@@ -1,11 +1,10 @@
-"""What all tasks share: the net, its optimiser with decay groups, and a learning rate by step."""
+"""What all tasks share: the net, its optimiser with decay groups, a learning rate by step, scores of whole splits."""
 
 import inspect
 import json
 import math
+import sys
 from collections.abc import Iterator
-from functools import partial
-from pydoc import locate
 from typing import Any, ClassVar
 
 import torch
@@ -24,7 +23,7 @@ from thinned.data.module import data_offers
 from thinned.models.net import logits_in, net_offers
 from thinned.tasks.throughput import is_logged
 
-FIT_SCORES = ("nll", "accuracy")  # Logged of training examples too, to be compared with those of validation.
+FIT_SCORES = ("nll", "accuracy")  # logged of training examples too, to be compared with those of validation
 
 
 def warmup_cosine(step: int, warmup_steps: int, total_steps: float, final_fraction: float) -> float:
@@ -42,13 +41,13 @@ def warmup_cosine(step: int, warmup_steps: int, total_steps: float, final_fracti
 
 def total_steps(trainer: Trainer) -> float:
     """Returns the number of optimiser steps of a whole training; inf if it has no end."""
-    schedules = [c for c in trainer.callbacks if isinstance(c, GradientAccumulationScheduler)]  # type: ignore[attr-defined]
     epochs, batches = trainer.max_epochs or 0, trainer.num_training_batches
-    if not schedules or epochs < 1 or batches == math.inf:
-        return trainer.estimated_stepping_batches
-    # Lightning 2.6.6 takes the accumulation of the epoch at hand for all epochs.
-    steps: int = sum(math.ceil(batches / schedules[-1].get_accumulate_grad_batches(epoch)) for epoch in range(epochs))
-    return steps if trainer.max_steps < 0 else min(steps, trainer.max_steps)
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, GradientAccumulationScheduler) and epochs > 0 and batches < math.inf:
+            # Lightning 2.6.6 takes the accumulation of the epoch at hand for all epochs.
+            steps = sum(math.ceil(batches / callback.get_accumulate_grad_batches(epoch)) for epoch in range(epochs))
+            return steps if trainer.max_steps < 0 else min(steps, trainer.max_steps)
+    return trainer.estimated_stepping_batches
 
 
 def decay_groups(net: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
@@ -58,33 +57,28 @@ def decay_groups(net: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]
 
 
 def class_spec(cls: type, init_args: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Describes an object by the shortest path of its class and by its arguments, as configs do.
+    """Describes an object by the path of its class and by its arguments, as configs do.
 
     Returns None if the class cannot be imported, or if the arguments are None or hold more than primitives:
     `torch.load(weights_only=True)` would refuse them.
 
-    >>> class_spec(torch.optim.SGD, {"lr": 0.1})
-    {'class_path': 'torch.optim.SGD', 'init_args': {'lr': 0.1}}
+    >>> class_spec(nn.ReLU, {"inplace": True})
+    {'class_path': 'torch.nn.modules.activation.ReLU', 'init_args': {'inplace': True}}
     """
     try:
         json.dumps(init_args)
     except TypeError:
         return None
-    parts = cls.__module__.split(".")
-    paths = [".".join((*parts[:n], cls.__qualname__)) for n in range(1, len(parts) + 1)]
-    path = next((path for path in paths if locate(path) is cls), None)
-    return None if path is None or init_args is None else {"class_path": path, "init_args": init_args}
+    if init_args is None or getattr(sys.modules[cls.__module__], cls.__qualname__, None) is not cls:
+        return None
+    return {"class_path": f"{cls.__module__}.{cls.__qualname__}", "init_args": init_args}
 
 
 def optimizer_spec(optimizer: OptimizerCallable) -> dict[str, Any] | None:
-    """Describes an optimiser given as a class or a `functools.partial` of one; None for any other function."""
-    given = optimizer if isinstance(optimizer, partial) else partial(optimizer)
-    cls = (given.func, *given.args)[-1]  # jsonargparse's partial calls a function of its own, with the class last.
-    if not inspect.isclass(cls):
-        return None
-    # Defaults are stored too: jsonargparse would take missing ones from AdamW, the default of `optimizer`.
-    parameters = inspect.signature(cls).parameters.values()
-    return class_spec(cls, {p.name: p.default for p in parameters if p.default is not p.empty} | given.keywords)
+    """Describes the optimiser that a function makes, with all its settings."""
+    made = optimizer([{"params": [nn.Parameter(torch.zeros(1, 1))]}])
+    names = inspect.signature(type(made)).parameters
+    return class_spec(type(made), {key: value for key, value in made.defaults.items() if key in names})
 
 
 def of_all_ranks(own: Any) -> list[Any]:
@@ -97,21 +91,19 @@ def of_all_ranks(own: Any) -> list[Any]:
 
 
 class Task(LightningModule):
-    """A net with its optimiser and schedule. Subclasses add the loss and the scores.
+    """A net with its optimiser and schedule. Subclasses add `training_step`, `test_step`, `keep` and `scores`.
 
     Steps of validation and test `keep` numbers of their batch. From those of all batches and processes, `scores`
-    computes what is logged of the whole split. Each validation of a training scores some training examples by the same
-    code, in evaluation mode and without augmentation, if the data module offers them (`DataOffers.fit_dataloader`):
-    `fit/nll` and `fit/accuracy` differ from `val/nll` and `val/accuracy` by what was learned by heart, where
-    `train/loss` also has dropout and moving weights in it. Logs the learning rate of the first group as `train/lr`.
+    computes what is logged of the whole split. A validation within a training scores as many batches of training
+    examples in the same way if the data module offers them (`DataOffers.fit_dataloader`): `fit/nll` and `fit/accuracy`
+    differ from `val/nll` and `val/accuracy` by what was learned by heart. `train/lr` is the rate of the first group.
 
     `load_from_checkpoint(path, weights_only=True)` builds the task again from its `hparams`, which hold primitives
     alone. A subclass adds its own arguments in `__init__`: `self.hparams.update(margin=margin)`. Unless the command
-    line built the task, `load_from_checkpoint` needs `net=` for a net without `init_args`, and `optimizer=` for an
-    optimiser that is neither a class nor a `functools.partial` of one, or whose arguments are no primitives.
+    line built the task, it needs `net=` for a net without `init_args`, and `optimizer=` if settings are no primitives.
 
-    `test_step` may return the `Logits` of its batch, (B, K) or (B, T, V), from which evaluation then takes the
-    deterministic prediction. If it returns None, evaluation runs the net again.
+    `test_step` may return the `Logits` of its batch, (B, K) or (B, T, V), from which evaluation takes the deterministic
+    prediction. If it returns None, evaluation runs the net again.
 
     Args:
         net: Maps inputs to logits. Its `constrain_max_norm_`, if it has one, runs after each step.
@@ -122,7 +114,7 @@ class Task(LightningModule):
     """
 
     net: nn.Module
-    test_scores: ClassVar[frozenset[str]] = frozenset()  # Logged under `test/` by the task, so not by evaluation.
+    test_scores: ClassVar[frozenset[str]] = frozenset()  # logged under `test/` by the task, so not by evaluation
 
     def __init__(
         self,
@@ -137,11 +129,8 @@ class Task(LightningModule):
             raise ValueError(f"Expected model.warmup_steps to be 0 or more, but got {warmup_steps}")
         if not 0 <= final_lr_fraction <= 1:
             raise ValueError(f"Expected model.final_lr_fraction in [0, 1], but got {final_lr_fraction}")
-        self.net = net
-        self.optimizer = optimizer
-        self.warmup_steps = warmup_steps
-        self.final_lr_fraction = final_lr_fraction
-        self.compile_net = compile
+        self.net, self.optimizer, self.compile_net = net, optimizer, compile
+        self.warmup_steps, self.final_lr_fraction = warmup_steps, final_lr_fraction
         self.hparams.update(warmup_steps=warmup_steps, final_lr_fraction=final_lr_fraction, compile=compile)
         specs = {"net": class_spec(type(net), net_offers(net).init_args), "optimizer": optimizer_spec(optimizer)}
         self.hparams.update({name: spec for name, spec in specs.items() if spec is not None})
@@ -150,7 +139,7 @@ class Task(LightningModule):
         self.kept: list[Tensor] = []
         self._kept_of_fit: list[Tensor] = []
         self._fit_batches: Iterator[Any] = iter(())
-        self._given: list[dict[str, Any]] = []  # Settings of the optimiser's groups, as configured.
+        self._given: list[dict[str, Any]] = []  # settings of the optimiser's groups, as configured
 
     def forward(self, inputs: Any) -> Tensor:
         """Returns the logits."""
@@ -169,23 +158,18 @@ class Task(LightningModule):
         """Returns the scores of a split, by name, from all numbers that were kept, (M, N). A subclass defines them."""
         return {}
 
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        self.keep(batch)
-
     def on_validation_epoch_start(self) -> None:
         loader = data_offers(self.trainer).fit_dataloader if self.trainer.state.fn == "fit" else None
         self._fit_batches = iter(()) if loader is None else iter(loader())
 
-    def on_validation_batch_end(self, *_: Any) -> None:
-        # Within validation, as WeightAveraging has its average in the net, and a signal is heard between batches.
-        if (batch := next(self._fit_batches, None)) is None:
-            return
-        precision, of_validation = self.trainer.precision_plugin, self.kept
-        batch = self.trainer.strategy.batch_to_device(precision.convert_input(batch), self.device)
-        self.kept = self._kept_of_fit
-        with precision.val_step_context():
-            self.keep(batch)
-        self.kept = of_validation
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.keep(batch)
+        # Here, since WeightAveraging has its average in the net.
+        if (batch := next(self._fit_batches, None)) is not None:
+            batch = self.trainer.precision_plugin.convert_input(batch)
+            of_validation, self.kept = self.kept, self._kept_of_fit
+            self.keep(self.trainer.strategy.batch_to_device(batch, self.device))
+            self.kept = of_validation
 
     def on_validation_epoch_end(self) -> None:
         self._fit_batches = iter(())
@@ -197,16 +181,16 @@ class Task(LightningModule):
 
     def _log_scores(self, stage: str, kept: list[Tensor]) -> None:
         # Lightning 2.6.6 rounds weights down when it takes a mean over ranks, so all numbers are gathered.
-        own = [torch.cat(kept, -1).cpu()] if kept else []  # A rank may have no example.
+        own = [torch.cat(kept, -1).cpu()] if kept else []  # a rank may have no example
         kept.clear()
         if parts := [part for of_rank in of_all_ranks(own) for part in of_rank]:
             values = self.scores(torch.cat(parts, -1))
             names = FIT_SCORES if stage == "fit" else values
             scores = {f"{stage}/{name}": float(values[name]) for name in names if name in values}
-            self.log_dict(scores, prog_bar=stage == "val", sync_dist=True, batch_size=1)  # The ranks agree already.
+            self.log_dict(scores, prog_bar=stage == "val", sync_dist=True, batch_size=1)  # the ranks agree already
 
     def setup(self, stage: str) -> None:
-        self.kept, self._kept_of_fit = [], []  # Drops what an interrupted validation has kept.
+        self.kept, self._kept_of_fit = [], []  # drops what an interrupted validation has kept
         if self.compile_net and stage == "fit" and self.device_mesh is None:
             self.net.compile()
 
@@ -219,7 +203,7 @@ class Task(LightningModule):
             return
         mesh = init_device_mesh(self.device_mesh.device_type, (torch.distributed.get_world_size(),))
         for unit in (*net_offers(self.net).blocks, self.net):
-            if self.compile_net and unit is not self.net:  # FSDP's hooks break the graph of the whole net.
+            if self.compile_net and unit is not self.net:  # FSDP's hooks break the graph of the whole net
                 unit.compile()
             fully_shard(unit, mesh=mesh)
 
@@ -261,36 +245,24 @@ class Task(LightningModule):
 
     def on_train_start(self) -> None:
         """Gives the optimiser of a resumed run the settings of now; Lightning has loaded those of the checkpoint."""
-        if not self._given:  # A subclass configures its optimisers itself.
+        if not self._given:  # a subclass configures its optimisers itself
             return
         (optimizer,), scheduler = self.trainer.optimizers, self.trainer.lr_scheduler_configs[0].scheduler
         assert isinstance(scheduler, LambdaLR)
-        changes: dict[str, tuple[Any, Any]] = {}
-        for i, (group, given) in enumerate(zip(optimizer.param_groups, self._given, strict=True)):
-            rate = given["lr"] * scheduler.lr_lambdas[i](scheduler.last_epoch)
+        changes: dict[str, str] = {}
+        for group, given, fraction in zip(optimizer.param_groups, self._given, scheduler.lr_lambdas, strict=True):
+            rate = given["lr"] * fraction(scheduler.last_epoch)
             before = group | {"lr": group["initial_lr"], "learning rate of the next step": group["lr"]}
-            now = given | {"learning rate of the next step": rate}
-            for key in now:
-                if _plain(before[key]) != _plain(now[key]):
-                    changes.setdefault(key, (before[key], now[key]))
+            for key, now in (given | {"learning rate of the next step": rate}).items():
+                if before[key] != now:
+                    changes.setdefault(key, f"{key} {now} (was {before[key]})")
             group.update(given, lr=rate, initial_lr=given["lr"])
         scheduler.base_lrs = [given["lr"] for given in self._given]
         if changes:
-            said = ", ".join(f"{key} {_plain(now)} (was {_plain(before)})" for key, (before, now) in changes.items())
-            rank_zero_info(f"The optimiser resumes with other settings: {said}.")
+            rank_zero_info(f"The optimiser resumes with other settings: {', '.join(changes.values())}.")
 
 
 def _refuse_state_of_another_class(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
-    unknown = optimizer.param_groups[0].keys() ^ state_dict["param_groups"][0].keys()
-    if unknown - {"initial_lr"}:
-        raise ValueError(
-            f"Expected model.optimizer of the class that the checkpoint was trained with, but got "
-            f"{type(optimizer).__name__}, whose settings are others ({', '.join(sorted(unknown))})"
-        )
-
-
-def _plain(value: Any) -> Any:
-    """Returns a setting as a checkpoint and a config alike hold it."""
-    if isinstance(value, list):
-        return tuple(value)
-    return value.item() if isinstance(value, Tensor) else value
+    if (optimizer.param_groups[0].keys() ^ state_dict["param_groups"][0].keys()) - {"initial_lr"}:
+        expected = "model.optimizer of the class that the checkpoint was trained with"
+        raise ValueError(f"Expected {expected}, but got {type(optimizer).__name__}")

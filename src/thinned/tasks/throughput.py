@@ -12,7 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from thinned.models.net import net_offers
 from thinned.offers import task_offers
 
-DTYPES = {"32": torch.float32, "bf16": torch.bfloat16, "16": torch.float16}  # By the first part of `precision`.
+DTYPES = {"32": torch.float32, "bf16": torch.bfloat16, "16": torch.float16}  # by the first part of `precision`
 
 
 def is_logged(trainer: Trainer, step: int) -> bool:
@@ -34,7 +34,7 @@ class Throughput(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         dtype = DTYPES.get(str(trainer.precision).partition("-")[0], torch.float32)
         self._peak_flops = get_available_flops(pl_module.device, dtype)
-        self._start, self._items = None, 0  # The first step starts the clock: It may compile and warm up.
+        self._start, self._items = None, 0  # the first step starts the clock: it may compile and warm up
         self._step = self._last_step = trainer.global_step
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -47,40 +47,28 @@ class Throughput(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        inputs = batch[0]
+        inputs, step, device = batch[0], trainer.global_step, pl_module.device
         text = not inputs.is_floating_point() and inputs.dim() == 2
         self._items += inputs.numel() if text else len(inputs)
-        stepped = trainer.global_step > self._last_step  # False while gradients are accumulated.
-        self._last_step = trainer.global_step
-        if not stepped or not (self._start is None or is_logged(trainer, trainer.global_step)):
+        stepped, self._last_step = step > self._last_step, step  # no step while gradients are accumulated
+        if not stepped or not (self._start is None or is_logged(trainer, step)):
             return
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
+        now = time.perf_counter()
         if self._start is not None:
-            seconds = _now(pl_module) - self._start
-            rate = self._items * trainer.world_size / seconds
-            unit = "tokens" if text else "examples"
+            seconds = now - self._start
+            rate, unit = self._items * trainer.world_size / seconds, "tokens" if text else "examples"
+            resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+            peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident
             metrics = {
                 f"throughput/{unit}_per_second": rate,
-                "throughput/step_ms": 1000 * seconds / (trainer.global_step - self._step),
-                "throughput/peak_memory_mib": _peak_memory(pl_module) / 2**20,
+                "throughput/step_ms": 1000 * seconds / (step - self._step),
+                "throughput/peak_memory_mib": peak / 2**20,
             }
             flops_per_token = net_offers(task_offers(pl_module).net).flops_per_token
             if text and flops_per_token is not None and self._peak_flops is not None:
                 metrics["throughput/mfu"] = rate * flops_per_token() / (self._peak_flops * trainer.world_size)
             pl_module.log_dict(metrics, batch_size=1)
             pl_module.log(f"{unit}/s", rate, prog_bar=True, logger=False, batch_size=1)
-        self._start, self._items, self._step = _now(pl_module), 0, trainer.global_step
-
-
-def _now(pl_module: LightningModule) -> float:
-    """Returns the time in seconds, once the device has done its work."""
-    if pl_module.device.type != "cpu":
-        torch.accelerator.synchronize(pl_module.device)
-    return time.perf_counter()
-
-
-def _peak_memory(pl_module: LightningModule) -> float:
-    """Returns the peak in bytes: allocated on a CUDA device, else resident in the process."""
-    if pl_module.device.type == "cuda":
-        return torch.cuda.max_memory_allocated(pl_module.device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        self._start, self._items, self._step = now, 0, step
