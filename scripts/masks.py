@@ -18,6 +18,7 @@ from torch import nn
 
 from thinned.cli import one_message, restart_in_utf8
 from thinned.data import Tokenizer  # gpt only
+from thinned.evaluation.figures import save
 from thinned.evaluation.mask_figures import (
     attention_figures,  # gpt only
     empty_rows_figure,  # gpt only
@@ -25,7 +26,6 @@ from thinned.evaluation.mask_figures import (
     mask_figures,
 )
 from thinned.evaluation.predictor import Predictor
-from thinned.files import whole_file
 from thinned.generation.sampling import prompt_tokens  # gpt only
 from thinned.models.net import net_offers
 
@@ -88,9 +88,7 @@ def main(args: Sequence[str] | None = None) -> None:
             figures["example"] = draw_example(net, data, given)
         # mlp only: end
         for name, figure in figures.items():
-            for kind in ("svg", "png"):
-                with whole_file(given.out / f"{name}.{kind}") as temporary:
-                    figure.savefig(temporary, dpi=200)
+            save(figure, given.out, name)
             print(f"Written: {given.out / name}.png, .svg")
 
 

@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from thinned.models.net import Logits
 from thinned.uncertainty import MCPrediction, MCStatistics
-from thinned.uncertainty.statistics import entropy
+from thinned.uncertainty.statistics import disagreement, entropy
+from thinned.uncertainty.token_statistics import TokenStatistics
 
 
 def accumulate(samples: Tensor) -> MCStatistics:
@@ -48,6 +50,20 @@ def test_samples_may_come_several_at_a_time(sizes: list[int]) -> None:
         statistics.update_all(part)
     assert_equal(statistics.compute(), predict(samples))
     torch.testing.assert_close(statistics.compute().variance, samples.var(0), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("sizes", [[1] * 7, [7], [1, 6], [2, 3, 2]])
+def test_nll_of_the_first_samples(sizes: list[int]) -> None:
+    """Whatever parts the samples come in: of 1, 2 and 4 of seven."""
+    samples, target = random_samples(7), torch.tensor([0, 1, 2, 1, 0])
+    statistics = MCStatistics(target)
+    for part in samples.split(sizes):
+        statistics.update_all(part)
+    assert list(statistics.nll_at) == [1, 2, 4]
+    for s, nll in statistics.nll_at.items():
+        own = samples[:s].mean(0)[torch.arange(5), target]
+        torch.testing.assert_close(nll, -own.log(), rtol=1e-12, atol=1e-12)
+    assert not accumulate(samples).nll_at  # without targets
 
 
 def test_three_samples_by_hand() -> None:
@@ -103,10 +119,7 @@ def test_order_of_samples_does_not_matter() -> None:
 
 
 def test_mutual_information_lies_between_0_and_log_samples() -> None:
-    same = random_samples(1000, torch.float32)[:, :, None].expand(-1, -1, 7, -1).transpose(0, 2).flatten(1, 2)
-    prediction = predict(same)  # seven equal samples of 5,000 distributions: rounding leaves some below 0
-    assert (prediction.predictive_entropy < prediction.expected_entropy).any()
-    assert (prediction.mutual_information >= 0).all()
+    assert disagreement(torch.tensor([1.0]), torch.tensor([1.0 + 1e-6])).item() == 0  # rounding may fall below
     distinct = torch.eye(4, dtype=torch.float64)[:, None]
     assert predict(distinct).mutual_information.item() == pytest.approx(math.log(4), abs=1e-12)
 
@@ -130,13 +143,32 @@ def test_small_variance_survives_in_single_precision() -> None:
 
 
 def test_memory_does_not_grow_with_samples() -> None:
-    def numbers(statistics: MCStatistics) -> int:
-        return sum(value.numel() for value in vars(statistics).values() if isinstance(value, Tensor))
+    """But for the NLL of the first 1, 2, 4, ..., 128, which is a number an example."""
 
-    assert numbers(accumulate(random_samples(2))) == numbers(accumulate(random_samples(200))) == 3 * 5 * 3 + 5
+    def numbers(count: int, target: Tensor | None = None) -> int:
+        statistics = MCStatistics(target)
+        statistics.update_all(random_samples(count))
+        held = [value for value in vars(statistics).values() if isinstance(value, Tensor) and value is not target]
+        return sum(value.untyped_storage().nbytes() // 8 for value in (*held, *statistics.nll_at.values()))
+
+    assert numbers(2) == numbers(200) == 3 * 5 * 3 + 2 * 5
+    assert numbers(200, torch.zeros(5, dtype=torch.int64)) == numbers(200) + 8 * 5
 
 
 @pytest.mark.parametrize("count", [0, 1])
 def test_fewer_than_two_samples_have_no_spread(count: int) -> None:
     with pytest.raises(ValueError, match=f"num_samples to be at least 2, but got {count}"):
         predict(random_samples(count))
+
+
+@pytest.mark.parametrize("classes", [10, 1000])
+def test_equal_samples_do_not_disagree(classes: int) -> None:
+    """Not by rounding either, or scores of mutual information would rank noise."""
+    probs = torch.randn(200, classes, generator=torch.Generator().manual_seed(0)).mul(3).softmax(-1)
+    of_examples = MCStatistics()
+    of_tokens = TokenStatistics(torch.zeros(200, dtype=torch.int64), torch.zeros(200, dtype=torch.int64), 1)
+    for _ in range(50):
+        of_examples.update(probs)
+        of_tokens.update(Logits(probs.log()))
+    assert (of_examples.compute().mutual_information == 0).all()
+    assert (of_tokens.tokens()["mutual_information"] == 0).all()

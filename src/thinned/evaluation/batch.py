@@ -99,7 +99,8 @@ class Batch:
     def sum_up(self, stream: Iterator[Logits]) -> MCStatistics | TokenStatistics:
         """Returns the statistics of distributions of the N targets."""
         if self.counted is None:
-            examples, at_once = MCStatistics(), max(1, rows_at_once(self.index.device) // max(1, len(self.index)))
+            at_once = max(1, rows_at_once(self.index.device) // max(1, len(self.index)))
+            examples = MCStatistics(self.targets)
             while samples := list(islice(stream, at_once)):
                 examples.update_all(torch.softmax(torch.stack([logits[:] for logits in samples]), dim=-1))
             return examples

@@ -16,7 +16,7 @@ from torch import Generator, Tensor
 from thinned.data.tokenizer import END_OF_TEXT, Tokenizer
 from thinned.models.dropout import derive_seed, sites_in
 from thinned.models.gpt import GPT, KVCache
-from thinned.uncertainty.statistics import entropy
+from thinned.uncertainty.statistics import disagreement, entropy
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def generate(
             probs = torch.softmax(net(new, cache=cache)[:, -1].float(), dim=-1)  # (B, V)
             mean, expected = mean + probs / len(nets), expected + entropy(probs) / len(nets)
         predictive = entropy(mean)
-        information = (predictive - expected).clamp_min(0)
+        information = disagreement(predictive, expected)
         token = sampling.draw(mean, generator)  # (B,)
         for i, continuation in running:
             continuation.tokens.append(int(token[i]))

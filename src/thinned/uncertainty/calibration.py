@@ -5,12 +5,13 @@ sample of a calibrated net has errors too. Shapes: N predictions, K classes. Wei
 """
 
 import math
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from thinned.uncertainty.weighting import curves, interpolated, mean, totals, weights_of
+from thinned.uncertainty.weighting import curves, interpolated, last_of_ties, mean, totals, weights_of
 
 ECE_BINS = 15
 CELLS = 512  # of [0, 1], in which smooth ECE gathers confidences
@@ -40,6 +41,24 @@ def adaptive_ece(confidence: Tensor, correct: Tensor, weights: Tensor | None = N
     borders = weight[-1] * torch.arange(1, ECE_BINS + 1, device=weight.device) / ECE_BINS
     up_to = interpolated(borders, weight, residual)
     return F.pad(up_to, (1, 0)).diff().abs().sum() / weight[-1]
+
+
+def equal_mass_bins(confidence: Tensor) -> list[Tensor]:
+    """Returns the rows of at most 15 bins of about equal number, ascending in confidence.
+
+    Equal confidences share a bin. A bin has at least 10 rows, unless there are fewer.
+
+    >>> [rows.tolist() for rows in equal_mass_bins(torch.tensor([0.9] * 12 + [0.4] * 11))]
+    [[12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22], [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11]]
+    """
+    n, order = len(confidence), confidence.argsort(stable=True)
+    ends = last_of_ties(confidence[order]) + 1
+    edges = [0]
+    while rest := n - edges[-1]:
+        size = max(10, math.ceil(rest / (ECE_BINS + 1 - len(edges))))
+        end = int(ends[torch.searchsorted(ends, min(n - rest + size, n))])
+        edges.append(end if n - end >= 10 else n)
+    return [order[start:end] for start, end in pairwise(edges)]
 
 
 def smooth_ece(confidence: Tensor, correct: Tensor, weights: Tensor | None = None) -> Tensor:

@@ -45,10 +45,27 @@ def entropy(probs: Tensor) -> Tensor:
     return torch.special.entr(probs).sum(-1)
 
 
+def disagreement(of_mean: Tensor, mean: Tensor) -> Tensor:
+    """Returns the mutual information H[p] - 1/S sum_s H[p_s], in nats; 0 if it is no more than rounding.
+
+    Otherwise equal samples would be ranked by noise.
+
+    >>> disagreement(torch.tensor([0.7, 0.5]), torch.tensor([0.2, 0.5 - 1e-7]))
+    tensor([0.5000, 0.0000])
+    """
+    information = of_mean - mean
+    rounding = 8 * torch.finfo(of_mean.dtype).eps * of_mean.clamp_min(1)
+    return information.where(information > rounding, 0)
+
+
 class MCStatistics:
     """Accumulates samples. `mean` (B, K) is the mean of those so far.
 
+    Args:
+        target: The class of each example, (B,), if it is known.
+
     Attributes:
+        nll_at: NLL of the mean of the first s samples, (B,) in nats, by s = 1, 2, 4, ...; empty without a target.
         members: Of an ensemble, the statistics of each member, with equally many samples; else empty.
 
     >>> statistics = MCStatistics()
@@ -57,10 +74,13 @@ class MCStatistics:
     tensor([0.6931])
     """
 
-    def __init__(self) -> None:
+    def __init__(self, target: Tensor | None = None) -> None:
         self.num_samples = 0
+        self.nll_at: dict[int, Tensor] = {}
+        self._target, self._of_target = target, torch.empty(0)  # the sum over samples of its probability
         self.members: Sequence[MCStatistics] = ()
-        self.mean = self._squares = self._entropy = self._votes = torch.empty(0)  # sums over samples, but for `mean`
+        self.mean = self._entropy = torch.empty(0)  # means over samples
+        self._squares = self._votes = torch.empty(0)  # sums
 
     def update(self, probs: Tensor) -> None:
         """Adds one sample: probs (B, K), which sum to 1 over K. Half precisions are accumulated in fp32."""
@@ -71,16 +91,23 @@ class MCStatistics:
         probs = probs if probs.dtype == torch.float64 else probs.float()
         if self.num_samples == 0:
             self.mean, self._squares, self._votes = (torch.zeros_like(probs[0]) for _ in range(3))
-            self._entropy = torch.zeros_like(probs[0, ..., 0])
+            self._entropy, self._of_target = (torch.zeros_like(probs[0, ..., 0]) for _ in range(2))
         before, n = self.num_samples, len(probs)
         self.num_samples += n
         mean = probs[0] + (probs - probs[0]).mean(0)  # of equal samples, exactly the sample
         delta = mean - self.mean
         self._squares += delta.square() * (before * n / self.num_samples) + (probs - mean).square().sum(0)
         self.mean += delta * (n / self.num_samples)
-        self._entropy += entropy(probs).sum(0)
+        self._entropy += (entropy(probs) - self._entropy).sum(0) / self.num_samples
         votes = probs.argmax(-1).movedim(0, -1)  # (B, n)
         self._votes.scatter_add_(-1, votes, torch.ones_like(votes, dtype=probs.dtype))
+        if self._target is not None:
+            of_target = probs.gather(-1, self._target.expand(probs.shape[:-1])[..., None]).squeeze(-1)
+            sums = self._of_target + of_target.cumsum(0)  # (n, B)
+            self._of_target = sums[-1].clone()
+            for s in range(before + 1, self.num_samples + 1):
+                if s.bit_count() == 1:  # a power of two
+                    self.nll_at[s] = -(sums[s - before - 1] / s).clamp_min(torch.finfo(sums.dtype).tiny).log()
 
     @classmethod
     def of_ensemble(cls, members: "Sequence[MCStatistics]") -> "MCStatistics":
@@ -88,7 +115,7 @@ class MCStatistics:
         joined = cls()
         joined.members, joined.num_samples = members, sum(member.num_samples for member in members)
         joined.mean = torch.stack([member.mean for member in members]).mean(0)
-        joined._entropy = torch.stack([member._entropy for member in members]).sum(0)
+        joined._entropy = torch.stack([member._entropy for member in members]).mean(0)
         joined._votes = torch.stack([member._votes for member in members]).sum(0)
         joined._squares = joined.num_samples * (joined.variance_within() + joined.variance_between())
         return joined
@@ -106,19 +133,19 @@ class MCStatistics:
 
     def information_between(self) -> Tensor:
         """Returns what the members disagree on, (B,) in nats: H[p] - 1/M sum_m H[p_m]."""
-        return entropy(self.mean) - torch.stack([entropy(member.mean) for member in self.members]).mean(0)
+        return disagreement(entropy(self.mean), torch.stack([entropy(m.mean) for m in self.members]).mean(0))
 
     def compute(self) -> MCPrediction:
         """Returns the prediction; ValueError with fewer than two samples, which have no spread."""
         if self.num_samples < 2:
             raise ValueError(f"Expected num_samples to be at least 2, but got {self.num_samples}")
-        predictive, expected = entropy(self.mean), self._entropy / self.num_samples
+        predictive, expected = entropy(self.mean), self._entropy
         return MCPrediction(
             mean=self.mean,
             variance=self._squares / (self.num_samples - 1),
             predictive_entropy=predictive,
             expected_entropy=expected,
-            mutual_information=(predictive - expected).clamp_min(0),
+            mutual_information=disagreement(predictive, expected),
             variation_ratio=1 - self._votes.amax(-1) / self.num_samples,
             num_samples=self.num_samples,
         )

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from thinned.models import net
 from thinned.models.net import Logits
-from thinned.uncertainty.scores import prediction_columns
-from thinned.uncertainty.statistics import entropy
+from thinned.uncertainty.scores import nll, prediction_columns
+from thinned.uncertainty.statistics import disagreement, entropy
 
 
 class TokenStatistics:
@@ -27,6 +27,7 @@ class TokenStatistics:
         self._entropy = torch.zeros(len(target), device=target.device)
         self._sum = torch.zeros(num_sequences, device=target.device)  # of the samples' log-likelihoods, (B,)
         self._log_sum = self._sum - math.inf  # of their likelihoods, (B,)
+        self.nll_at: dict[int, Tensor] = {}  # of the mean of the first 1, 2, 4, ... samples, (N,) each
         self.members: Sequence[TokenStatistics] = ()  # of an ensemble; else empty
 
     @classmethod
@@ -37,7 +38,7 @@ class TokenStatistics:
         for member in members:
             joined.num_samples += member.num_samples
             joined.mean.add_(member.mean, alpha=1 / len(members))
-            joined._entropy += member._entropy
+            joined._entropy += member._entropy / len(members)
             joined._sum += member._sum
             joined._log_sum = torch.logaddexp(joined._log_sum, member._log_sum)
         return joined
@@ -51,11 +52,16 @@ class TokenStatistics:
             log_target[rows] = log_probs.gather(-1, self.target[rows, None]).squeeze(-1)
             probs = log_probs.exp()
             self.mean[rows].lerp_(probs, 1 / (self.num_samples + 1))
-            self._entropy[rows] -= probs.mul_(log_probs.clamp_min_(torch.finfo(log_probs.dtype).min)).sum(-1)
+            plogp = probs.mul_(log_probs.clamp_min_(torch.finfo(log_probs.dtype).min))
+            self._entropy[rows] -= (plogp.sum(-1) + self._entropy[rows]) / (
+                self.num_samples + 1
+            )  # of equal ones, exact
         log_likelihood = self._by_sequence(log_target)
         self._sum += log_likelihood
         self._log_sum = torch.logaddexp(self._log_sum, log_likelihood)
         self.num_samples += 1
+        if self.num_samples.bit_count() == 1:  # a power of two
+            self.nll_at[self.num_samples] = nll(self.mean, self.target)
 
     def _by_sequence(self, column: Tensor) -> Tensor:
         """Adds up the tokens of each sequence, (B,)."""
@@ -70,13 +76,13 @@ class TokenStatistics:
         parts = [prediction_columns(*part) for part in zip(self._few(self.mean), self._few(self.target), strict=True)]
         columns = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         if self.num_samples > 1:
-            columns["expected_entropy"] = self._entropy / self.num_samples
-            information = columns["predictive_entropy"] - columns["expected_entropy"]
-            columns["mutual_information"] = information.clamp_min(0)
+            columns["expected_entropy"] = self._entropy
+            columns["mutual_information"] = disagreement(columns["predictive_entropy"], columns["expected_entropy"])
+            if self.nll_at:
+                columns["nll_at"] = torch.stack(list(self.nll_at.values()), dim=-1)
         if self.members:
             of_members = torch.stack([torch.cat([entropy(p) for p in m._few(m.mean)]) for m in self.members])
-            information = columns["predictive_entropy"] - of_members.mean(0)
-            columns["mutual_information_between"] = information.clamp_min(0)
+            columns["mutual_information_between"] = disagreement(columns["predictive_entropy"], of_members.mean(0))
         return columns
 
     def sequences(self, tokens: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -31,6 +31,11 @@ def totals(values: Tensor, group: Tensor, num_groups: int) -> Tensor:
     return values.new_zeros(num_groups).index_add(0, group, values)
 
 
+def last_of_ties(ordered: Tensor) -> Tensor:
+    """Returns the last row of each distinct value of an ordered column (N,), ascending: (G,)."""
+    return torch.cat([ordered[1:] != ordered[:-1], torch.ones_like(ordered[:1], dtype=torch.bool)]).nonzero().squeeze(1)
+
+
 def curves(by: Tensor, values: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Returns the weight of the rows up to each distinct value of `by`, and the weighted sum of their values, (G + 1,).
 
@@ -40,7 +45,7 @@ def curves(by: Tensor, values: Tensor, weights: Tensor | None = None) -> tuple[T
     (tensor([0., 2., 3.], dtype=torch.float64), tensor([0., 2., 7.], dtype=torch.float64))
     """
     ordered, order = by.sort()
-    last = torch.cat([ordered[1:] != ordered[:-1], torch.ones_like(ordered[:1], dtype=torch.bool)]).nonzero().squeeze(1)
+    last = last_of_ties(ordered)
     w = weights_of(by, weights)[order]
     weight, total = (F.pad(each.cumsum(0)[last], (1, 0)) for each in (w, w * values.double()[order]))
     return weight, total
