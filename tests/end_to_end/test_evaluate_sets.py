@@ -88,7 +88,7 @@ def test_report_has_every_score_in_a_cell_with_its_interval(evaluated: Any) -> N
                 number += 1
     assert number > 200
     assert "  report.html\n" in evaluated.out
-    assert Page(text).tables["further-sets", "Rotation (degrees)"][2][0] == "test"
+    assert Page(text).tables["further-sets", "rotation (degrees)"][2][0] == "test"
 
 
 @pytest.mark.parametrize(("fault", "said"), [
