@@ -159,31 +159,21 @@ def asides(sentence: str) -> list[str]:
 
 
 def remarks(evaluation: Evaluation) -> list[str]:
-    """Returns sentences on what to look at beside the verdict: what is missing, missed, worst, or well told."""
-    sets, ways = evaluation.get("sets", {}), evaluation["ways"]
+    """Returns sentences on what to look at beside the verdict: what is left out, missed, worst, or well told."""
+    sets, told = evaluation.get("sets", {}), dict[str, list[tuple[float, str]]]()
     found = [f"Set {name} is left out: {of_set['left_out']}." for name, of_set in sets.items() if "left_out" in of_set]
-    found += missed_classes(evaluation) if evaluation["coverage"] is not None else []
-    for way in ways.values():
+    found += missed_classes(evaluation)
+    for way in evaluation["ways"].values():
         worst = sorted(way["recall"].items(), key=lambda item: item[1]["value"])[:WORST_CLASSES]
         if listed := ", ".join(f"{name} {number(of['value'], 3)}" for name, of in worst if of["value"] < 1):
             found.append(f"Lowest recall of {way['label']}: class {listed}.")
-    accuracies = {
-        name: {way["label"]: way["scores"]["accuracy"]["value"] for way in of_set["ways"].values()}
-        for name, of_set in sets.items()
-        if any("accuracy" in way["scores"] for way in of_set.get("ways", {}).values())
-    }
-    if accuracies:
-        name, of_ways = min(accuracies.items(), key=lambda item: max(item[1].values()))
-        listed = ", ".join(f"{number(value, 3)} of {label}" for label, value in of_ways.items())
-        found.append(f"Lowest accuracy of the sets, on {name}: {listed}.")
-    best: dict[str, tuple[float, str]] = {}
     for label, of_set, key in foreign_measures(evaluation):
         name, _, measure = label.rpartition(": ")
         for way in of_set["ways"].values():
-            if (score := way["scores"].get(key)) and (score["value"] or 0) > best.get(name, (0, ""))[0]:
-                said = f"{measure} of {way['label']}, AUROC {number(score['value'], 3)} {interval(score, 3)}"
-                best[name] = score["value"], f"Best at telling {name} from the test: {said}."
-    return found + [sentence for _, sentence in best.values()]
+            if score := way["scores"].get(key):
+                auroc = f"{measure} of {way['label']}, AUROC {number(score['value'], 3)} {interval(score, 3)}"
+                told.setdefault(name, []).append((score["value"], auroc))
+    return found + [f"Best at telling {name} from the test: {max(of_set)[1]}." for name, of_set in told.items()]
 
 
 def task_of(config: Mapping[str, Any]) -> str:
@@ -220,13 +210,13 @@ def what_was_run(trainer: Trainer, provenance: Mapping[str, Any]) -> dict[str, s
 
 
 def embedded_figures(folders: Sequence[Path]) -> list[EmbeddedFigure]:
-    """Returns the figures that lie in the first of the folders to have them, in the order of their captions."""
+    """Returns the figures that lie in the folders, in the order of their captions, each in its smaller file."""
     found = []
     for name, caption in CAPTIONS.items():
-        paths = [folder / f"{name}.png" for folder in folders]
-        if path := next(filter(Path.exists, paths), None):
-            content = path.read_bytes()
-            kind = "svg+xml" if path.suffix == ".svg" else "png"
+        beside = [folder / f"{name}.png" for folder in folders if (folder / f"{name}.png").exists()]
+        if paths := [path for folder in folders for path in folder.glob(f"figures/{name}.*")] or beside:
+            path = min(paths, key=lambda path: path.stat().st_size)
+            content, kind = path.read_bytes(), {".svg": "svg+xml", ".png": "png"}[path.suffix]
             uri = f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
             found.append(EmbeddedFigure(caption, uri, _width(content)))
     return found
