@@ -15,8 +15,14 @@ import pytest
 import torch
 from html_tables import Page
 
-from thinned.evaluation import html_report as report
-from thinned.evaluation.html_report import EmbeddedFigure, embedded_figures, html_report, write_html_report
+from thinned.evaluation.html_report import (
+    CAPTIONS,
+    EmbeddedFigure,
+    embedded_figures,
+    html_report,
+    natural_width,
+    write_html_report,
+)
 from thinned.uncertainty.detection import DETECTION
 from thinned.uncertainty.scores import SCORES
 
@@ -244,13 +250,13 @@ def test_written_file_says_what_was_run(
     assert "data: {init_args: {path: digits}}" in page.text
     assert page.text.endswith("config.yaml reliability.png")
     (image,) = [attributes for tag, attributes in page.tags if tag == "img"]
-    assert image["alt"] == report.CAPTIONS["reliability"]
+    assert image["alt"] == CAPTIONS["reliability"]
     assert image["style"] == "--width: 192px"  # 300 pixels, 150 an inch, 96 CSS pixels an inch
     assert [path.name for path in run.iterdir() if path.name.startswith(".")] == []
 
 
 def test_width_of_an_svg_is_in_points(tmp_path: Path) -> None:
-    assert report._width(b'<?xml version="1.0"?>\n<svg height="9pt" width="72pt" viewBox="0 0 72 9">') == 96
+    assert natural_width(b'<?xml version="1.0"?>\n<svg height="9pt" width="72pt" viewBox="0 0 72 9">') == 96
     assert embedded_figures([tmp_path]) == []
 
 

@@ -218,11 +218,11 @@ def embedded_figures(folders: Sequence[Path]) -> list[EmbeddedFigure]:
             path = min(paths, key=lambda path: path.stat().st_size)
             content, kind = path.read_bytes(), {".svg": "svg+xml", ".png": "png"}[path.suffix]
             uri = f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
-            found.append(EmbeddedFigure(caption, uri, _width(content)))
+            found.append(EmbeddedFigure(caption, uri, natural_width(content)))
     return found
 
 
-def _width(content: bytes) -> int:
+def natural_width(content: bytes) -> int:
     """Returns the natural width of a PNG of 150 pixels an inch, or of an SVG in points, in CSS pixels."""
     if points := re.search(rb'<svg[^>]*?\swidth="([\d.]+)pt"', content[:2000]):
         return round(float(points[1]) * 96 / 72)
