@@ -19,13 +19,14 @@ from torch import nn
 
 from thinned.cli import one_message, read_checkpoint, restart_in_utf8
 from thinned.data import Tokenizer  # gpt only
+from thinned.evaluation.figures import save
 from thinned.evaluation.mask_figures import (
     attention_figures,  # gpt only
     empty_rows_figure,  # gpt only
     example_figure,  # mlp only
     mask_figures,
 )
-from thinned.files import checkpoint_file, whole_file
+from thinned.files import checkpoint_file
 from thinned.generation.sampling import prompt_tokens  # gpt only
 from thinned.models.net import net_offers
 
@@ -94,9 +95,7 @@ def main(args: Sequence[str] | None = None) -> None:
             figures["example"] = draw_example(net, checkpoint, given)
         # mlp only: end
         for name, figure in figures.items():
-            for kind in ("svg", "png"):
-                with whole_file(given.out / f"{name}.{kind}") as temporary:
-                    figure.savefig(temporary, dpi=200)
+            save(figure, given.out, name)
             print(f"Written: {given.out / name}.png, .svg")
 
 

@@ -182,7 +182,8 @@ def run_script(name: str, *args: object, cwd: Path, pictures: bool = False, **en
         stack.callback(logging.getLogger("lightning.pytorch").removeHandler, handler)
         stack.enter_context(mock.patch("thinned.runs.directory.atexit", fake_atexit))
         if not pictures:
-            stack.enter_context(mock.patch("thinned.evaluation.figures.figures", return_value={}))
+            for name in ("figures", "figures_of_sets"):
+                stack.enter_context(mock.patch(f"thinned.evaluation.figures.{name}", return_value={}))
             stack.enter_context(mock.patch("thinned.evaluation.learning_curves.LearningCurves.on_fit_end"))
         for context in (redirect_stdout(out), redirect_stderr(err), chdir(cwd)):
             stack.enter_context(context)

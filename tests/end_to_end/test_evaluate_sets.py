@@ -48,7 +48,15 @@ def sets_yaml(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def evaluated(trained: Any, sets_yaml: Path, run_script_in: Script, tmp_path_factory: pytest.TempPathFactory) -> Any:
     arguments = ("--ckpt_path", trained.run, "--sets", sets_yaml, *SMALL)
-    return run_script_in(tmp_path_factory.mktemp("evaluated"), "evaluate", *arguments)
+    return run_script_in(tmp_path_factory.mktemp("evaluated"), "evaluate", *arguments, pictures=True)
+
+
+def test_sets_are_drawn(evaluated: Any) -> None:
+    """Shifted ones by severity, and foreign ones beside what is right and wrong in the test."""
+    svg = {path.stem: path.read_text() for path in evaluated.run.glob("figures/*.svg")}
+    assert "rotation, degrees" in svg["severity"]
+    assert "letters, n = " in svg["entropy"]
+    assert "letters, n = " in svg["mutual_information"]
 
 
 def test_scores_of_each_set_stand_beside_those_of_the_test(evaluated: Any) -> None:

@@ -12,13 +12,14 @@ import torch
 import yaml
 from PIL import Image
 
+from thinned.evaluation.figures import CAPTIONS
 from thinned.uncertainty import classification_scores
 from thinned.uncertainty.scores import SCORES
 
 OTHERS = {"position", "bytes", *(f"{kind}_{of}" for kind in ("thr", "aps", "raps") for of in ("covered", "size"))}
 SCORE_NAMES = {name for name, score in SCORES.items() if not OTHERS & score.needs}  # not of tokens, not of sets
 SCORES_OF_RUN = {"evaluation.json", "evaluation.csv", "metrics.json"}
-PICTURES = {"reliability.png", "entropy.png", "uncertain.png", "confusion.png", "learning_curves.png"}
+PICTURES = {f"figures/{name}.{kind}" for name in CAPTIONS.keys() - {"severity"} for kind in ("png", "svg")}
 
 
 def test_files_of_a_run(trained: Any) -> None:
@@ -27,12 +28,12 @@ def test_files_of_a_run(trained: Any) -> None:
     checkpoints = {"checkpoints/best.ckpt", "checkpoints/last.ckpt"}
     written = {"config.yaml", "metrics.csv", "predictions.parquet", "report.html"}
     assert files == written | SCORES_OF_RUN | checkpoints | PICTURES
-    assert {path.name for path in run.iterdir() if path.is_dir()} == {"checkpoints", "wandb"}
+    assert {path.name for path in run.iterdir() if path.is_dir()} == {"checkpoints", "figures", "wandb"}
     assert [path.name for path in run.parents[2].iterdir()] == ["runs"]  # nothing beside it
 
 
 def test_pictures_show_something(trained: Any) -> None:
-    for name in PICTURES:
+    for name in (name for name in PICTURES if name.endswith("png")):
         colours = Image.open(trained.run / name).convert("RGB").getcolors(maxcolors=10**6)
         assert len(colours) > 20, name
 

@@ -18,6 +18,8 @@ import yaml
 from killed_runs import end, start
 from wandb_file import wandb_config, wandb_history, wandb_records, wandb_summary
 
+from thinned.evaluation.figures import CAPTIONS
+
 Script = Callable[..., Any]
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -34,7 +36,7 @@ CURVES = {
 }  # fmt: skip
 TESTED = {f"{way}/{score}" for way in ("test", "mc") for score in SCORES + MORE_SCORES}
 TABLES = {"test/scores", "test/recall", "test/most_uncertain"}
-PICTURES = {"fit/learning_curves", "test/reliability", "test/entropy", "test/uncertain", "test/confusion"}
+PICTURES = {"fit/learning_curves", *(f"test/{name}" for name in CAPTIONS.keys() - {"learning_curves", "severity"})}
 BEST = {"fit/nll": "min", "val/nll": "min", "fit/accuracy": "max", "val/accuracy": "max"}
 STEPS = {  # of 57, three times 19, counted from 0; the test comes after them
     "train/loss": [9, 19, 29, 39, 49],

@@ -17,8 +17,8 @@ from thinned.uncertainty.scores import scores
 
 K, S = 3, 6
 OF_EACH = {"prediction", "confidence", "predictive_entropy", "nll", "correct", "brier", "rank", "probs"}
-OF_SAMPLES = {"expected_entropy", "mutual_information", "variation_ratio", "std"}
-OF_TARGETS = {"nll", "correct", "brier", "rank"}
+OF_SAMPLES = {"expected_entropy", "mutual_information", "variation_ratio", "std", "nll_at"}
+OF_TARGETS = {"nll", "correct", "brier", "rank", "nll_at"}
 
 
 @pytest.fixture(autouse=True)
@@ -97,7 +97,7 @@ def test_without_targets_nothing_is_said_of_them() -> None:
     net, x = mlp(), torch.randn(20, 4)
     rows = rows_of(net, x)
     known = OF_EACH - OF_TARGETS
-    own = columns_of("mc_dropout", known | OF_SAMPLES) | columns_of("deterministic", known)
+    own = columns_of("mc_dropout", known | OF_SAMPLES - OF_TARGETS) | columns_of("deterministic", known)
     assert rows.keys() == {"index", *own}
     torch.testing.assert_close(rows["mc_dropout_probs"], mc_predict(net, x, num_samples=S, seed=3).mean)
     torch.testing.assert_close(rows["deterministic_probs"], net(x).softmax(-1))

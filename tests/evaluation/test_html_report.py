@@ -15,8 +15,8 @@ import pytest
 import torch
 from html_tables import Page
 
+from thinned.evaluation.figures import CAPTIONS
 from thinned.evaluation.html_report import (
-    CAPTIONS,
     EmbeddedFigure,
     embedded_figures,
     html_report,
@@ -239,16 +239,17 @@ def test_written_file_says_what_was_run(
     evaluation: dict[str, Any], trainer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "digits/first"
-    run.mkdir(parents=True)
+    (run / "figures").mkdir(parents=True)
     (run / "config.yaml").write_text("data: {init_args: {path: digits}}\n")
-    (run / "reliability.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(8) + (300).to_bytes(4, "big") + bytes(9))
+    (run / "figures/reliability.svg").write_bytes(b"longer than the other" * 9)
+    (run / "figures/reliability.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(8) + (300).to_bytes(4, "big") + bytes(9))
     monkeypatch.setattr("sys.argv", ["scripts/evaluate.py", "--ckpt_path", "a run"])
     write_html_report(trainer, run, run, evaluation)
     page = Page((run / "report.html").read_text(encoding="utf-8"))
     assert "python scripts/evaluate.py --ckpt_path 'a run'" in page.text
     assert "CPU, 2 processes, precision 32-true" in page.text
     assert "data: {init_args: {path: digits}}" in page.text
-    assert page.text.endswith("config.yaml reliability.png")
+    assert page.text.endswith("config.yaml figures/reliability.png figures/reliability.svg")
     (image,) = [attributes for tag, attributes in page.tags if tag == "img"]
     assert image["alt"] == CAPTIONS["reliability"]
     assert image["style"] == "--width: 192px"  # 300 pixels, 150 an inch, 96 CSS pixels an inch

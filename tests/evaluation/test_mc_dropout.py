@@ -30,7 +30,7 @@ SCORES = [
 OF_PROBS = ["brier_miscalibration", "brier_discrimination", "brier_uncertainty"]
 OF_EACH_WAY = ["prediction", "confidence", "predictive_entropy", "nll", "correct", "brier", "rank", "probs"]
 DETERMINISTIC = {"index", "target", *(f"deterministic_{name}" for name in OF_EACH_WAY)}
-OF_SAMPLES = ["expected_entropy", "mutual_information", "variation_ratio", "std"]
+OF_SAMPLES = ["expected_entropy", "mutual_information", "variation_ratio", "std", "nll_at"]
 COLUMNS = DETERMINISTIC | {f"mc_dropout_{name}" for name in OF_EACH_WAY + OF_SAMPLES}
 
 
@@ -139,7 +139,11 @@ def test_inputs_without_targets_can_be_predicted(wrap: Callable[..., Any], run: 
     x, net = torch.randn(10, 4), thinnable()
     rows = run("predict", net, wrap(x, batch_size=4))
     named = ("nll", "correct", "brier", "rank")
-    of_targets = {"target", *(f"{way}_{name}" for way in ("mc_dropout", "deterministic") for name in named)}
+    of_targets = {
+        "target",
+        "mc_dropout_nll_at",
+        *(f"{way}_{name}" for way in ("mc_dropout", "deterministic") for name in named),
+    }
     assert rows.keys() == COLUMNS - of_targets
     torch.testing.assert_close(rows["mc_dropout_probs"], mc_predict(net, x, num_samples=8, seed=3).mean)
 
@@ -165,7 +169,8 @@ def test_scores_of_both_networks(run: Callable[..., Any], tmp_path: Path) -> Non
     logged = {f"mc/{key}": metrics["mc_dropout"][key] for key in SCORES + OF_PROBS}
     logged |= {f"test/{key}": metrics["deterministic"][key] for key in SCORES + OF_PROBS}
     assert metrics["logged"] == pytest.approx(logged, rel=1e-5)
-    assert {path.name for path in tmp_path.glob("*.png")} == {"reliability.png", "entropy.png", "confusion.png"}
+    drawn = {"reliability", "risk_coverage", "entropy", "mutual_information", "nll_by_samples", "confusion"}
+    assert {path.name for path in (tmp_path / "figures").glob("*.png")} == {f"{name}.png" for name in drawn}
 
 
 def test_scores_that_the_task_logs_are_not_logged_again(

@@ -100,7 +100,9 @@ def test_test_writes_a_row_per_token_and_sequence(
     assert tokens["index"].tolist() == list(range(6 * T + 2))
     assert_rows(read_rows(), tokens | {"bytes": BYTES[tokens["target"]]})
     assert_rows(read_rows("sequences"), sequences)
-    assert {path.name for path in tmp_path.iterdir()} == FILES | {"reliability.png", "entropy.png"}
+    assert {path.name for path in tmp_path.iterdir()} == FILES | {"figures"}
+    drawn = {"reliability", "risk_coverage", "entropy", "mutual_information", "nll_by_samples"}
+    assert {path.name for path in (tmp_path / "figures").glob("*.png")} == {f"{name}.png" for name in drawn}
 
 
 def test_scores_are_those_of_the_rows(run: Callable[..., Any], splits: Any) -> None:

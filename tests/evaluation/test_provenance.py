@@ -31,7 +31,7 @@ def test_all_that_decides_the_rows_of_images(trained: Any, checkpoint: Path) -> 
     facts = torch.load(checkpoint, weights_only=True)["ImageDataModule"]["split"]
     del facts["sketch"]  # of the training split
     assert provenance(trained.run) == {
-        "row_format": 2,
+        "row_format": 3,
         "checkpoint": hashlib.sha256(checkpoint.read_bytes()).hexdigest(),
         "weights": None,
         "dropout": {"embedding": 0.1, "mlp": 0.3},

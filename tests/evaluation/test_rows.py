@@ -23,7 +23,7 @@ V, T, S = 11, 6, 8
 ALL = DropoutRates(0.2, 0.2, 0.2, 0.2)
 SHARED = {"index", "position", "target", "tokens"}
 OF_EACH = {"prediction", "confidence", "predictive_entropy", "nll", "correct", "rank"}
-OF_SAMPLES = {"expected_entropy", "mutual_information"}
+OF_SAMPLES = {"expected_entropy", "mutual_information", "nll_at"}
 DETERMINISTIC = {f"deterministic_{name}" for name in OF_EACH}
 COLUMNS = {"index", "position", "target"} | DETERMINISTIC | {f"mc_dropout_{name}" for name in OF_EACH | OF_SAMPLES}
 
@@ -90,7 +90,7 @@ def samples_of(net: nn.Module, tokens: Tensor, masks: str, first: int, acting: A
 
 def by_definition(way: str, probs: Tensor, targets: Tensor, index: Tensor) -> tuple[Rows, Rows]:
     """A way's columns of both kinds, of its distributions (S, B, T, V), each token and sequence by itself."""
-    tokens: list[dict[str, float]] = []
+    tokens: list[dict[str, Any]] = []
     sequences: list[dict[str, float]] = []
     for b, window in enumerate(index.tolist()):
         counted = [t for t in range(T) if targets[b, t] >= 0]
@@ -112,6 +112,7 @@ def by_definition(way: str, probs: Tensor, targets: Tensor, index: Tensor) -> tu
                     "predictive_entropy": predictive,
                     "expected_entropy": expected,
                     "mutual_information": predictive - expected,
+                    "nll_at": [-probs[:s, b, t, target].mean().log() for s in (1, 2, 4, 8)],
                 }
             )
         own = torch.stack([probs[:, b, t, targets[b, t]] for t in counted], -1)  # (S, tokens that count)
@@ -133,7 +134,7 @@ def by_definition(way: str, probs: Tensor, targets: Tensor, index: Tensor) -> tu
         sequences = [{name: row[name] for name in ("index", "tokens", "log_likelihood")} for row in sequences]
     columns = (
         {
-            name if name in SHARED else f"{way}_{name}": torch.tensor([float(row[name]) for row in kind])
+            name if name in SHARED else f"{way}_{name}": torch.tensor([row[name] for row in kind], dtype=torch.float64)
             for name in kind[0]
         }
         for kind in (tokens, sequences)

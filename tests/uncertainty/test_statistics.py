@@ -50,6 +50,20 @@ def test_samples_may_come_several_at_a_time(sizes: list[int]) -> None:
     torch.testing.assert_close(statistics.compute().variance, samples.var(0), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("sizes", [[1] * 7, [7], [1, 6], [2, 3, 2]])
+def test_nll_of_the_first_samples(sizes: list[int]) -> None:
+    """Whatever parts the samples come in: of 1, 2 and 4 of seven."""
+    samples, target = random_samples(7), torch.tensor([0, 1, 2, 1, 0])
+    statistics = MCStatistics(target)
+    for part in samples.split(sizes):
+        statistics.update_all(part)
+    assert list(statistics.nll_at) == [1, 2, 4]
+    for s, nll in statistics.nll_at.items():
+        own = samples[:s].mean(0)[torch.arange(5), target]
+        torch.testing.assert_close(nll, -own.log(), rtol=1e-12, atol=1e-12)
+    assert not accumulate(samples).nll_at  # without targets
+
+
 def test_three_samples_by_hand() -> None:
     prediction = predict(torch.tensor([[[1.0, 0.0]], [[0.5, 0.5]], [[0.0, 1.0]]], dtype=torch.float64))
     assert prediction.mean.tolist() == [[0.5, 0.5]]
@@ -130,10 +144,16 @@ def test_small_variance_survives_in_single_precision() -> None:
 
 
 def test_memory_does_not_grow_with_samples() -> None:
-    def numbers(statistics: MCStatistics) -> int:
-        return sum(value.numel() for value in vars(statistics).values() if isinstance(value, Tensor))
+    """But for the NLL of the first 1, 2, 4, ..., 128, which is a number an example."""
 
-    assert numbers(accumulate(random_samples(2))) == numbers(accumulate(random_samples(200))) == 3 * 5 * 3 + 5
+    def numbers(count: int, target: Tensor | None = None) -> int:
+        statistics = MCStatistics(target)
+        statistics.update_all(random_samples(count))
+        held = [value for value in vars(statistics).values() if isinstance(value, Tensor) and value is not target]
+        return sum(value.untyped_storage().nbytes() // 8 for value in (*held, *statistics.nll_at.values()))
+
+    assert numbers(2) == numbers(200) == 3 * 5 * 3 + 2 * 5
+    assert numbers(200, torch.zeros(5, dtype=torch.int64)) == numbers(200) + 8 * 5
 
 
 @pytest.mark.parametrize("count", [0, 1])

@@ -38,6 +38,7 @@ def test_two_samples_by_hand(logits_at_once: int, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(net, "LOGITS_AT_ONCE", logits_at_once)
     statistics = accumulate(P)
     tokens = statistics.tokens()
+    nll_at = tokens.pop("nll_at")
     predictive = [entropy(0.3), entropy(0.6), entropy(0.2)]
     expected = [(entropy(p) + entropy(q)) / 2 for p, q in ((0.5, 0.1), (0.8, 0.4), (0.1, 0.3))]
     information = [total - part for total, part in zip(predictive, expected, strict=True)]
@@ -54,6 +55,7 @@ def test_two_samples_by_hand(logits_at_once: int, monkeypatch: pytest.MonkeyPatc
             "mutual_information": information,
         },
     )
+    assert nll_at.ravel().tolist() == pytest.approx([-math.log(p) for p in (0.5, 0.3, 0.2, 0.4, 0.9, 0.8)])  # (N, 2)
     assert_columns(
         statistics.sequences(tokens),
         {
@@ -108,7 +110,8 @@ def test_statistics_hold_the_same_after_any_number_of_samples() -> None:
     statistics, sizes = TokenStatistics(torch.randint(V, (5,)), torch.tensor([0, 0, 1, 1, 1]), 2), {}
     for count in range(1, 21):
         statistics.update(Logits(torch.randn(5, V)))
-        state = [value for value in vars(statistics).values() if not isinstance(value, int | tuple)]
+        assert list(statistics.nll_at) == [s for s in (1, 2, 4, 8, 16) if s <= count]
+        state = [value for value in vars(statistics).values() if not isinstance(value, int | tuple | dict)]
         assert all(isinstance(value, Tensor) for value in state)
         sizes[count] = sorted(value.untyped_storage().nbytes() for value in state)
     assert sizes[2] == sizes[20]

@@ -99,7 +99,10 @@ class Batch:
     def sum_up(self, stream: Iterator[Logits]) -> MCStatistics | TokenStatistics:
         """Returns the statistics of distributions of the N targets."""
         if self.counted is None:
-            examples, at_once = MCStatistics(), max(1, stack_limits(self.index.device)[1] // max(1, len(self.index)))
+            examples, at_once = (
+                MCStatistics(self.targets),
+                max(1, stack_limits(self.index.device)[1] // max(1, len(self.index))),
+            )
             while samples := list(islice(stream, at_once)):
                 examples.update_all(torch.softmax(torch.stack([logits[:] for logits in samples]), dim=-1))
             return examples

@@ -16,8 +16,9 @@ import yaml
 
 from thinned.evaluation.prediction_store import stored_provenance
 from thinned.evaluation.provenance import differences
-from thinned.evaluation.report import ColumnsOfWay, as_json, blocks_of, scored
+from thinned.evaluation.report import ColumnsOfWay, as_json, scored
 from thinned.evaluation.row_chunks import Columns
+from thinned.evaluation.rows import blocks_of
 from thinned.uncertainty.intervals import Interval, score_intervals, t_interval
 from thinned.uncertainty.scores import SCORES, Score
 

@@ -17,20 +17,13 @@ import torch
 import yaml
 from lightning.pytorch import Trainer
 
+from thinned.evaluation.figures import CAPTIONS
 from thinned.evaluation.prediction_store import stored_provenance
 from thinned.evaluation.score_tables import TITLES, WORST_CLASSES, Evaluation, missed_classes, verdicts
 from thinned.evaluation.set_tables import foreign_measures, shifted_sets
 from thinned.files import whole_file
 from thinned.uncertainty.detection import DETECTION
 from thinned.uncertainty.scores import SCORES
-
-CAPTIONS = {
-    "reliability": "Accuracy against confidence: on the diagonal, 90 % sure means 90 % right.",
-    "entropy": "Predictive entropy of right and of wrong predictions: the further apart, the better it finds errors.",
-    "confusion": "The share of each class, in rows, that is predicted as each class.",
-    "uncertain": "The examples of highest predictive entropy, with prediction and target.",
-    "learning_curves": "Learning curves: a gap between training and validation is what was learned by heart.",
-}
 
 
 class EmbeddedFigure(NamedTuple):
@@ -213,8 +206,7 @@ def embedded_figures(folders: Sequence[Path]) -> list[EmbeddedFigure]:
     """Returns the figures that lie in the folders, in the order of their captions, each in its smaller file."""
     found = []
     for name, caption in CAPTIONS.items():
-        beside = [folder / f"{name}.png" for folder in folders if (folder / f"{name}.png").exists()]
-        if paths := [path for folder in folders for path in folder.glob(f"figures/{name}.*")] or beside:
+        if paths := [path for folder in folders for path in folder.glob(f"figures/{name}.*")]:
             path = min(paths, key=lambda path: path.stat().st_size)
             content, kind = path.read_bytes(), {".svg": "svg+xml", ".png": "png"}[path.suffix]
             uri = f"data:image/{kind};base64,{base64.b64encode(content).decode()}"

@@ -9,18 +9,18 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 from matplotlib.figure import Figure
 
-from thinned.files import whole_file
+from thinned.evaluation.figures import COLOURS, save
 
 SERIES = {  # by the beginning of a metric's key: what it is, colour and marker
-    "train/": ("training batches, with dropout", "#9aa0a6", ""),
-    "fit/": ("training examples, without dropout", "#3b6fa0", "s"),
-    "val/": ("validation, without dropout", "#c2410c", "o"),
-    "val/mc_": ("validation, MC dropout", "#3b7a57", "^"),
+    "train/": ("training batches, with dropout", "#999999", ""),
+    "fit/": ("training examples, without dropout", COLOURS[0], "s"),
+    "val/": ("validation, without dropout", COLOURS[1], "o"),
+    "val/mc_": ("validation, MC dropout", COLOURS[2], "^"),
 }
 
 
 class LearningCurves(Callback):
-    """Draws `learning_curves.png` at the end of a training, from the `metrics.csv` of one of our loggers."""
+    """Draws `figures/learning_curves` at the end of a training, from the `metrics.csv` of one of our loggers."""
 
     @rank_zero_only
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -31,17 +31,17 @@ class LearningCurves(Callback):
             return
         with metrics.open(newline="", encoding="utf-8") as file:
             figure = learning_curves(list(csv.DictReader(file)))
-        with whole_file(metrics.with_name("learning_curves.png")) as temporary:
-            figure.savefig(temporary, dpi=150)
+        image = str(save(figure, metrics.parent / "figures", "learning_curves"))
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
-                logger.log_image("fit/learning_curves", [figure], step=trainer.global_step)
+                logger.log_image("fit/learning_curves", [image], step=trainer.global_step)
 
 
 def learning_curves(rows: Sequence[Mapping[str, str]]) -> Figure:
     """Draws NLL, and accuracy if there is one, against the number of optimiser steps, from rows of `metrics.csv`."""
     scores = [score for score in ("nll", "accuracy") if any(row.get(f"val/{score}") for row in rows)] or ["nll"]
     figure = Figure(figsize=(1.4 + 4.2 * len(scores), 4), layout="constrained")
+    figure.suptitle("Learning curves")
     panels = figure.subplots(1, len(scores), squeeze=False)[0]
     for axes, score in zip(panels, scores, strict=True):
         for prefix, (label, colour, marker) in SERIES.items():

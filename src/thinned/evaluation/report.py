@@ -8,16 +8,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 import wandb
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import WandbLogger
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from thinned.data.module import data_offers
 from thinned.data.order import Split
 from thinned.evaluation import figures
 from thinned.evaluation.row_chunks import Columns
+from thinned.evaluation.rows import blocks_of
 from thinned.evaluation.score_tables import plain_scores, recall_rows, score_rows
 from thinned.evaluation.ways import Way
 from thinned.files import whole_file
@@ -125,18 +126,6 @@ def _recall(rows: Mapping[str, Tensor], column: str, names: list[str]) -> dict[s
     return result
 
 
-def blocks_of(rows: Mapping[str, Tensor]) -> Tensor | None:
-    """Returns for each token its block of consecutive sequences, (N,) int64; None for examples, which are independent.
-
-    A block has B^(1/3) of B sequences (Hall, Horowitz and Jing 1995): tokens close to each other are alike.
-    """
-    if "position" not in rows:
-        return None
-    first = rows["index"] - rows["position"] + 1  # of the sequence
-    _, sequence = torch.unique(first, return_inverse=True)
-    return sequence // max(1, round((int(sequence.max()) + 1) ** (1 / 3)))
-
-
 def write_report(
     trainer: Trainer, directory: Path, ways: Sequence[Way], split: Split, coverage: float | None
 ) -> dict[str, Any]:
@@ -158,10 +147,16 @@ def write_report(
     names = class_names_of(trainer, rows, ways)
     evaluation = evaluation_of(rows, ways, split, names, coverage)
     write_scores(directory, evaluation)
-    _write_pictures(trainer, rows, directory, {way.name: way.label for way in ways}, split, names)
+    raw_images = data_offers(trainer).raw_images
+    images = None if raw_images is None else lambda index: raw_images(split, index)
+    write_figures(trainer, directory, figures.figures(rows, evaluation, images, names), split)
     tables = {"scores": score_rows(evaluation)} | ({} if names is None else {"recall": recall_rows(evaluation)})
     for logger in trainer.loggers:
         if isinstance(logger, WandbLogger):
+            if images is not None and names is not None:
+                columns, lines = figures.most_uncertain(rows, list(evaluation["ways"]), images, names)
+                uncertain = [[wandb.Image(image), *rest] for image, *rest in lines]
+                logger.log_table(f"{split}/most_uncertain", columns, uncertain, step=trainer.global_step)
             for key, (header, lines) in tables.items():
                 logger.log_table(f"{split}/{key}", header, lines, step=trainer.global_step)
     return evaluation
@@ -184,27 +179,10 @@ def class_names_of(trainer: Trainer, rows: Columns, ways: Sequence[Way]) -> list
     return data_offers(trainer).class_names or [str(k) for k in range(rows[f"{ways[0].name}_probs"].shape[1])]
 
 
-def _write_pictures(
-    trainer: Trainer,
-    rows: Mapping[str, Tensor],
-    directory: Path,
-    labels: Mapping[str, str],
-    split: Split,
-    names: list[str] | None,
-) -> None:
-    """Draws all that the rows and the data module allow, into files and W&B."""
-    raw_images = data_offers(trainer).raw_images
-    images = None if raw_images is None else lambda index: raw_images(split, index)
-    drawn = figures.figures(rows, labels, images, names)
+def write_figures(trainer: Trainer, directory: Path, drawn: Mapping[str, Figure], split: Split) -> None:
+    """Writes figures into a folder's `figures/`, and to W&B."""
     for name, figure in drawn.items():
-        with whole_file(directory / f"{name}.png") as temporary:
-            figure.savefig(temporary, dpi=150)
-    for logger in trainer.loggers:
-        if isinstance(logger, WandbLogger):
-            for name, figure in drawn.items():
-                logger.log_image(f"{split}/{name}", [figure], step=trainer.global_step)
-            if images is not None:
-                columns, table = figures.most_uncertain(rows, labels, images, names)
-                for row in table:
-                    row[0] = wandb.Image(row[0])
-                logger.log_table(f"{split}/most_uncertain", columns, table, step=trainer.global_step)
+        image = str(figures.save(figure, directory / "figures", name))
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                logger.log_image(f"{split}/{name}", [image], step=trainer.global_step)

@@ -4,16 +4,17 @@ Columns that ways share: index (place in the split) and target; of examples also
 its row, if the data module tells); of tokens also position (tokens of context, 1 to T).
 Of each way, after its name and an underscore (`mc_dropout_nll`): prediction, confidence and predictive_entropy, with
 targets nll, correct and rank (1 if the target is the most probable); of examples probs (K numbers) and brier.
-A way that streams several distributions also has expected_entropy and mutual_information, and of examples
-variation_ratio and std, of the predicted class's probability. An ensemble has mutual_information_between (its members),
-and of examples variance_between and variance_within members, of the predicted class's probability. Entropies and nll
-are in nats. An evaluation has the size of each conformal set (`thr_size`, `aps_size`, `raps_size`), and whether it
-contains the target (`thr_covered`, ...).
+A way that streams several distributions also has expected_entropy and mutual_information, with targets nll_at (the nll
+of the mean of the first 1, 2, 4, ... of them), and of examples variation_ratio and std, of the predicted class's
+probability. An ensemble has mutual_information_between (its members) instead of nll_at, and of examples
+variance_between and variance_within members, of the predicted class's probability. Entropies and nll are in nats. An
+evaluation has the size of each conformal set (`thr_size`, `aps_size`, `raps_size`), and whether it contains the target
+(`thr_covered`, ...).
 
 One row has the columns of all ways, so that two ways are compared on the same example, and a column is read alone.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +26,7 @@ from thinned.uncertainty.scores import brier, nll
 from thinned.uncertainty.statistics import MCStatistics, entropy
 from thinned.uncertainty.token_statistics import TokenStatistics
 
-ROW_FORMAT = 2  # in the metadata of the files
+ROW_FORMAT = 3  # in the metadata of the files
 
 Rows = dict[str, Tensor]
 
@@ -89,6 +90,8 @@ def example_columns(statistics: MCStatistics, targets: Tensor | None) -> Rows:
             "variation_ratio": spread.variation_ratio,
             "std": spread.variance.gather(-1, prediction[:, None]).squeeze(-1).sqrt(),
         }
+        if statistics.nll_at:
+            columns["nll_at"] = torch.stack(list(statistics.nll_at.values()), dim=-1)
     if statistics.members:
         columns |= {
             "mutual_information_between": statistics.information_between().clamp_min(0),
@@ -96,3 +99,15 @@ def example_columns(statistics: MCStatistics, targets: Tensor | None) -> Rows:
             "variance_within": statistics.variance_within().gather(-1, prediction[:, None]).squeeze(-1),
         }
     return columns | {"probs": probs}
+
+
+def blocks_of(rows: Mapping[str, Tensor]) -> Tensor | None:
+    """Returns for each token its block of consecutive sequences, (N,) int64; None for examples, which are independent.
+
+    A block has B^(1/3) of B sequences (Hall, Horowitz and Jing 1995): tokens close to each other are alike.
+    """
+    if "position" not in rows:
+        return None
+    first = rows["index"] - rows["position"] + 1  # of the sequence
+    _, sequence = torch.unique(first, return_inverse=True)
+    return sequence // max(1, round((int(sequence.max()) + 1) ** (1 / 3)))

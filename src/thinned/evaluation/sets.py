@@ -21,17 +21,19 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from thinned.data.order import Split
+from thinned.evaluation import figures
 from thinned.evaluation.mc_dropout import MCDropout
 from thinned.evaluation.report import (
     ColumnsOfWay,
-    blocks_of,
     class_names_of,
     described,
     evaluation_of,
     scored,
+    write_figures,
     write_scores,
 )
 from thinned.evaluation.row_chunks import Columns
+from thinned.evaluation.rows import blocks_of
 from thinned.evaluation.score_tables import score_rows
 from thinned.evaluation.ways import Way
 from thinned.uncertainty.detection import MEASURES, detection_intervals
@@ -135,6 +137,12 @@ def evaluate_sets(
             for each in sets
         }
         write_scores(folder, predictor.evaluation)
+        foreign = {
+            each.name: Columns(folder / "sets" / each.name / "predictions.parquet")
+            for each in sets
+            if each.is_foreign and each.name not in left_out
+        }
+        write_figures(trainer, folder, figures.figures_of_sets(known, predictor.evaluation, foreign), predictor.split)
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 table = score_rows(predictor.evaluation)

@@ -5,6 +5,7 @@ sample of a calibrated net has errors too. Shapes: N predictions, K classes, R r
 """
 
 import math
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -42,6 +43,23 @@ def adaptive_ece(confidence: Tensor, correct: Tensor, weights: Tensor | None = N
         return up_to.diff(dim=1, prepend=torch.zeros_like(at[:, :1])).abs().sum(1) / weight[:, -1]
 
     return over_curves(of, confidence, correct.double() - confidence.double(), weights)
+
+
+def equal_mass_bins(confidence: Tensor) -> list[Tensor]:
+    """Returns the rows of at most 15 bins of about equal number, ascending in confidence.
+
+    Equal confidences share a bin. A bin has at least 10 rows, unless there are fewer.
+
+    >>> [rows.tolist() for rows in equal_mass_bins(torch.tensor([0.9] * 12 + [0.4] * 11))]
+    [[12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22], [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11]]
+    """
+    n, order = len(confidence), confidence.argsort(stable=True)
+    ends = last_of_ties(confidence[order]) + 1
+    least, edges = max(-(-n // ECE_BINS), 10), [0]
+    while edges[-1] < n:
+        end = int(ends[torch.searchsorted(ends, min(edges[-1] + least, n))])
+        edges.append(end if n - end >= least else n)
+    return [order[start:end] for start, end in pairwise(edges)]
 
 
 def smooth_ece(confidence: Tensor, correct: Tensor, weights: Tensor | None = None) -> Tensor:

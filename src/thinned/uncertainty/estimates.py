@@ -48,6 +48,29 @@ def wilson(successes: float, n: float) -> tuple[float, float]:
     return max(0.0, min(p, centre - half)), min(1.0, max(p, centre + half))
 
 
+def share_interval(column: Tensor, rows: Tensor, blocks: Tensor | None = None) -> tuple[float, float, float]:
+    """Returns in which share of some rows a bool column is true, and Wilson's 95 % interval.
+
+    Rows of a block depend on each other: they count as the number of independent ones with their variance.
+
+    Args:
+        column: (N,) bool.
+        rows: Those that count, int64.
+        blocks: The block of each of all N, int64, if they are not independent.
+
+    >>> share_interval(torch.tensor([True, False, True]), torch.tensor([0, 1]))[0]
+    0.5
+    """
+    hits, n = column[rows].double(), float(len(rows))
+    share = hits.mean().item()
+    if blocks is not None:
+        number = blocks[rows].bincount().count_nonzero().item()
+        squares = blocks[rows].bincount(hits - share).square().sum().item()
+        variance = squares / n**2 * number / max(number - 1, 1)
+        n = share * (1 - share) / variance if variance > 1e-12 else number
+    return share, *wilson(share * n, n)
+
+
 def resample_weights(num_groups: int, resamples: range, seed: int) -> Tensor:
     """Returns how often each group is in each bootstrap resample, (R, G) uint8: Poisson variables of mean 1.
 

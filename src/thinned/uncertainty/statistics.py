@@ -44,12 +44,18 @@ def entropy(probs: Tensor) -> Tensor:
 class MCStatistics:
     """Accumulates samples. `mean` (B, K) is the mean of those so far.
 
+    Args:
+        target: The class of each example, (B,), if it is known.
+
     Attributes:
+        nll_at: NLL of the mean of the first s samples, (B,) in nats, by s = 1, 2, 4, ...; empty without a target.
         members: Of an ensemble, the statistics of each member, with equally many samples; else empty.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, target: Tensor | None = None) -> None:
         self.num_samples = 0
+        self.nll_at: dict[int, Tensor] = {}
+        self._target, self._of_target = target, torch.empty(0)  # the sum over samples of its probability
         self.members: Sequence[MCStatistics] = ()
         self.mean = self._squares = self._entropy = self._votes = torch.empty(0)  # sums over samples, but for `mean`
 
@@ -62,7 +68,7 @@ class MCStatistics:
         probs = probs if probs.dtype == torch.float64 else probs.float()
         if self.num_samples == 0:
             self.mean, self._squares, self._votes = (torch.zeros_like(probs[0]) for _ in range(3))
-            self._entropy = torch.zeros_like(probs[0, ..., 0])
+            self._entropy, self._of_target = (torch.zeros_like(probs[0, ..., 0]) for _ in range(2))
         before, n = self.num_samples, len(probs)
         self.num_samples += n
         mean = probs[0] + (probs - probs[0]).mean(0)  # of equal samples, exactly the sample
@@ -72,6 +78,13 @@ class MCStatistics:
         self._entropy += entropy(probs).sum(0)
         votes = probs.argmax(-1).movedim(0, -1)  # (B, n)
         self._votes.scatter_add_(-1, votes, torch.ones_like(votes, dtype=probs.dtype))
+        if self._target is not None:
+            of_target = probs.gather(-1, self._target.expand(probs.shape[:-1])[..., None]).squeeze(-1)
+            sums = self._of_target + of_target.cumsum(0)  # (n, B)
+            self._of_target = sums[-1].clone()
+            for s in range(before + 1, self.num_samples + 1):
+                if s.bit_count() == 1:  # a power of two
+                    self.nll_at[s] = -(sums[s - before - 1] / s).clamp_min(torch.finfo(sums.dtype).tiny).log()
 
     @classmethod
     def of_ensemble(cls, members: "Sequence[MCStatistics]") -> "MCStatistics":

@@ -33,6 +33,7 @@ class TokenStatistics:
         self._entropy = torch.zeros(len(target), device=target.device)
         zeros = torch.zeros(num_sequences, device=target.device)
         self._log_likelihoods = torch.stack([zeros - math.inf, zeros])  # log sum and sum over samples (2, B)
+        self.nll_at: dict[int, Tensor] = {}  # of the mean of the first 1, 2, 4, ... samples, (N,) each
         self.members: Sequence[TokenStatistics] = ()  # of an ensemble; else empty
 
     @classmethod
@@ -65,6 +66,8 @@ class TokenStatistics:
         self._log_likelihoods[0] = torch.logaddexp(self._log_likelihoods[0], sums)
         self._log_likelihoods[1] += sums
         self.num_samples += 1
+        if self.num_samples.bit_count() == 1:  # a power of two
+            self.nll_at[self.num_samples] = nll(self.mean, self.target)
 
     def _by_sequence(self, column: Tensor) -> Tensor:
         """Adds up the tokens of each sequence, (B,)."""
@@ -88,6 +91,8 @@ class TokenStatistics:
             expected = self._entropy / self.num_samples
             columns["expected_entropy"] = expected
             columns["mutual_information"] = (predictive - expected).clamp_min(0)
+            if self.nll_at:
+                columns["nll_at"] = torch.stack(list(self.nll_at.values()), dim=-1)
         if self.members:
             of_members = torch.stack([member._predictive_entropy() for member in self.members])
             columns["mutual_information_between"] = (predictive - of_members.mean(0)).clamp_min(0)
