@@ -153,7 +153,7 @@ def asides(sentence: str) -> list[str]:
 
 def remarks(evaluation: Evaluation) -> list[str]:
     """Returns sentences on what to look at beside the verdict: what is left out, missed, worst, or well told."""
-    sets, told = evaluation.get("sets", {}), dict[str, list[tuple[float, str]]]()
+    sets, told = evaluation.get("sets", {}), dict[str, list[tuple[float, float, str]]]()
     found = [f"Set {name} is left out: {of_set['left_out']}." for name, of_set in sets.items() if "left_out" in of_set]
     found += missed_classes(evaluation)
     for way in evaluation["ways"].values():
@@ -165,8 +165,12 @@ def remarks(evaluation: Evaluation) -> list[str]:
         for way in of_set["ways"].values():
             if score := way["scores"].get(key):
                 auroc = f"{measure} of {way['label']}, AUROC {number(score['value'], 3)} {interval(score, 3)}"
-                told.setdefault(name, []).append((score["value"], auroc))
-    return found + [f"Best at telling {name} from the test: {max(of_set)[1]}." for name, of_set in told.items()]
+                told.setdefault(name, []).append((score["value"], score["low"] or 0, auroc))
+    for name, aurocs in told.items():
+        _, low, auroc = max(aurocs)
+        best = "Best at telling" if low > 0.5 else "Nothing is known to beat chance at telling"
+        found.append(f"{best} {name} from the test: {auroc}.")
+    return found
 
 
 def task_of(config: Mapping[str, Any]) -> str:
