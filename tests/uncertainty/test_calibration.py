@@ -1,6 +1,7 @@
 """Calibration scores by hand, and against torchmetrics, relplot and scikit-learn."""
 
 from bisect import bisect_left
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from thinned.uncertainty.calibration import (
     brier_miscalibration,
     brier_uncertainty,
     ece,
+    equal_mass_bins,
     smooth_ece,
 )
 from thinned.uncertainty.scores import brier
@@ -139,3 +141,19 @@ def test_decomposition_is_that_of_scikit_learns_isotonic_regression(weighted: bo
     assert brier_miscalibration(targets, *terms).item() == pytest.approx(score - after, abs=1e-9)
     assert brier_discrimination(targets, probs, weights).item() == pytest.approx(base - after, abs=1e-9)
     assert brier_uncertainty(targets, probs, weights).item() == pytest.approx(base, abs=1e-9)
+
+
+@pytest.mark.parametrize("n", [1, 9, 10, 19, 20, 150, 151, 3000])
+@pytest.mark.parametrize("levels", [1, 5, 10**6])
+def test_bins_of_equal_mass(n: int, levels: int) -> None:
+    """All rows are in one, in ascending order; ties are together; and few rows are not spread thin."""
+    generator = torch.Generator().manual_seed(n)
+    confidence = torch.randint(levels, (n,), generator=generator) / levels
+    bins = equal_mass_bins(confidence)
+    assert torch.cat(bins).sort().values.tolist() == list(range(n))
+    ends = [(confidence[rows].min(), confidence[rows].max()) for rows in bins]
+    assert all(high < low for (_, high), (low, _) in pairwise(ends))
+    assert all(len(rows) >= min(n, max(10, n // 15)) for rows in bins)
+    if levels > n:
+        assert len(bins) == max(1, min(15, n // 10))
+        assert max(map(len, bins)) <= max(19, n // 15 + 1)

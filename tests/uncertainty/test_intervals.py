@@ -10,7 +10,7 @@ from torch import Tensor
 
 from thinned.uncertainty import intervals
 from thinned.uncertainty.conformal import KINDS
-from thinned.uncertainty.estimates import resample_weights, wilson
+from thinned.uncertainty.estimates import resample_weights, share_interval, wilson
 from thinned.uncertainty.intervals import Difference, holm, score_intervals, t_interval
 from thinned.uncertainty.scores import SCORES, brier, nll
 from thinned.uncertainty.statistics import entropy
@@ -49,6 +49,27 @@ def way(accuracy: float = 0.9, n: int = 200, seed: int = 0, sharper: float = 1.0
 def test_wilson_is_that_of_scipy(successes: int) -> None:
     expected = stats.binomtest(successes, 10).proportion_ci(method="wilson")
     assert wilson(successes, 10) == pytest.approx((expected.low, expected.high), abs=1e-6)
+
+
+@pytest.mark.parametrize("accuracy", [0.5, 0.99])
+def test_share_of_some_rows_has_the_interval_of_an_accuracy(accuracy: float) -> None:
+    """Of independent rows it is Wilson's, and of blocks the one that their variance gives."""
+    correct = way(accuracy)["correct"]
+    rows = torch.arange(199, 20, -1)
+    hits = int(correct[rows].sum())
+    assert share_interval(correct, rows) == pytest.approx((hits / 179, *wilson(hits, 179)))
+    blocks = torch.arange(200) // 7
+    of_rows = {"correct": correct[rows], "confidence": torch.ones(179)}
+    found, _ = score_intervals({"way": of_rows}, groups=blocks[rows], table={"accuracy": SCORES["accuracy"]})
+    expected = found["way"]["accuracy"]
+    assert share_interval(correct, rows, blocks) == pytest.approx((expected.value, expected.low, expected.high))
+
+
+@pytest.mark.parametrize("right", [False, True])
+def test_blocks_without_variance_count_once_each(right: bool) -> None:
+    column, blocks = torch.full((12,), right), torch.arange(12) // 4
+    assert share_interval(column, torch.arange(12), blocks) == (float(right), *wilson(3 * right, 3))
+    assert share_interval(column, torch.tensor([5]), blocks) == (float(right), *wilson(right, 1))
 
 
 def test_holm_by_hand() -> None:

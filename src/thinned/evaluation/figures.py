@@ -96,7 +96,7 @@ def reliability(rows: Rows, evaluation: Evaluation) -> Figure:
         counts.hist(confidence.numpy(), ECE_BINS, range=(0, 1), histtype="step", log=True, **_colour(i))
         lowest = min(lowest, *means, *low)
     start = math.floor(10 * lowest) / 10
-    axes.set(xlabel="confidence", ylabel="accuracy", xlim=(start, 1), ylim=(start, 1.02 - 0.02 * start))
+    axes.set(xlabel="confidence", ylabel="accuracy", xlim=(start, 1), ylim=(start, 1.05 - 0.05 * start))
     counts.set(xlabel="confidence", ylabel="predictions", xlim=(0, 1))
     _legend(figure, axes)
     return figure

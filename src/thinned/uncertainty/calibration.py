@@ -55,10 +55,11 @@ def equal_mass_bins(confidence: Tensor) -> list[Tensor]:
     """
     n, order = len(confidence), confidence.argsort(stable=True)
     ends = last_of_ties(confidence[order]) + 1
-    least, edges = max(-(-n // ECE_BINS), 10), [0]
-    while edges[-1] < n:
-        end = int(ends[torch.searchsorted(ends, min(edges[-1] + least, n))])
-        edges.append(end if n - end >= least else n)
+    edges = [0]
+    while rest := n - edges[-1]:
+        size = max(10, math.ceil(rest / (ECE_BINS + 1 - len(edges))))
+        end = int(ends[torch.searchsorted(ends, min(n - rest + size, n))])
+        edges.append(end if n - end >= 10 else n)
     return [order[start:end] for start, end in pairwise(edges)]
 
 

@@ -64,10 +64,8 @@ def share_interval(column: Tensor, rows: Tensor, blocks: Tensor | None = None) -
     hits, n = column[rows].double(), float(len(rows))
     share = hits.mean().item()
     if blocks is not None:
-        number = blocks[rows].bincount().count_nonzero().item()
-        squares = blocks[rows].bincount(hits - share).square().sum().item()
-        variance = squares / n**2 * number / max(number - 1, 1)
-        n = share * (1 - share) / variance if variance > 1e-12 else number
+        variance = blocks[rows].bincount(hits - share).square().sum().item() / n**2
+        n = share * (1 - share) / variance if variance > 1e-12 else len(set(blocks[rows].tolist()))
     return share, *wilson(share * n, n)
 
 
