@@ -86,7 +86,7 @@ clean: ## Remove .venv and caches; runs/ stays
 	    "$(PYTHON)" -m venv --clear .venv && printf '%s\n' "$$owner" > $@; fi
 
 .venv/installed: .venv/made-with pyproject.toml constraints.txt
-	$(INSTALL) --editable . && touch $@
+	$(INSTALL) --editable '.[report]' && touch $@
 
 .venv/installed-dev: .venv/installed
 	$(INSTALL) --editable '.[dev]' && touch $@

@@ -1,6 +1,7 @@
 """The command line: one LightningCLI that gives each run its own directory and turns errors into one message.
 
-runs/<experiment>/<run id>/  config.yaml  checkpoints/{best,last}.ckpt  metrics.{csv,json}  predictions.parquet  wandb/
+runs/<experiment>/<run id>/  config.yaml  checkpoints/{best,last}.ckpt  metrics.{csv,json}  predictions.parquet
+                             report.html  wandb/
 """
 
 import os
@@ -24,6 +25,7 @@ from rich.console import Console
 from thinned.data.module import DataOffers
 from thinned.evaluation import MCDropout
 from thinned.evaluation.ensembles import evaluation_ways
+from thinned.evaluation.html_report import write_html_report
 from thinned.evaluation.learning_curves import LearningCurves
 from thinned.evaluation.score_tables import missed_classes, score_tables, set_table, verdicts
 from thinned.evaluation.set_tables import set_tables
@@ -280,6 +282,10 @@ class ThinnedCLI(LightningCLI):
             if table := set_table(evaluation):
                 console.print(table, *missed_classes(evaluation), sep="\n", highlight=False, markup=False)
             console.print(*set_tables(evaluation, console.width), sep="\n")
+            try:
+                write_html_report(self.trainer, self.run_dir, self.config_init.mc_dropout.directory, evaluation)
+            except (OSError, ValueError) as error:  # the rest is kept
+                console.print(f"No report.html: {error}", soft_wrap=True, highlight=False, markup=False)
         console.print(files_of_run(self.run_dir), soft_wrap=True, highlight=False)
 
 

@@ -12,8 +12,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
+from html_tables import Page
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
+
+from thinned.uncertainty.detection import DETECTION
+from thinned.uncertainty.scores import SCORES
 
 Script = Callable[..., Any]
 SMALL = ("--trainer.accelerator", "cpu", "--mc_dropout.num_samples", 4, "--trainer.logger", "false")
@@ -74,6 +78,45 @@ def test_scores_of_each_set_stand_beside_those_of_the_test(evaluated: Any) -> No
     assert yaml.safe_load((evaluated.run / "config.yaml").read_text())["sets"] == SETS
     assert "rotation (degrees)" in evaluated.out
     assert "letters: mutual information" in evaluated.out
+
+
+def test_report_has_every_score_in_a_cell_with_its_interval(evaluated: Any) -> None:
+    """And the same in the row of its label, in the column of its way, of each set."""
+    text = (evaluated.run / "report.html").read_text(encoding="utf-8")
+    tables, found = Page(text).tables, evaluation_of(evaluated.run)
+    number = 0
+    for name, of_set in {"test": found, **found["sets"]}.items():
+        rows = {row[0]: row[1:] for row in tables["all-scores", name]}
+        for column, way in enumerate(of_set["ways"].values()):
+            for key, score in way["scores"].items():
+                cell = rows[(SCORES | DETECTION)[key].label][column]
+                for of in filter(None, (score, score.get("difference"))):
+                    said = [f"{of[part]:z.4f}".replace("-", "−") for part in ("value", "low", "high") if of["low"]]
+                    assert all(part in cell for part in said), (name, key, cell)
+                number += 1
+    assert number > 200
+    assert "  report.html\n" in evaluated.out
+    assert Page(text).tables["further-sets", "rotation (degrees)"][2][0] == "test"
+
+
+@pytest.mark.parametrize(("fault", "said"), [
+    ("folder", "No report.html: Expected to write "),
+    ("jinja2", "No report.html: Expected the package jinja2 for report.html: pip install 'thinned[report]'"),
+])  # fmt: skip
+def test_report_that_cannot_be_written_leaves_the_rest(
+    fault: str, said: str, trained: Any, run_script: Script, tmp_path: Path
+) -> None:
+    run = tmp_path / "runs/mlp_digits/first-evaluate"
+    with mock.patch.dict("sys.modules", {"jinja2": None} if fault == "jinja2" else {}):
+        if fault == "folder":
+            (run / "report.html").mkdir(parents=True)
+            (run / "config.yaml").touch()
+        resume = ("--resume", run) if fault == "folder" else ("--run_id", "first")
+        done = run_script("evaluate", "--ckpt_path", trained.run, *SMALL, *resume)
+    assert done.status == 0, done.err
+    assert [line for line in done.out.splitlines() if line.startswith(said)]
+    assert "deterministic" in evaluation_of(run)["ways"]
+    assert f"Run: {run}" in done.out
 
 
 def test_foreign_examples_are_told_from_the_test(evaluated: Any) -> None:

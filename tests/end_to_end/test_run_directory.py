@@ -26,7 +26,8 @@ def test_files_of_a_run(trained: Any) -> None:
     run = trained.run
     files = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file() and "wandb" not in path.parts}
     checkpoints = {"checkpoints/best.ckpt", "checkpoints/last.ckpt"}
-    assert files == {"config.yaml", "metrics.csv", "predictions.parquet"} | SCORES_OF_RUN | checkpoints | PICTURES
+    written = {"config.yaml", "metrics.csv", "predictions.parquet", "report.html"}
+    assert files == written | SCORES_OF_RUN | checkpoints | PICTURES
     assert {path.name for path in run.iterdir() if path.is_dir()} == {"checkpoints", "figures", "wandb"}
     assert [path.name for path in run.parents[2].iterdir()] == ["runs"]  # nothing beside it
 
