@@ -16,7 +16,7 @@ from torch import Tensor
 
 from thinned.data.distortion import Distortion
 from thinned.data.image_batches import rotate_and_shift
-from thinned.data.image_sources import StoredImages
+from thinned.data.image_store import StoredImages
 
 SEED = 0  # one for all, so that runs with other seeds are tested on the same images
 

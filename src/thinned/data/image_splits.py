@@ -1,4 +1,9 @@
-"""Which stored images each split has, in training and later: a fact that the checkpoint keeps."""
+"""Which stored images each split has, in training and later: a fact that the checkpoint keeps.
+
+A stored split is used as it is. Without a stored test, the stored validation is the test. What is still missing is
+taken from the stored "train" by content. Later, the examples are split as the checkpoint says if it was trained on some
+of them; otherwise each split is the whole set.
+"""
 
 from __future__ import annotations
 
@@ -12,26 +17,19 @@ from torch import Tensor
 
 from thinned.data.content_split import digest, shared, sketch, split_by_content
 from thinned.data.order import Split
-from thinned.data.split_names import split_of
+from thinned.data.sources import split_of
 
-RULE = "content"
 KNOWN = 0.1  # from this share of the training examples on, a set is that of the training
 SPLITS: tuple[Split, ...] = get_args(Split)
 
 
 @dataclass(frozen=True)
 class Arrangement:
-    """Which examples of what is stored each split has.
+    """Which examples of what is stored each split has."""
 
-    Args:
-        sources: The stored splits of each split, one after another.
-        rows: Rows of their examples, (n,) each.
-        facts: What a checkpoint stores of it, as primitives; None if the set is another one than was trained on.
-    """
-
-    sources: dict[Split, tuple[str, ...]]
-    rows: dict[Split, np.ndarray]
-    facts: dict[str, Any] | None
+    sources: dict[Split, tuple[str, ...]]  # the stored splits of each split, one after another
+    rows: dict[Split, np.ndarray]  # of their examples, (n,)
+    facts: dict[str, Any] | None  # for a checkpoint, as primitives; None if the set is another one than was trained on
 
 
 def arrange(
@@ -40,10 +38,7 @@ def arrange(
     asked: Mapping[str, Any],
     trained: dict[str, Any] | None = None,
 ) -> Arrangement:
-    """Assigns examples to splits: as a checkpoint says if it was trained on some of them, else as it is asked.
-
-    A stored split is used as it is. Without a stored test, the stored validation is the test. What is still missing is
-    taken from the stored "train". If no example of a set was trained on, each split is the whole set.
+    """Assigns examples to splits.
 
     Args:
         hashes: Hash of each example of each stored split, (N,) uint64.
@@ -54,21 +49,19 @@ def arrange(
     Raises:
         ValueError: If a split is empty, or a stored split has gone or has got examples of the training.
     """
-    names = tuple(hashes)
     if trained is None:
         test = assigned.get("test", assigned.get("val", assigned["train"]))
         val = assigned.get("val", test)
         stored = {"train": assigned["train"], "val": val if val != test else assigned["train"], "test": test}
     elif not _is_trained_on(trained, everything := np.concatenate([*hashes.values()])):
+        rank_zero_info(f"data.path is another set than that of the training, so all {len(everything)} are predicted")
         whole = np.arange(len(everything))
-        return Arrangement(dict.fromkeys(SPLITS, names), dict.fromkeys(SPLITS, whole), None)
+        return Arrangement(dict.fromkeys(SPLITS, tuple(hashes)), dict.fromkeys(SPLITS, whole), None)
     else:
-        now = {split_of(name) or name: name for name in names}  # they may be called otherwise by now
+        now = {split_of(name) or name: name for name in hashes}  # they may be called otherwise by now
         if missing := [name for name in trained["stored"].values() if (split_of(name) or name) not in now]:
             raise ValueError(f"Expected the stored splits of the training in data.path, but got no {missing[0]!r}")
         stored = {split: now[split_of(name) or name] for split, name in trained["stored"].items()}
-        if unused := [name for name in names if name not in stored.values()]:
-            rank_zero_info(f"data.path has changed since the training: its stored {unused} are not used")
     drawn = [split for split in SPLITS[1:] if stored[split] == stored["train"]]
     keys = ["split_seed", *(f"{split}_fraction" for split in drawn)] if drawn else []
     settings = {key: (trained or asked)[key] for key in keys}
@@ -85,9 +78,8 @@ def arrange(
                 f"Expected examples for {split}, but got none of the {len(hashes[stored[split]])} in split "
                 f"{stored[split]!r} of data.path: choose other fractions or another data.split_seed"
             )
-    for split in set(SPLITS[1:]) - set(drawn):
-        if twice := int(np.isin(of_split[split], of_split["train"]).sum()):
-            rank_zero_info(f"{twice} of {len(of_split[split])} examples for {split} are in the training split too")
+        if split not in ("train", *drawn) and (twice := int(np.isin(examples, of_split["train"]).sum())):
+            rank_zero_info(f"{twice} of {len(examples)} examples for {split} are in the training split too")
     drawn_of = sketch(of_split["train"])
     overlap = {split: shared((trained or {"sketch": drawn_of})["sketch"], of_split[split]) for split in SPLITS[1:]}
     if trained and (moved := [split for split in overlap if overlap[split] > trained["overlap"][split]]):
@@ -96,42 +88,37 @@ def arrange(
             "examples of the training"
         )
     counts = {split: len(examples) for split, examples in of_split.items()}
-    digests = {split: digest(examples) for split, examples in of_split.items()}
-    if trained:
-        for split in SPLITS:
-            if digests[split] != trained["digests"][split]:
-                before = trained["counts"][split]
-                rank_zero_info(f"data.path has changed since the training: {counts[split]} {split}, then {before}")
-    facts = {"rule": RULE, **settings, "stored": stored, "counts": counts, "digests": digests, "overlap": overlap}
-    return Arrangement({split: (stored[split],) for split in SPLITS}, rows, facts | {"sketch": drawn_of})
-
-
-def label_digests(hashes: Mapping[Split, np.ndarray], targets: Mapping[Split, Tensor | None]) -> dict[str, str]:
-    """Returns what stands for the classes of the examples of each split, in any order.
-
-    Args:
-        hashes: Hash of each example, (n,) uint64.
-        targets: Class of each example, (n,); None if they are hidden.
-    """
-    digests: dict[str, str] = {}
-    for split, target in targets.items():
-        classes = np.uint64(0) if target is None else target.numpy().astype(np.uint64)
-        digests[split] = digest(hashes[split] + classes)
-    return digests
-
-
-def other_labels(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Returns the splits that have the examples of a checkpoint's facts, but other labels."""
-    same = [split for split in SPLITS if before["digests"][split] == now["digests"][split]]
-    return [split for split in same if before["labels"][split] != now["labels"][split]]
+    facts = {**settings, "stored": stored, "counts": counts, "overlap": overlap, "sketch": drawn_of}
+    return Arrangement({split: (stored[split],) for split in SPLITS}, rows, facts)
 
 
 def _is_trained_on(trained: Mapping[str, Any], hashes: np.ndarray) -> bool:
-    """Returns whether a set is that of the training, or a part of it, and says what it is otherwise."""
-    hits = shared(trained["sketch"], hashes)
-    number = len(trained["sketch"])
-    if hits and (hits >= KNOWN * number or 2 * hits / number * trained["counts"]["train"] >= len(hashes)):
-        return True
-    said = f"{hits} of {number} remembered training examples are among them" if hits else "byte for byte, none is known"
-    rank_zero_info(f"data.path is another set than that of the training, so all {len(hashes)} are predicted: {said}")
-    return False
+    """Returns whether a set is that of the training, or a part of it."""
+    hits, number = shared(trained["sketch"], hashes), len(trained["sketch"])
+    return hits > 0 and (hits >= KNOWN * number or 2 * hits / number * trained["counts"]["train"] >= len(hashes))
+
+
+def add_digests(
+    arranged: Arrangement,
+    hashes: Mapping[str, np.ndarray],
+    targets: Mapping[Split, Tensor | None],
+    trained: Mapping[str, Any] | None,
+    *,
+    fits: bool,
+) -> None:
+    """Adds to the facts what stands for the examples and classes of each split, and compares it with a checkpoint.
+
+    Raises:
+        ValueError: If this is for training, and the training examples or their classes are others.
+    """
+    changed = []
+    if arranged.facts is not None:
+        digests = arranged.facts["digests"] = {}
+        for split, target in targets.items():
+            classes = np.uint64(0) if target is None else target.numpy().astype(np.uint64)
+            digests[split] = digest(hashes[arranged.sources[split][0]][arranged.rows[split]] + classes)
+        changed = [split for split in SPLITS if trained and digests[split] != trained["digests"][split]]
+    if fits and (arranged.facts is None or "train" in changed):
+        raise ValueError("Expected the training examples and labels of the checkpoint, but got others in data.path")
+    if changed:
+        rank_zero_info(f"data.path has other examples or labels than in training for {', '.join(changed)}")

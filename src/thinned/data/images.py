@@ -25,15 +25,15 @@ from torch import Tensor
 
 from thinned.data.distortion import Distortion
 from thinned.data.image_batches import ImageBatches
-from thinned.data.image_census import take_census
 from thinned.data.image_distortion import IMAGE_KINDS, DistortedImages
-from thinned.data.image_sources import Statistics, StoredImages, channel_statistics, image_column, read_splits
-from thinned.data.image_splits import arrange, label_digests, other_labels
+from thinned.data.image_sources import image_column, read_splits
+from thinned.data.image_splits import add_digests, arrange
+from thinned.data.image_store import Statistics, StoredImages, channel_statistics, joined
 from thinned.data.labels import Labels, label_column, match_names, read_labels, shortened
 from thinned.data.module import SplitDataModule
 from thinned.data.order import Split
-from thinned.data.pixels import SCALES, depth_of, image_of, kind_of, to_array
-from thinned.data.split_names import assign_splits
+from thinned.data.pixels import COLOUR, DEPTH, SCALES, depth_of, image_of, scale_of, to_array
+from thinned.data.sources import assign_splits
 
 HalfTurn = restricted_number_type("HalfTurn", float, [(">=", 0), ("<=", 180)], docstring="Degrees in [0, 180].")
 
@@ -111,130 +111,88 @@ class ImageDataModule(SplitDataModule):
         if background not in ImageColor.colormap and not re.fullmatch("#[0-9a-fA-F]{6}", background):
             raise ValueError(f"Expected data.background to be the name of a colour or #rrggbb, but got {background!r}")
         self._distortion = Distortion.parse(distortion, IMAGE_KINDS)
-        self._trained: dict[str, Any] | None = None  # the state of a checkpoint
+        self._trained: dict[str, Any] = {}  # the state of a checkpoint
         self._stored: dict[str, StoredImages] = {}  # these three by the name of a stored split
         self._census: dict[str, np.ndarray] = {}
         self._labels: dict[str, Labels] = {}
         self._images: dict[Split, StoredImages] = {}
         self._statistics: Statistics | None = None
-        self._said: set[str] = set()
-
-    def _say(self, line: str) -> None:
-        """Says something once."""
-        if line not in self._said:
-            self._said.add(line)
-            rank_zero_info(line)
 
     def prepare_data(self) -> None:
         """Reads the dataset, so that one process computes the hashes of many images."""
         self._read()
 
     def _read(self) -> None:
-        """Reads hashes, headers and labels of all stored splits, once."""
+        """Reads hashes, headers and labels of all stored splits, once. They must fit the checkpoint's."""
         if self._stored:
             return
-        given, root = self.hparams, Path(self.path).expanduser()
-        size = given["image_size"]
-        shape = (size, size) if size else (self._trained or {}).get("size", (28, 28))
-        stored, left_out = read_splits(self.path, given["label_column"], shape)
-        self._assigned, others = assign_splits(stored, given["leave_out"] or ())
-        names = list(self._assigned.values())
-        if self._trained:  # another set may call its splits as it likes
-            names += [name for name in others if name not in (given["leave_out"] or ())]
-        if not names or not (self._trained or "train" in self._assigned):
+        given, trained, size = self.hparams, self._trained, self.hparams["image_size"]
+        stored, left_out = read_splits(self.path, (size, size) if size else trained.get("size", (28, 28)))
+        self._assigned, others = assign_splits(stored, given["leave_out"] or [])
+        names = [*self._assigned.values()]
+        if trained:  # another set may call its splits as it likes
+            names += [name for name in others if name not in (given["leave_out"] or [])]
+        if not names or not (trained or "train" in self._assigned):
             raise ValueError(f"Expected data.path to have a split 'train', but got {list(stored)}")
-        if left_out := [*left_out, *(f"split {name}" for name in others if name not in names)]:
-            self._say(f"Left out of data.path: {shortened(left_out)}")
-        first = stored[names[0]].features
-        self._columns = list(first)
-        image = image_column(first, given["image_column"])
-        label = label_column(first, given["label_column"]) if given["use_labels"] else None
+        if left_out := [*left_out, *(f"split {name}" for name in stored if name not in names)]:
+            rank_zero_info(f"Left out of data.path: {shortened(left_out)}")
+        features = stored[names[0]].features
+        image = image_column(features, given["image_column"])
+        label = label_column(features, given["label_column"]) if given["use_labels"] else None
         for name in names:
             images = stored[name].select_columns(image).rename_columns({image: "image"})
             images = images.cast_column("image", datasets.Image(decode=False))
-            self._stored[name] = StoredImages(images, {name: len(images)}, root)
-            self._census[name] = take_census(self._stored[name], Path(given["cache_dir"]).expanduser())
-            if label and label in stored[name].column_names:
-                self._labels[name] = read_labels(stored[name], label, name)
+            self._stored[name] = StoredImages(images, {name: len(images)}, Path(self.path).expanduser())
+            self._census[name] = self._stored[name].census(Path(given["cache_dir"]).expanduser())
+            if (
+                label
+                and label in stored[name].column_names
+                and (labels := read_labels(stored[name], label, name)).known
+            ):
+                self._labels[name] = labels
+        if not trained and names[0] not in self._labels:
+            raise ValueError(
+                f"Expected labels to train on, but got none in split {names[0]!r} of data.path "
+                f"(data.label_column: {given['label_column']!r}, all columns: {list(features)})"
+            )
+        self.class_names = trained["class_names"] if trained else self._labels[names[0]].names
+        headers = np.concatenate([census["header"] for census in self._census.values()])
+        self._scale, self._deep = scale_of(headers, trained.get("scale")), bool((headers & DEPTH).any())
+        width, height = (size, size) if size else self._stored[names[0]].open(0).size
+        self.image_shape = (trained.get("channels", 3 if (headers & COLOUR).any() else 1), height, width)
 
     def setup(self, stage: str | None = None) -> None:
         """Assigns the examples to splits, once for all stages; images are decoded when first needed."""
         if self._images:
             return
         self._read()
-        self._describe(needs_labels=stage != "predict" and self._trained is None)
+        before = self._trained.get("split")
         hashes = {name: census["hash"] for name, census in self._census.items()}
-        arranged = arrange(hashes, self._assigned, self.hparams, self._trained and self._trained["split"])
-        if arranged.facts is None and stage == "fit":
-            raise ValueError(
-                f"Expected the training set of the checkpoint, but got other data in data.path={self.path}"
-            )
+        arranged = arrange(hashes, self._assigned, self.hparams, before)
         self._facts = arranged.facts
         self.rows = {split: torch.from_numpy(rows) for split, rows in arranged.rows.items()}
         images = {names: self._joined(names) for names in set(arranged.sources.values())}
         self._images = {split: images[names] for split, names in arranged.sources.items()}
-        self.target = {split: self._targets(split, names) for split, names in arranged.sources.items()}
-        if self._facts:
-            self._compare_labels({s: hashes[names[0]][self.rows[s]] for s, names in arranged.sources.items()}, stage)
         self._cached = sum(each.num_bytes for each in images.values()) <= self.hparams["cache_gib"] * 2**30
-
-    def _describe(self, needs_labels: bool = True) -> None:
-        """Sets classes and shape: those of the checkpoint, which the data must fit, or else those of the data."""
-        trained, train = self._trained or {}, next(iter(self._stored))
-        labels = self._labels.get(train)
-        if needs_labels and (labels is None or labels.hidden):
-            raise ValueError(
-                f"Expected labels to train on, but got none in split {train!r} of data.path "
-                f"(data.label_column: {self.hparams['label_column']!r}, all columns: {self._columns})"
-            )
-        self.class_names = trained.get("class_names") or (labels.names if labels else [])
-        for name, of_split in self._labels.items():
-            if of_split.names != self.class_names:
-                self._say(f"Classes are matched by name: split {name!r} has {shortened(of_split.names)}")
-        if labels and labels.said and not trained:
-            self._say(f"The labels of data.path are {labels.said}; the classes are {shortened(self.class_names)}")
-
-        headers = np.concatenate([census["header"] for census in self._census.values()])
-        kind = kind_of(headers, trained.get("scale"))
-        for line in kind.said:
-            self._say(line)
-        self._scale, self._deep = kind.scale, kind.deep
-        size = self.hparams["image_size"]
-        width, height = (size, size) if size else self._stored[train].open(0).size
-        self.image_shape = (trained.get("channels", kind.channels), height, width)
+        self.target = {split: self._targets(split, names) for split, names in arranged.sources.items()}
+        add_digests(arranged, hashes, self.target, before, fits=stage == "fit")
 
     def _joined(self, names: tuple[str, ...]) -> StoredImages:
         """Returns the images of some stored splits as one."""
-        stored = [self._stored[name] for name in names]
-        return StoredImages(
-            datasets.concatenate_datasets([each.stored for each in stored]),
-            {name: len(self._stored[name]) for name in names},
-            stored[0].root,
-            self.image_shape,
-            resize=self.hparams["image_size"] is not None,
-            deep=self._deep,
-            background=(self._trained or self.hparams)["background"],
-        )
+        resize, background = self.hparams["image_size"] is not None, (self._trained or self.hparams)["background"]
+        options = {"shape": self.image_shape, "resize": resize, "deep": self._deep, "background": background}
+        return joined([self._stored[name] for name in names], **options)
 
     def _targets(self, split: Split, names: tuple[str, ...]) -> Tensor | None:
         """Returns the classes of a split, (n,) int64; None if its labels are hidden."""
-        if any(name not in self._labels or self._labels[name].hidden for name in names):
+        if any(name not in self._labels for name in names):
             if split == "val" and self._facts:
                 raise ValueError(f"Expected labels for validation, but got none in {names}: use data.leave_out")
-            self._say(f"Split {', '.join(names)} of data.path has no labels: it is predicted without scores")
+            rank_zero_info(f"Split {', '.join(names)} of data.path has no labels: it is predicted without scores")
             return None
         of = "the checkpoint" if self._trained else "the training split"
         matched = [match_names(self._labels[name], self.class_names, name, of) for name in names]
         return torch.cat(matched)[self.rows[split]]
-
-    def _compare_labels(self, hashes: dict[Split, np.ndarray], stage: str | None) -> None:
-        """Adds digests of the labels to the facts, and compares them with those of the checkpoint."""
-        assert self._facts is not None
-        self._facts["labels"] = label_digests(hashes, self.target)
-        if self._trained and (changed := other_labels(self._trained["split"], self._facts)):
-            if stage == "fit":
-                raise ValueError(f"Expected the labels of the training, but got others for {changed[0]} in data.path")
-            self._say(f"The labels of {', '.join(changed)} in data.path are others than in training")
 
     @property
     def num_classes(self) -> int | None:
@@ -246,7 +204,6 @@ class ImageDataModule(SplitDataModule):
         if not {"input_shape", "num_classes"}.intersection(names):
             return {}  # without reading the data
         self._read()
-        self._describe()
         known = {"input_shape": list(self.image_shape), "num_classes": self.num_classes}
         return {name: value for name, value in known.items() if name in names}
 
@@ -255,8 +212,6 @@ class ImageDataModule(SplitDataModule):
         """Statistics of the training split per channel, of intensities in [0, 1] for 8 and 16 bits."""
         if self._statistics is None:  # not computed in setup, which runs before a checkpoint is loaded
             self._statistics = channel_statistics(self._pixels("train"), self.rows["train"])
-            if constant := [channel for channel, std in enumerate(self._statistics.std) if not std]:
-                self._say(f"Channels {constant} of data.path are constant over the training split")
         return self._statistics
 
     @property
@@ -297,7 +252,7 @@ class ImageDataModule(SplitDataModule):
     def state_dict(self) -> dict[str, Any]:
         """Returns what a trained network relies on, as primitives."""
         if not self._images:
-            return self._trained or {}
+            return self._trained
         return {
             "class_names": self.class_names,
             "channels": self.image_shape[0],
@@ -309,13 +264,14 @@ class ImageDataModule(SplitDataModule):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes classes, statistics and split from a checkpoint."""
-        self._trained, self._statistics = state_dict, Statistics(**state_dict["statistics"])
+        """Takes classes, statistics, background and split from a checkpoint."""
+        self._statistics = Statistics(**state_dict["statistics"])
+        if self._images and self.state_dict() == state_dict:
+            return
+        is_set_up, self._trained = bool(self._images), state_dict  # Lightning loads a checkpoint after setup
         self.class_names = state_dict["class_names"]
-        if state_dict["background"] != self.hparams["background"]:
-            self._say(f"The background is that of the training: {state_dict['background']} (data.background)")
-        if self._images and self.state_dict() != state_dict:  # Lightning loads a checkpoint after setup
-            self._images = {}
+        self._stored, self._images = {}, {}
+        if is_set_up:
             self.setup()
 
     def num_examples(self, split: Split) -> int:
@@ -339,6 +295,10 @@ class ImageDataModule(SplitDataModule):
         unit = 1 if deep else 255
         return unit * torch.tensor(self.mean)[:, None, None], unit * torch.tensor(self.std)[:, None, None]
 
+    def tested(self, split: Split) -> ImageBatches:
+        """Returns a split as batches, distorted by `data.distortion`."""
+        return replace(self.batches(split, training=False), images=self._distorted(split))
+
     def input_of(self, given: Any) -> Tensor:
         """Returns an image as a trained network takes it, (C, H, W) float32: of `data.image_size`, standardised.
 
@@ -357,12 +317,5 @@ class ImageDataModule(SplitDataModule):
             pixels = to_array(image, shape, resize=bool(size), deep=deep, background=trained["background"])
         except ValueError as error:
             raise ValueError(f"Expected an image like those of the training, but got one that {error}") from None
-        alone = torch.from_numpy(np.stack([pixels]))
-        batches = ImageBatches(
-            alone, torch.zeros(1, dtype=torch.int64), None, *self._mean_and_std(deep), rotation=0, shift=0, seed=0
-        )
-        return batches[0, [0]].image[0]
-
-    def tested(self, split: Split) -> ImageBatches:
-        """Returns a split as batches, distorted by `data.distortion`."""
-        return replace(self.batches(split, training=False), images=self._distorted(split))
+        mean, std = self._mean_and_std(deep)
+        return (torch.from_numpy(pixels.astype(np.float32)) - mean) / std

@@ -71,37 +71,32 @@ def first(parts: Iterable[tuple[Split, Sized]], limit: int | None) -> Iterator[t
     """
     for split, part in parts:
         yield split, part[:limit]
-        if limit is not None:
-            limit -= len(part)
-            if limit <= 0:
-                return
+        if limit is not None and (limit := limit - len(part)) <= 0:
+            return
 
 
-def pieces(document: str, tokenizer: Tokenizer | None = None) -> Iterator[str]:
-    """Yields the pieces of a long document, cut only where the cut does not change its tokens.
+def in_pieces(documents: Iterable[Document], tokenizer: Tokenizer | None = None) -> Iterator[Document]:
+    """Yields long documents in pieces, cut only where the cut does not change their tokens.
 
     No token of GPT-2 spans the start of white space, but other tokenizers have some that do, or begin every text with a
     space. So each cut is tried on the text around it. Without a tokenizer, the pieces are for training one as GPT-2's.
     """
-    start = 0
-    while len(document) - start > PIECE:
-        stop = start + PIECE
-        if not (tokenizer and tokenizer.by_character):
-            cuts = (gap.start() for gap in islice(GAP.finditer(document, stop), 4))
-            stop = next((cut for cut in cuts if not tokenizer or _separable(document, cut, tokenizer)), 0)
-            if not stop:
+    for split, document in documents:
+        start = 0
+        while len(document) - start > PIECE:
+            gaps = islice(GAP.finditer(document, start + PIECE), 4)
+            cuts = [start + PIECE] if tokenizer and tokenizer.by_character else [gap.start() for gap in gaps]
+            stop = next((cut for cut in cuts if _separable(document, cut, tokenizer)), None)
+            if stop is None:
                 break
-        yield document[start:stop]
-        start = stop
-    yield document[start:]
+            yield split, document[start:stop]
+            start = stop
+        yield split, document[start:]
 
 
-def in_pieces(documents: Iterable[Document], tokenizer: Tokenizer | None = None) -> Iterator[Document]:
-    """Yields the pieces of documents, with the split of each."""
-    return ((split, piece) for split, document in documents for piece in pieces(document, tokenizer))
-
-
-def _separable(document: str, cut: int, tokenizer: Tokenizer) -> bool:
+def _separable(document: str, cut: int, tokenizer: Tokenizer | None) -> bool:
+    if tokenizer is None or tokenizer.by_character:
+        return True
     left, right = document[max(cut - 256, 0) : cut], document[cut : cut + 256]
     whole, *parts = tokenizer.encode_documents([left + right, left, right])
     return np.array_equal(whole, np.concatenate(parts))
