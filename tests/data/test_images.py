@@ -125,8 +125,8 @@ class TestDigits:
 
     def test_setup_reads_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
         reads: list[str] = []
-        read = images_module.read_splits
-        monkeypatch.setattr(images_module, "read_splits", lambda *args: reads.append(args[0]) or read(*args))
+        read = sources_module.read_splits
+        monkeypatch.setattr(sources_module, "read_splits", lambda *args: reads.append(args[0]) or read(*args))
         data = ImageDataModule()
         for stage in ("fit", "validate", "test", "predict"):
             data.setup(stage)
@@ -549,7 +549,7 @@ class TestBadInput:
 @pytest.fixture
 def said(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     lines: list[Any] = []
-    for module in ("images", "image_splits"):
+    for module in ("images", "image_sources", "image_splits"):
         monkeypatch.setattr(f"thinned.data.{module}.rank_zero_info", lines.append)
     return lines
 

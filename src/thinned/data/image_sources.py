@@ -10,16 +10,20 @@ import glob
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
 import PIL.Image
 import pyarrow.parquet as pq
+from lightning.pytorch.utilities import rank_zero_info
 from sklearn.datasets import load_digits
 
 from thinned.data import sources
 from thinned.data.image_letters import read_letters
-from thinned.data.labels import LABEL_NAMES
+from thinned.data.image_store import StoredImages
+from thinned.data.labels import LABEL_NAMES, Labels, label_column, read_labels, shortened
+from thinned.data.order import Split
 
 TABLES = (".csv", ".tsv", ".jsonl")
 FILE_COLUMNS = ("file_name", "file")
@@ -35,6 +39,50 @@ def read_digits() -> datasets.Dataset:
     classes = datasets.ClassLabel(names=[str(name) for name in digits.target_names])
     features = datasets.Features(image=datasets.Image(), label=classes)
     return datasets.Dataset.from_dict({"image": contents, "label": digits.target}, features=features)
+
+
+class Part(NamedTuple):
+    """A stored split."""
+
+    images: StoredImages
+    census: np.ndarray  # see `StoredImages.census`
+    labels: Labels | None  # None if they are hidden
+
+
+def read_parts(settings: Mapping[str, Any], trained: Mapping[str, Any]) -> tuple[dict[str, Part], dict[Split, str]]:
+    """Returns the stored splits that are used, that of training first, and which of them is which.
+
+    Args:
+        settings: Those of an `ImageDataModule`.
+        trained: Its state in a checkpoint; empty in training. With one, all splits are used, whatever they are called.
+
+    Raises:
+        ValueError: If there is no split or no label to train on.
+    """
+    path, leave_out, size = settings["path"], settings["leave_out"] or [], settings["image_size"]
+    stored, left_out = read_splits(path, (size, size) if size else trained.get("size", (28, 28)))
+    assigned, others = sources.assign_splits(stored, leave_out)
+    names = [*assigned.values(), *(name for name in others if trained and name not in leave_out)]
+    if not names or not (trained or "train" in assigned):
+        raise ValueError(f"Expected data.path to have a split 'train', but got {list(stored)}")
+    if left_out := [*left_out, *(f"split {name}" for name in stored if name not in names)]:
+        rank_zero_info(f"Left out of data.path: {shortened(left_out)}")
+    features = stored[names[0]].features
+    image = image_column(features, settings["image_column"])
+    label = label_column(features, settings["label_column"]) if settings["use_labels"] else None
+    root, cache = Path(path).expanduser(), Path(settings["cache_dir"]).expanduser()
+    parts = {}
+    for name in names:
+        column = stored[name].select_columns(image).rename_columns({image: "image"})
+        images = StoredImages(column.cast_column("image", datasets.Image(decode=False)), {name: len(column)}, root)
+        labels = read_labels(stored[name], label, name) if label and label in stored[name].column_names else None
+        parts[name] = Part(images, images.census(cache), labels if labels and labels.known else None)
+    if not trained and parts[names[0]].labels is None:
+        raise ValueError(
+            f"Expected labels to train on, but got none in split {names[0]!r} of data.path "
+            f"(data.label_column: {settings['label_column']!r}, all columns: {list(features)})"
+        )
+    return parts, assigned
 
 
 def read_splits(path: str, size: tuple[int, int] = (28, 28)) -> tuple[Mapping[str, datasets.Dataset], list[str]]:

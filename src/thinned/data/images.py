@@ -12,10 +12,8 @@ import json
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import torch
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, OpenUnitInterval, PositiveInt, restricted_number_type
@@ -26,14 +24,13 @@ from torch import Tensor
 from thinned.data.distortion import Distortion
 from thinned.data.image_batches import ImageBatches
 from thinned.data.image_distortion import IMAGE_KINDS, DistortedImages
-from thinned.data.image_sources import image_column, read_splits
+from thinned.data.image_sources import Part, read_parts
 from thinned.data.image_splits import add_digests, arrange
 from thinned.data.image_store import Statistics, StoredImages, channel_statistics, joined
-from thinned.data.labels import Labels, label_column, match_names, read_labels, shortened
+from thinned.data.labels import match_names
 from thinned.data.module import SplitDataModule
 from thinned.data.order import Split
 from thinned.data.pixels import COLOUR, DEPTH, SCALES, depth_of, image_of, scale_of, to_array
-from thinned.data.sources import assign_splits
 
 HalfTurn = restricted_number_type("HalfTurn", float, [(">=", 0), ("<=", 180)], docstring="Degrees in [0, 180].")
 
@@ -112,9 +109,7 @@ class ImageDataModule(SplitDataModule):
             raise ValueError(f"Expected data.background to be the name of a colour or #rrggbb, but got {background!r}")
         self._distortion = Distortion.parse(distortion, IMAGE_KINDS)
         self._trained: dict[str, Any] = {}  # the state of a checkpoint
-        self._stored: dict[str, StoredImages] = {}  # these three by the name of a stored split
-        self._census: dict[str, np.ndarray] = {}
-        self._labels: dict[str, Labels] = {}
+        self._parts: dict[str, Part] = {}  # by the name of a stored split
         self._images: dict[Split, StoredImages] = {}
         self._statistics: Statistics | None = None
 
@@ -124,41 +119,15 @@ class ImageDataModule(SplitDataModule):
 
     def _read(self) -> None:
         """Reads hashes, headers and labels of all stored splits, once. They must fit the checkpoint's."""
-        if self._stored:
+        if self._parts:
             return
-        given, trained, size = self.hparams, self._trained, self.hparams["image_size"]
-        stored, left_out = read_splits(self.path, (size, size) if size else trained.get("size", (28, 28)))
-        self._assigned, others = assign_splits(stored, given["leave_out"] or [])
-        names = [*self._assigned.values()]
-        if trained:  # another set may call its splits as it likes
-            names += [name for name in others if name not in (given["leave_out"] or [])]
-        if not names or not (trained or "train" in self._assigned):
-            raise ValueError(f"Expected data.path to have a split 'train', but got {list(stored)}")
-        if left_out := [*left_out, *(f"split {name}" for name in stored if name not in names)]:
-            rank_zero_info(f"Left out of data.path: {shortened(left_out)}")
-        features = stored[names[0]].features
-        image = image_column(features, given["image_column"])
-        label = label_column(features, given["label_column"]) if given["use_labels"] else None
-        for name in names:
-            images = stored[name].select_columns(image).rename_columns({image: "image"})
-            images = images.cast_column("image", datasets.Image(decode=False))
-            self._stored[name] = StoredImages(images, {name: len(images)}, Path(self.path).expanduser())
-            self._census[name] = self._stored[name].census(Path(given["cache_dir"]).expanduser())
-            if (
-                label
-                and label in stored[name].column_names
-                and (labels := read_labels(stored[name], label, name)).known
-            ):
-                self._labels[name] = labels
-        if not trained and names[0] not in self._labels:
-            raise ValueError(
-                f"Expected labels to train on, but got none in split {names[0]!r} of data.path "
-                f"(data.label_column: {given['label_column']!r}, all columns: {list(features)})"
-            )
-        self.class_names = trained["class_names"] if trained else self._labels[names[0]].names
-        headers = np.concatenate([census["header"] for census in self._census.values()])
+        trained, size = self._trained, self.hparams["image_size"]
+        self._parts, self._assigned = read_parts(self.hparams, trained)
+        first = next(iter(self._parts.values()))
+        self.class_names = trained["class_names"] if trained or not first.labels else first.labels.names
+        headers = np.concatenate([part.census["header"] for part in self._parts.values()])
         self._scale, self._deep = scale_of(headers, trained.get("scale")), bool((headers & DEPTH).any())
-        width, height = (size, size) if size else self._stored[names[0]].open(0).size
+        width, height = (size, size) if size else first.images.open(0).size
         self.image_shape = (trained.get("channels", 3 if (headers & COLOUR).any() else 1), height, width)
 
     def setup(self, stage: str | None = None) -> None:
@@ -167,7 +136,7 @@ class ImageDataModule(SplitDataModule):
             return
         self._read()
         before = self._trained.get("split")
-        hashes = {name: census["hash"] for name, census in self._census.items()}
+        hashes = {name: part.census["hash"] for name, part in self._parts.items()}
         arranged = arrange(hashes, self._assigned, self.hparams, before)
         self._facts = arranged.facts
         self.rows = {split: torch.from_numpy(rows) for split, rows in arranged.rows.items()}
@@ -181,17 +150,18 @@ class ImageDataModule(SplitDataModule):
         """Returns the images of some stored splits as one."""
         resize, background = self.hparams["image_size"] is not None, (self._trained or self.hparams)["background"]
         options = {"shape": self.image_shape, "resize": resize, "deep": self._deep, "background": background}
-        return joined([self._stored[name] for name in names], **options)
+        return joined([self._parts[name].images for name in names], **options)
 
     def _targets(self, split: Split, names: tuple[str, ...]) -> Tensor | None:
         """Returns the classes of a split, (n,) int64; None if its labels are hidden."""
-        if any(name not in self._labels for name in names):
+        labels = {name: of_part for name in names if (of_part := self._parts[name].labels)}
+        if len(labels) < len(names):
             if split == "val" and self._facts:
                 raise ValueError(f"Expected labels for validation, but got none in {names}: use data.leave_out")
             rank_zero_info(f"Split {', '.join(names)} of data.path has no labels: it is predicted without scores")
             return None
         of = "the checkpoint" if self._trained else "the training split"
-        matched = [match_names(self._labels[name], self.class_names, name, of) for name in names]
+        matched = [match_names(of_part, self.class_names, name, of) for name, of_part in labels.items()]
         return torch.cat(matched)[self.rows[split]]
 
     @property
@@ -270,7 +240,7 @@ class ImageDataModule(SplitDataModule):
             return
         is_set_up, self._trained = bool(self._images), state_dict  # Lightning loads a checkpoint after setup
         self.class_names = state_dict["class_names"]
-        self._stored, self._images = {}, {}
+        self._parts, self._images = {}, {}
         if is_set_up:
             self.setup()
 

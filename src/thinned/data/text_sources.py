@@ -16,9 +16,6 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import accumulate, islice
 from pathlib import Path
-from typing import Any
-
-import datasets
 
 from thinned.data import sources
 from thinned.data.order import Split
@@ -107,7 +104,7 @@ def read_text(
 
     Raises:
         FileNotFoundError: If nothing can be read.
-        ValueError: If there is no text, or an argument does not apply to it.
+        ValueError: If it is not clear which text is meant, or an argument does not apply to it.
     """
     folder = Path(path).expanduser()
     if path in ("pydocs", "stdlib"):
@@ -116,19 +113,21 @@ def read_text(
         documents = [text for _, text in sorted(pydoc_data.topics.topics.items())]
         documents = _own_sources(set().union(*documents)) if path == "stdlib" else documents
         return TextSource({"train": documents}, json.dumps(documents))
-    if name or not folder.exists() or sources.is_dataset(folder):
-        return _dataset(path, name, text_column, leave_out, streaming)
-    files, left_out = _files(folder, leave_out)
+    by_name = folder.exists() and not name and not sources.is_dataset(folder)
+    files, left_out = _files(folder, leave_out) if by_name else ({}, [])
     if not files:
         return _dataset(path, name, text_column, leave_out, streaming)
-    rows = {split: paths[0] for split, paths in files.items() if suffix(paths[0]) in ROWS}
-    columns = {split: _columns(sources.rows_of(path)) for split, path in rows.items()}
-    marked = [column for found in columns.values() for column in found if column.lower() in sources.SPLIT_COLUMNS]
+    rows = {split: [*islice(sources.rows_of(each[0]), 100)] for split, each in files.items() if suffix(each[0]) in ROWS}
+    cells = [(key, cell) for of_split in rows.values() for row in of_split for key, cell in row.items()]
+    marked = [key for key, cell in cells if key.lower() in sources.SPLIT_COLUMNS and sources.split_of(str(cell))]
     if marked and len(files) == 1:
         raise ValueError(f"Expected a file for each split in data.path, but got splits in the column {marked[0]!r}")
-    column = _text_column(columns, text_column) if rows else ""
     if text_column and not rows:
         raise ValueError(f"Expected rows in data.path, as data.text_column is {text_column!r}, but got {path!r}")
+    strings = {
+        split: [key for row in rows[split] for key, cell in row.items() if isinstance(cell, str)] for split in rows
+    }
+    column = _text_column(strings, text_column) if rows else ""
     states = [(split, str(file.absolute()), file.stat()) for split, paths in files.items() for file in paths]
     # A copy or an archive cannot set the time of change (ctime) of a file back.
     content = json.dumps([column, *((*named, state.st_size, state.st_ctime_ns) for *named, state in states)])
@@ -146,11 +145,7 @@ def _own_sources(characters: set[str]) -> list[str]:
 
 
 def _files(folder: Path, leave_out: Sequence[str]) -> tuple[dict[Split, list[Path]], list[Path]]:
-    """Returns the files of each split, and those that are left out.
-
-    Raises:
-        ValueError: If it is not clear what to use, or there is nothing that is called as in `leave_out`.
-    """
+    """Returns the files of each split, and those that are left out."""
     if folder.is_file():
         return {"train": [folder]}, []
     files = [file for file in sources.walk(folder) if file.is_file()]
@@ -187,29 +182,23 @@ def _dataset(path: str, name: str | None, column: str | None, leave_out: Sequenc
     if not names:
         raise ValueError(f"Expected data.path to have splits such as 'train', 'val' and 'test', but got {left_out}")
     stored = {split: found[stored_name] for split, stored_name in names.items()}
-    column = _text_column({split: _columns(rows, rows.features) for split, rows in stored.items()}, column)
+    column = _text_column({split: _strings(rows) for split, rows in stored.items()}, column)
     # Of a stream, only the hub knows the current content.
     identity = path if streaming else {split: rows._fingerprint for split, rows in stored.items()}
     documents = {split: TextColumn(rows, column) for split, rows in stored.items()}
     return TextSource(documents, json.dumps([streaming, column, name, names, identity]), left_out)
 
 
-def _columns(rows: Iterable[Mapping[str, Any]], features: datasets.Features | None = None) -> list[str]:
-    """Returns the columns of strings, by the features of a dataset or else by its first rows."""
-    if features is not None:
-        return [name for name, kind in features.items() if getattr(kind, "dtype", None) in ("string", "large_string")]
-    return list(dict.fromkeys(key for row in islice(rows, 100) for key, cell in row.items() if isinstance(cell, str)))
+def _strings(stored: sources.Stored) -> list[str]:
+    if stored.features is None:  # a stream of JSON, for example: its first row shows them
+        return [name for name, cell in next(iter(stored), {}).items() if isinstance(cell, str)]
+    kinds = ((name, getattr(feature, "dtype", None)) for name, feature in stored.features.items())
+    return [name for name, kind in kinds if kind in ("string", "large_string")]
 
 
-def _text_column(columns: Mapping[Split, list[str]], given: str | None) -> str:
-    """Returns the given column, or "text", or the only column of strings."""
-    first = next(iter(columns.values()))
-    given = given or ("text" if "text" in first else first[0] if len(first) == 1 else None)
-    for split, found in columns.items():
-        if given not in found:
-            raise ValueError(
-                f"Expected data.text_column to be one of the columns of strings {found} in split {split!r} of "
-                f"data.path, but got {given!r}"
-            )
+def _text_column(strings: Mapping[Split, Iterable[str]], given: str | None) -> str:
+    """Returns the given column, or "text", or the only one, if all splits have it among their columns of strings."""
+    for found in (dict.fromkeys(of_split) for of_split in strings.values()):
+        given = sources.column_of("text_column", found, given or ("text" if "text" in found else None), found)
     assert given is not None
     return given

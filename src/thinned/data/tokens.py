@@ -21,16 +21,9 @@ NO_TARGET = -100  # cross_entropy ignores it
 
 
 class Tokens:
-    """Consecutive tokens of a file, which is memory-mapped, so that it stays readable when deleted.
+    """Consecutive tokens of a file, from start to stop; it is memory-mapped, so that it stays readable when deleted.
 
     The workers of a data loader can read them too: unpickling opens the file again.
-
-    Args:
-        path: File of the tokens.
-        dtype: Their type in the file.
-        start: The first of them in the file.
-        stop: The one after the last.
-        content: The open file; None opens it.
     """
 
     def __init__(self, path: Path, dtype: str, start: int, stop: int, content: mmap.mmap | None = None) -> None:
