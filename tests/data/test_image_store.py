@@ -37,7 +37,7 @@ def in_files(paths: list[Path]) -> StoredImages:
     stored = datasets.Dataset.from_dict({"image": list(map(str, paths))}).cast_column(
         "image", datasets.Image(decode=False)
     )
-    return StoredImages(stored, {"train": len(paths)}, paths[0].parent)
+    return StoredImages(stored, {"train": range(len(paths))}, paths[0].parent)
 
 
 def test_hashes_are_those_of_the_contents(tmp_path: Path, examined: list[int]) -> None:
@@ -67,7 +67,7 @@ def test_a_dataset_is_known_by_its_fingerprint(tmp_path: Path, examined: list[in
             {"bytes": path.read_bytes(), "path": None} for path in files(tmp_path / str(values), [*values])
         ]
         features = datasets.Features(image=datasets.Image(decode=False))
-        return StoredImages(datasets.Dataset.from_dict({"image": contents}, features), {"train": 2}, tmp_path)
+        return StoredImages(datasets.Dataset.from_dict({"image": contents}, features), {"train": range(2)}, tmp_path)
 
     same = stored(5, 6)
     first = same.census(tmp_path / "cache")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import glob
 from collections import defaultdict
 from collections.abc import Mapping
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,16 +42,16 @@ def read_digits() -> datasets.Dataset:
     return datasets.Dataset.from_dict({"image": contents, "label": digits.target}, features=features)
 
 
-class Part(NamedTuple):
-    """A stored split."""
+class Stored(NamedTuple):
+    """What is stored at `data.path`, as far as it is used."""
 
-    images: StoredImages
-    census: np.ndarray  # see `StoredImages.census`
-    labels: Labels | None  # None if they are hidden
+    images: StoredImages  # of all stored splits, one after another; that of training comes first
+    labels: dict[str, Labels]  # of the stored splits that have any
+    assigned: dict[Split, str]  # the name of the stored split for each split
 
 
-def read_parts(settings: Mapping[str, Any], trained: Mapping[str, Any]) -> tuple[dict[str, Part], dict[Split, str]]:
-    """Returns the stored splits that are used, that of training first, and which of them is which.
+def read_images(settings: Mapping[str, Any], trained: Mapping[str, Any]) -> Stored:
+    """Returns the stored images and their labels.
 
     Args:
         settings: Those of an `ImageDataModule`.
@@ -70,19 +71,19 @@ def read_parts(settings: Mapping[str, Any], trained: Mapping[str, Any]) -> tuple
     features = stored[names[0]].features
     image = image_column(features, settings["image_column"])
     label = label_column(features, settings["label_column"]) if settings["use_labels"] else None
-    root, cache = Path(path).expanduser(), Path(settings["cache_dir"]).expanduser()
-    parts = {}
-    for name in names:
-        column = stored[name].select_columns(image).rename_columns({image: "image"})
-        images = StoredImages(column.cast_column("image", datasets.Image(decode=False)), {name: len(column)}, root)
-        labels = read_labels(stored[name], label, name) if label and label in stored[name].column_names else None
-        parts[name] = Part(images, images.census(cache), labels if labels and labels.known else None)
-    if not trained and parts[names[0]].labels is None:
+    found = {n: read_labels(stored[n], label, n) for n in names if label and label in stored[n].column_names}
+    labels = {name: of_split for name, of_split in found.items() if of_split.known}
+    if not trained and names[0] not in labels:
         raise ValueError(
             f"Expected labels to train on, but got none in split {names[0]!r} of data.path "
             f"(data.label_column: {settings['label_column']!r}, all columns: {list(features)})"
         )
-    return parts, assigned
+    columns = [stored[name].select_columns(image).rename_columns({image: "image"}) for name in names]
+    undecoded = [column.cast_column("image", datasets.Image(decode=False)) for column in columns]
+    ends = [*accumulate(map(len, columns), initial=0)]
+    parts = {name: range(*rows) for name, rows in zip(names, pairwise(ends), strict=True)}
+    images = StoredImages(datasets.concatenate_datasets(undecoded), parts, Path(path).expanduser())
+    return Stored(images, labels, assigned)
 
 
 def read_splits(path: str, size: tuple[int, int] = (28, 28)) -> tuple[Mapping[str, datasets.Dataset], list[str]]:

@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import math
 import os
-from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +36,13 @@ class StoredImages:
 
     Args:
         stored: The column `image`, not decoded.
-        parts: Name and size of each stored split that it consists of, in order.
+        parts: The rows of each stored split, by its name.
         root: Folder to which the names of files are relative.
         shape: This and the next three say what `to_array` makes of the images.
     """
 
     stored: datasets.Dataset
-    parts: dict[str, int]
+    parts: dict[str, range]
     root: Path
     shape: tuple[int, int, int] = (1, 1, 1)
     resize: bool = False
@@ -97,15 +95,14 @@ class StoredImages:
 
     def names(self, rows: list[int]) -> list[str]:
         """Returns the names of the images' files, relative to `data.path`, or their stored splits and rows."""
-        ends, splits, names = list(accumulate(self.parts.values(), initial=0)), [*self.parts], []
         paths = pc.struct_field(self._column.take(pa.array(rows, pa.int64())), "path").to_pylist()
-        for row, path in zip(rows, paths, strict=True):
-            part = bisect_right(ends, row) - 1
-            in_file = path and Path(path).is_relative_to(self.root)
-            names.append(
-                Path(path).relative_to(self.root).as_posix() if in_file else f"{splits[part]}[{row - ends[part]}]"
-            )
-        return names
+        return [self._name(row, path) for row, path in zip(rows, paths, strict=True)]
+
+    def _name(self, row: int, path: str | None) -> str:
+        if path and Path(path).is_relative_to(self.root):
+            return Path(path).relative_to(self.root).as_posix()
+        name, rows = next((name, rows) for name, rows in self.parts.items() if row in rows)
+        return f"{name}[{row - rows.start}]"
 
     def census(self, cache: Path) -> np.ndarray:
         """Returns hash and header of the content of each image, (N,) of dtype `CENSUS`.
@@ -146,13 +143,6 @@ class StoredImages:
                 yield content_hash(content), header(content)
             except Exception as error:
                 raise self._unreadable(row, error) from None
-
-
-def joined(parts: Sequence[StoredImages], **options: Any) -> StoredImages:
-    """Returns the images of some stored splits as one; the options are those of `to_array`."""
-    stored = datasets.concatenate_datasets([part.stored for part in parts])
-    sizes = {name: size for part in parts for name, size in part.parts.items()}
-    return StoredImages(stored, sizes, parts[0].root, **options)
 
 
 @dataclass(frozen=True)

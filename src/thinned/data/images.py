@@ -12,6 +12,7 @@ import json
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,10 +25,10 @@ from torch import Tensor
 from thinned.data.distortion import Distortion
 from thinned.data.image_batches import ImageBatches
 from thinned.data.image_distortion import IMAGE_KINDS, DistortedImages
-from thinned.data.image_sources import Part, read_parts
-from thinned.data.image_splits import add_digests, arrange
-from thinned.data.image_store import Statistics, StoredImages, channel_statistics, joined
-from thinned.data.labels import match_names
+from thinned.data.image_sources import Stored, read_images
+from thinned.data.image_splits import arrange
+from thinned.data.image_store import Statistics, StoredImages, channel_statistics
+from thinned.data.labels import UNKNOWN, match_names
 from thinned.data.module import SplitDataModule
 from thinned.data.order import Split
 from thinned.data.pixels import COLOUR, DEPTH, SCALES, depth_of, image_of, scale_of, to_array
@@ -109,7 +110,7 @@ class ImageDataModule(SplitDataModule):
             raise ValueError(f"Expected data.background to be the name of a colour or #rrggbb, but got {background!r}")
         self._distortion = Distortion.parse(distortion, IMAGE_KINDS)
         self._trained: dict[str, Any] = {}  # the state of a checkpoint
-        self._parts: dict[str, Part] = {}  # by the name of a stored split
+        self._stored: Stored | None = None
         self._images: dict[Split, StoredImages] = {}
         self._statistics: Statistics | None = None
 
@@ -119,15 +120,16 @@ class ImageDataModule(SplitDataModule):
 
     def _read(self) -> None:
         """Reads hashes, headers and labels of all stored splits, once. They must fit the checkpoint's."""
-        if self._parts:
+        if self._stored:
             return
         trained, size = self._trained, self.hparams["image_size"]
-        self._parts, self._assigned = read_parts(self.hparams, trained)
-        first = next(iter(self._parts.values()))
-        self.class_names = trained["class_names"] if trained or not first.labels else first.labels.names
-        headers = np.concatenate([part.census["header"] for part in self._parts.values()])
+        self._stored = read_images(self.hparams, trained)
+        images, labels, _ = self._stored
+        self._census = images.census(Path(self.hparams["cache_dir"]).expanduser())
+        headers = self._census["header"]
+        self.class_names = trained["class_names"] if trained else next(iter(labels.values())).names
         self._scale, self._deep = scale_of(headers, trained.get("scale")), bool((headers & DEPTH).any())
-        width, height = (size, size) if size else first.images.open(0).size
+        width, height = (size, size) if size else images.open(0).size
         self.image_shape = (trained.get("channels", 3 if (headers & COLOUR).any() else 1), height, width)
 
     def setup(self, stage: str | None = None) -> None:
@@ -135,34 +137,26 @@ class ImageDataModule(SplitDataModule):
         if self._images:
             return
         self._read()
-        before = self._trained.get("split")
-        hashes = {name: part.census["hash"] for name, part in self._parts.items()}
-        arranged = arrange(hashes, self._assigned, self.hparams, before)
-        self._facts = arranged.facts
-        self.rows = {split: torch.from_numpy(rows) for split, rows in arranged.rows.items()}
-        images = {names: self._joined(names) for names in set(arranged.sources.values())}
-        self._images = {split: images[names] for split, names in arranged.sources.items()}
-        self._cached = sum(each.num_bytes for each in images.values()) <= self.hparams["cache_gib"] * 2**30
-        self.target = {split: self._targets(split, names) for split, names in arranged.sources.items()}
-        add_digests(arranged, hashes, self.target, before, fits=stage == "fit")
-
-    def _joined(self, names: tuple[str, ...]) -> StoredImages:
-        """Returns the images of some stored splits as one."""
-        resize, background = self.hparams["image_size"] is not None, (self._trained or self.hparams)["background"]
-        options = {"shape": self.image_shape, "resize": resize, "deep": self._deep, "background": background}
-        return joined([self._parts[name].images for name in names], **options)
-
-    def _targets(self, split: Split, names: tuple[str, ...]) -> Tensor | None:
-        """Returns the classes of a split, (n,) int64; None if its labels are hidden."""
-        labels = {name: of_part for name in names if (of_part := self._parts[name].labels)}
-        if len(labels) < len(names):
-            if split == "val" and self._facts:
-                raise ValueError(f"Expected labels for validation, but got none in {names}: use data.leave_out")
-            rank_zero_info(f"Split {', '.join(names)} of data.path has no labels: it is predicted without scores")
-            return None
+        assert self._stored
+        images, labels, assigned = self._stored
         of = "the checkpoint" if self._trained else "the training split"
-        matched = [match_names(of_part, self.class_names, name, of) for name, of_part in labels.items()]
-        return torch.cat(matched)[self.rows[split]]
+        classes = np.full(len(images.stored), UNKNOWN)
+        for name, of_split in labels.items():
+            classes[images.parts[name]] = match_names(of_split, self.class_names, name, of)
+        hashes, before = self._census["hash"], self._trained.get("split")
+        marks = hashes + classes.clip(0).astype(np.uint64)
+        rows, self._facts = arrange(hashes, marks, images.parts, assigned, self.hparams, before, fits=stage == "fit")
+        self.rows = {split: torch.from_numpy(of_split) for split, of_split in rows.items()}
+        hidden = [split for split, of_split in rows.items() if (classes[of_split] == UNKNOWN).any()]
+        if self._facts and "val" in hidden:
+            raise ValueError("Expected labels for validation, but got none in data.path: use data.leave_out")
+        if hidden:
+            rank_zero_info(f"Split {', '.join(hidden)} of data.path has no labels: it is predicted without scores")
+        self.target = {s: None if s in hidden else torch.from_numpy(classes[rows[s]]) for s in rows}
+        resize, background = self.hparams["image_size"] is not None, (self._trained or self.hparams)["background"]
+        images = replace(images, shape=self.image_shape, resize=resize, deep=self._deep, background=background)
+        self._images = dict.fromkeys(rows, images)  # a split is rows of what is stored
+        self._cached = images.num_bytes <= self.hparams["cache_gib"] * 2**30
 
     @property
     def num_classes(self) -> int | None:
@@ -240,7 +234,7 @@ class ImageDataModule(SplitDataModule):
             return
         is_set_up, self._trained = bool(self._images), state_dict  # Lightning loads a checkpoint after setup
         self.class_names = state_dict["class_names"]
-        self._parts, self._images = {}, {}
+        self._stored, self._images = None, {}
         if is_set_up:
             self.setup()
 

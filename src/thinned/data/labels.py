@@ -13,8 +13,6 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import torch
-from torch import Tensor
 
 from thinned.data.sources import column_of
 
@@ -93,7 +91,7 @@ def _normal(names: Iterable[str]) -> list[str]:
     return [unicodedata.normalize("NFC", name) for name in names]
 
 
-def match_names(labels: Labels, names: Sequence[str], split: str, of: str) -> Tensor:
+def match_names(labels: Labels, names: Sequence[str], split: str, of: str) -> np.ndarray:
     """Returns the classes of the examples of a stored split, (N,) int64, by the K names of the classes of a run.
 
     Raises:
@@ -111,7 +109,7 @@ def match_names(labels: Labels, names: Sequence[str], split: str, of: str) -> Te
             f"Expected the classes of {of}, {shortened(names)}, in split {split!r} of data.path, "
             f"but got {shortened(unknown)} among {shortened(used)} (data.use_labels false reads no labels)"
         )
-    return torch.from_numpy(np.array([place.get(name, UNKNOWN) for name in labels.names])[labels.codes])
+    return np.array([place.get(name, UNKNOWN) for name in labels.names])[labels.codes]
 
 
 def shortened(names: Sequence[str]) -> str:

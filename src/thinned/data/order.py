@@ -68,7 +68,9 @@ class EpochBatchSampler(DistributedSampler[tuple[int, list[int]]]):
             raise ValueError(f"Expected {world_size} examples, one a process, in data.path, but got {num_examples}")
         if shuffle:
             if batch_size % world_size:
-                raise ValueError(f"Expected data.batch_size to be a multiple of the processes, {world_size}, but got {batch_size}")
+                raise ValueError(
+                    f"Expected data.batch_size to be a multiple of the processes, {world_size}, but got {batch_size}"
+                )
             end = num_examples // world_size * world_size
             batch_size = min(batch_size, end)
             if drop_last:
