@@ -6,8 +6,6 @@ thresholds. So neither the order nor the number of the others matters, and dupli
 Shapes: N examples.
 """
 
-from __future__ import annotations
-
 import hashlib
 
 import numpy as np

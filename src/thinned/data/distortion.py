@@ -1,10 +1,8 @@
 """What shifts the examples of a test, as a setting names it: a kind and a severity, such as `rotation:30`."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Collection
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 
 class Range(NamedTuple):
@@ -34,7 +32,7 @@ class Distortion(NamedTuple):
     severity: float
 
     @classmethod
-    def parse(cls, spec: str | None, kinds: Collection[str]) -> Distortion | None:
+    def parse(cls, spec: str | None, kinds: Collection[str]) -> Self | None:
         """Reads `data.distortion`, <kind>:<severity> with one of the kinds that the data know; None is none.
 
         Raises:

@@ -4,8 +4,6 @@ A folder has images as <class>/... or <split>/<class>/..., images and tables wit
 The column `file_name` or `file` of a table holds paths from its own folder.
 """
 
-from __future__ import annotations
-
 import glob
 from collections import defaultdict
 from collections.abc import Mapping

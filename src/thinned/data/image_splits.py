@@ -5,8 +5,6 @@ taken from the stored "train" by content. Later, the examples are split as the c
 of them; otherwise each split is the whole set.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any, get_args
 

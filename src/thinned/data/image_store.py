@@ -3,8 +3,6 @@
 Shapes: N examples, B of them in a batch, C channels, H height, W width.
 """
 
-from __future__ import annotations
-
 import math
 import os
 from collections.abc import Iterator
@@ -32,19 +30,12 @@ MANY = 10_000  # images, from which on their census is kept on disk
 
 @dataclass
 class StoredImages:
-    """Stored images, decoded when they are read: `images[rows]` is (B, C, H, W), uint8 or float32.
+    """Stored images, decoded when they are read: `images[rows]` is (B, C, H, W), uint8 or float32."""
 
-    Args:
-        stored: The column `image`, not decoded.
-        parts: The rows of each stored split, by its name.
-        root: Folder to which the names of files are relative.
-        shape: This and the next three say what `to_array` makes of the images.
-    """
-
-    stored: datasets.Dataset
-    parts: dict[str, range]
-    root: Path
-    shape: tuple[int, int, int] = (1, 1, 1)
+    stored: datasets.Dataset  # the column `image`, not decoded
+    parts: dict[str, range]  # the rows of each stored split, by its name
+    root: Path  # to which the names of files are relative
+    shape: tuple[int, int, int] = (1, 1, 1)  # this and the next say what `to_array` makes of the images
     resize: bool = False
     deep: bool = False
     background: str = "white"
@@ -107,13 +98,8 @@ class StoredImages:
     def census(self, cache: Path) -> np.ndarray:
         """Returns hash and header of the content of each image, (N,) of dtype `CENSUS`.
 
-        Args:
-            cache: Folder for those of many images, which are computed again if a file has another size or time, or the
-                dataset another fingerprint.
-
-        Raises:
-            OSError: If an image cannot be read, or the folder not be written.
-            ValueError: If an image is missing.
+        Those of many images are kept in the folder `cache`, and computed again if a file has another size or time, or
+        the dataset another fingerprint.
         """
         if len(self.stored) < MANY:
             return np.fromiter(self._examined(), CENSUS, len(self.stored))

@@ -6,8 +6,6 @@ names, statistics of the pixels, and how the examples were split. Later data are
 Shapes: N examples, C channels, H height, W width, K classes.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Collection, Sequence

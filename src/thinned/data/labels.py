@@ -3,8 +3,6 @@
 Shapes: N examples, K classes.
 """
 
-from __future__ import annotations
-
 import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """What data modules may offer, and what ours share: loaders that read whole batches of a split in a computed order."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, ClassVar, Protocol, cast

@@ -4,8 +4,6 @@ Nothing depends on a global generator or an earlier epoch. So a resumed epoch ha
 sees the same examples however many processes share them.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from itertools import islice, pairwise
 from typing import Literal

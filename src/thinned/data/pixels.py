@@ -7,8 +7,6 @@ used; of 16 bits a colour, PIL reads the upper 8.
 Shapes: C channels (1 for grey, 3 for colour), H height, W width.
 """
 
-from __future__ import annotations
-
 import io
 from pathlib import Path
 from typing import Any

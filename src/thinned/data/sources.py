@@ -1,7 +1,5 @@
 """Where data are stored and which part of them is which split: the same rules for images and for text."""
 
-from __future__ import annotations
-
 import bz2
 import csv
 import gzip
@@ -59,11 +57,7 @@ def walk(folder: Path) -> list[Path]:
 
 
 def rows_of(path: Path) -> Iterator[dict[str, Any]]:
-    """Yields the rows of CSV (cells are text, whatever separates them), JSON, JSON lines or parquet.
-
-    Raises:
-        ValueError: A row of CSV has not as many cells as the header, or the content is of another kind.
-    """
+    """Yields rows of CSV (all cells are text), JSON, JSON lines or parquet; ValueError if they are none."""
     kind = suffix(path)
     if kind == ".parquet":
         for batch in pq.ParquetFile(path).iter_batches():
@@ -81,10 +75,8 @@ def rows_of(path: Path) -> Iterator[dict[str, Any]]:
             header = next(rows, [])
             for row in filter(None, rows):
                 if len(row) != len(header):
-                    got = f"{len(row)} in line {rows.line_num}"
-                    raise ValueError(
-                        f"Expected {len(header)} cells in each row of {path}, but got {got}: quote its text"
-                    )
+                    got = f"{len(row)} in line {rows.line_num}: quote its text"
+                    raise ValueError(f"Expected {len(header)} cells in each row of {path}, but got {got}")
                 yield dict(zip(header, row, strict=True))
 
 
@@ -119,10 +111,9 @@ def files_by_split(files: Iterable[Path], root: Path) -> dict[str, list[Path]]:
         ValueError: If splits are but words in the names of files, as in train_data.txt, which may be parts of a title.
     """
     names = {file: stored_split(file.relative_to(root)) for file in files}
-    if all(names.values()) or any(split_of(name or "") == "train" for name in names.values()):
-        return {
-            each: [file for file in names if names[file] == each] for each in sorted({*filter(None, names.values())})
-        }
+    found = sorted({name for name in names.values() if name})
+    if all(names.values()) or any(split_of(name) == "train" for name in found):
+        return {name: [file for file in names if names[file] == name] for name in found}
     words = {split_of(word): file for file in names if suffix(file) not in PROGRAMS for word in WORD.findall(file.stem)}
     if "train" in words and len(words) > 1:
         raise ValueError(
@@ -179,16 +170,13 @@ def is_dataset(folder: Path) -> bool:
 
 
 def read_stored(path: str, expected: str, name: str | None = None, *, streaming: bool = False) -> dict[str, Any]:
-    """Returns the stored splits of the dataset at `data.path`.
+    """Returns the stored splits of a dataset in a folder, on the hub, or in its cache if the hub cannot be reached.
 
     Args:
-        path: A folder, or the id of a dataset on the hub, or in its cache if the hub cannot be reached.
-        expected: What `data.path` may be, for the error.
+        path: The value of `data.path`.
+        expected: What it may be, for the FileNotFoundError if there is no such dataset, or it cannot be read.
         name: Which of the dataset's configurations; None if it has one, or a default.
         streaming: Whether rows are read when they are needed, instead of downloaded or converted all at once.
-
-    Raises:
-        FileNotFoundError: If there is no such dataset, or it cannot be read.
     """
     folder = Path(path).expanduser()
     if not folder.exists():

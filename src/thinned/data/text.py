@@ -6,8 +6,6 @@ An epoch is one pass over the training tokens, in windows that do not overlap an
 Shapes: T tokens in a window.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Collection
 from dataclasses import replace

@@ -5,8 +5,6 @@ installation has. "stdlib" is half a megabyte of CPython's own sources, with the
 network that knows those can predict it.
 """
 
-from __future__ import annotations
-
 import json
 import pydoc_data.topics
 import re

@@ -7,13 +7,11 @@ Splits that are stored are used as they are. Those that are missing are taken fr
 - Otherwise by position, as nanoGPT does with its single document: they are the end of the text.
 """
 
-from __future__ import annotations
-
 from bisect import insort
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Self, get_args
 
 from thinned.data.content_split import content_hash
 from thinned.data.order import Split
@@ -35,7 +33,7 @@ class SplitRule:
     by_document: bool  # whether whole documents are taken, instead of the end of the text
 
     @classmethod
-    def of(cls, settings: Mapping[str, Any], stored: Collection[Split], *, by_document: bool) -> SplitRule:
+    def of(cls, settings: Mapping[str, Any], stored: Collection[Split], *, by_document: bool) -> Self:
         """Returns the rule by these settings of the data, if these splits are stored."""
         val, test = (0.0 if split in stored else settings[f"{split}_fraction"] for split in ("val", "test"))
         return cls(val, test, settings["split_seed"], by_document)

@@ -4,8 +4,6 @@ A folder of tokens appears by a rename, and its manifest has the number of token
 something is missing, or has another size, is replaced by a new one.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re

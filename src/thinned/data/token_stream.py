@@ -3,8 +3,6 @@
 Each document comes with the name of its split. Long ones are worked on in pieces, so that memory does not grow.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain, islice
@@ -26,10 +24,10 @@ Sized = TypeVar("Sized", str, np.ndarray)
 def make_tokenizer(
     spec: str, stored: Mapping[Split, Iterable[Document]], training_part: float, max_tokens: int | None
 ) -> Tokenizer:
-    """Returns a tokenizer for text. It depends only on the text that is kept.
+    """Returns a tokenizer for text, "char" or "bpe:<size>". It depends only on the text that is kept.
 
     Args:
-        spec: "char" or "bpe:<size>".
+        spec: Which one.
         stored: Documents of each stored split.
         training_part: Fraction of the characters for training on which BPE is trained.
         max_tokens: The most tokens kept of a stored split; None for all.
@@ -41,13 +39,10 @@ def make_tokenizer(
 
         limit = None if training_part == 1 else int(training_part * sum(len(text) for _, text in training()))
         return Tokenizer.bpe((text for _, text in first(training(), limit)), size)
-    several = any(len(list(islice(filter(_has_text, documents), 2))) > 1 for documents in stored.values())
+    with_text = ((text for _, text in documents if text) for documents in stored.values())
+    several = any(len(list(islice(documents, 2))) > 1 for documents in with_text)
     texts = chain.from_iterable(first(in_pieces(documents), max_tokens) for documents in stored.values())
     return Tokenizer.characters(chain([SEPARATOR] if several else [], (text for _, text in texts)))
-
-
-def _has_text(document: Document) -> bool:
-    return bool(document[1])
 
 
 def sure_to_fit(documents: Iterable[Document], max_tokens: int | None) -> Iterator[Document]:
@@ -114,7 +109,9 @@ def token_arrays(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterato
 def _separated(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[Document]:
     """Yields documents that have text, and what separates them: "" stands for its token, if there is one."""
     begun = set[Split]()
-    for split, document in filter(_has_text, documents):
+    for split, document in documents:
+        if not document:
+            continue
         if split in begun and tokenizer.end_of_text is None:
             yield split, SEPARATOR
         begun.add(split)

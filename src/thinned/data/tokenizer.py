@@ -6,13 +6,12 @@ Character tokens are a word-level model whose words are single characters. Byte-
 Shapes: V tokens in the vocabulary.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import tokenizers
@@ -58,7 +57,7 @@ class Tokenizer:
         self.by_character = word_level and all(len(name) == 1 for name in self._names)
 
     @classmethod
-    def characters(cls, documents: Iterable[str]) -> Tokenizer:
+    def characters(cls, documents: Iterable[str]) -> Self:
         """Returns the tokenizer whose tokens are the characters of the documents, in Unicode order."""
         has_point = np.zeros(sys.maxunicode + 1, bool)
         for document in documents:
@@ -71,7 +70,7 @@ class Tokenizer:
         return cls(tokenizer)
 
     @classmethod
-    def bpe(cls, documents: Iterable[str], vocab_size: int) -> Tokenizer:
+    def bpe(cls, documents: Iterable[str], vocab_size: int) -> Self:
         """Returns a byte-level BPE tokenizer of `vocab_size` tokens, or fewer, trained on the documents.
 
         The library's trainer holds about 100 bytes for each character of a document, so long ones come in pieces.
@@ -89,7 +88,7 @@ class Tokenizer:
         return cls(tokenizer)
 
     @classmethod
-    def pretrained(cls, name: str) -> Tokenizer:
+    def pretrained(cls, name: str) -> Self:
         """Returns the tokenizer of a tokenizer.json, of a folder with one, or of a model on the hub or in its cache.
 
         Raises:
@@ -109,7 +108,7 @@ class Tokenizer:
         return cls.from_json(path.read_text(encoding="utf-8", errors="replace"))
 
     @classmethod
-    def from_json(cls, text: str) -> Tokenizer:
+    def from_json(cls, text: str) -> Self:
         """Returns the tokenizer in the JSON of `to_json`; ValueError if there is none."""
         try:
             return cls(tokenizers.Tokenizer.from_str(text))

@@ -3,14 +3,12 @@
 Shapes: B windows in a batch, T tokens in a window.
 """
 
-from __future__ import annotations
-
 import mmap
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import numpy as np
 import torch
@@ -33,16 +31,16 @@ class Tokens:
                 content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         self._content = content
 
-    def __reduce__(self) -> tuple[type[Tokens], tuple[Path, str, int, int]]:
-        return Tokens, (self.path, self.dtype, self.start, self.stop)
+    def __reduce__(self) -> tuple[type[Self], tuple[Path, str, int, int]]:
+        return type(self), (self.path, self.dtype, self.start, self.stop)
 
     def __len__(self) -> int:
         return self.stop - self.start
 
-    def part(self, start: int, stop: int) -> Tokens:
+    def part(self, start: int, stop: int) -> Self:
         """Returns the tokens from start to stop, without reading them."""
         assert 0 <= start <= stop <= len(self)
-        return Tokens(self.path, self.dtype, self.start + start, self.start + stop, self._content)
+        return type(self)(self.path, self.dtype, self.start + start, self.start + stop, self._content)
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Returns the tokens from start to stop, int64 (stop - start,); ValueError if the file has become shorter."""
