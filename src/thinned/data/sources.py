@@ -15,7 +15,7 @@ from typing import Any, get_args
 import datasets
 import pyarrow.parquet as pq
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from thinned.data.order import Split
 
@@ -56,11 +56,11 @@ def walk(folder: Path) -> list[Path]:
     return sorted(files, key=Path.as_posix)
 
 
-def rows_of(path: Path) -> Iterator[dict[str, Any]]:
-    """Yields rows of CSV (all cells are text), JSON, JSON lines or parquet; ValueError if they are none."""
+def rows_of(path: Path, columns: list[str] | None = None) -> Iterator[dict[str, Any]]:
+    """Yields rows of CSV (all cells are text), JSON, JSON lines or parquet (of some columns); ValueError if it is none."""
     kind = suffix(path)
     if kind == ".parquet":
-        for batch in pq.ParquetFile(path).iter_batches():
+        for batch in pq.ParquetFile(path).iter_batches(columns=columns):
             yield from batch.to_pylist()
         return
     with OPEN.get(path.suffix.lower(), open)(path, "rt", encoding="utf-8-sig", newline="") as file:
@@ -182,8 +182,8 @@ def read_stored(path: str, expected: str, name: str | None = None, *, streaming:
     if not folder.exists():
         try:
             HfApi().dataset_info(path, timeout=5)
-        except HfHubHTTPError:
-            pass  # the hub answers; load_dataset says what is wrong
+        except (HfHubHTTPError, HFValidationError):
+            pass  # load_dataset says what is wrong
         except Exception:  # the type differs between versions of the client
             datasets.config.HF_HUB_OFFLINE = True  # else load_dataset tries for 23 seconds before it turns to the cache
     try:

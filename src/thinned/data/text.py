@@ -69,8 +69,8 @@ class TextDataModule(SplitDataModule):
         leave_out: Names of stored splits, folders and files that are not to be used; `*` stands for any part of a name.
         predict_split: The split to predict.
         distortion: What is done to the text of a test or a prediction: "characters:<rate>" exchanges them at a rate.
-        streaming: Whether a dataset is read row by row, so that only the first `max_tokens` are downloaded. Later
-            changes of a dataset on the hub are not noticed.
+        streaming: Whether a dataset on the hub is read row by row, so that only the first `max_tokens` are downloaded.
+            Its later changes are not noticed.
         max_tokens: The most tokens of each stored split; None for all.
         cache_dir: Folder for the tokens.
         num_workers: Number of worker processes that make batches; 0 makes them in the main process.

@@ -66,7 +66,7 @@ def _text_in(path: Path) -> str:
 
 
 def _rows_in(path: Path, column: str) -> Iterator[str]:
-    for number, row in enumerate(sources.rows_of(path)):
+    for number, row in enumerate(sources.rows_of(path, [column])):
         if not isinstance(text := row.get(column), str):
             raise ValueError(f"{text!r} in row {number} of column {column!r}")
         yield text
