@@ -168,7 +168,10 @@ def test_files_come_in_the_order_of_their_names(tmp_path: Path) -> None:
         ("code,label\n7,cat\n", r"a column file_name beside the labels in .*labels\.csv, but got \['code', 'label'\]"),
         ("file,label\ncat/1.png,cat\ncat/9.png,dog\n", r"each image that a table names, but got no .*cat/9\.png"),
         ("file,label\ncat/1.png,cat\ncat/1.png,dog\n", r"one row for each image in the tables of data\.path, but got"),
-        ("file,label\ncat/1.png,cat\ncat/2.png,dog,large\n", r"2 cells .*labels\.csv, but got 3 in line 3"),
+        (
+            "file,label\ncat/1.png,cat\ncat/2.png,dog,large\n",
+            r"rows that can be read, but got 3 cells instead of 2 in line 3: .*labels\.csv",
+        ),
     ],
 )
 def test_a_table_that_does_not_fit_the_images_is_refused(tmp_path: Path, text: str, got: str) -> None:

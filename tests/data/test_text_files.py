@@ -269,7 +269,9 @@ def test_cells_may_be_separated_by_semicolons(tmp_path: Path) -> None:
 
 def test_text_with_commas_that_is_not_quoted_is_refused(tmp_path: Path) -> None:
     (tmp_path / "set.csv").write_text("text\nfirst\nsecond, of two\n")
-    with pytest.raises(ValueError, match=r"1 cells in each row of .*set\.csv, but got 2 in line 3: quote its text"):
+    with pytest.raises(
+        ValueError, match=r"rows that can be read, but got 2 cells instead of 1 in line 3: quote its text"
+    ):
         list(read_text(str(tmp_path / "set.csv")).splits["train"])
 
 
@@ -301,3 +303,13 @@ def test_words_in_file_names_are_refused_if_they_may_be_splits(tmp_path: Path) -
         read_text(str(tmp_path / "set"))
     write(tmp_path / "titles", {"strangers_on_a_train.txt": "a", "persuasion.txt": "b", "train_a_dog.txt": "c"})
     assert splits(tmp_path / "titles") == {"train": ["b", "a", "c"]}
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("a.json", b"{"), ("a.json", b'{"a": 1}'), ("a.jsonl", b"1\n"), ("a.parquet", b"no"), ("a.csv.gz", b"no")],
+)
+def test_rows_that_cannot_be_read_are_named(name: str, content: bytes, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"Expected data\.path to hold rows that can be read, but got .*{name}\)$"):
+        read_text(str(tmp_path / name))

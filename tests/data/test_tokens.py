@@ -8,6 +8,7 @@ import pickle
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from tokenizers import models, normalizers
 import thinned.data.token_cache as cache_module
 import thinned.data.token_stream as tokenisation_module
 from thinned.data import Tokenizer
-from thinned.data.token_cache import cached_tokens
+from thinned.data.token_cache import cached_tokens, write_tokens
 from thinned.data.token_stream import in_pieces, make_tokenizer, token_arrays
 from thinned.data.tokens import Tokens
 
@@ -43,7 +44,11 @@ def build(directory: Path) -> Build:
     def run(max_tokens: int | None = None, check: Any = lambda _: {}, **splits: Any) -> dict[str, Tokens]:
         make = Tokenizer.characters
         stored = {split: labelled(documents, split) for split, documents in splits.items()}
-        return cached_tokens(directory, lambda: make(["abcdefghij\n"]), stored, stored, max_tokens, check).tokens
+
+        def write(folder: Path) -> None:
+            write_tokens(folder, make(["abcdefghij\n"]), stored, stored, max_tokens, check)
+
+        return cached_tokens(directory, write).tokens
 
     return run
 
@@ -111,7 +116,8 @@ class TestReading:
         characters = "".join(map(chr, range(0xE000, 0xE000 + vocab_size)))
         tokenizer = Tokenizer.characters([characters])
         stored = {"train": labelled([characters[::-1]])}
-        tokens = cached_tokens(directory, lambda: tokenizer, stored, stored, None, lambda _: {}).tokens["train"]
+        write = partial(write_tokens, tokenizer=tokenizer, stored=stored, splits=stored, max_tokens=None, check=dict)
+        tokens = cached_tokens(directory, write).tokens["train"]
         assert tokens.dtype == dtype
         assert tokens.path.stat().st_size == vocab_size * int(dtype[-1])
         assert tokens.read(0, vocab_size).tolist() == list(range(vocab_size))[::-1]
@@ -295,7 +301,9 @@ def slow_build(directory: Path, log: Path, fail_first: bool) -> None:
         return Tokenizer.characters(["abc"])
 
     stored = {"train": labelled(["abc"])}
-    found = cached_tokens(directory, tokenizer, stored, stored, None, lambda _: {})
+    found = cached_tokens(
+        directory, lambda folder: write_tokens(folder, tokenizer(), stored, stored, None, lambda _: {})
+    )
     assert found.tokens["train"].read(0, 3).tolist() == [0, 1, 2]
 
 

@@ -57,7 +57,17 @@ def walk(folder: Path) -> list[Path]:
 
 
 def rows_of(path: Path, columns: list[str] | None = None) -> Iterator[dict[str, Any]]:
-    """Yields rows of CSV (all cells are text), JSON, JSON lines or parquet (of some columns); ValueError if it is none."""
+    """Yields rows of CSV (all cells are text), JSON, JSON lines, or columns of parquet; ValueError if it is none."""
+    try:
+        for row in _rows(path, columns):
+            if not isinstance(row, dict):
+                raise TypeError("no rows")
+            yield row
+    except Exception as error:  # each kind of file has errors of its own
+        raise ValueError(f"Expected data.path to hold rows that can be read, but got {error} ({path})") from None
+
+
+def _rows(path: Path, columns: list[str] | None) -> Iterator[Any]:
     kind = suffix(path)
     if kind == ".parquet":
         for batch in pq.ParquetFile(path).iter_batches(columns=columns):
@@ -75,8 +85,9 @@ def rows_of(path: Path, columns: list[str] | None = None) -> Iterator[dict[str, 
             header = next(rows, [])
             for row in filter(None, rows):
                 if len(row) != len(header):
-                    got = f"{len(row)} in line {rows.line_num}: quote its text"
-                    raise ValueError(f"Expected {len(header)} cells in each row of {path}, but got {got}")
+                    raise ValueError(
+                        f"{len(row)} cells instead of {len(header)} in line {rows.line_num}: quote its text"
+                    )
                 yield dict(zip(header, row, strict=True))
 
 

@@ -24,7 +24,7 @@ from thinned.data.module import SplitDataModule
 from thinned.data.order import Split
 from thinned.data.text_distortion import TEXT_KINDS, exchanged
 from thinned.data.text_sources import EXPECTED, TextSource, read_text
-from thinned.data.token_cache import Tokenised, cached_tokens, folder_of, open_tokens
+from thinned.data.token_cache import Tokenised, cached_tokens, folder_of, open_tokens, write_tokens
 from thinned.data.token_stream import make_tokenizer
 from thinned.data.tokenizer import Tokenizer, bpe_size
 from thinned.data.tokens import HeldTokens, TokenBatches, Tokens
@@ -198,15 +198,16 @@ class TextDataModule(SplitDataModule):
         if tokenizer and not (made and made.tokenizer.to_json() == self._given):
             folder = folder_of(cache, label, [*key, tokenizer.to_json()])
 
-        def make() -> Tokenizer:
-            return tokenizer or make_tokenizer(spec, stored, rule.ends[0], max_tokens)
-
         def check(counts: dict[Split, int]) -> dict[Split, str]:
             ranges = text_split.whole_ranges(counts) if self._kept else text_split.new_ranges(rule, counts)
             text_split.check_sizes(ranges, counts, None if self._kept else self.context_length)
             return stored["train"].digests if rule.by_document else {}
 
-        return cached_tokens(folder, make, stored, dict.fromkeys([*stored, *rule.taken]), max_tokens, check)
+        def write(folder: Path) -> None:
+            of_text = tokenizer or make_tokenizer(spec, stored, rule.ends[0], max_tokens)
+            write_tokens(folder, of_text, stored, dict.fromkeys([*stored, *rule.taken]), max_tokens, check)
+
+        return cached_tokens(folder, write)
 
     @property
     def vocab_size(self) -> int:

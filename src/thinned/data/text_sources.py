@@ -47,29 +47,31 @@ class TextFiles:
 
     def __iter__(self) -> Iterator[str]:
         for path in self.paths:
-            try:
-                yield from _rows_in(path, self.column) if suffix(path) in ROWS else [_text_in(path)]
-            except UnicodeDecodeError as error:
-                got = f"the byte 0x{error.object[error.start]:02x} at offset {error.start}"
-                raise ValueError(f"Expected data.path to hold UTF-8, but got {got} of {path}") from None
-            except Exception as error:  # each kind of file has errors of its own
-                raise OSError(f"Expected data.path to hold text that can be read, but got {error} ({path})") from None
-
-
-def _text_in(path: Path) -> str:
-    """Returns the text of a file as it is: reading it as text would change the newlines."""
-    with sources.OPEN.get(path.suffix.lower(), open)(path, "rb") as file:
-        content: bytes = file.read()
-    if b"\0" in content:
-        raise ValueError("a zero byte, which is no text in UTF-8")
-    return content.decode().removeprefix("\ufeff")
+            yield from _rows_in(path, self.column) if suffix(path) in ROWS else [_text_in(path)]
 
 
 def _rows_in(path: Path, column: str) -> Iterator[str]:
     for number, row in enumerate(sources.rows_of(path, [column])):
         if not isinstance(text := row.get(column), str):
-            raise ValueError(f"{text!r} in row {number} of column {column!r}")
+            raise ValueError(
+                f"Expected text in column {column!r} of data.path, but got {text!r} in row {number} of {path}"
+            )
         yield text
+
+
+def _text_in(path: Path) -> str:
+    """Returns the text of a file as it is: reading it as text would change the newlines."""
+    try:
+        with sources.OPEN.get(path.suffix.lower(), open)(path, "rb") as file:
+            content: bytes = file.read()
+        if b"\0" in content:
+            raise ValueError("a zero byte, which is no text in UTF-8")
+        return content.decode().removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        got = f"the byte 0x{error.object[error.start]:02x} at offset {error.start}"
+        raise ValueError(f"Expected data.path to hold UTF-8, but got {got} of {path}") from None
+    except Exception as error:  # each compression has errors of its own
+        raise OSError(f"Expected data.path to hold text that can be read, but got {error} ({path})") from None
 
 
 @dataclass(frozen=True)

@@ -42,28 +42,15 @@ def folder_of(cache_dir: str, label: str, key: list[Any]) -> Path:
     return Path(cache_dir).expanduser() / f"{name}-{digest[:12]}"
 
 
-def cached_tokens(
-    folder: Path,
-    make: Callable[[], Tokenizer],
-    stored: Mapping[Split, Iterable[Document]],
-    splits: Iterable[Split],
-    max_tokens: int | None,
-    check: Callable[[dict[Split, int]], dict[Split, str]],
-) -> Tokenised:
+def cached_tokens(folder: Path, write: Callable[[Path], None]) -> Tokenised:
     """Returns the tokens in a folder. If there are none, one of several processes writes them; the others wait.
 
     Args:
         folder: The folder.
-        make: Makes the tokenizer.
-        stored: Documents of each stored split, with the splits to which they go.
-        splits: All of these.
-        max_tokens: The most tokens of a stored split; None for all.
-        check: Called with the number of tokens of each split. Returns digests to keep, or raises an error if the
-            tokens will not do.
+        write: Writes the tokens into a folder by `write_tokens`.
 
     Raises:
         OSError: If the files cannot be written.
-        ValueError: If the text cannot be encoded.
     """
     if found := open_tokens(folder):
         return found
@@ -72,7 +59,12 @@ def cached_tokens(
         with FileLock(lock := folder.with_name(f".{folder.name}.lock")):
             try:
                 if not open_tokens(folder):  # else another process has written it
-                    _write(folder, make, stored, splits, max_tokens, check)
+                    with TemporaryDirectory(dir=folder.parent, prefix=".") as temporary:
+                        partial = Path(temporary, "tokens")
+                        partial.mkdir()
+                        write(partial)
+                        shutil.rmtree(folder, ignore_errors=True)
+                        partial.rename(folder)
             finally:
                 lock.unlink(missing_ok=True)  # a process that waits for it notices, and makes a new one
     except OSError as error:
@@ -85,23 +77,30 @@ def cached_tokens(
     return found
 
 
-def _write(
+def write_tokens(
     folder: Path,
-    make: Callable[[], Tokenizer],
+    tokenizer: Tokenizer,
     stored: Mapping[Split, Iterable[Document]],
     splits: Iterable[Split],
     max_tokens: int | None,
     check: Callable[[dict[Split, int]], dict[Split, str]],
 ) -> None:
-    with ExitStack() as stack:
-        partial = Path(stack.enter_context(TemporaryDirectory(dir=folder.parent, prefix=".")), "tokens")
-        partial.mkdir()
-        tokenizer = make()
-        dtype = "<u2" if tokenizer.vocab_size <= 2**16 else "<u4"
-        columns = "Tokenising data.path: {task.completed:,.0f} tokens", TimeElapsedColumn()
-        progress = stack.enter_context(Progress(*columns, console=Console(stderr=True), transient=True))
+    """Writes a file of tokens for each split.
+
+    Args:
+        folder: The folder.
+        tokenizer: Encodes the text; a ValueError if it cannot names the split.
+        stored: Documents of each stored split, with the splits to which they go.
+        splits: All of these.
+        max_tokens: The most tokens of a stored split; None for all.
+        check: Called with the number of tokens of each split. Returns digests to keep, or raises an error if the
+            tokens will not do.
+    """
+    dtype = "<u2" if tokenizer.vocab_size <= 2**16 else "<u4"
+    columns = "Tokenising data.path: {task.completed:,.0f} tokens", TimeElapsedColumn()
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress, ExitStack() as stack:
         task = progress.add_task("")
-        files = {split: stack.enter_context((partial / f"{split}.bin").open("wb")) for split in splits}
+        files = {split: stack.enter_context((folder / f"{split}.bin").open("wb")) for split in splits}
         for name, documents in stored.items():
             if tokenizer.by_character:  # it may lack characters of the text that is not kept
                 documents = first(documents, max_tokens)
@@ -112,13 +111,9 @@ def _write(
             except ValueError as error:
                 raise ValueError(f"{error} (data.path, split {name!r})") from None
         counts = {split: file.tell() // np.dtype(dtype).itemsize for split, file in files.items()}
-        manifest = {"dtype": dtype, "tokens": counts, "digests": check(counts)}
-        (partial / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
-        (partial / "manifest.json").write_text(json.dumps(manifest, indent=2), encoding="utf-8")
-        for file in files.values():
-            file.close()
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
+    manifest = {"dtype": dtype, "tokens": counts, "digests": check(counts)}
+    (folder / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=2), encoding="utf-8")
 
 
 def open_tokens(folder: Path) -> Tokenised | None:
