@@ -30,7 +30,7 @@ def arrange(
     *,
     fits: bool = False,
 ) -> tuple[dict[Split, np.ndarray], dict[str, Any] | None]:
-    """Returns the rows of each split, (n,), and facts for a checkpoint; None if the set is another than was trained on.
+    """Returns the rows of each split, (n,), and facts for a checkpoint: None if the set is another than was trained on.
 
     Args:
         hashes: Hash of each stored example, (N,) uint64.

@@ -116,10 +116,10 @@ class ImageDataModule(SplitDataModule):
         """Reads the dataset, so that one process computes the hashes of many images."""
         self._read()
 
-    def _read(self) -> None:
+    def _read(self) -> Stored:
         """Reads hashes, headers and labels of all stored splits, once. They must fit the checkpoint's."""
         if self._stored:
-            return
+            return self._stored
         trained, size = self._trained, self.hparams["image_size"]
         self._stored = read_images(self.hparams, trained)
         images, labels, _ = self._stored
@@ -129,14 +129,13 @@ class ImageDataModule(SplitDataModule):
         self._scale, self._deep = scale_of(headers, trained.get("scale")), bool((headers & DEPTH).any())
         width, height = (size, size) if size else images.open(0).size
         self.image_shape = (trained.get("channels", 3 if (headers & COLOUR).any() else 1), height, width)
+        return self._stored
 
     def setup(self, stage: str | None = None) -> None:
         """Assigns the examples to splits, once for all stages; images are decoded when first needed."""
         if self._images:
             return
-        self._read()
-        assert self._stored
-        images, labels, assigned = self._stored
+        images, labels, assigned = self._read()
         of = "the checkpoint" if self._trained else "the training split"
         classes = np.full(len(images.stored), UNKNOWN)
         for name, of_split in labels.items():

@@ -114,9 +114,7 @@ def stored_split(path: PurePath) -> str | None:
 
 
 def files_by_split(files: Iterable[Path], root: Path) -> dict[str, list[Path]]:
-    """Returns files by the name of their split, without those of none; or all of them for training.
-
-    Names count if a file is for training, or if all files have one.
+    """Returns files by the name of their split, if one is for training or all have one; else all of them for training.
 
     Raises:
         ValueError: If splits are but words in the names of files, as in train_data.txt, which may be parts of a title.

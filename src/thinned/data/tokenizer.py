@@ -89,12 +89,7 @@ class Tokenizer:
 
     @classmethod
     def pretrained(cls, name: str) -> Self:
-        """Returns the tokenizer of a tokenizer.json, of a folder with one, or of a model on the hub or in its cache.
-
-        Raises:
-            FileNotFoundError: If there is no such tokenizer.
-            ValueError: If the file holds no tokenizer.
-        """
+        """Returns the tokenizer of a tokenizer.json, of a folder with one, or of a model on the hub or in its cache."""
         path = Path(name).expanduser()
         path = path / "tokenizer.json" if path.is_dir() else path
         if not path.is_file():
