@@ -81,12 +81,12 @@ class StoredImages:
         return OSError(f"Expected images in data.path that can be decoded, but got {self.names([row])[0]} ({cause})")
 
     @cached_property
-    def _column(self) -> pa.ChunkedArray:
-        return self.stored.with_format("arrow")[:]["image"]
+    def _paths(self) -> pa.ChunkedArray:
+        return pc.struct_field(self.stored.with_format("arrow")[:]["image"], "path")
 
     def names(self, rows: list[int]) -> list[str]:
         """Returns the names of the images' files, relative to `data.path`, or their stored splits and rows."""
-        paths = pc.struct_field(self._column.take(pa.array(rows, pa.int64())), "path").to_pylist()
+        paths = self._paths.take(pa.array(rows, pa.int64())).to_pylist()
         return [self._name(row, path) for row, path in zip(rows, paths, strict=True)]
 
     def _name(self, row: int, path: str | None) -> str:
@@ -104,8 +104,8 @@ class StoredImages:
         if len(self.stored) < MANY:
             return np.fromiter(self._examined(), CENSUS, len(self.stored))
         key = self.stored._fingerprint
-        if pc.struct_field(self._column, "bytes").null_count == len(self.stored):
-            states = ((path, os.stat(path)) for path in pc.struct_field(self._column, "path").to_pylist())
+        if pc.struct_field(self.stored.with_format("arrow")[:]["image"], "bytes").null_count == len(self.stored):
+            states = ((path, os.stat(path)) for path in self._paths.to_pylist())
             key = str([(path, state.st_size, state.st_mtime_ns) for path, state in states])
         kept = cache / f"census-{content_hash(key.encode()):016x}.npy"
         try:
