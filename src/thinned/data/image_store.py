@@ -105,7 +105,7 @@ class StoredImages:
             return np.fromiter(self._examined(), CENSUS, len(self.stored))
         key = self.stored._fingerprint
         if pc.struct_field(self.stored.with_format("arrow")[:]["image"], "bytes").null_count == len(self.stored):
-            states = ((path, os.stat(path)) for path in self._paths.to_pylist())
+            states = ((path, os.stat(path)) for path in self._paths.to_pylist() if path)
             key = str([(path, state.st_size, state.st_mtime_ns) for path, state in states])
         kept = cache / f"census-{content_hash(key.encode()):016x}.npy"
         try:
