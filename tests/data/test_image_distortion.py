@@ -88,10 +88,10 @@ def test_same_whatever_the_batch(kind: str) -> None:
     ("rotation", "<kind>:<severity>"),
     ("rotation:", "<kind>:<severity>"),
     ("rotation:nan", "<kind>:<severity>"),
-    ("rotation:200", "rotation with a number in [0, 180]"),
-    ("rotation:-1", "rotation with a number in [0, 180]"),
-    ("roll:1.5", "roll with an integer in [0, 1e+06]"),
-    ("blur:inf", "blur with a number in [0, 1e+06]"),
+    ("rotation:200", "rotation with a severity in [0, 180]"),
+    ("rotation:-1", "rotation with a severity in [0, 180]"),
+    ("roll:1.5", "roll with an integer severity in [0, 1e+06]"),
+    ("blur:inf", "blur with a severity in [0, 1e+06]"),
     ("characters:0.1", "<kind>:<severity>"),
 ])  # fmt: skip
 def test_unknown_distortion_is_refused(spec: str, said: str) -> None:

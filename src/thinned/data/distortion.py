@@ -51,6 +51,6 @@ class Distortion(NamedTuple):
             )
         high, _, whole = KINDS[kind]
         if not 0 <= severity <= high or (whole and severity % 1):
-            number = "an integer" if whole else "a number"
-            raise ValueError(f"Expected data.distortion {kind} with {number} in [0, {high:g}], but got {spec!r}")
+            severities = "an integer severity" if whole else "a severity"
+            raise ValueError(f"Expected data.distortion {kind} with {severities} in [0, {high:g}], but got {spec!r}")
         return cls(kind, severity)
