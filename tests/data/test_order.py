@@ -118,9 +118,9 @@ def test_global_generators_are_neither_used_nor_moved() -> None:
 def test_what_cannot_be_shared_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"Expected data\.batch_size to be a multiple .*, 3, but got 8"):
         EpochBatchSampler(100, 8, shuffle=True, world_size=3)
-    with pytest.raises(ValueError, match="Expected at least one training example for each of 4 processes, but got 3"):
+    with pytest.raises(ValueError, match=r"Expected 4 examples, one a process, in data\.path, but got 3"):
         EpochBatchSampler(3, 8, shuffle=True, world_size=4)
-    with pytest.raises(ValueError, match=r"Expected at least one example to evaluate or predict for each of 4"):
+    with pytest.raises(ValueError, match=r"Expected 4 examples, one a process"):
         EpochBatchSampler(3, 8, shuffle=False, world_size=4)
     with pytest.raises(ValueError, match=r"Expected data\.batch_size to be at least 1, but got 0"):
         EpochBatchSampler(3, 0, shuffle=True)

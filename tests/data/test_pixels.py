@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from thinned.data.pixels import COLOUR, DEPTH, FRAMES, depth_of, header, image_of, open_image, to_array
+from thinned.data.pixels import COLOUR, DEPTH, depth_of, header, image_of, open_image, to_array
 
 GREY = np.random.default_rng(0).integers(0, 256, (5, 7), dtype=np.uint8)
 RGB = np.random.default_rng(1).integers(0, 256, (5, 7, 3), dtype=np.uint8)
@@ -120,13 +120,6 @@ def test_cameras_orientation_is_obeyed() -> None:
     assert np.array_equal(read(content)[0], np.rot90(GREY.T, -1))
 
 
-def test_several_frames_are_noticed() -> None:
-    frames = [Image.fromarray(GREY), Image.fromarray(255 - GREY)]
-    content = written(frames[0], "GIF", save_all=True, append_images=frames[1:])
-    assert header(content) & FRAMES
-    assert not header(written(frames[0], "GIF")) & FRAMES
-
-
 def test_not_finite_is_refused() -> None:
     with pytest.raises(ValueError, match="holds NaN or infinity"):
         read(written(Image.fromarray(np.full((5, 7), np.nan, np.float32)), "TIFF"), deep=True)
@@ -154,7 +147,6 @@ def test_the_type_of_pixels_is_their_depth() -> None:
     deep = GREY.astype(np.uint16) * 257
     assert depth_of(image_of(deep)) == depth_of(image_of(torch.from_numpy(deep))) == 1
     assert np.array_equal(to_array(image_of(deep), (1, 5, 7), deep=True)[0], deep / np.float32(65535))
-    assert np.array_equal(np.asarray(image_of(RGB.astype(np.uint16) * 256 + 255)), RGB)  # the upper 8 bits
     assert depth_of(image_of(GREY.astype(np.int32))) == 2
     for kind in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         image = image_of(torch.from_numpy(GREY.copy()).to(kind).requires_grad_())

@@ -17,8 +17,8 @@ import datasets
 import pytest
 
 from thinned.data import TextDataModule
-from thinned.data.text_files import TextFiles, layout
-from thinned.data.text_sources import read_text
+from thinned.data.sources import walk
+from thinned.data.text_sources import TextFiles, read_text
 
 TEXT = 'First line, "quoted".\r\n\r\n  NA\tnull\n\u2028naïve \ufeff 👩‍👧 <|endoftext|>\n' * 3
 SPLITS = {"train": TEXT, "val": "valid: " + TEXT, "test": "test: " + TEXT}
@@ -147,26 +147,6 @@ class TestWithoutASplitForTraining:
         assert splits(tmp_path / "set") == {"test": ["test" + TEXT], "val": ["dev" + TEXT]}
 
 
-class TestWordsInFileNames:
-    FILES: ClassVar = {"train_data.txt": "a", "my-dev.txt": "b", "corpus_TEST_01.txt": "c"}
-
-    def test_are_splits_if_all_files_have_them(self, tmp_path: Path) -> None:
-        write(tmp_path / "set", {**self.FILES, "README.md": "About."})
-        assert splits(tmp_path / "set") == {"train": ["a"], "val": ["b"], "test": ["c"]}
-
-    def test_are_part_of_a_title_if_there_is_one(self, tmp_path: Path) -> None:
-        write(tmp_path / "set", {"strangers_on_a_train.txt": "a", "persuasion.txt": "b", "train_a_dog.txt": "c"})
-        assert splits(tmp_path / "set") == {"train": ["b", "a", "c"]}
-
-    def test_that_may_be_both_are_refused(self, tmp_path: Path) -> None:
-        """Else a test would be trained on."""
-        write(tmp_path / "set", {**self.FILES, "vocabulary.txt": "d"})
-        with pytest.raises(ValueError, match=r"such as train_data.txt, and vocabulary.txt of no split: .*leave_out"):
-            read_text(str(tmp_path / "set"))
-        for left_out in ("vocab*", "vocabulary.txt"):
-            assert set(splits(tmp_path / "set", leave_out=[left_out])) == {"train", "val", "test"}
-
-
 class TestClones:
     """Of the repository of a dataset: what is about the rows is not one of them."""
 
@@ -194,21 +174,14 @@ class TestClones:
 class TestTwoKinds:
     def test_are_refused(self, tmp_path: Path) -> None:
         write(tmp_path / "set", {"notes.txt": "a", "rows.csv": "text\nb\n"})
-        message = r"text or rows in data.path, but got both, such as notes.txt and rows.csv: .*leave_out, .* '\*.csv'"
-        with pytest.raises(ValueError, match=message):
-            read_text(str(tmp_path / "set"))
+        write(tmp_path / "two", {"a.json": '[{"text": "a"}]', "rows.csv": "text\nb\n"})
+        for name, kinds in (("set", r"\['.csv', 'text'\]"), ("two", r"\['.csv', '.json'\]")):
+            with pytest.raises(
+                ValueError, match=rf"of one kind for each split in data.path, but got {kinds}: .*leave_out"
+            ):
+                read_text(str(tmp_path / name))
         assert splits(tmp_path / "set", leave_out=["*.csv"]) == {"train": ["a"]}
         assert splits(tmp_path / "set", leave_out=["notes.txt"]) == {"train": ["b"]}
-
-    def test_of_rows_are_refused(self, tmp_path: Path) -> None:
-        write(tmp_path / "set", {"a.json": '[{"text": "a"}]', "rows.csv": "text\nb\n"})
-        with pytest.raises(ValueError, match=r"rows of one kind, but got files of several kinds, \['.csv', '.json'\]"):
-            read_text(str(tmp_path / "set"))
-
-    def test_that_one_is_named_for_training_decides(self, tmp_path: Path) -> None:
-        write(tmp_path / "set", {"notes.txt": "a", "train.csv": "text\nb\n"})
-        source = read_text(str(tmp_path / "set"))
-        assert (list(source.splits["train"]), source.left_out) == (["b"], ["notes.txt"])
 
 
 class TestLeaveOut:
@@ -224,11 +197,9 @@ class TestLeaveOut:
 
     def test_must_be_there(self, tmp_path: Path) -> None:
         write(tmp_path / "set", self.FILES)
-        with pytest.raises(
-            ValueError, match=r"leave_out to name splits, folders or files of data.path, but got 'devel'"
-        ):
+        with pytest.raises(ValueError, match=r"leave_out to name files or splits of data.path, but got 'devel'"):
             read_text(str(tmp_path / "set"), leave_out=["devel"])
-        with pytest.raises(ValueError, match=r"as data.leave_out is \['a'\], but got 'pydocs'"):
+        with pytest.raises(ValueError, match=r"no data.name, text_column or leave_out for 'pydocs', but got \['a'\]"):
             read_text("pydocs", leave_out=["a"])
 
     def test_stored_splits_of_any_name(self, tmp_path: Path) -> None:
@@ -249,7 +220,7 @@ class TestLeaveOut:
         caplog.set_level(logging.INFO)
         write(tmp_path / "set", {"train.txt": TEXT, ".hidden": "x", **{f"{i}.png": "x" for i in range(8)}})
         tokens(tmp_path / "set", tmp_path)
-        assert "Left out of data.path: 0.png, 1.png, 2.png, 3.png, 4.png and 3 more" in caplog.messages
+        assert "Left out of data.path: 0.png, 1.png, 2.png, 3.png, 4.png (8 in all)" in caplog.messages
 
 
 def test_a_linked_folder_is_read_once(tmp_path: Path) -> None:
@@ -257,27 +228,10 @@ def test_a_linked_folder_is_read_once(tmp_path: Path) -> None:
     (tmp_path / "set/link").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "set/again").symlink_to(tmp_path / "elsewhere/deep")
     (tmp_path / "elsewhere/deep/up").symlink_to(tmp_path / "set")
-    found = layout(tmp_path / "set", [])
-    assert found
-    assert sorted(text for (text,) in ([path.read_text()] for path in found.splits["train"])) == ["a", "b", "c"]
+    assert sorted(path.read_text() for path in walk(tmp_path / "set")) == ["a", "b", "c"]
 
 
 class TestBytes:
-    @pytest.mark.parametrize(
-        ("mark", "encoding"),
-        [
-            (codecs.BOM_UTF8, "utf-8"),
-            (codecs.BOM_UTF16_LE, "utf-16-le"),
-            (codecs.BOM_UTF16_BE, "utf-16-be"),
-            (codecs.BOM_UTF32_LE, "utf-32-le"),
-            (b"", "utf-8"),
-        ],
-    )
-    def test_a_byte_order_mark_is_no_character(self, mark: bytes, encoding: str, tmp_path: Path) -> None:
-        path = tmp_path / "a.txt"
-        path.write_bytes(mark + TEXT.encode(encoding))
-        assert list(TextFiles([path])) == [TEXT]
-
     def test_nor_is_it_in_rows(self, tmp_path: Path) -> None:
         for suffix in (".csv", ".jsonl"):
             (tmp_path / f"a{suffix}").write_bytes(codecs.BOM_UTF8 + content(suffix, TEXT))
@@ -286,17 +240,17 @@ class TestBytes:
     def test_that_are_no_text_are_named_by_their_offset_in_the_file(self, tmp_path: Path) -> None:
         (tmp_path / "a.txt").write_bytes(codecs.BOM_UTF8 + b"ab\xff")
         with pytest.raises(ValueError, match=r"hold UTF-8, but got the byte 0xff at offset 5 of .*a.txt$"):
-            list(TextFiles([tmp_path / "a.txt"]))
+            list(TextFiles([tmp_path / "a.txt"], ""))
 
     def test_that_are_not_compressed(self, tmp_path: Path) -> None:
         for suffix in (".gz", ".bz2", ".xz"):
             path = tmp_path / f"a.txt{suffix}"
             path.write_bytes(b"plain")
-            with pytest.raises(OSError, match=r"Expected data.path to hold files that can be read, but got .*a.txt"):
-                list(TextFiles([path]))
+            with pytest.raises(OSError, match=r"Expected data.path to hold text that can be read, but got .*a.txt"):
+                list(TextFiles([path], ""))
             path.write_bytes(PACK[suffix](TEXT.encode() * 99)[:-9])
-            with pytest.raises(OSError, match=r"Expected data.path to hold files that can be read, but got .*a.txt"):
-                list(TextFiles([path]))
+            with pytest.raises(OSError, match=r"Expected data.path to hold text that can be read, but got .*a.txt"):
+                list(TextFiles([path], ""))
 
 
 def test_a_file_that_was_replaced_is_read_again(tmp_path: Path) -> None:
@@ -315,8 +269,10 @@ def test_cells_may_be_separated_by_semicolons(tmp_path: Path) -> None:
 
 def test_text_with_commas_that_is_not_quoted_is_refused(tmp_path: Path) -> None:
     (tmp_path / "set.csv").write_text("text\nfirst\nsecond, of two\n")
-    with pytest.raises(ValueError, match=r"got 2 cells instead of 1 in row 3 of .*set\.csv: quote its text"):
-        read_text(str(tmp_path / "set.csv"))
+    with pytest.raises(
+        ValueError, match=r"rows that can be read, but got 2 cells instead of 1 in line 3: quote its text"
+    ):
+        list(read_text(str(tmp_path / "set.csv")).splits["train"])
 
 
 def test_numbers_keep_their_zeros_wherever_they_begin(tmp_path: Path) -> None:
@@ -327,13 +283,33 @@ def test_numbers_keep_their_zeros_wherever_they_begin(tmp_path: Path) -> None:
 
 def test_utf_16_without_a_mark_is_refused(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_bytes("some text".encode("utf-16-le"))
-    with pytest.raises(ValueError, match=r"a zero byte at offset 1 of .*text\.txt: UTF-16 needs a byte order mark"):
+    with pytest.raises(OSError, match=r"but got a zero byte, which is no text in UTF-8 \(.*text\.txt\)"):
         list(read_text(str(tmp_path / "text.txt")).splits["train"])
 
 
-def test_a_column_may_name_the_splits(tmp_path: Path) -> None:
+def test_a_column_of_splits_is_refused(tmp_path: Path) -> None:
+    """Else a test would be trained on."""
     (tmp_path / "set.csv").write_text("text,Split\none,train\ntwo,dev\nthree,train\nfour,test\nfive,extra\n")
-    source = read_text(str(tmp_path / "set.csv"))
-    found = {split: list(documents) for split, documents in source.splits.items()}
-    assert found == {"train": ["one", "three"], "val": ["two"], "test": ["four"]}
-    assert source.left_out == ["1 rows of Split 'extra'"]
+    with pytest.raises(ValueError, match=r"a file for each split in data.path, but got splits in the column 'Split'"):
+        read_text(str(tmp_path / "set.csv"))
+
+
+def test_words_in_file_names_are_refused_if_they_may_be_splits(tmp_path: Path) -> None:
+    """Else a test would be trained on."""
+    write(
+        tmp_path / "set", {"train_data.txt": "a", "my-dev.txt": "b", "corpus_TEST_01.txt": "c", "README.md": "About."}
+    )
+    with pytest.raises(ValueError, match=r"called train, valid and test, but got names such as train_data\.txt"):
+        read_text(str(tmp_path / "set"))
+    write(tmp_path / "titles", {"strangers_on_a_train.txt": "a", "persuasion.txt": "b", "train_a_dog.txt": "c"})
+    assert splits(tmp_path / "titles") == {"train": ["b", "a", "c"]}
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("a.json", b"{"), ("a.json", b'{"a": 1}'), ("a.jsonl", b"1\n"), ("a.parquet", b"no"), ("a.csv.gz", b"no")],
+)
+def test_rows_that_cannot_be_read_are_named(name: str, content: bytes, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"Expected data\.path to hold rows that can be read, but got .*{name}\)$"):
+        read_text(str(tmp_path / name))

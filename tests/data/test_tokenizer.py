@@ -89,7 +89,7 @@ class TestCharacters:
         tokenizer = Tokenizer.characters(["abc"])
         with pytest.raises(ValueError, match=r"vocabulary of the tokenizer, which has 3 .* but got ' ', 'ü'$"):
             tokenizer.encode("a cü")
-        with pytest.raises(ValueError, match=r"but got '0', .*, '9' and 50 more"):
+        with pytest.raises(ValueError, match=r"but got '0', .*, '9'$"):
             tokenizer.encode_documents(["abc", string.digits + string.ascii_uppercase + string.ascii_lowercase + "é"])
 
 
@@ -132,7 +132,9 @@ class TestPretrained:
         assert tokenizer.encode("the tokenizer") == [3, 1, 2]
         assert tokenizer.pieces([1, 2]) == [" token", "izer"]
         assert tokenizer.end_of_text is None
-        with pytest.raises(ValueError, match="but got 'cat', 'dog'"):
+        with pytest.raises(
+            ValueError, match="vocabulary of the tokenizer, which has 4 tokens, but got text of other tokens"
+        ):
             tokenizer.encode_documents(["the token dog", "the cat"])
 
     def test_lengths_that_it_was_saved_with_do_not_apply(self, bpe: Tokenizer) -> None:

@@ -8,6 +8,7 @@ import pickle
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,8 @@ from tokenizers import models, normalizers
 import thinned.data.token_cache as cache_module
 import thinned.data.token_stream as tokenisation_module
 from thinned.data import Tokenizer
-from thinned.data.token_cache import cached_tokens
-from thinned.data.token_stream import make_tokenizer, pieces, token_arrays
+from thinned.data.token_cache import cached_tokens, write_tokens
+from thinned.data.token_stream import in_pieces, make_tokenizer, token_arrays
 from thinned.data.tokens import Tokens
 
 Build = Callable[..., dict[str, Tokens]]
@@ -43,9 +44,17 @@ def build(directory: Path) -> Build:
     def run(max_tokens: int | None = None, check: Any = lambda _: {}, **splits: Any) -> dict[str, Tokens]:
         make = Tokenizer.characters
         stored = {split: labelled(documents, split) for split, documents in splits.items()}
-        return cached_tokens(directory, lambda: make(["abcdefghij\n"]), stored, stored, max_tokens, check).tokens
+
+        def write(folder: Path) -> None:
+            write_tokens(folder, make(["abcdefghij\n"]), stored, stored, max_tokens, check)
+
+        return cached_tokens(directory, write).tokens
 
     return run
+
+
+def pieces(document: str, tokenizer: Tokenizer | None = None) -> list[str]:
+    return [piece for _, piece in in_pieces([("train", document)], tokenizer)]
 
 
 def joined(arrays: Iterable[tuple[str, np.ndarray]]) -> np.ndarray:
@@ -107,7 +116,8 @@ class TestReading:
         characters = "".join(map(chr, range(0xE000, 0xE000 + vocab_size)))
         tokenizer = Tokenizer.characters([characters])
         stored = {"train": labelled([characters[::-1]])}
-        tokens = cached_tokens(directory, lambda: tokenizer, stored, stored, None, lambda _: {}).tokens["train"]
+        write = partial(write_tokens, tokenizer=tokenizer, stored=stored, splits=stored, max_tokens=None, check=dict)
+        tokens = cached_tokens(directory, write).tokens["train"]
         assert tokens.dtype == dtype
         assert tokens.path.stat().st_size == vocab_size * int(dtype[-1])
         assert tokens.read(0, vocab_size).tolist() == list(range(vocab_size))[::-1]
@@ -205,17 +215,11 @@ class TestFailures:
     def test_leave_nothing(self, build: Build, tmp_path: Path, error: BaseException) -> None:
         def breaks_off() -> Iterator[str]:
             yield "abc"
-            assert below(tmp_path / "new/cache") == [
-                ".tokens.lock",
-                ".tokens.partial",
-                ".tokens.partial/train.bin",
-                ".tokens.partial/val.bin",
-            ]
             raise error
 
         with pytest.raises(type(error)):
             build(train=["abc"], val=breaks_off())
-        assert below(tmp_path) == []
+        assert below(tmp_path / "new/cache") == []
         assert text(build(train=["abc"])["train"]) == "abc"
 
     def test_leave_what_others_have_written(self, build: Build, tmp_path: Path) -> None:
@@ -223,7 +227,7 @@ class TestFailures:
         (tmp_path / "new" / "mine").touch()
         with pytest.raises(ValueError, match=r"but got 'x' \(data\.path, split 'val'\)"):
             build(train=["abc"], val=["x"])
-        assert below(tmp_path) == ["new", "new/mine"]
+        assert below(tmp_path) == ["new", "new/cache", "new/mine"]
 
     def test_of_the_check_leave_nothing(self, build: Build, tmp_path: Path) -> None:
         def check(counts: dict[str, int]) -> None:
@@ -231,7 +235,7 @@ class TestFailures:
 
         with pytest.raises(ValueError, match=r"\{'train': 7, 'val': 1\}"):
             build(train=["abc", "de"], val=["a"], check=check)
-        assert below(tmp_path) == []
+        assert below(tmp_path / "new/cache") == []
 
     def test_a_full_disk(self, build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         def full(*_: Any) -> None:
@@ -242,21 +246,12 @@ class TestFailures:
             OSError, match=r"data\.cache_dir, but got OSError \(.*No space left.*\) for .*/cache/tokens"
         ):
             build(train=["abc"])
-        assert below(tmp_path) == []
+        assert below(tmp_path / "new/cache") == []
 
     def test_a_cache_that_is_no_folder(self, build: Build, tmp_path: Path) -> None:
         (tmp_path / "new").touch()
         with pytest.raises(OSError, match=r"Expected to write tokens to data\.cache_dir, but got NotADirectoryError"):
             build(train=["abc"])
-
-    def test_leftovers_of_a_killed_process_are_removed(self, build: Build, directory: Path) -> None:
-        partial = directory.with_name(".tokens.partial")
-        partial.mkdir(parents=True)
-        (partial / "train.bin").write_bytes(b"half")
-        directory.with_name(".tokens.lock").touch()
-        assert text(build(train=["abc"])["train"]) == "abc"
-        assert below(directory.parent) == ["tokens", *(f"tokens/{n}" for n in below(directory))]
-        assert below(directory) == ["manifest.json", "tokenizer.json", "train.bin"]
 
 
 class TestReuse:
@@ -306,7 +301,9 @@ def slow_build(directory: Path, log: Path, fail_first: bool) -> None:
         return Tokenizer.characters(["abc"])
 
     stored = {"train": labelled(["abc"])}
-    found = cached_tokens(directory, tokenizer, stored, stored, None, lambda _: {})
+    found = cached_tokens(
+        directory, lambda folder: write_tokens(folder, tokenizer(), stored, stored, None, lambda _: {})
+    )
     assert found.tokens["train"].read(0, 3).tolist() == [0, 1, 2]
 
 

@@ -73,7 +73,7 @@ class TestFullDisk:
             pytest.skip("mounting is not permitted")
         try:
             error = error_of(run_script("train", *text, "--data.cache_dir", folder / "data"))
-            assert list(folder.iterdir()) == []
+            assert list((folder / "data").iterdir()) == []
         finally:
             subprocess.run(["umount", folder], check=True)
         assert "Expected to write tokens to data.cache_dir, but got " in error

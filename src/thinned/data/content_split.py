@@ -6,8 +6,6 @@ thresholds. So neither the order nor the number of the others matters, and dupli
 Shapes: N examples.
 """
 
-from __future__ import annotations
-
 import hashlib
 
 import numpy as np
@@ -36,13 +34,9 @@ def uniform(hashes: np.ndarray, seed: int) -> np.ndarray:
 
 
 def split_by_content(hashes: np.ndarray, seed: int, val: float, test: float) -> dict[Split, np.ndarray]:
-    """Returns the rows of each split, ascending.
+    """Returns the rows of each split, ascending, by the hash of each example, (N,) uint64, and two fractions.
 
-    Args:
-        hashes: Hash of each example, (N,) uint64.
-        seed: Seed of the split.
-        val: Fraction for validation. Changing it moves no example into or out of the test.
-        test: Fraction for the test.
+    Changing the one for validation moves no example into or out of the test.
     """
     u = uniform(hashes, seed)
     is_test, is_val = u < test, u >= 1 - val

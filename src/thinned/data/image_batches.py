@@ -3,8 +3,6 @@
 Shapes: N examples, B of them in a batch, C channels, H height, W width.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -25,15 +23,12 @@ class Batch(NamedTuple):
 
 
 def rotate_and_shift(image: Tensor, angle: Tensor, shift: Tensor) -> Tensor:
-    """Rotates each image about its centre, then shifts it. Interpolation is bilinear, and the outside is black (0).
+    """Returns images (B, C, H, W), each rotated about its centre, then shifted, bilinearly; the outside is black (0).
 
     Args:
-        image: Shape (B, C, H, W), float.
-        angle: Degrees counter-clockwise, shape (B,).
-        shift: Pixels to the right and down, shape (B, 2).
-
-    Returns:
-        The moved images, shape (B, C, H, W).
+        image: The images, float.
+        angle: Degrees counter-clockwise, (B,).
+        shift: Pixels to the right and down, (B, 2).
     """
     angle = angle.deg2rad()
     cos, sin = angle.cos(), angle.sin()

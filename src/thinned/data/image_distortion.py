@@ -3,8 +3,6 @@
 Shapes: B images, C channels, H height, W width. Intensities of undistorted images are in [0, 1].
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +14,7 @@ from torch import Tensor
 
 from thinned.data.distortion import Distortion
 from thinned.data.image_batches import rotate_and_shift
-from thinned.data.image_sources import StoredImages
+from thinned.data.image_store import StoredImages
 
 SEED = 0  # one for all, so that runs with other seeds are tested on the same images
 
@@ -63,19 +61,12 @@ IMAGE_KINDS = {each.__name__: each for each in (rotation, translation, roll, noi
 
 @dataclass(frozen=True)
 class DistortedImages:
-    """Images as they are stored, distorted: a function of the image and its row, whatever the batch.
+    """Images as they are stored, distorted: a function of the image and its row, whatever the batch."""
 
-    Args:
-        images: Those that are stored, (N, C, H, W) uint8 or float32.
-        distortion: Of a kind in `IMAGE_KINDS`.
-        low: Darkest intensity of each channel, (C, 1, 1).
-        high: Brightest intensity, likewise.
-    """
-
-    images: Tensor | StoredImages
+    images: Tensor | StoredImages  # (N, C, H, W) uint8 or float32
     distortion: Distortion
-    low: Tensor
-    high: Tensor
+    low: Tensor  # darkest intensity of each channel, (C, 1, 1)
+    high: Tensor  # brightest intensity
 
     def __getitem__(self, rows: Tensor) -> Tensor:
         """Returns images by their rows, (B, C, H, W) of the stored type and within its range."""

@@ -3,8 +3,6 @@
 They stand for notMNIST (Bulatov 2011), the letters of found fonts on which Ovadia et al. (2019) tested nets of MNIST.
 """
 
-from __future__ import annotations
-
 from io import BytesIO
 from pathlib import Path
 

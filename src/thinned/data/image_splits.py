@@ -1,74 +1,64 @@
-"""Which stored images each split has, in training and later: a fact that the checkpoint keeps."""
+"""Which stored images each split has, in training and later: a fact that the checkpoint keeps.
 
-from __future__ import annotations
+A stored split is used as it is. Without a stored test, the stored validation is the test. What is still missing is
+taken from the stored "train" by content. Later, the examples are split as the checkpoint says if it was trained on some
+of them; otherwise each split is the whole set.
+"""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, get_args
 
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor
 
 from thinned.data.content_split import digest, shared, sketch, split_by_content
 from thinned.data.order import Split
-from thinned.data.split_names import split_of
+from thinned.data.sources import split_of
 
-RULE = "content"
 KNOWN = 0.1  # from this share of the training examples on, a set is that of the training
 SPLITS: tuple[Split, ...] = get_args(Split)
-
-
-@dataclass(frozen=True)
-class Arrangement:
-    """Which examples of what is stored each split has.
-
-    Args:
-        sources: The stored splits of each split, one after another.
-        rows: Rows of their examples, (n,) each.
-        facts: What a checkpoint stores of it, as primitives; None if the set is another one than was trained on.
-    """
-
-    sources: dict[Split, tuple[str, ...]]
-    rows: dict[Split, np.ndarray]
-    facts: dict[str, Any] | None
+OTHERS = "Expected the training examples and labels of the checkpoint, but got others in data.path"
 
 
 def arrange(
-    hashes: Mapping[str, np.ndarray],
+    hashes: np.ndarray,
+    marks: np.ndarray,
+    parts: Mapping[str, range],
     assigned: Mapping[Split, str],
     asked: Mapping[str, Any],
     trained: dict[str, Any] | None = None,
-) -> Arrangement:
-    """Assigns examples to splits: as a checkpoint says if it was trained on some of them, else as it is asked.
-
-    A stored split is used as it is. Without a stored test, the stored validation is the test. What is still missing is
-    taken from the stored "train". If no example of a set was trained on, each split is the whole set.
+    *,
+    fits: bool = False,
+) -> tuple[dict[Split, np.ndarray], dict[str, Any] | None]:
+    """Returns the rows of each split, (n,), and facts for a checkpoint: None if the set is another than was trained on.
 
     Args:
-        hashes: Hash of each example of each stored split, (N,) uint64.
+        hashes: Hash of each stored example, (N,) uint64.
+        marks: Hash of each example with its class, likewise.
+        parts: The rows of each stored split.
         assigned: Names of the stored splits by what they are.
         asked: `split_seed`, `val_fraction` and `test_fraction`.
         trained: The facts of a checkpoint; None in training.
+        fits: Whether this is for training.
 
     Raises:
-        ValueError: If a split is empty, or a stored split has gone or has got examples of the training.
+        ValueError: If a split is empty, or a stored split has gone or has got examples of the training, or training
+            would resume with other examples or labels.
     """
-    names = tuple(hashes)
     if trained is None:
         test = assigned.get("test", assigned.get("val", assigned["train"]))
         val = assigned.get("val", test)
         stored = {"train": assigned["train"], "val": val if val != test else assigned["train"], "test": test}
-    elif not _is_trained_on(trained, everything := np.concatenate([*hashes.values()])):
-        whole = np.arange(len(everything))
-        return Arrangement(dict.fromkeys(SPLITS, names), dict.fromkeys(SPLITS, whole), None)
+    elif not _is_trained_on(trained, hashes):
+        if fits:
+            raise ValueError(OTHERS)
+        rank_zero_info(f"data.path is another set than that of the training, so all {len(hashes)} are predicted")
+        return dict.fromkeys(SPLITS, np.arange(len(hashes))), None
     else:
-        now = {split_of(name) or name: name for name in names}  # they may be called otherwise by now
+        now = {split_of(name) or name: name for name in parts}  # they may be called otherwise by now
         if missing := [name for name in trained["stored"].values() if (split_of(name) or name) not in now]:
             raise ValueError(f"Expected the stored splits of the training in data.path, but got no {missing[0]!r}")
         stored = {split: now[split_of(name) or name] for split, name in trained["stored"].items()}
-        if unused := [name for name in names if name not in stored.values()]:
-            rank_zero_info(f"data.path has changed since the training: its stored {unused} are not used")
     drawn = [split for split in SPLITS[1:] if stored[split] == stored["train"]]
     keys = ["split_seed", *(f"{split}_fraction" for split in drawn)] if drawn else []
     settings = {key: (trained or asked)[key] for key in keys}
@@ -76,18 +66,19 @@ def arrange(
         if settings[key] != asked[key]:
             rank_zero_info(f"The split is that of the training: data.{key} is {settings[key]}, not {asked[key]}")
     fractions = {split: settings.get(f"{split}_fraction", 0.0) for split in SPLITS[1:]}
-    parts = split_by_content(hashes[stored["train"]], settings.get("split_seed", 0), **fractions)
-    rows = {s: parts[s] if stored[s] == stored["train"] else np.arange(len(hashes[stored[s]])) for s in SPLITS}
-    of_split = {split: hashes[stored[split]][rows[split]] for split in SPLITS}
+    rows = {split: np.array(parts[stored[split]]) for split in SPLITS}
+    of_train = rows["train"]
+    by_content = split_by_content(hashes[of_train], settings.get("split_seed", 0), **fractions)
+    rows |= {split: of_train[by_content[split]] for split in ("train", *drawn)}
+    of_split = {split: hashes[rows[split]] for split in SPLITS}
     for split, examples in of_split.items():
         if trained is None and not len(examples):
             raise ValueError(
-                f"Expected examples for {split}, but got none of the {len(hashes[stored[split]])} in split "
+                f"Expected examples for {split}, but got none of the {len(parts[stored[split]])} in split "
                 f"{stored[split]!r} of data.path: choose other fractions or another data.split_seed"
             )
-    for split in set(SPLITS[1:]) - set(drawn):
-        if twice := int(np.isin(of_split[split], of_split["train"]).sum()):
-            rank_zero_info(f"{twice} of {len(of_split[split])} examples for {split} are in the training split too")
+        if split not in ("train", *drawn) and (twice := int(np.isin(examples, of_split["train"]).sum())):
+            rank_zero_info(f"{twice} of {len(examples)} examples for {split} are in the training split too")
     drawn_of = sketch(of_split["train"])
     overlap = {split: shared((trained or {"sketch": drawn_of})["sketch"], of_split[split]) for split in SPLITS[1:]}
     if trained and (moved := [split for split in overlap if overlap[split] > trained["overlap"][split]]):
@@ -95,43 +86,17 @@ def arrange(
             f"Expected a stored split {stored[moved[0]]!r} in data.path that was not trained on, but got one with "
             "examples of the training"
         )
+    digests = {split: digest(marks[rows[split]]) for split in SPLITS}
+    if trained and (changed := [split for split in SPLITS if digests[split] != trained["digests"][split]]):
+        if fits and "train" in changed:
+            raise ValueError(OTHERS)
+        rank_zero_info(f"data.path has other examples or labels than in training for {', '.join(changed)}")
     counts = {split: len(examples) for split, examples in of_split.items()}
-    digests = {split: digest(examples) for split, examples in of_split.items()}
-    if trained:
-        for split in SPLITS:
-            if digests[split] != trained["digests"][split]:
-                before = trained["counts"][split]
-                rank_zero_info(f"data.path has changed since the training: {counts[split]} {split}, then {before}")
-    facts = {"rule": RULE, **settings, "stored": stored, "counts": counts, "digests": digests, "overlap": overlap}
-    return Arrangement({split: (stored[split],) for split in SPLITS}, rows, facts | {"sketch": drawn_of})
-
-
-def label_digests(hashes: Mapping[Split, np.ndarray], targets: Mapping[Split, Tensor | None]) -> dict[str, str]:
-    """Returns what stands for the classes of the examples of each split, in any order.
-
-    Args:
-        hashes: Hash of each example, (n,) uint64.
-        targets: Class of each example, (n,); None if they are hidden.
-    """
-    digests: dict[str, str] = {}
-    for split, target in targets.items():
-        classes = np.uint64(0) if target is None else target.numpy().astype(np.uint64)
-        digests[split] = digest(hashes[split] + classes)
-    return digests
-
-
-def other_labels(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Returns the splits that have the examples of a checkpoint's facts, but other labels."""
-    same = [split for split in SPLITS if before["digests"][split] == now["digests"][split]]
-    return [split for split in same if before["labels"][split] != now["labels"][split]]
+    facts = {**settings, "stored": stored, "counts": counts, "digests": digests, "overlap": overlap}
+    return rows, facts | {"sketch": drawn_of}
 
 
 def _is_trained_on(trained: Mapping[str, Any], hashes: np.ndarray) -> bool:
-    """Returns whether a set is that of the training, or a part of it, and says what it is otherwise."""
-    hits = shared(trained["sketch"], hashes)
-    number = len(trained["sketch"])
-    if hits and (hits >= KNOWN * number or 2 * hits / number * trained["counts"]["train"] >= len(hashes)):
-        return True
-    said = f"{hits} of {number} remembered training examples are among them" if hits else "byte for byte, none is known"
-    rank_zero_info(f"data.path is another set than that of the training, so all {len(hashes)} are predicted: {said}")
-    return False
+    """Returns whether a set is that of the training, or a part of it."""
+    hits, number = shared(trained["sketch"], hashes), len(trained["sketch"])
+    return hits > 0 and (hits >= KNOWN * number or 2 * hits / number * trained["counts"]["train"] >= len(hashes))

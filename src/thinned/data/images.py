@@ -6,8 +6,6 @@ names, statistics of the pixels, and how the examples were split. Later data are
 Shapes: N examples, C channels, H height, W width, K classes.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Collection, Sequence
@@ -15,7 +13,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import torch
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, OpenUnitInterval, PositiveInt, restricted_number_type
@@ -25,15 +22,14 @@ from torch import Tensor
 
 from thinned.data.distortion import Distortion
 from thinned.data.image_batches import ImageBatches
-from thinned.data.image_census import take_census
 from thinned.data.image_distortion import IMAGE_KINDS, DistortedImages
-from thinned.data.image_sources import Statistics, StoredImages, channel_statistics, image_column, read_splits
-from thinned.data.image_splits import arrange, label_digests, other_labels
-from thinned.data.labels import Labels, label_column, match_names, read_labels, shortened
+from thinned.data.image_sources import Stored, read_images
+from thinned.data.image_splits import arrange
+from thinned.data.image_store import Statistics, StoredImages, channel_statistics
+from thinned.data.labels import UNKNOWN, match_names
 from thinned.data.module import SplitDataModule
 from thinned.data.order import Split
-from thinned.data.pixels import SCALES, depth_of, image_of, kind_of, to_array
-from thinned.data.split_names import assign_splits
+from thinned.data.pixels import COLOUR, DEPTH, SCALES, depth_of, image_of, scale_of, to_array
 
 HalfTurn = restricted_number_type("HalfTurn", float, [(">=", 0), ("<=", 180)], docstring="Degrees in [0, 180].")
 
@@ -111,130 +107,53 @@ class ImageDataModule(SplitDataModule):
         if background not in ImageColor.colormap and not re.fullmatch("#[0-9a-fA-F]{6}", background):
             raise ValueError(f"Expected data.background to be the name of a colour or #rrggbb, but got {background!r}")
         self._distortion = Distortion.parse(distortion, IMAGE_KINDS)
-        self._trained: dict[str, Any] | None = None  # the state of a checkpoint
-        self._stored: dict[str, StoredImages] = {}  # these three by the name of a stored split
-        self._census: dict[str, np.ndarray] = {}
-        self._labels: dict[str, Labels] = {}
+        self._trained: dict[str, Any] = {}  # the state of a checkpoint
+        self._stored: Stored | None = None
         self._images: dict[Split, StoredImages] = {}
         self._statistics: Statistics | None = None
-        self._said: set[str] = set()
-
-    def _say(self, line: str) -> None:
-        """Says something once."""
-        if line not in self._said:
-            self._said.add(line)
-            rank_zero_info(line)
 
     def prepare_data(self) -> None:
         """Reads the dataset, so that one process computes the hashes of many images."""
         self._read()
 
-    def _read(self) -> None:
-        """Reads hashes, headers and labels of all stored splits, once."""
+    def _read(self) -> Stored:
+        """Reads hashes, headers and labels of all stored splits, once. They must fit the checkpoint's."""
         if self._stored:
-            return
-        given, root = self.hparams, Path(self.path).expanduser()
-        size = given["image_size"]
-        shape = (size, size) if size else (self._trained or {}).get("size", (28, 28))
-        stored, left_out = read_splits(self.path, given["label_column"], shape)
-        self._assigned, others = assign_splits(stored, given["leave_out"] or ())
-        names = list(self._assigned.values())
-        if self._trained:  # another set may call its splits as it likes
-            names += [name for name in others if name not in (given["leave_out"] or ())]
-        if not names or not (self._trained or "train" in self._assigned):
-            raise ValueError(f"Expected data.path to have a split 'train', but got {list(stored)}")
-        if left_out := [*left_out, *(f"split {name}" for name in others if name not in names)]:
-            self._say(f"Left out of data.path: {shortened(left_out)}")
-        first = stored[names[0]].features
-        self._columns = list(first)
-        image = image_column(first, given["image_column"])
-        label = label_column(first, given["label_column"]) if given["use_labels"] else None
-        for name in names:
-            images = stored[name].select_columns(image).rename_columns({image: "image"})
-            images = images.cast_column("image", datasets.Image(decode=False))
-            self._stored[name] = StoredImages(images, {name: len(images)}, root)
-            self._census[name] = take_census(self._stored[name], Path(given["cache_dir"]).expanduser())
-            if label and label in stored[name].column_names:
-                self._labels[name] = read_labels(stored[name], label, name)
+            return self._stored
+        trained, size = self._trained, self.hparams["image_size"]
+        self._stored = read_images(self.hparams, trained)
+        images, labels, _ = self._stored
+        self._census = images.census(Path(self.hparams["cache_dir"]).expanduser())
+        headers = self._census["header"]
+        self.class_names = trained["class_names"] if trained else next(iter(labels.values())).names
+        self._scale, self._deep = scale_of(headers, trained.get("scale")), bool((headers & DEPTH).any())
+        width, height = (size, size) if size else images.open(0).size
+        self.image_shape = (trained.get("channels", 3 if (headers & COLOUR).any() else 1), height, width)
+        return self._stored
 
     def setup(self, stage: str | None = None) -> None:
         """Assigns the examples to splits, once for all stages; images are decoded when first needed."""
         if self._images:
             return
-        self._read()
-        self._describe(needs_labels=stage != "predict" and self._trained is None)
-        hashes = {name: census["hash"] for name, census in self._census.items()}
-        arranged = arrange(hashes, self._assigned, self.hparams, self._trained and self._trained["split"])
-        if arranged.facts is None and stage == "fit":
-            raise ValueError(
-                f"Expected the training set of the checkpoint, but got other data in data.path={self.path}"
-            )
-        self._facts = arranged.facts
-        self.rows = {split: torch.from_numpy(rows) for split, rows in arranged.rows.items()}
-        images = {names: self._joined(names) for names in set(arranged.sources.values())}
-        self._images = {split: images[names] for split, names in arranged.sources.items()}
-        self.target = {split: self._targets(split, names) for split, names in arranged.sources.items()}
-        if self._facts:
-            self._compare_labels({s: hashes[names[0]][self.rows[s]] for s, names in arranged.sources.items()}, stage)
-        self._cached = sum(each.num_bytes for each in images.values()) <= self.hparams["cache_gib"] * 2**30
-
-    def _describe(self, needs_labels: bool = True) -> None:
-        """Sets classes and shape: those of the checkpoint, which the data must fit, or else those of the data."""
-        trained, train = self._trained or {}, next(iter(self._stored))
-        labels = self._labels.get(train)
-        if needs_labels and (labels is None or labels.hidden):
-            raise ValueError(
-                f"Expected labels to train on, but got none in split {train!r} of data.path "
-                f"(data.label_column: {self.hparams['label_column']!r}, all columns: {self._columns})"
-            )
-        self.class_names = trained.get("class_names") or (labels.names if labels else [])
-        for name, of_split in self._labels.items():
-            if of_split.names != self.class_names:
-                self._say(f"Classes are matched by name: split {name!r} has {shortened(of_split.names)}")
-        if labels and labels.said and not trained:
-            self._say(f"The labels of data.path are {labels.said}; the classes are {shortened(self.class_names)}")
-
-        headers = np.concatenate([census["header"] for census in self._census.values()])
-        kind = kind_of(headers, trained.get("scale"))
-        for line in kind.said:
-            self._say(line)
-        self._scale, self._deep = kind.scale, kind.deep
-        size = self.hparams["image_size"]
-        width, height = (size, size) if size else self._stored[train].open(0).size
-        self.image_shape = (trained.get("channels", kind.channels), height, width)
-
-    def _joined(self, names: tuple[str, ...]) -> StoredImages:
-        """Returns the images of some stored splits as one."""
-        stored = [self._stored[name] for name in names]
-        return StoredImages(
-            datasets.concatenate_datasets([each.stored for each in stored]),
-            {name: len(self._stored[name]) for name in names},
-            stored[0].root,
-            self.image_shape,
-            resize=self.hparams["image_size"] is not None,
-            deep=self._deep,
-            background=(self._trained or self.hparams)["background"],
-        )
-
-    def _targets(self, split: Split, names: tuple[str, ...]) -> Tensor | None:
-        """Returns the classes of a split, (n,) int64; None if its labels are hidden."""
-        if any(name not in self._labels or self._labels[name].hidden for name in names):
-            if split == "val" and self._facts:
-                raise ValueError(f"Expected labels for validation, but got none in {names}: use data.leave_out")
-            self._say(f"Split {', '.join(names)} of data.path has no labels: it is predicted without scores")
-            return None
+        images, labels, assigned = self._read()
         of = "the checkpoint" if self._trained else "the training split"
-        matched = [match_names(self._labels[name], self.class_names, name, of) for name in names]
-        return torch.cat(matched)[self.rows[split]]
-
-    def _compare_labels(self, hashes: dict[Split, np.ndarray], stage: str | None) -> None:
-        """Adds digests of the labels to the facts, and compares them with those of the checkpoint."""
-        assert self._facts is not None
-        self._facts["labels"] = label_digests(hashes, self.target)
-        if self._trained and (changed := other_labels(self._trained["split"], self._facts)):
-            if stage == "fit":
-                raise ValueError(f"Expected the labels of the training, but got others for {changed[0]} in data.path")
-            self._say(f"The labels of {', '.join(changed)} in data.path are others than in training")
+        classes = np.full(len(images.stored), UNKNOWN)
+        for name, of_split in labels.items():
+            classes[images.parts[name]] = match_names(of_split, self.class_names, name, of)
+        hashes, before = self._census["hash"], self._trained.get("split")
+        marks = hashes + classes.clip(0).astype(np.uint64)
+        rows, self._facts = arrange(hashes, marks, images.parts, assigned, self.hparams, before, fits=stage == "fit")
+        self.rows = {split: torch.from_numpy(of_split) for split, of_split in rows.items()}
+        hidden = [split for split, of_split in rows.items() if (classes[of_split] == UNKNOWN).any()]
+        if self._facts and "val" in hidden:
+            raise ValueError("Expected labels for validation, but got none in data.path: use data.leave_out")
+        if hidden:
+            rank_zero_info(f"Split {', '.join(hidden)} of data.path has no labels: it is predicted without scores")
+        self.target = {s: None if s in hidden else torch.from_numpy(classes[rows[s]]) for s in rows}
+        resize, background = self.hparams["image_size"] is not None, (self._trained or self.hparams)["background"]
+        images = replace(images, shape=self.image_shape, resize=resize, deep=self._deep, background=background)
+        self._images = dict.fromkeys(rows, images)  # a split is rows of what is stored
+        self._cached = images.num_bytes <= self.hparams["cache_gib"] * 2**30
 
     @property
     def num_classes(self) -> int | None:
@@ -246,7 +165,6 @@ class ImageDataModule(SplitDataModule):
         if not {"input_shape", "num_classes"}.intersection(names):
             return {}  # without reading the data
         self._read()
-        self._describe()
         known = {"input_shape": list(self.image_shape), "num_classes": self.num_classes}
         return {name: value for name, value in known.items() if name in names}
 
@@ -255,8 +173,6 @@ class ImageDataModule(SplitDataModule):
         """Statistics of the training split per channel, of intensities in [0, 1] for 8 and 16 bits."""
         if self._statistics is None:  # not computed in setup, which runs before a checkpoint is loaded
             self._statistics = channel_statistics(self._pixels("train"), self.rows["train"])
-            if constant := [channel for channel, std in enumerate(self._statistics.std) if not std]:
-                self._say(f"Channels {constant} of data.path are constant over the training split")
         return self._statistics
 
     @property
@@ -297,7 +213,7 @@ class ImageDataModule(SplitDataModule):
     def state_dict(self) -> dict[str, Any]:
         """Returns what a trained network relies on, as primitives."""
         if not self._images:
-            return self._trained or {}
+            return self._trained
         return {
             "class_names": self.class_names,
             "channels": self.image_shape[0],
@@ -309,13 +225,14 @@ class ImageDataModule(SplitDataModule):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes classes, statistics and split from a checkpoint."""
-        self._trained, self._statistics = state_dict, Statistics(**state_dict["statistics"])
+        """Takes classes, statistics, background and split from a checkpoint."""
+        self._statistics = Statistics(**state_dict["statistics"])
+        if self._images and self.state_dict() == state_dict:
+            return
+        is_set_up, self._trained = bool(self._images), state_dict  # Lightning loads a checkpoint after setup
         self.class_names = state_dict["class_names"]
-        if state_dict["background"] != self.hparams["background"]:
-            self._say(f"The background is that of the training: {state_dict['background']} (data.background)")
-        if self._images and self.state_dict() != state_dict:  # Lightning loads a checkpoint after setup
-            self._images = {}
+        self._stored, self._images = None, {}
+        if is_set_up:
             self.setup()
 
     def num_examples(self, split: Split) -> int:
@@ -339,6 +256,10 @@ class ImageDataModule(SplitDataModule):
         unit = 1 if deep else 255
         return unit * torch.tensor(self.mean)[:, None, None], unit * torch.tensor(self.std)[:, None, None]
 
+    def tested(self, split: Split) -> ImageBatches:
+        """Returns a split as batches, distorted by `data.distortion`."""
+        return replace(self.batches(split, training=False), images=self._distorted(split))
+
     def input_of(self, given: Any) -> Tensor:
         """Returns an image as a trained network takes it, (C, H, W) float32: of `data.image_size`, standardised.
 
@@ -357,12 +278,5 @@ class ImageDataModule(SplitDataModule):
             pixels = to_array(image, shape, resize=bool(size), deep=deep, background=trained["background"])
         except ValueError as error:
             raise ValueError(f"Expected an image like those of the training, but got one that {error}") from None
-        alone = torch.from_numpy(np.stack([pixels]))
-        batches = ImageBatches(
-            alone, torch.zeros(1, dtype=torch.int64), None, *self._mean_and_std(deep), rotation=0, shift=0, seed=0
-        )
-        return batches[0, [0]].image[0]
-
-    def tested(self, split: Split) -> ImageBatches:
-        """Returns a split as batches, distorted by `data.distortion`."""
-        return replace(self.batches(split, training=False), images=self._distorted(split))
+        mean, std = self._mean_and_std(deep)
+        return (torch.from_numpy(pixels.astype(np.float32)) - mean) / std

@@ -1,7 +1,5 @@
 """What data modules may offer, and what ours share: loaders that read whole batches of a split in a computed order."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, ClassVar, Protocol, cast
@@ -93,9 +91,7 @@ class SplitDataModule(LightningDataModule, ABC):
     def provenance(self, split: Split, limit_batches: float) -> dict[str, Any]:
         """Returns the settings that decide which examples are evaluated, and their number.
 
-        Args:
-            split: The split to evaluate.
-            limit_batches: Number of batches, or a float for a fraction of them, as in the Trainer.
+        `limit_batches` is a number of batches, or a float for a fraction of them, as in the Trainer.
         """
         settings = {k: v for k, v in self.hparams.items() if k not in self.INDIFFERENT and not k.startswith("_")}
         return settings | {"predict_split": split, "examples": self._evaluated(split, limit_batches)}
@@ -106,47 +102,45 @@ class SplitDataModule(LightningDataModule, ABC):
         return edges[min(limit_batches, last) if isinstance(limit_batches, int) else int(last * limit_batches)]
 
     def train_dataloader(self) -> DataLoader[Any]:
-        return self._dataloader("train", training=True)
+        return self._dataloader(self.batches("train", training=True), training=True)
 
     def val_dataloader(self) -> DataLoader[Any]:
-        return self._dataloader("val")
+        return self._dataloader(self.batches("val", training=False))
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        return self._dataloader(self.tested("test"))
+
+    def predict_dataloader(self) -> DataLoader[Any]:
+        """Returns the split `data.predict_split` in order, from `predict_start` on."""
+        split = self.predict_split
+        if not self.predict_start:
+            return self._dataloader(self.tested(split))
+        # Lightning would count its limit from the first batch that remains.
+        assert self.trainer is not None
+        stop = self._evaluated(split, self.trainer.limit_predict_batches)
+        return self._dataloader(self.tested(split), start=self.predict_start, stop=stop)
 
     def fit_dataloader(self) -> DataLoader[Any]:
         """Returns as many training examples as there are for validation, without augmentation: a function of `seed`."""
-        dataset = self.batches("train", training=False)
         total, count = self.num_examples("train"), self.num_examples("val")
         generator = np.random.default_rng((self.hparams["seed"], 0, 2))  # the order is (seed, epoch)
         chosen = np.sort(generator.choice(total, min(total, count), replace=False, shuffle=False))
         batches = [(epoch, chosen[places].tolist()) for epoch, places in self._sampler(len(chosen))]
-        return self._loader(Subset(dataset, batches))  # type: ignore[arg-type]
-
-    def test_dataloader(self) -> DataLoader[Any]:
-        return self._dataloader("test", tested=True)
-
-    def predict_dataloader(self) -> DataLoader[Any]:
-        """Returns the split `data.predict_split` in order, from `predict_start` on."""
-        if not self.predict_start:
-            return self._dataloader(self.predict_split, tested=True)
-        # Lightning would count its limit from the first batch that remains.
-        assert self.trainer is not None
-        stop = self._evaluated(self.predict_split, self.trainer.limit_predict_batches)
-        return self._dataloader(self.predict_split, tested=True, start=self.predict_start, stop=stop)
+        return self._loader(Subset(self.batches("train", training=False), batches))  # type: ignore[arg-type]
 
     def _dataloader(
-        self, split: Split, *, training: bool = False, tested: bool = False, start: int = 0, stop: int | None = None
+        self, dataset: Dataset[Any], *, training: bool = False, start: int = 0, stop: int | None = None
     ) -> DataLoader[Any]:
-        """Returns a loader of a split in whole batches, for training or of the examples from start to stop."""
-        dataset = self.tested(split) if tested else self.batches(split, training=training)
-        num_examples = len(dataset) if stop is None else stop  # type: ignore[arg-type]
-        sampler = self._sampler(num_examples, training=training, start=start)
-        order: Sampler[Any] | None = sampler
+        """Returns a loader of whole batches, for training or of the examples from start to stop."""
+        stop = len(dataset) if stop is None else stop  # type: ignore[arg-type]
+        sampler = self._sampler(stop, training=training, start=start)
         if self.trainer and self.trainer.overfit_batches:  # type: ignore[attr-defined]
             # Lightning would replace any sampler by SequentialSampler(dataset), which yields no batches.
-            dataset, order = Subset(dataset, list(sampler)), None  # type: ignore[arg-type]
-        elif self.trainer:
+            return self._loader(Subset(dataset, list(sampler)))  # type: ignore[arg-type]
+        if self.trainer:
             # A resumed run's workers fetch their first batches before Lightning calls set_epoch.
             sampler.set_epoch(self.trainer.current_epoch)
-        return self._loader(dataset, order)
+        return self._loader(dataset, sampler)
 
     def _loader(self, dataset: Dataset[Any], order: Sampler[Any] | None = None) -> DataLoader[Any]:
         """Returns a loader of whole batches, which draws nothing from the global generator."""

@@ -4,8 +4,6 @@ Nothing depends on a global generator or an earlier epoch. So a resumed epoch ha
 sees the same examples however many processes share them.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from itertools import islice, pairwise
 from typing import Literal
@@ -31,8 +29,7 @@ class EpochBatchSampler(DistributedSampler[tuple[int, list[int]]]):
 
     Args:
         num_examples: Size of the dataset.
-        batch_size: Size B of the global batch. If there are fewer training examples, it is the largest size that
-            all ranks can share.
+        batch_size: Size B of the global batch, or less if there are fewer training examples.
         shuffle: Whether this is for training, in a new order every epoch.
         seed: Seed of the orders, at least 0.
         rank: This process, in [0, world_size).
@@ -42,7 +39,7 @@ class EpochBatchSampler(DistributedSampler[tuple[int, list[int]]]):
         batches_per_step: Number of batches whose gradients an optimiser step accumulates. With `drop_last`, batches
             that do not fill a last step are left out, unless there are no others.
         position: Called when iteration begins; returns the epoch (None for that of `set_epoch`) and how many of its
-            batches an interrupted run has trained on. None is the start of the epoch of `set_epoch`.
+            batches an interrupted run has trained on.
 
     Raises:
         ValueError: If training batches or examples cannot be divided among the ranks.
@@ -66,15 +63,11 @@ class EpochBatchSampler(DistributedSampler[tuple[int, list[int]]]):
         if batch_size < 1:
             raise ValueError(f"Expected data.batch_size to be at least 1, but got {batch_size}")
         if num_examples < world_size:
-            which = "training example" if shuffle else "example to evaluate or predict"
-            raise ValueError(
-                f"Expected at least one {which} for each of {world_size} processes, but got {num_examples} (data.path)"
-            )
+            raise ValueError(f"Expected {world_size} examples, one a process, in data.path, but got {num_examples}")
         if shuffle:
             if batch_size % world_size:
                 raise ValueError(
-                    f"Expected data.batch_size to be a multiple of the number of processes, {world_size}, "
-                    f"but got {batch_size}"
+                    f"Expected data.batch_size to be a multiple of the processes, {world_size}, but got {batch_size}"
                 )
             end = num_examples // world_size * world_size
             batch_size = min(batch_size, end)

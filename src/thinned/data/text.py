@@ -6,8 +6,6 @@ An epoch is one pass over the training tokens, in windows that do not overlap an
 Shapes: T tokens in a window.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Collection
 from dataclasses import replace
@@ -20,25 +18,15 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from thinned.data import text_split
 from thinned.data.distortion import Distortion
 from thinned.data.module import SplitDataModule
 from thinned.data.order import Split
 from thinned.data.text_distortion import TEXT_KINDS, exchanged
 from thinned.data.text_sources import EXPECTED, TextSource, read_text
-from thinned.data.text_split import (
-    SplitDocuments,
-    SplitRule,
-    changes,
-    check_sizes,
-    kept_ranges,
-    kept_settings,
-    new_ranges,
-    rule_of,
-    whole_ranges,
-)
-from thinned.data.token_cache import Tokenised, cached_tokens, folder_of, open_tokens
+from thinned.data.token_cache import Tokenised, cached_tokens, folder_of, open_tokens, write_tokens
 from thinned.data.token_stream import make_tokenizer
-from thinned.data.tokenizer import Tokenizer, bpe_size, known_tokenizer
+from thinned.data.tokenizer import Tokenizer, bpe_size
 from thinned.data.tokens import HeldTokens, TokenBatches, Tokens
 
 
@@ -46,7 +34,7 @@ class Prepared(NamedTuple):
     """Text that is tokenised."""
 
     source: TextSource
-    rule: SplitRule
+    rule: text_split.SplitRule | None  # None if it is another text than that of a checkpoint
     tokenised: Tokenised
 
 
@@ -81,8 +69,8 @@ class TextDataModule(SplitDataModule):
         leave_out: Names of stored splits, folders and files that are not to be used; `*` stands for any part of a name.
         predict_split: The split to predict.
         distortion: What is done to the text of a test or a prediction: "characters:<rate>" exchanges them at a rate.
-        streaming: Whether a dataset is read row by row, so that only the first `max_tokens` are downloaded. Later
-            changes of a dataset on the hub are not noticed.
+        streaming: Whether a dataset on the hub is read row by row, so that only the first `max_tokens` are downloaded.
+            Its later changes are not noticed.
         max_tokens: The most tokens of each stored split; None for all.
         cache_dir: Folder for the tokens.
         num_workers: Number of worker processes that make batches; 0 makes them in the main process.
@@ -141,40 +129,39 @@ class TextDataModule(SplitDataModule):
         self._prepare()
 
     def setup(self, stage: str | None = None) -> None:
-        """Opens the tokens, once for all stages."""
+        """Opens the tokens, once for all stages; ValueError if a training would resume on another text."""
         if self.tokens:
             return
-        source, rule, tokenised = self._prepare()
-        self.tokenizer, files, _ = tokenised
+        source, rule, (self.tokenizer, files, _) = self._prepare()
+        if source.left_out:
+            rank_zero_info(f"Left out of data.path: {', '.join(source.left_out[:5])} ({len(source.left_out)} in all)")
         counts = {split: len(tokens) for split, tokens in files.items()}
-        said = []
-        if out := source.left_out:
-            said.append(f"Left out of data.path: {', '.join(out[:5])}" + f" and {len(out) - 5} more" * (len(out) > 5))
-        ranges = kept_ranges(self._kept, self.path, files) if self._kept and rule.kept else None
-        self._is_another = self._kept is not None and not ranges and not self._fits
-        if self._kept and not ranges:
-            said.append(
-                "data.path, compared by its beginning or its documents, is another text than that of the checkpoint"
-            )
-            if self._is_another:
-                said[-1] += ", so all of it is predicted" if len(counts) == 1 else ", whose splits are predicted whole"
-            else:
-                self._kept = None
-                rule = SplitRule.of(self.hparams, source.splits, by_document=rule.by_document)
-        self._ranges = ranges or (whole_ranges(counts) if self._is_another else new_ranges(rule, counts))
-        check_sizes(self._ranges, counts, None if self._kept else self.context_length)
+        found = None
+        if rule:
+            kept = self._kept
+            found = text_split.kept_ranges(kept, self.path, files) if kept else text_split.new_ranges(rule, counts)
+        self._is_another = found is None
+        self._ranges = found or text_split.whole_ranges(counts)
+        text_split.check_sizes(self._ranges, counts, None if self._kept else self.context_length)
         self.tokens = {split: files[file].part(start, stop) for split, (file, start, stop) in self._ranges.items()}
-        if self._kept and ranges:
-            settings = kept_settings(self._kept, training=self._fits)
-            said += [
-                f"Kept data.{key} {value} of the checkpoint, instead of {self.hparams[key]}"
-                for key, value in settings.items()
-                if value != self.hparams[key]
-            ]
-            self.hparams.update(settings)
-            said += changes(self._kept, self._facts()["parts"], counts)
-        for line in said:
-            rank_zero_info(line)
+        if self._is_another:
+            if self._fits:
+                raise ValueError(f"Expected the training text of the checkpoint, but got another one in {self.path!r}")
+            rank_zero_info("data.path is another text than that of the checkpoint, so all of it is predicted")
+        elif self._kept:
+            self._keep_settings(self._kept)
+            if unused := counts["train"] - max(stop for file, _, stop in self._ranges.values() if file == "train"):
+                rank_zero_info(
+                    f"data.path has changed since training: the {unused:,} tokens at its end are in no split"
+                )
+
+    def _keep_settings(self, kept: dict[str, Any]) -> None:
+        """Takes the settings of the split, and to resume also of the order, from a checkpoint of the same text."""
+        keys = [f"{split}_fraction" for split in ("val", "test") if split not in kept["stored"]]
+        for key in [*keys, *["split_seed"] * kept["by_document"], *["seed"] * self._fits]:
+            if kept[key] != self.hparams[key]:
+                rank_zero_info(f"Kept data.{key} {kept[key]} of the checkpoint, instead of {self.hparams[key]}")
+                self.hparams[key] = kept[key]
 
     @property
     def _fits(self) -> bool:
@@ -188,35 +175,39 @@ class TextDataModule(SplitDataModule):
         given = self.hparams
         options = given["name"], given["text_column"], given["leave_out"] or []
         source = read_text(self.path, *options, streaming=given["streaming"])
-        rule = rule_of(given, source.splits, self._kept, fits=self._fits)
-        if self._kept and rule.by_document and rule.kept:
+        rule = text_split.rule_of(given, source.splits, self._kept)
+        if self._kept and rule and rule.by_document:
             # A split that the checkpoint takes from "train" does not mix with one that is stored now.
             splits = {split: source.splits[split] for split in source.splits if split in self._kept["stored"]}
             extra = [f"the stored split {split}" for split in source.splits if split not in splits]
             source = replace(source, splits=splits, left_out=[*source.left_out, *extra])
-        stored = {split: SplitDocuments(split, texts, rule) for split, texts in source.splits.items()}
-        spec, max_tokens = given["tokenizer"], given["max_tokens"]
-        tokenizer = known_tokenizer(spec, self._given)
-        split = [rule.val, rule.test, rule.seed] if rule.by_document else None
-        label, key = f"{Path(self.path).resolve().stem}-{Path(spec).stem}", [source.content, spec, split, max_tokens]
-        folder = folder_of(given["cache_dir"], label, [*key, rule.ends[0] if bpe_size(spec) else None])
+        self._prepared = Prepared(source, rule, self._tokenise(source, rule or text_split.UNDIVIDED))
+        return self._prepared
+
+    def _tokenise(self, source: TextSource, rule: text_split.SplitRule) -> Tokenised:
+        spec, max_tokens, cache = (self.hparams[key] for key in ("tokenizer", "max_tokens", "cache_dir"))
+        stored = {split: text_split.SplitDocuments(split, texts, rule) for split, texts in source.splits.items()}
+        tokenizer = Tokenizer.from_json(self._given) if self._given else None
+        if tokenizer is None and spec != "char" and not bpe_size(spec):
+            tokenizer = Tokenizer.pretrained(spec)
+        label = f"{Path(self.path).resolve().stem}-{Path(spec).stem}"
+        key = [source.content, spec, [rule.val, rule.test, rule.seed] if rule.by_document else None, max_tokens]
+        folder = folder_of(cache, label, [*key, rule.ends[0] if bpe_size(spec) else None])
         made = open_tokens(folder)
         # A checkpoint is often used on its training text: if its tokenizer was made of it, so were the tokens.
         if tokenizer and not (made and made.tokenizer.to_json() == self._given):
-            folder = folder_of(given["cache_dir"], label, [*key, tokenizer.to_json()])
-
-        def make() -> Tokenizer:
-            return tokenizer or make_tokenizer(spec, stored, rule.ends[0], max_tokens)
+            folder = folder_of(cache, label, [*key, tokenizer.to_json()])
 
         def check(counts: dict[Split, int]) -> dict[Split, str]:
-            whole = self._kept and not self._fits
-            ranges = whole_ranges(counts) if whole else new_ranges(rule, counts)
-            check_sizes(ranges, counts, None if whole else self.context_length)
+            ranges = text_split.whole_ranges(counts) if self._kept else text_split.new_ranges(rule, counts)
+            text_split.check_sizes(ranges, counts, None if self._kept else self.context_length)
             return stored["train"].digests if rule.by_document else {}
 
-        tokenised = cached_tokens(folder, make, stored, dict.fromkeys([*stored, *rule.taken]), max_tokens, check)
-        self._prepared = Prepared(source, rule, tokenised)
-        return self._prepared
+        def write(folder: Path) -> None:
+            of_text = tokenizer or make_tokenizer(spec, stored, rule.ends[0], max_tokens)
+            write_tokens(folder, of_text, stored, dict.fromkeys([*stored, *rule.taken]), max_tokens, check)
+
+        return cached_tokens(folder, write)
 
     @property
     def vocab_size(self) -> int:
@@ -242,7 +233,7 @@ class TextDataModule(SplitDataModule):
         if self._is_another and tested in ("predict", "test") and self._ranges["val"] == self._ranges[split]:
             raise ValueError(
                 "Expected a validation split to learn from, but got another text in data.path than that of the "
-                "checkpoint, so all of it is predicted: evaluate it as one of the sets, or predict it at given sites"
+                "checkpoint: evaluate it as one of the sets, or predict it at given sites"
             )
         return super().val_dataloader()
 
@@ -256,24 +247,24 @@ class TextDataModule(SplitDataModule):
         if not given:
             return {}
         state = {"tokenizer": given, "spec": self.hparams["tokenizer"]}
-        if split := self._kept or (self._facts() if self.tokens else None):
-            state["split"] = split
-        return state
+        split = self._kept or (self._facts() if self.tokens else None)
+        return state | ({"split": split} if split else {})
 
     def _facts(self) -> dict[str, Any]:
         """Returns how the text is split, for a checkpoint."""
-        source, rule, tokenised = self._prepare()
-        return {
-            "path": self.path,
-            "stored": list(source.splits),
-            "by_document": rule.by_document,
-            **{key: self.hparams[key] for key in ("val_fraction", "test_fraction", "split_seed", "seed")},
-            "parts": {
-                split: {"file": file, "start": start, "stop": stop}
-                | {"digest": tokenised.digests.get(file) or self.tokens[split].digest}
-                for split, (file, start, stop) in self._ranges.items()
-            },
+        source, rule, (_, _, digests) = self._prepare()
+        parts = {
+            split: {
+                "file": file,
+                "start": start,
+                "stop": stop,
+                "digest": digests.get(file) or self.tokens[split].digest,
+            }
+            for split, (file, start, stop) in self._ranges.items()
         }
+        facts = {"path": self.path, "stored": list(source.splits), "by_document": rule is not None and rule.by_document}
+        settings = {key: self.hparams[key] for key in ("val_fraction", "test_fraction", "split_seed", "seed")}
+        return facts | settings | {"parts": parts}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes tokenizer and split from a checkpoint, whatever the text; ValueError for another kind of tokenizer."""

@@ -1,7 +1,5 @@
 """Text distorted on purpose: characters exchanged at a rate, as by a poor scan or a careless typist."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from thinned.data.token_stream import token_arrays

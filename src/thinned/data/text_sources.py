@@ -1,37 +1,28 @@
-"""Reads documents from Python's own documentation, text files, files of rows or a Hugging Face dataset.
+"""Reads documents from Python's own documentation, files of text or of rows, or a dataset of Hugging Face.
 
 "pydocs" is the text of `help()` topics, `pydoc_data.topics` in CPython: half a megabyte of English that every
 installation has. "stdlib" is half a megabyte of CPython's own sources, with the characters of "pydocs" alone, so that a
 network that knows those can predict it.
 """
 
-from __future__ import annotations
-
-import glob
 import json
 import pydoc_data.topics
+import re
 import sysconfig
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from fnmatch import fnmatchcase
+from itertools import accumulate, islice
 from pathlib import Path
-from typing import Any
 
-import datasets
-
-from thinned.data.hugging_face import (
-    Stored,
-    by_column,
-    declares_its_files,
-    fingerprint,
-    is_saved,
-    read_stored,
-    sizes_of,
-)
+from thinned.data import sources
 from thinned.data.order import Split
-from thinned.data.split_names import assign_splits, walk
-from thinned.data.text_files import ROWS, Layout, TextFiles, csv_header, layout, suffix
+from thinned.data.sources import suffix
 
+ROWS = frozenset([".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet"])
+PROSE = [".txt", ".text", ".md", ".rst", ".tex", ".org", ".html", ".htm", ".xml", ".tokens", ".raw"]
+TEXT = frozenset([*PROSE, *sources.PROGRAMS])
+ABOUT = re.compile(r"(readme|licen[cs]e|notice|citation|changelog|dataset_?card)\b", re.IGNORECASE)  # not of the data
 EXPECTED = (
     "'pydocs', 'stdlib', a file of text or rows, a folder of them, or the id of a dataset on the Hugging Face Hub"
 )
@@ -48,31 +39,57 @@ class TextSource:
 
 
 @dataclass(frozen=True)
-class TextColumn:
-    """Each row of a column is a document."""
+class TextFiles:
+    """Each file of text is a document, and so is each row of a file of rows."""
 
-    stored: Stored
+    paths: list[Path]
     column: str
-    split: str
 
     def __iter__(self) -> Iterator[str]:
-        for row, text in enumerate(self._rows()):
-            if not isinstance(text, str):
-                raise ValueError(
-                    f"Expected text in column {self.column!r} of split {self.split!r} of data.path, "
-                    f"but got {text!r} in row {row}"
-                )
-            yield text
+        for path in self.paths:
+            yield from _rows_in(path, self.column) if suffix(path) in ROWS else [_text_in(path)]
 
-    def _rows(self) -> Iterator[Any]:
+
+def _rows_in(path: Path, column: str) -> Iterator[str]:
+    for number, row in enumerate(sources.rows_of(path, [column])):
+        if not isinstance(text := row.get(column), str):
+            raise ValueError(
+                f"Expected text in column {column!r} of data.path, but got {text!r} in row {number} of {path}"
+            )
+        yield text
+
+
+def _text_in(path: Path) -> str:
+    """Returns the text of a file as it is: reading it as text would change the newlines."""
+    try:
+        with sources.OPEN.get(path.suffix.lower(), open)(path, "rb") as file:
+            content: bytes = file.read()
+        if b"\0" in content:
+            raise ValueError("a zero byte, which is no text in UTF-8")
+        return content.decode().removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        got = f"the byte 0x{error.object[error.start]:02x} at offset {error.start}"
+        raise ValueError(f"Expected data.path to hold UTF-8, but got {got} of {path}") from None
+    except Exception as error:  # each compression has errors of its own
+        raise OSError(f"Expected data.path to hold text that can be read, but got {error} ({path})") from None
+
+
+@dataclass(frozen=True)
+class TextColumn:
+    """Each row of a column of a dataset is a document."""
+
+    stored: sources.Stored
+    column: str
+
+    def __iter__(self) -> Iterator[str]:
         try:
             for batch in self.stored.select_columns(self.column).iter(batch_size=256):
+                if not all(isinstance(text, str) for text in batch[self.column]):
+                    raise ValueError("a row without text")
                 yield from batch[self.column]
         except Exception as error:  # a stream breaks off in many ways
-            raise OSError(
-                f"Expected split {self.split!r} of data.path to be read to its end, but got "
-                f"{type(error).__name__}: {error}"
-            ) from None
+            got = f"{type(error).__name__}: {error}"
+            raise OSError(f"Expected text to the end of column {self.column!r} of data.path, but got {got}") from None
 
 
 def read_text(
@@ -87,40 +104,35 @@ def read_text(
 
     Raises:
         FileNotFoundError: If nothing can be read.
-        ValueError: If there is no text, or an argument does not apply to it.
+        ValueError: If it is not clear which text is meant, or an argument does not apply to it.
     """
-    folder, is_built_in = Path(path).expanduser(), path in ("pydocs", "stdlib")
-    by_name = not is_built_in and folder.exists() and not is_saved(folder) and not declares_its_files(folder)
-    files = layout(folder, leave_out) if by_name else None
-    if not is_built_in and (files is None or files.rows):
-        return _rows(path, None if name else files, name, text_column, leave_out, streaming)
-    unused = {
-        "name": name,
-        "text_column": text_column,
-        "streaming": streaming,
-        "leave_out": leave_out if is_built_in else (),
+    folder = Path(path).expanduser()
+    if path in ("pydocs", "stdlib"):
+        if given := name or text_column or leave_out:
+            raise ValueError(f"Expected no data.name, text_column or leave_out for {path!r}, but got {given!r}")
+        documents = [text for _, text in sorted(pydoc_data.topics.topics.items())]
+        documents = _own_sources(set().union(*documents)) if path == "stdlib" else documents
+        return TextSource({"train": documents}, json.dumps(documents))
+    by_name = folder.exists() and not name and not sources.is_dataset(folder)
+    files, left_out = _files(folder, leave_out) if by_name else ({}, [])
+    if not files:
+        return _dataset(path, name, text_column, leave_out, streaming)
+    rows = {split: [*islice(sources.rows_of(each[0]), 100)] for split, each in files.items() if suffix(each[0]) in ROWS}
+    cells = [(key, cell) for of_split in rows.values() for row in of_split for key, cell in row.items()]
+    marked = [key for key, cell in cells if key.lower() in sources.SPLIT_COLUMNS and sources.split_of(str(cell))]
+    if marked and len(files) == 1:
+        raise ValueError(f"Expected a file for each split in data.path, but got splits in the column {marked[0]!r}")
+    if text_column and not rows:
+        raise ValueError(f"Expected rows in data.path, as data.text_column is {text_column!r}, but got {path!r}")
+    strings = {
+        split: [key for row in rows[split] for key, cell in row.items() if isinstance(cell, str)] for split in rows
     }
-    for key, value in unused.items():
-        if value:
-            raise ValueError(
-                f"Expected data.path to be files of rows or the id of a dataset on the Hugging Face Hub, as data.{key} "
-                f"is {value!r}, but got {path!r}"
-            )
-    if files:
-        content = json.dumps({split: _states(paths) for split, paths in files.splits.items()})
-        texts = {split: TextFiles(paths) for split, paths in files.splits.items()}
-        return TextSource(texts, content, files.left_out)
-    topics = pydoc_data.topics.topics
-    documents = [topics[key] for key in sorted(topics)]
-    if path == "stdlib":
-        documents = _own_sources(set().union(*documents))
-    return TextSource({"train": documents}, json.dumps(documents))
-
-
-def _states(files: Iterable[Path]) -> list[tuple[str, int, int]]:
-    """Returns what tells files from others, and from what they were: a copy or an archive cannot set the ctime back."""
-    stats = {str(file.absolute()): file.stat() for file in files}
-    return [(path, stat.st_size, stat.st_ctime_ns) for path, stat in stats.items()]
+    column = _text_column(strings, text_column) if rows else ""
+    states = [(split, str(file.absolute()), file.stat()) for split, paths in files.items() for file in paths]
+    # A copy or an archive cannot set the time of change (ctime) of a file back.
+    content = json.dumps([column, *((*named, state.st_size, state.st_ctime_ns) for *named, state in states)])
+    texts = {split: TextFiles(paths, column) for split, paths in files.items()}
+    return TextSource(texts, content, [file.relative_to(folder).as_posix() for file in left_out])
 
 
 def _own_sources(characters: set[str]) -> list[str]:
@@ -132,70 +144,61 @@ def _own_sources(characters: set[str]) -> list[str]:
     return [text for text, size in zip(allowed, sizes, strict=True) if size <= SOURCE_CHARACTERS]
 
 
-def _rows(
-    path: str, files: Layout | None, name: str | None, column: str | None, leave_out: Sequence[str], streaming: bool
-) -> TextSource:
-    """Returns the documents of files of rows, or of a dataset."""
-    folder = Path(path).expanduser()
-    names: dict[Split, str]
-    if files:
-        names, left_out = {split: split for split in files.splits}, files.left_out
-        stored = {split: _read_files(paths, streaming) for split, paths in files.splits.items()}
-    else:
-        found = read_stored(path, EXPECTED, name, streaming=streaming, needs_train=False)
-        names, left_out = assign_splits(found, leave_out)
-        stored = {split: found[stored_name] for split, stored_name in names.items()}
-        if not stored:
-            raise ValueError(f"Expected data.path to have splits such as 'train', 'val' and 'test', but got {left_out}")
-    if list(stored) == ["train"] and not streaming:
-        by_value, left_out = by_column({names["train"]: stored["train"]}, left_out)
-        names, _ = assign_splits(by_value)
-        stored = {split: by_value[value] for split, value in names.items()}
-    column = _text_column(next(iter(stored.values())), column)
-    for split, rows in stored.items():
-        if column not in (strings := _string_columns(rows)):
-            raise ValueError(f"Expected a column {column!r} in split {names[split]!r} of data.path, but got {strings}")
-    identity: Any = path  # only the hub knows its current content
-    if not streaming:
-        identity = {split: fingerprint(rows) for split, rows in stored.items()}
-    elif folder.exists():
-        identity = _states([folder] if folder.is_file() else walk(folder))
-    content = json.dumps([streaming, column, name, names, identity])
-    columns = {split: TextColumn(rows, column, names[split]) for split, rows in stored.items()}
-    return TextSource(columns, content, left_out)
+def _files(folder: Path, leave_out: Sequence[str]) -> tuple[dict[Split, list[Path]], list[Path]]:
+    """Returns the files of each split, and those that are left out."""
+    if folder.is_file():
+        return {"train": [folder]}, []
+    files = [file for file in sources.walk(folder) if file.is_file()]
+    used = [file for file in files if suffix(file) in ROWS | TEXT]
+    if any(suffix(file) in ROWS for file in used):
+        used = [file for file in used if not ABOUT.match(file.name)]
+    for pattern in leave_out:
+        kept = [file for file in used if not _is_called(file.relative_to(folder), pattern)]
+        if len(kept) == len(used):
+            raise ValueError(f"Expected data.leave_out to name files or splits of data.path, but got {pattern!r}")
+        used = kept
+    of_split = sources.files_by_split(used, folder)
+    for paths in of_split.values():
+        if len(kinds := {suffix(path) if suffix(path) in ROWS else "text" for path in paths}) > 1:
+            raise ValueError(
+                f"Expected files of one kind for each split in data.path, but got {sorted(kinds)}: name those that are "
+                "not to be used in data.leave_out, such as '*.csv'"
+            )
+    assigned, _ = sources.assign_splits(of_split)
+    splits = {split: of_split[name] for split, name in assigned.items() if of_split[name]}
+    return splits, [file for file in files if not any(file in paths for paths in splits.values())]
 
 
-def _read_files(paths: list[Path], streaming: bool) -> Stored:
-    """Returns the rows of files of one kind."""
-    kinds = sorted({suffix(path) for path in paths})
-    options: dict[str, Any] = {"description": sizes_of(paths)}
-    try:
-        if ROWS[kinds[0]] == "csv":  # where "NA" and "007" are text
-            sep, names = csv_header(paths)
-            features = datasets.Features({name: datasets.Value("string") for name in names})
-            options |= {"keep_default_na": False, "index_col": False, "sep": sep, "features": features}
-        if len({ROWS[kind] for kind in kinds}) > 1 or kinds == [".csv", ".tsv"]:
-            raise ValueError(f"files of several kinds, {kinds}: name those not to be used in data.leave_out")
-        data_files = {"train": [glob.escape(str(path.absolute())) for path in paths]}
-        return datasets.load_dataset(ROWS[kinds[0]], data_files=data_files, streaming=streaming, **options)["train"]
-    except Exception as error:  # of many types; the user needs to know which setting it is about
-        cause = " ".join(str(error.__cause__ or error).split())
-        shown = ", ".join(map(str, paths[:3])) + ", ..." * (len(paths) > 3)
-        raise ValueError(f"Expected data.path to hold rows of one kind, but got {cause} ({shown})") from None
+def _is_called(path: Path, pattern: str) -> bool:
+    return any(fnmatchcase(name, pattern) for name in (path.as_posix(), *path.parts, sources.stored_split(path) or ""))
 
 
-def _string_columns(stored: Stored) -> list[str]:
+def _dataset(path: str, name: str | None, column: str | None, leave_out: Sequence[str], streaming: bool) -> TextSource:
+    """Returns the documents of a dataset."""
+    streaming &= not Path(path).expanduser().exists()
+    read = sources.read_stored(path, EXPECTED, name, streaming=streaming)
+    found = read if streaming else sources.by_column(read)
+    names, left_out = sources.assign_splits(found, leave_out)
+    if not names:
+        raise ValueError(f"Expected data.path to have splits such as 'train', 'val' and 'test', but got {left_out}")
+    stored = {split: found[stored_name] for split, stored_name in names.items()}
+    column = _text_column({split: _strings(rows) for split, rows in stored.items()}, column)
+    # Of a stream, only the hub knows the current content.
+    identity = path if streaming else {split: rows._fingerprint for split, rows in stored.items()}
+    documents = {split: TextColumn(rows, column) for split, rows in stored.items()}
+    return TextSource(documents, json.dumps([streaming, column, name, names, identity]), left_out)
+
+
+def _strings(stored: sources.Stored) -> list[str]:
     if stored.features is None:  # a stream of JSON, for example: its first row shows them
-        return [name for name, value in next(iter(stored), {}).items() if isinstance(value, str)]
-    values = {name: feature for name, feature in stored.features.items() if isinstance(feature, datasets.Value)}
-    return [name for name, value in values.items() if value.dtype in ("string", "large_string")]
+        return [name for name, cell in next(iter(stored), {}).items() if isinstance(cell, str)]
+    kinds = ((name, getattr(feature, "dtype", None)) for name, feature in stored.features.items())
+    return [name for name, kind in kinds if kind in ("string", "large_string")]
 
 
-def _text_column(stored: Stored, given: str | None) -> str:
-    """Returns the given column, or "text", or the only column of strings."""
-    found = _string_columns(stored)
-    if given is None and len(found) > 1 and "text" in found:
-        return "text"
-    if given in found or (given is None and len(found) == 1):
-        return given or found[0]
-    raise ValueError(f"Expected data.text_column to be one of the columns of strings {found}, but got {given!r}")
+def _text_column(strings: Mapping[Split, Iterable[str]], given: str | None) -> str:
+    """Returns the given column, or "text", or the only one, if all splits have it among their columns of strings."""
+    for found in (dict.fromkeys(of_split) for of_split in strings.values()):
+        given = sources.column_of("text_column", found, given or ("text" if "text" in found else None), found)
+    assert given is not None
+    return given

@@ -4,15 +4,14 @@ A folder of tokens appears by a rename, and its manifest has the number of token
 something is missing, or has another size, is replaced by a new one.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -43,58 +42,74 @@ def folder_of(cache_dir: str, label: str, key: list[Any]) -> Path:
     return Path(cache_dir).expanduser() / f"{name}-{digest[:12]}"
 
 
-def cached_tokens(
+def cached_tokens(folder: Path, write: Callable[[Path], None]) -> Tokenised:
+    """Returns the tokens in a folder. If there are none, one of several processes writes them by `write_tokens`.
+
+    Raises:
+        OSError: If the files cannot be written.
+    """
+    if found := open_tokens(folder):
+        return found
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(lock := folder.with_name(f".{folder.name}.lock")):
+            try:
+                if not open_tokens(folder):  # else another process has written it
+                    with TemporaryDirectory(dir=folder.parent, prefix=".") as temporary:
+                        partial = Path(temporary, "tokens")
+                        partial.mkdir()
+                        write(partial)
+                        shutil.rmtree(folder, ignore_errors=True)
+                        partial.rename(folder)
+            finally:
+                lock.unlink(missing_ok=True)  # a process that waits for it notices, and makes a new one
+    except OSError as error:
+        if error.errno is None:  # the errors of data.path have none
+            raise
+        cause = f"{type(error).__name__} ({error}) for {folder}"
+        raise OSError(f"Expected to write tokens to data.cache_dir, but got {cause}") from None
+    found = open_tokens(folder)
+    assert found
+    return found
+
+
+def write_tokens(
     folder: Path,
-    make: Callable[[], Tokenizer],
+    tokenizer: Tokenizer,
     stored: Mapping[Split, Iterable[Document]],
     splits: Iterable[Split],
     max_tokens: int | None,
     check: Callable[[dict[Split, int]], dict[Split, str]],
-) -> Tokenised:
-    """Returns the tokens in a folder. If there are none, one of several processes writes them; the others wait.
+) -> None:
+    """Writes a file of tokens for each split.
 
     Args:
-        folder: The folder; an error leaves nothing of it.
-        make: Makes the tokenizer.
+        folder: The folder.
+        tokenizer: Encodes the text; a ValueError if it cannot names the split.
         stored: Documents of each stored split, with the splits to which they go.
         splits: All of these.
         max_tokens: The most tokens of a stored split; None for all.
         check: Called with the number of tokens of each split. Returns digests to keep, or raises an error if the
             tokens will not do.
-
-    Raises:
-        OSError: If the files cannot be written.
-        ValueError: If the text cannot be encoded.
     """
-    if found := open_tokens(folder):
-        return found
-    with _replacing(folder) as partial:
-        if found := open_tokens(folder):  # another process has written it
-            return found
-        partial.mkdir()
-        tokenizer = make()
-        dtype = "<u2" if tokenizer.vocab_size <= 2**16 else "<u4"
-        columns = "Tokenising data.path: {task.completed:,.0f} tokens", TimeElapsedColumn()
-        progress = Progress(*columns, console=Console(stderr=True), transient=True)
-        with progress, ExitStack() as stack:
-            task = progress.add_task("")
-            files = {split: stack.enter_context((partial / f"{split}.bin").open("wb")) for split in splits}
-            for name, documents in stored.items():
-                if tokenizer.by_character:  # it may lack characters of the text that is not kept
-                    documents = first(documents, max_tokens)
-                try:
-                    for split, tokens in first(token_arrays(documents, tokenizer), max_tokens):
-                        files[split].write(tokens.astype(dtype).tobytes())
-                        progress.advance(task, len(tokens))
-                except ValueError as error:
-                    raise ValueError(f"{error} (data.path, split {name!r})") from None
-            counts = {split: file.tell() // np.dtype(dtype).itemsize for split, file in files.items()}
-        manifest = {"dtype": dtype, "tokens": counts, "digests": check(counts)}
-        (partial / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
-        (partial / "manifest.json").write_text(json.dumps(manifest, indent=2), encoding="utf-8")
-    found = open_tokens(folder)
-    assert found
-    return found
+    dtype = "<u2" if tokenizer.vocab_size <= 2**16 else "<u4"
+    columns = "Tokenising data.path: {task.completed:,.0f} tokens", TimeElapsedColumn()
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress, ExitStack() as stack:
+        task = progress.add_task("")
+        files = {split: stack.enter_context((folder / f"{split}.bin").open("wb")) for split in splits}
+        for name, documents in stored.items():
+            if tokenizer.by_character:  # it may lack characters of the text that is not kept
+                documents = first(documents, max_tokens)
+            try:
+                for split, tokens in first(token_arrays(documents, tokenizer), max_tokens):
+                    files[split].write(tokens.astype(dtype).tobytes())
+                    progress.advance(task, len(tokens))
+            except ValueError as error:
+                raise ValueError(f"{error} (data.path, split {name!r})") from None
+        counts = {split: file.tell() // np.dtype(dtype).itemsize for split, file in files.items()}
+    manifest = {"dtype": dtype, "tokens": counts, "digests": check(counts)}
+    (folder / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=2), encoding="utf-8")
 
 
 def open_tokens(folder: Path) -> Tokenised | None:
@@ -112,31 +127,3 @@ def open_tokens(folder: Path) -> Tokenised | None:
     except (KeyError, OSError, TypeError, ValueError):
         return None
     return Tokenised(tokenizer, tokens, digests)
-
-
-@contextmanager
-def _replacing(folder: Path) -> Iterator[Path]:
-    """Yields the path of a new folder, which replaces `folder` if all goes well, while other processes wait."""
-    made = [above for above in (folder.parent, *folder.parent.parents) if not above.exists()]
-    lock, partial = (folder.with_name(f".{folder.name}.{kind}") for kind in ("lock", "partial"))
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(lock):
-            shutil.rmtree(partial, ignore_errors=True)  # left by a process that was killed
-            try:
-                yield partial
-                if partial.exists():
-                    shutil.rmtree(folder, ignore_errors=True)
-                    partial.rename(folder)
-            finally:
-                shutil.rmtree(partial, ignore_errors=True)
-                lock.unlink(missing_ok=True)  # a process that waits for it notices, and makes a new one
-    except BaseException as error:
-        for above in made:
-            with suppress(OSError):  # it may hold files of others
-                above.rmdir()
-        if isinstance(error, OSError) and error.errno is not None:  # the errors of data.path have no errno
-            raise OSError(
-                f"Expected to write tokens to data.cache_dir, but got {type(error).__name__} ({error}) for {folder}"
-            ) from None
-        raise

@@ -3,8 +3,6 @@
 Each document comes with the name of its split. Long ones are worked on in pieces, so that memory does not grow.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain, islice
@@ -26,10 +24,10 @@ Sized = TypeVar("Sized", str, np.ndarray)
 def make_tokenizer(
     spec: str, stored: Mapping[Split, Iterable[Document]], training_part: float, max_tokens: int | None
 ) -> Tokenizer:
-    """Returns a tokenizer for text. It depends only on the text that is kept.
+    """Returns a tokenizer for text, "char" or "bpe:<size>". It depends only on the text that is kept.
 
     Args:
-        spec: "char" or "bpe:<size>".
+        spec: Which one.
         stored: Documents of each stored split.
         training_part: Fraction of the characters for training on which BPE is trained.
         max_tokens: The most tokens kept of a stored split; None for all.
@@ -41,13 +39,10 @@ def make_tokenizer(
 
         limit = None if training_part == 1 else int(training_part * sum(len(text) for _, text in training()))
         return Tokenizer.bpe((text for _, text in first(training(), limit)), size)
-    several = any(len(list(islice(filter(_has_text, documents), 2))) > 1 for documents in stored.values())
+    with_text = ((text for _, text in documents if text) for documents in stored.values())
+    several = any(len(list(islice(documents, 2))) > 1 for documents in with_text)
     texts = chain.from_iterable(first(in_pieces(documents), max_tokens) for documents in stored.values())
     return Tokenizer.characters(chain([SEPARATOR] if several else [], (text for _, text in texts)))
-
-
-def _has_text(document: Document) -> bool:
-    return bool(document[1])
 
 
 def sure_to_fit(documents: Iterable[Document], max_tokens: int | None) -> Iterator[Document]:
@@ -71,37 +66,32 @@ def first(parts: Iterable[tuple[Split, Sized]], limit: int | None) -> Iterator[t
     """
     for split, part in parts:
         yield split, part[:limit]
-        if limit is not None:
-            limit -= len(part)
-            if limit <= 0:
-                return
+        if limit is not None and (limit := limit - len(part)) <= 0:
+            return
 
 
-def pieces(document: str, tokenizer: Tokenizer | None = None) -> Iterator[str]:
-    """Yields the pieces of a long document, cut only where the cut does not change its tokens.
+def in_pieces(documents: Iterable[Document], tokenizer: Tokenizer | None = None) -> Iterator[Document]:
+    """Yields long documents in pieces, cut only where the cut does not change their tokens.
 
     No token of GPT-2 spans the start of white space, but other tokenizers have some that do, or begin every text with a
     space. So each cut is tried on the text around it. Without a tokenizer, the pieces are for training one as GPT-2's.
     """
-    start = 0
-    while len(document) - start > PIECE:
-        stop = start + PIECE
-        if not (tokenizer and tokenizer.by_character):
-            cuts = (gap.start() for gap in islice(GAP.finditer(document, stop), 4))
-            stop = next((cut for cut in cuts if not tokenizer or _separable(document, cut, tokenizer)), 0)
-            if not stop:
+    for split, document in documents:
+        start = 0
+        while len(document) - start > PIECE:
+            gaps = islice(GAP.finditer(document, start + PIECE), 4)
+            cuts = [start + PIECE] if tokenizer and tokenizer.by_character else [gap.start() for gap in gaps]
+            stop = next((cut for cut in cuts if _separable(document, cut, tokenizer)), None)
+            if stop is None:
                 break
-        yield document[start:stop]
-        start = stop
-    yield document[start:]
+            yield split, document[start:stop]
+            start = stop
+        yield split, document[start:]
 
 
-def in_pieces(documents: Iterable[Document], tokenizer: Tokenizer | None = None) -> Iterator[Document]:
-    """Yields the pieces of documents, with the split of each."""
-    return ((split, piece) for split, document in documents for piece in pieces(document, tokenizer))
-
-
-def _separable(document: str, cut: int, tokenizer: Tokenizer) -> bool:
+def _separable(document: str, cut: int, tokenizer: Tokenizer | None) -> bool:
+    if tokenizer is None or tokenizer.by_character:
+        return True
     left, right = document[max(cut - 256, 0) : cut], document[cut : cut + 256]
     whole, *parts = tokenizer.encode_documents([left + right, left, right])
     return np.array_equal(whole, np.concatenate(parts))
@@ -119,7 +109,9 @@ def token_arrays(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterato
 def _separated(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[Document]:
     """Yields documents that have text, and what separates them: "" stands for its token, if there is one."""
     begun = set[Split]()
-    for split, document in filter(_has_text, documents):
+    for split, document in documents:
+        if not document:
+            continue
         if split in begun and tokenizer.end_of_text is None:
             yield split, SEPARATOR
         begun.add(split)

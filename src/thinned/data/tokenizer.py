@@ -6,13 +6,12 @@ Character tokens are a word-level model whose words are single characters. Byte-
 Shapes: V tokens in the vocabulary.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import tokenizers
@@ -41,20 +40,10 @@ def bpe_size(spec: str) -> int | None:
     raise ValueError(f"Expected data.tokenizer to be {EXPECTED}, but got {spec!r}")
 
 
-def known_tokenizer(spec: str, given: str | None) -> Tokenizer | None:
-    """Returns the tokenizer given as JSON, or a pretrained one; None if it is made of the text."""
-    if given:
-        return Tokenizer.from_json(given)
-    return None if spec == "char" or bpe_size(spec) else Tokenizer.pretrained(spec)
-
-
 class Tokenizer:
     """Encodes text as ids and decodes them.
 
     Names of special tokens in a text are encoded as ordinary text, so a document cannot end itself. A prompt can.
-
-    Args:
-        tokenizer: The tokenizer of the library.
     """
 
     def __init__(self, tokenizer: tokenizers.Tokenizer) -> None:
@@ -68,20 +57,20 @@ class Tokenizer:
         self.by_character = word_level and all(len(name) == 1 for name in self._names)
 
     @classmethod
-    def characters(cls, documents: Iterable[str]) -> Tokenizer:
+    def characters(cls, documents: Iterable[str]) -> Self:
         """Returns the tokenizer whose tokens are the characters of the documents, in Unicode order."""
         has_point = np.zeros(sys.maxunicode + 1, bool)
         for document in documents:
             has_point[_code_points(document)] = True
-        names = map(chr, np.flatnonzero(has_point))
-        tokenizer = tokenizers.Tokenizer(models.WordLevel({name: index for index, name in enumerate(names)}))
+        ids = {chr(point): index for index, point in enumerate(np.flatnonzero(has_point))}
+        tokenizer = tokenizers.Tokenizer(models.WordLevel(ids))
         # In this syntax of regular expressions, a dot under (?m) also matches a newline.
         tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("(?m)."), "isolated")
         tokenizer.decoder = decoders.Fuse()
         return cls(tokenizer)
 
     @classmethod
-    def bpe(cls, documents: Iterable[str], vocab_size: int) -> Tokenizer:
+    def bpe(cls, documents: Iterable[str], vocab_size: int) -> Self:
         """Returns a byte-level BPE tokenizer of `vocab_size` tokens, or fewer, trained on the documents.
 
         The library's trainer holds about 100 bytes for each character of a document, so long ones come in pieces.
@@ -99,28 +88,22 @@ class Tokenizer:
         return cls(tokenizer)
 
     @classmethod
-    def pretrained(cls, name: str) -> Tokenizer:
-        """Returns the tokenizer of a tokenizer.json, of a folder with one, or of a model on the hub or in its cache.
-
-        Raises:
-            FileNotFoundError: If there is no such tokenizer.
-            ValueError: If the file holds no tokenizer.
-        """
+    def pretrained(cls, name: str) -> Self:
+        """Returns the tokenizer of a tokenizer.json, of a folder with one, or of a model on the hub or in its cache."""
         path = Path(name).expanduser()
-        if path.is_dir():
-            path /= "tokenizer.json"
-        try:
-            if not path.is_file():
+        path = path / "tokenizer.json" if path.is_dir() else path
+        if not path.is_file():
+            try:
                 path = Path(_cached_or_downloaded(name))
-        except Exception as error:  # the type differs between versions of the client
-            cause = " ".join(str(error).split())
-            raise FileNotFoundError(
-                f"Expected data.tokenizer to be {EXPECTED}, but got {name!r} ({type(error).__name__}: {cause})"
-            ) from None
+            except Exception as error:  # the type differs between versions of the client
+                cause = f"{type(error).__name__}: {' '.join(str(error).split())}"
+                raise FileNotFoundError(
+                    f"Expected data.tokenizer to be {EXPECTED}, but got {name!r} ({cause})"
+                ) from None
         return cls.from_json(path.read_text(encoding="utf-8", errors="replace"))
 
     @classmethod
-    def from_json(cls, text: str) -> Tokenizer:
+    def from_json(cls, text: str) -> Self:
         """Returns the tokenizer in the JSON of `to_json`; ValueError if there is none."""
         try:
             return cls(tokenizers.Tokenizer.from_str(text))
@@ -151,25 +134,21 @@ class Tokenizer:
     def encode_documents(self, documents: list[str]) -> list[np.ndarray]:
         """Returns the ids of each document as integers, encoded in threads; ValueError as for `encode`."""
         if self.by_character:
-            return [self._encode_characters(document) for document in documents]
-        encodings = self._tokenizer.encode_batch_fast(documents, add_special_tokens=False)
-        ids = [np.array(encoding.ids, np.int64) for encoding in encodings]
-        if self._unknown is not None and any((document == self._unknown).any() for document in ids):
-            encodings = self._tokenizer.encode_batch(documents, add_special_tokens=False)  # this time with offsets
-            raise self._outside(
-                document[slice(*offsets)]
-                for document, encoding in zip(documents, encodings, strict=True)
-                for index, offsets in zip(encoding.ids, encoding.offsets, strict=True)
-                if index == self._unknown
-            )
-        return ids
-
-    def _encode_characters(self, text: str) -> np.ndarray:
-        """Looks code points up in a table, forty times as fast as the library."""
-        points = _code_points(text)
-        ids = self._id_of_point.take(points, mode="clip")
-        if ids.min(initial=0) < 0:
-            raise self._outside(map(chr, points[ids < 0].tolist()))
+            # Code points are looked up in a table, forty times as fast as by the library.
+            ids = [self._id_of_point.take(_code_points(document), mode="clip") for document in documents]
+            unknown: int | None = -1
+        else:
+            encodings = self._tokenizer.encode_batch_fast(documents, add_special_tokens=False)
+            ids = [np.array(encoding.ids, np.int64) for encoding in encodings]
+            unknown = self._unknown
+        for document, of_document in zip(documents, ids, strict=True):
+            if (outside := of_document == unknown).any():
+                characters = _code_points(document)[outside] if self.by_character else []
+                named = ", ".join(repr(chr(point)) for point in np.unique(characters)[:10])
+                raise ValueError(
+                    f"Expected text within the vocabulary of the tokenizer, which has {self.vocab_size} tokens, but "
+                    f"got {named or 'text of other tokens'}"
+                )
         return ids
 
     @cached_property
@@ -180,14 +159,11 @@ class Tokenizer:
         ids[points] = np.arange(len(points))
         return ids
 
-    def _outside(self, parts: Iterable[str]) -> ValueError:
-        """Returns the error that names parts of a text outside the vocabulary."""
-        unknown = sorted(set(parts))
-        more = f" and {len(unknown) - 10} more" if len(unknown) > 10 else ""
-        return ValueError(
-            f"Expected text within the vocabulary of the tokenizer, which has {self.vocab_size} tokens, "
-            f"but got {', '.join(map(repr, unknown[:10]))}{more}"
-        )
+    @cached_property
+    def _unknown(self) -> int | None:
+        """The id of text outside the vocabulary; None if there is none."""
+        model = json.loads(self.to_json())["model"]
+        return model["unk_id"] if "unk_id" in model else self._tokenizer.token_to_id(model.get("unk_token") or "")
 
     def decode(self, ids: Sequence[int]) -> str:
         """Returns the text of ids; special tokens appear by name."""
@@ -208,25 +184,21 @@ class Tokenizer:
         if self.by_character:
             return [name.encode() for name in self._names]
         if isinstance(self._tokenizer.decoder, decoders.ByteLevel):
-            alphabet = _byte_alphabet()
-            found = [bytes(alphabet.get(character, 0) for character in name) for name in self._names]
+            # A byte is itself as a character, or else the next one from U+0100 on.
+            alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+            own = {character: ord(character) for character in alphabet if ord(character) < 256}
+            byte_of = own | dict(zip(alphabet[len(own) :], sorted({*range(256)} - {*own.values()}), strict=True))
+            found = [bytes(byte_of.get(character, 0) for character in name) for name in self._names]
         else:
             # The text that a token adds to another; alone, it may lose the space with which it begins.
             anchor = (self._tokenizer.encode("a", add_special_tokens=False).ids or [0])[-1]
             skip = len(self.decode([anchor]))
-            pairs = [[anchor, index] for index in range(self.vocab_size)]
-            both = self._tokenizer.decode_batch(pairs, skip_special_tokens=False)
+            texts = [self.decode([anchor, index])[skip:] for index in range(self.vocab_size)]
             fallback = {f"<0x{byte:02X}>": bytes([byte]) for byte in range(256)}  # of Llama 2, for rare characters
-            found = [fallback.get(name, text[skip:].encode()) for name, text in zip(self._names, both, strict=True)]
+            found = [fallback.get(name, text.encode()) for name, text in zip(self._names, texts, strict=True)]
         for index, token in self._tokenizer.get_added_tokens_decoder().items():
             found[index] = b"" if token.special else token.content.encode()
         return found
-
-    @cached_property
-    def _unknown(self) -> int | None:
-        """The id of text outside the vocabulary; None if there is none."""
-        model = json.loads(self.to_json())["model"]
-        return model["unk_id"] if "unk_id" in model else self._tokenizer.token_to_id(model.get("unk_token") or "")
 
 
 def _cached_or_downloaded(name: str) -> str:
@@ -239,10 +211,3 @@ def _cached_or_downloaded(name: str) -> str:
 
 def _code_points(text: str) -> np.ndarray:
     return np.frombuffer(text.encode("utf-32-le", errors="surrogatepass"), "<u4")
-
-
-def _byte_alphabet() -> dict[str, int]:
-    """Returns the byte for each character of byte-level tokens: itself, or else those from U+0100 on, in order."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    own = {character: ord(character) for character in alphabet if ord(character) < 256}
-    return own | dict(zip(alphabet[len(own) :], sorted({*range(256)} - {*own.values()}), strict=True))

@@ -3,14 +3,12 @@
 Shapes: B windows in a batch, T tokens in a window.
 """
 
-from __future__ import annotations
-
 import mmap
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import numpy as np
 import torch
@@ -21,16 +19,9 @@ NO_TARGET = -100  # cross_entropy ignores it
 
 
 class Tokens:
-    """Consecutive tokens of a file, which is memory-mapped, so that it stays readable when deleted.
+    """Consecutive tokens of a file, from start to stop; it is memory-mapped, so that it stays readable when deleted.
 
     The workers of a data loader can read them too: unpickling opens the file again.
-
-    Args:
-        path: File of the tokens.
-        dtype: Their type in the file.
-        start: The first of them in the file.
-        stop: The one after the last.
-        content: The open file; None opens it.
     """
 
     def __init__(self, path: Path, dtype: str, start: int, stop: int, content: mmap.mmap | None = None) -> None:
@@ -40,16 +31,16 @@ class Tokens:
                 content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         self._content = content
 
-    def __reduce__(self) -> tuple[type[Tokens], tuple[Path, str, int, int]]:
-        return Tokens, (self.path, self.dtype, self.start, self.stop)
+    def __reduce__(self) -> tuple[type[Self], tuple[Path, str, int, int]]:
+        return type(self), (self.path, self.dtype, self.start, self.stop)
 
     def __len__(self) -> int:
         return self.stop - self.start
 
-    def part(self, start: int, stop: int) -> Tokens:
+    def part(self, start: int, stop: int) -> Self:
         """Returns the tokens from start to stop, without reading them."""
         assert 0 <= start <= stop <= len(self)
-        return Tokens(self.path, self.dtype, self.start + start, self.start + stop, self._content)
+        return type(self)(self.path, self.dtype, self.start + start, self.start + stop, self._content)
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Returns the tokens from start to stop, int64 (stop - start,); ValueError if the file has become shorter."""

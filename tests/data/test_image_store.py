@@ -9,19 +9,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from thinned.data import image_census
+from thinned.data import image_store
 from thinned.data.content_split import content_hash
-from thinned.data.image_census import take_census
-from thinned.data.image_sources import StoredImages
+from thinned.data.image_store import StoredImages
 
 
 @pytest.fixture
 def examined(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The sizes of all contents that are looked at; every set counts as large."""
     sizes: list[int] = []
-    monkeypatch.setattr(image_census, "MANY", 1)
+    monkeypatch.setattr(image_store, "MANY", 1)
     monkeypatch.setattr(
-        image_census, "content_hash", lambda content: sizes.append(len(content)) or content_hash(content)
+        image_store, "content_hash", lambda content: sizes.append(len(content)) or content_hash(content)
     )
     return sizes
 
@@ -38,34 +37,28 @@ def in_files(paths: list[Path]) -> StoredImages:
     stored = datasets.Dataset.from_dict({"image": list(map(str, paths))}).cast_column(
         "image", datasets.Image(decode=False)
     )
-    return StoredImages(stored, {"train": len(paths)}, paths[0].parent)
-
-
-def contents_in(sizes: list[int], paths: list[Path]) -> int:
-    """How many of the contents, not of the paths, were hashed."""
-    return sizes.count(paths[0].stat().st_size)
+    return StoredImages(stored, {"train": range(len(paths))}, paths[0].parent)
 
 
 def test_hashes_are_those_of_the_contents(tmp_path: Path, examined: list[int]) -> None:
     paths = files(tmp_path / "set", [3, 200, 3])
-    census = take_census(in_files(paths), tmp_path / "cache")
+    census = in_files(paths).census(tmp_path / "cache")
     assert census["hash"].tolist() == [content_hash(path.read_bytes()) for path in paths]
     assert census["hash"][0] == census["hash"][2] != census["hash"][1]
     assert census["header"].tolist() == [0, 0, 0]
 
 
-def test_only_files_that_have_changed_are_read_again(tmp_path: Path, examined: list[int]) -> None:
+def test_files_are_read_again_if_one_has_changed(tmp_path: Path, examined: list[int]) -> None:
     paths = files(tmp_path / "set", [1, 2, 3, 4])
-    first = take_census(in_files(paths), tmp_path / "cache")
-    assert contents_in(examined, paths) == 4
+    first = in_files(paths).census(tmp_path / "cache")
+    assert examined.count(paths[0].stat().st_size) == 4
     examined.clear()
-    assert np.array_equal(take_census(in_files(paths), tmp_path / "cache"), first)
-    assert contents_in(examined, paths) == 0
+    assert np.array_equal(in_files(paths).census(tmp_path / "cache"), first)
+    assert examined.count(paths[0].stat().st_size) == 0
     Image.fromarray(np.full((2, 2), 9, np.uint8)).save(paths[1])
     os.utime(paths[1], ns=(0, 1))
-    again = take_census(in_files(paths[::-1]), tmp_path / "cache")  # in another order, too
-    assert contents_in(examined, paths) == 1
-    assert again["hash"].tolist() == [content_hash(path.read_bytes()) for path in paths[::-1]]
+    again = in_files(paths).census(tmp_path / "cache")
+    assert again["hash"].tolist() == [content_hash(path.read_bytes()) for path in paths]
 
 
 def test_a_dataset_is_known_by_its_fingerprint(tmp_path: Path, examined: list[int]) -> None:
@@ -74,16 +67,16 @@ def test_a_dataset_is_known_by_its_fingerprint(tmp_path: Path, examined: list[in
             {"bytes": path.read_bytes(), "path": None} for path in files(tmp_path / str(values), [*values])
         ]
         features = datasets.Features(image=datasets.Image(decode=False))
-        return StoredImages(datasets.Dataset.from_dict({"image": contents}, features), {"train": 2}, tmp_path)
+        return StoredImages(datasets.Dataset.from_dict({"image": contents}, features), {"train": range(2)}, tmp_path)
 
     same = stored(5, 6)
-    first = take_census(same, tmp_path / "cache")
+    first = same.census(tmp_path / "cache")
     examined.clear()
-    assert np.array_equal(take_census(same, tmp_path / "cache"), first)
+    assert np.array_equal(same.census(tmp_path / "cache"), first)
     assert len(examined) == 1  # the key alone
-    assert not np.array_equal(take_census(stored(5, 7), tmp_path / "cache"), first)
+    assert not np.array_equal(stored(5, 7).census(tmp_path / "cache"), first)
 
 
 def test_small_sets_leave_nothing_behind(tmp_path: Path) -> None:
-    take_census(in_files(files(tmp_path / "set", [1, 2])), tmp_path / "cache")
+    in_files(files(tmp_path / "set", [1, 2])).census(tmp_path / "cache")
     assert not (tmp_path / "cache").exists()

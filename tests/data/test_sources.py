@@ -1,10 +1,8 @@
 """One table says which stored name is which split."""
 
-from pathlib import Path
-
 import pytest
 
-from thinned.data.split_names import assign_splits, split_of, walk
+from thinned.data.sources import assign_splits, split_of
 
 
 @pytest.mark.parametrize(
@@ -32,11 +30,3 @@ def test_two_names_of_one_split_are_refused_until_one_is_left_out() -> None:
 def test_a_name_to_leave_out_must_be_there() -> None:
     with pytest.raises(ValueError, match=r"data.leave_out to name stored splits \['train'\], but got 'tset'"):
         assign_splits(["train"], ["tset"])
-
-
-def test_a_folder_with_a_link_to_it_keeps_its_name(tmp_path: Path) -> None:
-    """Else a link beside a split would take its files out of it."""
-    (tmp_path / "train").mkdir()
-    (tmp_path / "train/1.txt").touch()
-    (tmp_path / "a").symlink_to(tmp_path / "train")
-    assert list(walk(tmp_path)) == [tmp_path / "train/1.txt"]

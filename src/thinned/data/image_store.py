@@ -1,0 +1,169 @@
+"""Stored images: their pixels, decoded when they are read; their names and statistics; what tells their contents apart.
+
+Shapes: N examples, B of them in a batch, C channels, H height, W width.
+"""
+
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from filelock import FileLock
+from PIL.Image import Image
+from torch import Tensor
+
+from thinned.data.content_split import content_hash
+from thinned.data.pixels import header, open_image, to_array
+from thinned.files import whole_file
+
+CENSUS = np.dtype([("hash", "<u8"), ("header", "u1")])  # of the content of an image
+MANY = 10_000  # images, from which on their census is kept on disk
+
+
+@dataclass
+class StoredImages:
+    """Stored images, decoded when they are read: `images[rows]` is (B, C, H, W), uint8 or float32."""
+
+    stored: datasets.Dataset  # the column `image`, not decoded
+    parts: dict[str, range]  # the rows of each stored split, by its name
+    root: Path  # to which the names of files are relative
+    shape: tuple[int, int, int] = (1, 1, 1)  # this and the next say what `to_array` makes of the images
+    resize: bool = False
+    deep: bool = False
+    background: str = "white"
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of all images when they are decoded."""
+        return len(self.stored) * math.prod(self.shape) * (4 if self.deep else 1)
+
+    @cached_property
+    def pixels(self) -> Tensor:
+        """All images, (N, C, H, W); they are decoded once and kept."""
+        pixels = torch.empty(len(self.stored), *self.shape, dtype=torch.float32 if self.deep else torch.uint8)
+        for rows in torch.split(torch.arange(len(pixels)), 1024):
+            pixels[rows] = self[rows]
+        return pixels
+
+    def __getitem__(self, rows: Tensor) -> Tensor:
+        stored = self.stored[rows.tolist()]["image"]
+        return torch.from_numpy(np.stack([self._pixels(*each) for each in zip(rows.tolist(), stored, strict=True)]))
+
+    def _pixels(self, row: int, stored: dict[str, Any]) -> np.ndarray:
+        image = self.open(row, stored)
+        try:
+            return to_array(image, self.shape, resize=self.resize, deep=self.deep, background=self.background)
+        except ValueError as error:
+            size = f"{self.shape[2]}x{self.shape[1]} (or data.image_size)"
+            name = self.names([row])[0]
+            raise ValueError(f"Expected images of {size} in data.path, grey and finite, but {name} {error}") from None
+
+    def open(self, row: int, stored: dict[str, Any] | None = None) -> Image:
+        """Decodes an image; OSError if it cannot be."""
+        try:
+            return open_image(stored or self.stored[row]["image"])
+        except Exception as error:  # PIL raises many types
+            raise self._unreadable(row, error) from None
+
+    def _unreadable(self, row: int, error: Exception) -> OSError:
+        """Returns the error for an image that cannot be read, since PIL names neither file nor row."""
+        if isinstance(error, OSError) and error.errno:
+            return OSError(f"Expected data.path to hold all its images while they are read, but got {error}")
+        cause = str(error).partition(" <_io")[0]
+        return OSError(f"Expected images in data.path that can be decoded, but got {self.names([row])[0]} ({cause})")
+
+    @cached_property
+    def _paths(self) -> pa.ChunkedArray:
+        return pc.struct_field(self.stored.with_format("arrow")[:]["image"], "path")
+
+    def names(self, rows: list[int]) -> list[str]:
+        """Returns the names of the images' files, relative to `data.path`, or their stored splits and rows."""
+        paths = self._paths.take(pa.array(rows, pa.int64())).to_pylist()
+        return [self._name(row, path) for row, path in zip(rows, paths, strict=True)]
+
+    def _name(self, row: int, path: str | None) -> str:
+        if path and Path(path).is_relative_to(self.root):
+            return Path(path).relative_to(self.root).as_posix()
+        name, rows = next((name, rows) for name, rows in self.parts.items() if row in rows)
+        return f"{name}[{row - rows.start}]"
+
+    def census(self, cache: Path) -> np.ndarray:
+        """Returns hash and header of the content of each image, (N,) of dtype `CENSUS`.
+
+        Those of many images are kept in the folder `cache`, and computed again if a file has another size or time, or
+        the dataset another fingerprint.
+        """
+        if len(self.stored) < MANY:
+            return np.fromiter(self._examined(), CENSUS, len(self.stored))
+        key = self.stored._fingerprint
+        if pc.struct_field(self.stored.with_format("arrow")[:]["image"], "bytes").null_count == len(self.stored):
+            states = ((path, os.stat(path)) for path in self._paths.to_pylist() if path)
+            key = str([(path, state.st_size, state.st_mtime_ns) for path, state in states])
+        kept = cache / f"census-{content_hash(key.encode()):016x}.npy"
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OSError(f"Expected data.cache_dir to be a folder to write to, but got {error}") from None
+        with FileLock(kept.with_suffix(".lock")):  # one process computes it, others wait
+            if not kept.exists():
+                with whole_file(kept) as temporary:
+                    np.save(temporary, np.fromiter(self._examined(), CENSUS, len(self.stored)))
+            census: np.ndarray = np.load(kept)
+        return census
+
+    def _examined(self) -> Iterator[tuple[int, int]]:
+        batches = self.stored.with_format("arrow").iter(1024)
+        for row, stored in enumerate(stored for batch in batches for stored in batch["image"].to_pylist()):
+            if stored is None:
+                raise ValueError(f"Expected images in data.path, but got None in {self.names([row])[0]}")
+            try:
+                content = Path(stored["path"]).read_bytes() if stored["bytes"] is None else stored["bytes"]
+                yield content_hash(content), header(content)
+            except Exception as error:
+                raise self._unreadable(row, error) from None
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Describes the intensities of each channel, (C,). Pictures show the range from low to high."""
+
+    mean: list[float]
+    std: list[float]
+    low: list[float]
+    high: list[float]
+
+    def to_uint8(self, images: Tensor) -> Tensor:
+        """Returns images (n, C, H, W) of more than 8 bits as pictures, in which the range is that of 8 bits."""
+        low, high = (torch.tensor(end)[:, None, None] for end in (self.low, self.high))
+        return (255 * (images - low) / (high - low).clamp_min(1e-12)).round().clamp(0, 255).to(torch.uint8)
+
+
+def channel_statistics(images: Tensor | StoredImages, rows: Tensor) -> Statistics:
+    """Returns the statistics of some images; 8 bits count as intensities in [0, 1]."""
+
+    def parts() -> Iterator[Tensor]:
+        return (images[part].transpose(0, 1).flatten(1) for part in torch.split(rows, 1024))  # (C, n)
+
+    channels = len(first := next(parts()))
+    if first.dtype == torch.uint8:
+        counts = torch.zeros(channels, 256, dtype=torch.int64)  # histograms are exact in any order of rows
+        for part in parts():
+            counts += torch.stack([torch.bincount(pixels, minlength=256) for pixels in part])
+        weights = counts.double() / counts.sum(1, keepdim=True)  # (C, 256)
+        values = torch.arange(256, dtype=torch.float64) / 255
+        mean = weights @ values
+        std = (weights * (values - mean[:, None]) ** 2).sum(1).sqrt()
+        return Statistics(mean.tolist(), std.tolist(), [0.0] * channels, [1.0] * channels)
+    number = sum(part.shape[1] for part in parts())
+    mean = torch.stack([part.double().sum(1) for part in parts()]).sum(0) / number
+    std = (torch.stack([((part.double() - mean[:, None]) ** 2).sum(1) for part in parts()]).sum(0) / number).sqrt()
+    low, high = (torch.stack([end(part, 1) for part in parts()], 1) for end in (torch.amin, torch.amax))
+    return Statistics(mean.tolist(), std.tolist(), low.amin(1).tolist(), high.amax(1).tolist())
