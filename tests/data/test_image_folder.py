@@ -194,3 +194,11 @@ def test_splits_within_classes_are_refused(tmp_path: Path) -> None:
     draw(tmp_path / "cat/train/1.png"), draw(tmp_path / "cat/test/2.png"), draw(tmp_path / "dog/train/3.png")
     with pytest.raises(ValueError, match=r"Expected classes in folders of splits"):
         found(tmp_path)
+
+
+def test_splits_that_are_words_in_names_of_folders_are_refused(tmp_path: Path) -> None:
+    """They would be classes."""
+    for name in ("train_images/cat/1.png", "test_images/cat/2.png"):
+        draw(tmp_path / name)
+    with pytest.raises(ValueError, match=r"^Expected files or folders of splits .* such as train_images: rename them"):
+        found(tmp_path)

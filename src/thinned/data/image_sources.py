@@ -149,6 +149,8 @@ def read_image_folder(root: Path, files: list[Path]) -> tuple[dict[str, datasets
     by_folder |= any(len(part) > 2 and sources.split_of(part[0]) == "train" for part in parts.values())
     if not by_folder and all(len(part) > 2 and sources.split_of(part[1]) for part in parts.values()):
         raise ValueError("Expected classes in folders of splits in data.path, but got splits in folders of classes")
+    if not by_folder:
+        sources.refuse_words(tops)
     split = {path: part[0] if by_folder and len(part) > 1 else "train" for path, part in parts.items()}
     folders = {path: part[by_folder:-1] for path, part in parts.items()}
 

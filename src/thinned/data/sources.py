@@ -117,19 +117,24 @@ def files_by_split(files: Iterable[Path], root: Path) -> dict[str, list[Path]]:
     """Returns files by the name of their split, if one is for training or all have one; else all of them for training.
 
     Raises:
-        ValueError: If splits are but words in the names of files, as in train_data.txt, which may be parts of a title.
+        ValueError: See `refuse_words`.
     """
     names = {file: stored_split(file.relative_to(root)) for file in files}
     found = sorted({name for name in names.values() if name})
     if all(names.values()) or any(split_of(name) == "train" for name in found):
         return {name: [file for file in names if names[file] == name] for name in found}
-    words = {split_of(word): file for file in names if suffix(file) not in PROGRAMS for word in WORD.findall(file.stem)}
+    refuse_words(file.name for file in names if suffix(file) not in PROGRAMS)
+    return {"train": [*names]}
+
+
+def refuse_words(names: Iterable[str]) -> None:
+    """Raises a ValueError if splits are words in names, such as train_data, which may as well be parts of titles."""
+    words = {split_of(word): name for name in names for word in WORD.findall(name)}
     if "train" in words and len(words) > 1:
         raise ValueError(
             "Expected files or folders of splits in data.path to be called train, valid and test, but got names such "
-            f"as {words['train'].name}: rename them, or name in data.leave_out those that are not to be used"
+            f"as {words['train']}: rename them, or name in data.leave_out those that are not to be used"
         )
-    return {"train": [*names]}
 
 
 def assign_splits(names: Iterable[str], leave_out: Iterable[str] = ()) -> tuple[dict[Split, str], list[str]]:
