@@ -1,4 +1,4 @@
-"""What a way to predict is given: batches to predict, and held-out ones to learn from.
+"""Holds what a way to predict is given: batches to predict, and held-out ones to learn from.
 
 Shapes: B examples or sequences, T tokens of a sequence, N targets (B, or the tokens that count), K classes.
 """
@@ -47,13 +47,13 @@ def in_half(inputs: Tensor, half: Half) -> Tensor:
 
 
 class Predicts(Protocol):
-    """What a batch asks of a way."""
+    """Declares what a batch asks of a way."""
 
     def statistics_of(self, batch: "Batch", /) -> MCStatistics | TokenStatistics: ...
 
 
 class Batch:
-    """Examples with a target each, or sequences with a target for each token, and what ways say of them.
+    """Holds examples with a target each, or sequences with a target for each token, and what ways say of them.
 
     Args:
         inputs: Nets are called with them.
@@ -129,7 +129,7 @@ class Batch:
 
 
 class Validation:
-    """Held-out examples from which a way learns, the same on all processes.
+    """Gives a way held-out examples to learn from, the same on all processes.
 
     Args:
         batches: Yields the parts of each batch, whenever it is called. All processes have as many batches, but maybe

@@ -1,4 +1,4 @@
-"""Runs compared on the same examples: those that agree in a setting are repetitions with other seeds.
+"""Compares runs on the same examples: those that agree in a setting are repetitions with other seeds.
 
 A comparison has the form of an evaluation (see `score_tables`), with a group of runs in place of each way. Its scores
 are means over the runs of a group, and have `runs`, the score of each, and `seeds`, Student's interval of their mean.
@@ -29,7 +29,7 @@ INDIFFERENT = {"seed", "path", "cache_dir"}
 
 @dataclass(frozen=True)
 class EvaluatedRun:
-    """Rows of a run, with what decided them."""
+    """Holds the rows of a run, and what decided them."""
 
     path: Path
     config: dict[str, Any]

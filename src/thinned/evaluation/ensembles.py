@@ -1,4 +1,4 @@
-"""The ways that an evaluation adds: ensembles of several checkpoints, and each way at its best temperature."""
+"""Adds the ways of an evaluation: ensembles of several checkpoints, and each way at its best temperature."""
 
 from collections.abc import Mapping, Sequence
 from copy import copy

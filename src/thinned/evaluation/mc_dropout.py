@@ -1,4 +1,4 @@
-"""The callback that predicts in several ways at test and at predict: rows to files, scores, pictures and metrics."""
+"""Predicts in several ways at test and at predict: a callback that writes rows, scores, pictures and metrics."""
 
 import math
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Conformal prediction sets of each way to predict, calibrated on one half of the validation split.
+"""Calibrates conformal prediction sets of each way to predict on one half of the validation split.
 
 Shapes: N examples, K classes, W ways.
 """
@@ -17,7 +17,7 @@ from thinned.uncertainty.conformal import KINDS, Kind, class_scores, conformity,
 
 
 class PredictionSets:
-    """Sets of classes that contain the true one with a chosen probability, see `thinned.uncertainty.conformal`.
+    """Makes sets of classes that contain the true one with a chosen probability, see `thinned.uncertainty.conformal`.
 
     Args:
         coverage: That probability, between 0 and 1.

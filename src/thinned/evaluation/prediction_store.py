@@ -1,4 +1,4 @@
-"""The files of a prediction, and the folder from which an interrupted one resumes.
+"""Writes the files of a prediction, and keeps the folder from which an interrupted one resumes.
 
 Each process writes chunks of rows to `predictions.parts/`, from time to time. In the end one of them merges all chunks
 to `predictions.parquet` and, for text, `sequences.parquet`, and removes the folder. If it is there when a prediction
@@ -32,7 +32,7 @@ def stored_provenance(path: Path) -> dict[str, Any] | None:
 
 
 class PredictionStore:
-    """Rows of a prediction on their way to the files.
+    """Takes the rows of a prediction to its files.
 
     Args:
         directory: Folder of the files.

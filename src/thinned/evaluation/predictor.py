@@ -1,4 +1,4 @@
-"""A checkpoint as a function of images or texts. Shapes: B inputs, T tokens of a text, K classes or tokens."""
+"""Makes a checkpoint a function of images or texts. Shapes: B inputs, T tokens of a text, K classes or tokens."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ AT_ONCE = 64  # inputs in a batch
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a trained network says of the class of an image, or of the token that follows a text.
+    """Says what a trained network predicts: the class of an image, or the token that follows a text.
 
     Attributes:
         label: The most probable class or token.

@@ -1,4 +1,4 @@
-"""Provenance: what decides the rows of a prediction, and nothing else."""
+"""Records the provenance of a prediction: what decides its rows, and nothing else."""
 
 import hashlib
 import json

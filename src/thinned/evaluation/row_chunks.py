@@ -1,4 +1,4 @@
-"""Rows in parquet: any number of processes write them in chunks, which are merged in the order of `index`.
+"""Writes rows to parquet: any number of processes write chunks, which are merged in the order of `index`.
 
 A chunk appears whole or not at all. Merging reads one range of indices after the other, so few rows are in memory. It
 reads a chunk for every range that the chunk overlaps: for few if its rows ascend, for all if they come in any order.
@@ -91,7 +91,7 @@ def _distinct_index(chunks: Sequence[Path]) -> np.ndarray:
 
 
 class Columns(Mapping[str, Tensor]):
-    """The columns of a parquet file, (N,) or (N, K) for lists. They are read when they are asked for, and not kept."""
+    """Reads columns of a parquet file, (N,) or (N, K) for lists, when they are asked for, and does not keep them."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -1,4 +1,4 @@
-"""What is kept of each prediction: a row per example, or per token of a text, with the columns of each way to predict.
+"""Makes rows of predictions: one per example, or per token of a text, with the columns of each way to predict.
 
 Columns that ways share: index (place in the split) and target; of examples also source (a file, or a stored split and
 its row, if the data module tells); of tokens also position (tokens of context, 1 to T).

@@ -1,4 +1,4 @@
-"""What an evaluation says of further sets, for a person: scores by severity, and how well foreign data are told."""
+"""Shows what an evaluation says of further sets: scores by severity, and how well foreign data are told."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""How the uncertainty of each way develops while a net is trained."""
+"""Scores the uncertainty of each way while a net is trained."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""Ways to predict: the deterministic network, Monte-Carlo dropout, ensembles of checkpoints, and temperature.
+"""Predicts in several ways: the deterministic network, Monte-Carlo dropout, ensembles of checkpoints, temperature.
 
 A way streams distributions, and their mean is its prediction. To add one, write a class and give it to
 `MCDropout(ways=[...])` or `--mc_dropout.ways`: its rows, scores, tables, pictures and metrics come by themselves.
@@ -30,7 +30,7 @@ SELECTION_TARGETS = 25_600  # of half of the validation split, for the choice of
 
 
 class Way(ABC):
-    """A way to predict.
+    """Defines a way to predict.
 
     Attributes:
         name: An identifier that no other way has. It stands before its columns, in files and in metric keys.
@@ -78,7 +78,7 @@ class Way(ABC):
         return ""
 
     def state_dict(self) -> dict[str, Any]:
-        """What `fit` has learned, as JSON: an interrupted prediction resumes with it."""
+        """Returns what `fit` has learned, as JSON: an interrupted prediction resumes with it."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -91,7 +91,7 @@ class Way(ABC):
 
 
 class Deterministic(Way):
-    """The trained network without dropout."""
+    """Predicts with the trained network, without dropout."""
 
     name, label = "deterministic", "deterministic"
 
@@ -109,7 +109,7 @@ class Deterministic(Way):
 
 
 class SampledNetworks(Way):
-    """Monte-Carlo dropout: S networks sampled from the trained one. Args: see `MCDropout`."""
+    """Predicts by Monte-Carlo dropout: S networks sampled from the trained one. Args: see `MCDropout`."""
 
     name, label = "mc_dropout", "MC dropout"
 
@@ -245,7 +245,9 @@ class SampledNetworks(Way):
 
 
 class Ensemble(Way):
-    """The networks of several checkpoints together (Lakshminarayanan et al. 2017): the mean of their distributions.
+    """Predicts with the networks of several checkpoints together: the mean of their distributions.
+
+    Source: Lakshminarayanan et al. 2017, deep ensembles.
 
     Args:
         members: Ways that predict with one network each, and with equally many distributions.
@@ -280,7 +282,7 @@ class Ensemble(Way):
 
 
 class Tempered(Way):
-    """Another way at the temperature that has the lowest NLL on validation (Guo et al. 2017).
+    """Predicts as another way does, at the temperature with the lowest NLL on validation (Guo et al. 2017).
 
     The temperature acts on the mean of the other way's distributions: p ** (1 / T), normalised.
     """
