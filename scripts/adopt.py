@@ -40,7 +40,7 @@ PARTS = {
         tests/tasks/test_language_modeling.py
     """,
     "mlp": """
-        .github/images/uncertain.png
+        .github/images/entropy.png
         configs/mlp*.yaml  configs/evaluation/image_shifts.yaml  configs/evaluation/ovadia_mnist.yaml
         scripts/bench/mlp.py  scripts/bench/prediction.py
         src/thinned/data/image*.py  src/thinned/data/labels.py  src/thinned/data/pixels.py
