@@ -57,10 +57,11 @@ test: .venv/installed-dev ## Run the tests, one process per core with one thread
 test-all: test ## Run the slow tests too: several processes, killed runs
 	$(PYTEST) -m slow $(ARGS)
 
-lint: .venv/installed-dev ## Check style, format and types
+lint: .venv/installed-dev ## Check style, format, types and the Dockerfile
 	.venv/bin/python -m ruff check .
 	.venv/bin/python -m ruff format --check .
 	.venv/bin/python -m mypy
+	.venv/bin/hadolint .devcontainer/Dockerfile
 
 format: .venv/installed-dev ## Put imports in order and wrap lines, as `make lint` wants them
 	.venv/bin/python -m ruff check --fix .

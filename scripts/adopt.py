@@ -39,7 +39,7 @@ PARTS = {
         tests/tasks/test_language_modeling.py
     """,
     "mlp": """
-        .github/images/uncertain.png
+        .github/images/severity.png
         configs/mlp*.yaml  configs/evaluation/image_shifts.yaml  configs/evaluation/ovadia_mnist.yaml
         scripts/bench/mlp.py  scripts/bench/prediction.py
         src/thinned/data/image*.py  src/thinned/data/labels.py  src/thinned/data/pixels.py

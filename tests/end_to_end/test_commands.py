@@ -41,8 +41,9 @@ def test_readme_tells_of_the_commands() -> None:
     assert "make test" in lines
 
 
-def test_files_that_the_readme_names_exist() -> None:
-    named = set(re.findall(r"\b(?:configs|scripts)/[\w/]+\.(?:yaml|py|sbatch)\b", (ROOT / "README.md").read_text()))
+def test_files_that_the_readmes_name_exist() -> None:
+    texts = [path.read_text() for path in (ROOT / "README.md", *ROOT.glob("[cst]*/**/README.md"))]
+    named = set(re.findall(r"\b(?:configs|scripts)/[\w/]+\.(?:yaml|py|sbatch)\b", "".join(texts)))
     assert {"scripts/train.py", "scripts/predict.py"} <= named
     assert [name for name in sorted(named) if not (ROOT / name).is_file()] == []
 

@@ -70,7 +70,8 @@ def test_example_of_the_readme(
     trained_text: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    text = "".join((ROOT / name).read_text() for name in ("README.md", "scripts/README.md"))
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     example, export = (next(b for b in blocks if text in b) for text in ('predictor("the ")', "gpt.pt2"))
     names: dict[str, Any] = {}
     exec(example.replace("runs/...", str(trained_text.run)), names)
