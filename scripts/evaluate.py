@@ -13,8 +13,9 @@ A killed evaluation resumes with --resume, and predicts no set again whose rows 
 
 from collections.abc import Sequence
 
-from thinned.cli import ThinnedCLI, checkpoint_arguments, one_message, restart_in_utf8
+from thinned.cli import ThinnedCLI, checkpoint_arguments
 from thinned.evaluation.sets import evaluate_sets
+from thinned.messages import one_message, restart_in_utf8
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -17,7 +17,6 @@ import torch  # gpt only
 from matplotlib.figure import Figure
 from torch import nn
 
-from thinned.cli import one_message, read_checkpoint, restart_in_utf8
 from thinned.data import Tokenizer  # gpt only
 from thinned.evaluation.mask_figures import (
     attention_figures,  # gpt only
@@ -25,8 +24,9 @@ from thinned.evaluation.mask_figures import (
     example_figure,  # mlp only
     mask_figures,
 )
-from thinned.files import checkpoint_file, whole_file
+from thinned.files import checkpoint_file, read_checkpoint, whole_file
 from thinned.generation.sampling import prompt_tokens  # gpt only
+from thinned.messages import one_message, restart_in_utf8
 from thinned.models.net import net_offers
 
 

@@ -7,7 +7,8 @@ python scripts/predict.py --ckpt_path runs/<experiment>/<run id>/checkpoints/bes
 
 from collections.abc import Sequence
 
-from thinned.cli import ThinnedCLI, checkpoint_arguments, one_message, restart_in_utf8
+from thinned.cli import ThinnedCLI, checkpoint_arguments
+from thinned.messages import one_message, restart_in_utf8
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -16,12 +16,12 @@ from typing import Any, cast
 
 import torch
 
-from thinned.cli import one_message, read_checkpoint, restart_in_utf8
 from thinned.data import Tokenizer
-from thinned.files import whole_file
+from thinned.files import read_checkpoint, whole_file
 from thinned.generation.highlight import highlighted_page
 from thinned.generation.sampling import Sampling, sample_texts
 from thinned.generation.text_samples import print_samples
+from thinned.messages import one_message, restart_in_utf8
 from thinned.models import GPT
 
 

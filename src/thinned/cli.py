@@ -5,6 +5,7 @@ runs/<experiment>/<run id>/  config.yaml  checkpoints/{best,last}.ckpt  metrics.
 
 import os
 import secrets
+import sys
 import warnings
 from collections.abc import Sequence
 from functools import cached_property
@@ -46,13 +47,13 @@ from thinned.runs.launch import fill_in_from_launcher
 from thinned.runs.logger_settings import fill_in_loggers
 from thinned.runs.loggers import ResumableLogger
 from thinned.runs.lost_ranks import LostRanks
-from thinned.runs.messages import Parser, one_message, restart_in_utf8
 from thinned.runs.own_callbacks import OwnCallbacks, prepare_own_callbacks
+from thinned.runs.parser import Parser, settings_with_values
 from thinned.runs.record import RunRecord
 from thinned.tasks import DropoutMonitor, FiniteSteps, StepSeed, Throughput
 from thinned.tasks.task import Task
 
-__all__ = ["ThinnedCLI", "checkpoint_arguments", "one_message", "read_checkpoint", "restart_in_utf8"]
+__all__ = ["ThinnedCLI", "checkpoint_arguments", "read_checkpoint"]
 
 # The sampler leaves out the batches already seen, but Lightning knows only loaders with a state.
 warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch ended")
@@ -108,12 +109,18 @@ class ThinnedCLI(LightningCLI):
                 "use_distributed_sampler": False,
                 "callbacks": [Throughput(), DropoutMonitor(), LostRanks(), OwnCallbacks(), LearningCurves()],
             },
-            args=None if args is None else list(args),
+            args=list(sys.argv[1:] if args is None else args),
             run=False,
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        self.config = parser.parse_args(args)
+        asked = {"-h", "--help", "--help_all"} & set(args)
+        if "--help_all" in asked:
+            parser.parse_args(["--help"])
+        self.config = parser.parse_args([arg for arg in args if arg not in asked])
+        if asked:
+            print(settings_with_values(self.config, {"data": None, "model": None, "mc_dropout": MCDropout}))
+            parser.exit()
         if isinstance(given := self.config.seed_everything, bool):
             self.config.seed_everything = self._drawn_seed
             why = "" if given else ", since dropout masks in training need one"

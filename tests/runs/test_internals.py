@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from thinned.runs import internals
-from thinned.runs.messages import Parser
+from thinned.runs.parser import Parser
 
 BATCHES = 6
 

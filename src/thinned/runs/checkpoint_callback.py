@@ -18,11 +18,11 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 
 from thinned.files import read_checkpoint
+from thinned.messages import is_lost_rank
 from thinned.runs import internals
 from thinned.runs.checkpoint_io import last_checkpoint
 from thinned.runs.interruption import Interruption
 from thinned.runs.loggers import ResumableLogger
-from thinned.runs.lost_ranks import is_lost_rank
 
 
 class Checkpoints(ModelCheckpoint):

@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch.optim import Optimizer
 
-from thinned.runs.double_keys import refuse_double_keys
+from thinned.arguments import refuse_double_keys
 
 _load_yaml = _loaders_dumpers.yaml_load
 _discard = _typehints.discard_init_args_on_class_path_change

@@ -5,19 +5,17 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
 
 import torch
 from lightning.pytorch import Trainer
 
+from thinned.messages import EXIT_STATUS
 from thinned.runs.checkpoint_io import last_checkpoint
 
 PATIENCE = 25  # seconds from the signal to the checkpoint; a call into C or CUDA delays the signal
 FINISH = 5  # seconds at least from the checkpoint to the end of the process; `wandb sync` sends what is left then
-EXIT_STATUS = 128  # plus the signal's number is what shells report: 143 for SIGTERM, 130 for SIGINT
 
 
 class Interruption:
@@ -92,16 +90,3 @@ class Interruption:
         if trainer.global_rank > 0 and environment is not None and not environment.creates_processes_externally:
             sys.exit(0)  # Lightning kills the first process, whose status counts, if another one fails
         sys.exit(EXIT_STATUS + signum)
-
-
-@contextmanager
-def ended_by_sigterm() -> Iterator[None]:
-    """Makes SIGTERM raise SystemExit, so that cleanup runs."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(EXIT_STATUS + signum))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -1,7 +1,6 @@
 """If one process of a data-parallel run dies, the others say so and end."""
 
 import os
-import re
 import sys
 import time
 from threading import Thread
@@ -11,8 +10,6 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from thinned.runs.checkpoint_io import last_checkpoint
 
 INTERVAL = 2.0  # seconds
-# Errors of gloo, of NCCL, and of the store through which ranks find each other. Torch has classes for some alone.
-LOST = re.compile(r"gloo|NCCL|TCPStore|ProcessGroup|Dist(Backend|Network|Store)Error")
 
 
 class LostRanks(Callback):
@@ -25,17 +22,6 @@ class LostRanks(Callback):
         if not self._watched and trainer.world_size > 1 and (by_torchrun or trainer.local_rank > 0):
             self._watched = True
             Thread(target=_end_with, args=(os.getppid(), trainer), daemon=True).start()
-
-
-def is_lost_rank(error: BaseException) -> bool:
-    """Whether a rank gets this error because another one does not answer."""
-    return isinstance(error, RuntimeError) and LOST.search(f"{type(error).__name__}: {error}") is not None
-
-
-def lost_rank_message(error: BaseException) -> str:
-    """Shortens an error of gloo or NCCL to its first sentence."""
-    said = re.sub(r"^\[\S+\] ", "", str(error)).split(". ")[0]
-    return f"Expected all ranks to answer, but got {said}"
 
 
 def _end_with(launcher: int, trainer: Trainer) -> None:
