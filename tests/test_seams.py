@@ -18,6 +18,7 @@ MAY_IMPORT = {
     "files": set[str](),
     "messages": set[str](),
     "offers": {"files"},
+    "quick_imports": set[str](),
     "models": GROUND,
     "data": GROUND,
     "runs": GROUND,

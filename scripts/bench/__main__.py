@@ -19,6 +19,7 @@ from intervals import bench_intervals
 from mlp import bench_dropout, bench_mlp_batch, bench_mlp_mc, bench_overhead  # mlp only
 from prediction import bench_predict  # mlp only
 from scaling import bench_scaling
+from start import bench_start  # mlp only
 
 
 def main() -> None:
@@ -28,6 +29,7 @@ def main() -> None:
         "mc_mlp": bench_mlp_mc,  # mlp only
         "mc_batch": bench_mlp_batch,  # mlp only
         "overhead": bench_overhead,  # mlp only
+        "start": bench_start,  # mlp only
         "predict": lambda _: bench_predict(),  # once: it takes minutes  # mlp only
         "train": lambda repeats: bench_train(repeats, arguments.nanogpt),  # gpt only
         "mc_gpt": bench_gpt_mc,  # gpt only

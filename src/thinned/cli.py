@@ -13,7 +13,6 @@ from pathlib import Path
 from pydoc import locate
 from typing import Any, cast
 
-import wandb
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, Trainer, seed_everything
@@ -279,7 +278,8 @@ class ThinnedCLI(LightningCLI):
     @rank_zero_only
     def print_results(self) -> None:
         """Prints the scores, with a column for each way to predict, what they tell, and the files of the run."""
-        wandb.finish()  # before the table, which should stand last
+        if wandb := sys.modules.get("wandb"):
+            wandb.finish()  # before the table, which should stand last
         console = Console()
         if evaluation := self.config_init.mc_dropout.evaluation:
             console.print(*score_tables(evaluation, console.width), sep="\n")

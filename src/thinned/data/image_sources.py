@@ -22,7 +22,6 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from PIL.Image import Image
-from sklearn.datasets import load_digits
 from torch import Tensor
 
 from thinned.data.hugging_face import by_column, declares_its_files, is_saved, read_stored, sizes_of
@@ -37,6 +36,8 @@ EXPECTED = "'digits', 'letters', a folder of images, the folder of a dataset or 
 
 def read_digits() -> datasets.Dataset:
     """Returns scikit-learn's 1,797 digits of 8x8 pixels, 17 grey levels scaled to 0..255."""
+    from sklearn.datasets import load_digits  # takes a second
+
     digits = load_digits()
     images = np.rint(digits.images * (255 / 16)).astype(np.uint8)
     # PGM is the pixels as they are, so that their hashes are the same everywhere; PNG depends on a library's version.

@@ -9,14 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import wandb
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import WandbLogger
 from torch import Tensor
 
 from thinned.data.module import data_offers
 from thinned.data.order import Split
-from thinned.evaluation import figures
 from thinned.evaluation.row_chunks import Columns
 from thinned.evaluation.score_tables import plain_scores, recall_rows, score_rows
 from thinned.evaluation.ways import Way
@@ -193,6 +191,8 @@ def _write_pictures(
     names: list[str] | None,
 ) -> None:
     """Draws all that the rows and the data module allow, into files and W&B."""
+    from thinned.evaluation import figures  # with matplotlib, only if something is drawn
+
     raw_images = data_offers(trainer).raw_images
     images = None if raw_images is None else lambda index: raw_images(split, index)
     drawn = figures.figures(rows, labels, images, names)
@@ -204,6 +204,8 @@ def _write_pictures(
             for name, figure in drawn.items():
                 logger.log_image(f"{split}/{name}", [figure], step=trainer.global_step)
             if images is not None:
+                import wandb
+
                 columns, table = figures.most_uncertain(rows, labels, images, names)
                 for row in table:
                     row[0] = wandb.Image(row[0])
