@@ -20,6 +20,7 @@ from mlp import bench_dropout, bench_mlp_batch, bench_mlp_mc, bench_overhead  # 
 from prediction import bench_predict  # mlp only
 from scaling import bench_scaling
 from start import bench_start  # mlp only
+from step import bench_step
 
 
 def main() -> None:
@@ -30,6 +31,10 @@ def main() -> None:
         "mc_batch": bench_mlp_batch,  # mlp only
         "overhead": bench_overhead,  # mlp only
         "start": bench_start,  # mlp only
+        "step_mlp": lambda repeats: bench_step(
+            repeats, "mlp_digits", 400, "--data.shift=0", "--data.rotation=0"
+        ),  # mlp only
+        "step_gpt": lambda repeats: bench_step(repeats, "gpt_pydocs", 60),  # gpt only
         "predict": lambda _: bench_predict(),  # once: it takes minutes  # mlp only
         "train": lambda repeats: bench_train(repeats, arguments.nanogpt),  # gpt only
         "mc_gpt": bench_gpt_mc,  # gpt only
