@@ -48,7 +48,7 @@ def train_plainly() -> None:
 def bench_start(repeats: int) -> None:
     """Both sides in turn, each in a process of its own; its children, such as W&B's service, do not count."""
     plain = ("-c", "from start import train_plainly; train_plainly()")
-    ending = ("--trainer.callbacks+=lightning.pytorch.callbacks.LambdaCallback",)
+    ending: tuple[str, ...] = ("--trainer.callbacks+=lightning.pytorch.callbacks.LambdaCallback",)
     ending += ("--trainer.callbacks.on_train_batch_end=start.say_time_and_end", "--trainer.accelerator=cpu")
     ours = (str(ROOT / "scripts/train.py"), "--config", str(ROOT / "configs/mlp_digits.yaml"), *ending)
     environment = {**os.environ, "WANDB_MODE": "offline", "OMP_NUM_THREADS": "1"}

@@ -8,6 +8,7 @@ import sys
 import sysconfig
 import threading
 import traceback
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr, suppress
 from pathlib import Path
@@ -16,6 +17,22 @@ SAYS_WHAT_TO_CHANGE = re.compile("Expected|Parser key|[Uu]nrecognized|Problem wi
 # Errors of gloo, of NCCL, and of the store through which ranks find each other. Torch has classes for some alone.
 LOST = re.compile(r"gloo|NCCL|TCPStore|ProcessGroup|Dist(Backend|Network|Store)Error")
 LIBRARIES = tuple({sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")} | {sys.base_prefix, "<"})
+NOT_SAID = (  # beginnings of warnings
+    # The sampler leaves out the batches already seen, but Lightning knows only loaders with a state.
+    "You're resuming from a checkpoint that ended before the epoch ended",
+    # The model summary gives sizes in fp32, whatever the precision.
+    "Precision .* is not supported by the model summary",
+    # Nothing changes in place what a sharded net returns.
+    "FSDP2-wrapped module .* returned a view tensor",
+    # A run that resumes with max_steps first ends its last epoch again, without the metrics of it.
+    r"`ModelCheckpoint\(monitor=.*\)` could not find the monitored key",
+    # A test takes the average from the checkpoint, which is what is wanted; each process has the whole net.
+    "You're using the WeightAveraging callback",
+    # Lightning 2.6.6 asks isinstance(treespec, LeafSpec) in each stage: Lightning-AI/pytorch-lightning#21326
+    r"`isinstance\(treespec, LeafSpec\)` is deprecated",
+    # Lightning 2.6.6 warns of every directory with checkpoints: Lightning-AI/pytorch-lightning#5209
+    "Checkpoint directory .* exists and is not empty",
+)
 EXIT_STATUS = 128  # plus the signal's number is what shells report: 143 for SIGTERM, 130 for SIGINT
 
 
@@ -25,6 +42,8 @@ def one_message() -> Iterator[None]:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # what it cannot encode is shown as well as it goes
             stream.reconfigure(errors="backslashreplace")
+    for warning in NOT_SAID:
+        warnings.filterwarnings("ignore", message=warning)
     try:
         with ended_by_sigterm():
             yield

@@ -151,25 +151,6 @@ def test_predicting_images_of_another_size(
             assert text in error
 
 
-@pytest.mark.parametrize(
-    ("option", "key"),
-    [
-        ("--data.shift", "data.shift"),
-        ("--data.rotation", "data.rotation"),
-        ("--model.warmup_steps", "model.warmup_steps"),
-        ("--model.optimizer.lr", "model.optimizer.lr"),
-    ],
-)
-def test_predicting_with_a_setting_of_training(option: str, key: str, trained: Any, run_script: Script) -> None:
-    error = run_script("predict", "--ckpt_path", trained.run / "checkpoints/best.ckpt", option, 3).error
-    assert f"Expected {key} as in the checkpoint, since it acts in training alone" in error
-
-
-def test_predicting_with_a_setting_of_training_as_it_was(trained: Any, run_script: Script) -> None:
-    checkpoint = trained.run / "checkpoints/best.ckpt"
-    assert run_script("predict", "--ckpt_path", checkpoint, "--data.shift", 0.5, "--data.rotation", 10).status == 0
-
-
 def test_predicting_with_another_net(trained: Any, run_script: Script) -> None:
     checkpoint = trained.run / "checkpoints/best.ckpt"
     error = run_script("predict", "--ckpt_path", checkpoint, "--model.net.hidden", "[5]").error

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C end training at the next moment from which it can resume, and everything else at once."""
+"""SIGTERM and Ctrl-C end training at the next moment from which it can resume; a rank ends with its launcher."""
 
 import os
 import signal
@@ -9,12 +9,13 @@ from types import FrameType
 from typing import NoReturn
 
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 
 from thinned.messages import EXIT_STATUS
 from thinned.runs.checkpoint_io import last_checkpoint
 
 PATIENCE = 25  # seconds from the signal to the checkpoint; a call into C or CUDA delays the signal
+INTERVAL = 2.0  # seconds between looks at the launcher
 FINISH = 5  # seconds at least from the checkpoint to the end of the process; `wandb sync` sends what is left then
 
 
@@ -90,3 +91,24 @@ class Interruption:
         if trainer.global_rank > 0 and environment is not None and not environment.creates_processes_externally:
             sys.exit(0)  # Lightning kills the first process, whose status counts, if another one fails
         sys.exit(EXIT_STATUS + signum)
+
+
+class LostRanks(Callback):
+    """Ends a rank whose launcher has died and names the checkpoint to resume from; NCCL would wait for half an hour."""
+
+    _watched = False
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+        if not self._watched and trainer.world_size > 1 and (by_torchrun or trainer.local_rank > 0):
+            self._watched = True
+            threading.Thread(target=_end_with, args=(os.getppid(), trainer), daemon=True).start()
+
+
+def _end_with(launcher: int, trainer: Trainer) -> None:
+    while os.getppid() == launcher:
+        time.sleep(INTERVAL)
+    lost = f"Expected all ranks to answer, but got rank {trainer.global_rank} without the process that launched it"
+    path = last_checkpoint(trainer)
+    print(f"error: {lost}" + (f": resume from {path}" if path else ""), file=sys.stderr, flush=True)
+    os._exit(1)  # the main thread may wait in a collective for ever

@@ -4,7 +4,7 @@ import inspect
 import json
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pydoc import locate
 from typing import Any, NoReturn, cast
@@ -56,26 +56,37 @@ class Parser(LightningArgumentParser):
         raise ValueError(message) from ex
 
 
-def settings_with_values(config: Namespace, classes: Mapping[str, type | None]) -> str:
-    """Lists the settings below some keys with their values, a line each, and what their docstrings say.
+def parse_or_help(
+    parser: LightningArgumentParser, args: Sequence[str], classes: Mapping[str, type | None]
+) -> Namespace:
+    """Parses a command line. `--help` prints some settings with their values instead, `--help_all` all options.
 
     Args:
-        config: The whole config, with defaults.
-        classes: The class that a key's settings are of; None if the config names it.
+        parser: The parser.
+        args: The command line.
+        classes: Keys of the settings that `--help` prints, and the class of each; None if the config names it.
     """
-    columns = shutil.get_terminal_size().columns - 1
-    lines = (line for key, of in classes.items() for line in _lines(config[key], key, of=of))
-    return "\n".join(line if len(line) <= columns else f"{line[: columns - 3]}..." for line in lines)
+    asked = {"-h", "--help", "--help_all"} & set(args)
+    if "--help_all" in asked:
+        parser.parse_args(["--help"])
+    config = parser.parse_args([arg for arg in args if arg not in asked])
+    if asked:
+        columns = shutil.get_terminal_size().columns - 1
+        for line in (line for key, of in classes.items() for line in _lines(config[key], key, of=of)):
+            print(line if len(line) <= columns else f"{line[: columns - 3]}...")
+        parser.exit()
+    return config
 
 
 def _lines(setting: Any, key: str, said: str = "", of: type | None = None) -> Iterator[str]:
+    """Yields a line for each setting below a key: its value and what the docstring of its class says."""
     comment = f"  # {said}" if said else ""
     if not isinstance(setting, Namespace):
         yield f"--{key} {setting if isinstance(setting, str) else json.dumps(setting, default=str)}{comment}"
         return
     if "class_path" in setting:
         yield f"--{key} {setting.class_path}{comment}"
-        of, setting = cast(type, locate(setting.class_path)), setting.get("init_args", Namespace())
+        of, setting = cast(type, locate(setting.class_path)), setting.get("init_args") or Namespace()  # type: ignore[no-untyped-call]
     descriptions = _descriptions(of) if of else {}
     for name, value in vars(setting).items():
         yield from _lines(value, f"{key}.{name}", descriptions.get(name, ""))
@@ -91,7 +102,7 @@ def _descriptions(of: type) -> dict[str, str]:
     return docs
 
 
-def _subclasses(of: type) -> Iterator[type]:
+def _subclasses(of: type[Any]) -> Iterator[type[Any]]:
     for each in of.__subclasses__():
         yield each
         yield from _subclasses(each)
