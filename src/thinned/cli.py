@@ -110,8 +110,6 @@ class ThinnedCLI(LightningCLI):
         runs = Path(config.runs_dir, config.experiment)
         self.run_dir, self.ckpt_path = directory.find_run(runs, config.run_id, config.resume, self.purpose)
         directory.enter_run(self.run_dir, new=config.resume is None)
-        if config.mc_dropout.dirpath:
-            directory.enter_folder(Path(config.mc_dropout.dirpath), "mc_dropout.dirpath")
         if config.resume and not (self.checkpoint or self.ckpt_path):
             self.ckpt_path = directory.checkpoint_to_resume(self.run_dir)
         self._built_data = _fill_in_from_data(config)

@@ -137,17 +137,6 @@ def link_for_leet(run: Path) -> None:
         (links / target.name).symlink_to(target)
 
 
-@rank_zero_only
-def enter_folder(folder: Path, key: str) -> None:
-    """Claims a folder that a setting names, as `enter_run` does that of a run."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        claim(folder)
-    except OSError as error:
-        raise ValueError(f"Expected {key} to be writable, but got {error.strerror}: {folder}") from error
-    atexit.register(release, folder)
-
-
 def files_of_run(run: Path) -> str:
     """Lists the files of a run, one a line; W&B's as the command that shows them."""
     paths = [path.relative_to(run) for path in sorted(run.rglob("*")) if path.is_file()]
