@@ -20,8 +20,9 @@ from thinned.quick_imports import quick_imports
 def main(args: Sequence[str] | None = None) -> None:
     with one_message():
         with quick_imports():
-            from thinned.cli import ThinnedCLI, checkpoint_arguments
+            from thinned.cli import ThinnedCLI
             from thinned.evaluation.sets import evaluate_sets
+            from thinned.runs.checkpoint_io import checkpoint_arguments
 
         checkpoints, (config, content, *options) = checkpoint_arguments(args, with_logger=True)
         cli = ThinnedCLI([config, content, "--mc_dropout.coverage", "0.9", *options], checkpoints, purpose="evaluate")

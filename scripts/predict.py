@@ -14,7 +14,8 @@ from thinned.quick_imports import quick_imports
 def main(args: Sequence[str] | None = None) -> None:
     with one_message():
         with quick_imports():
-            from thinned.cli import ThinnedCLI, checkpoint_arguments
+            from thinned.cli import ThinnedCLI
+            from thinned.runs.checkpoint_io import checkpoint_arguments
 
         checkpoints, arguments = checkpoint_arguments(args)
         if len(checkpoints) > 1:

@@ -43,7 +43,8 @@ def check_arguments(args: Sequence[str] | None = None) -> None:
     if not found.config and {"-h", "--help"} & set(rest):
         print(f"{USAGE}\n{list_of_configs()}")
         sys.exit(0)
-    if not (found.config or ACTIONS & set(options) or {"model", "data"} <= set(options)):
+    asks = ACTIONS & set(options) or any(re.match(r"--[\w.]+\.help\b", option) for option in rest)
+    if not (found.config or asks or {"model", "data"} <= set(options)):
         print(list_of_configs())
         raise ValueError("Expected --config with the path of a yaml, but got none")
     for path in found.config:

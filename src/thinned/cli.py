@@ -1,4 +1,4 @@
-"""The command line: one LightningCLI that gives each run its own directory and turns errors into one message.
+"""The command line: one LightningCLI that parses, and builds trainer, task and data in a directory of the run.
 
 runs/<experiment>/<run id>/  config.yaml  checkpoints/{best,last}.ckpt  metrics.{csv,json}  predictions.parquet  wandb/
 """
@@ -28,7 +28,7 @@ from thinned.files import read_checkpoint
 from thinned.offers import Offers
 from thinned.runs import directory
 from thinned.runs.checkpoint_callback import Checkpoints
-from thinned.runs.checkpoint_io import AtomicCheckpointIO, checkpoint_arguments
+from thinned.runs.checkpoint_io import AtomicCheckpointIO
 from thinned.runs.interruption import LostRanks
 from thinned.runs.launch import fill_in_from_launcher
 from thinned.runs.logger_settings import fill_in_loggers
@@ -38,8 +38,6 @@ from thinned.runs.parser import Parser, parse_or_help
 from thinned.runs.record import RunRecord, refuse_change_without_steps, refuse_other_data
 from thinned.tasks import DropoutMonitor, FiniteSteps, StepSeed, Throughput
 from thinned.tasks.task import Task
-
-__all__ = ["ThinnedCLI", "checkpoint_arguments", "read_checkpoint"]
 
 PLACES = {"trainer.default_root_dir": ".", "checkpoint.dirpath": "checkpoints"}  # in the run's directory
 
@@ -78,12 +76,6 @@ class ThinnedCLI(LightningCLI):
             run=False,
         )
 
-    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        self.config = parse_or_help(parser, args, {"data": None, "model": None, "mc_dropout": MCDropout})
-        seed = self.config.seed_everything
-        if isinstance(seed, bool) or not 0 <= seed < 2**32:
-            raise ValueError(f"Expected seed_everything in [0, {2**32}), but got {seed}")
-
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--experiment", type=str, default="default", help="Name of the folder below `runs_dir`.")
         parser.add_argument("--runs_dir", type=str, default="runs", help="Where the run directories go.")
@@ -100,6 +92,12 @@ class ThinnedCLI(LightningCLI):
             sets = dict[str, dict[str, Any]]
             said = "Further sets: a yaml, see `thinned.evaluation.sets`."
             parser.add_argument("--sets", type=sets, default={}, sub_configs=True, help=said)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        self.config = parse_or_help(parser, args, {"data": None, "model": None, "mc_dropout": MCDropout})
+        seed = self.config.seed_everything
+        if isinstance(seed, bool) or not 0 <= seed < 2**32:
+            raise ValueError(f"Expected seed_everything in [0, {2**32}), but got {seed}")
 
     def before_instantiate_classes(self) -> None:
         config = self.config
@@ -125,6 +123,21 @@ class ThinnedCLI(LightningCLI):
                 raise ValueError(f"Expected {key} to be left to runs_dir, experiment and run_id, but got {config[key]}")
             config[key] = str(self.run_dir / part)
 
+    def instantiate_classes(self) -> None:
+        super().instantiate_classes()
+        if self._built_data is not None:  # it has read the data already
+            self.datamodule = self._built_data
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        kwargs["plugins"] = [*(self.config_init.get("trainer.plugins") or []), AtomicCheckpointIO()]
+        try:
+            trainer = super().instantiate_trainer(**kwargs)
+        except (MisconfigurationException, RuntimeError, ValueError, TypeError) as error:
+            asked = ", ".join(f"trainer.{k}={self.config.trainer[k]}" for k in ("accelerator", "devices", "strategy"))
+            raise ValueError(f"Expected settings that can run here, but got {asked}: {error}") from error
+        prepare_own_callbacks(trainer, self.run_dir)
+        return trainer
+
     def after_instantiate_classes(self) -> None:
         step = 0
         if self.checkpoint:
@@ -145,21 +158,6 @@ class ThinnedCLI(LightningCLI):
                     logger.resume_from(step)
         for key, value in self._given_places.items():  # the record is of the experiment, wherever it runs
             self.config[key] = value
-
-    def instantiate_classes(self) -> None:
-        super().instantiate_classes()
-        if self._built_data is not None:  # it has read the data already
-            self.datamodule = self._built_data
-
-    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        kwargs["plugins"] = [*(self.config_init.get("trainer.plugins") or []), AtomicCheckpointIO()]
-        try:
-            trainer = super().instantiate_trainer(**kwargs)
-        except (MisconfigurationException, RuntimeError, ValueError, TypeError) as error:
-            asked = ", ".join(f"trainer.{k}={self.config.trainer[k]}" for k in ("accelerator", "devices", "strategy"))
-            raise ValueError(f"Expected settings that can run here, but got {asked}: {error}") from error
-        prepare_own_callbacks(trainer, self.run_dir)
-        return trainer
 
     def data_of(self, each: EvaluationSet) -> LightningDataModule:
         """Builds the data of a set, as the first checkpoint knows them; ValueError if a setting is wrong."""
