@@ -30,9 +30,7 @@ def main() -> None:
         "mc_mlp": bench_mlp_mc,  # mlp only
         "mc_batch": bench_mlp_batch,  # mlp only
         "start": bench_start,  # mlp only
-        "step_mlp": lambda repeats: bench_step(
-            repeats, "mlp_digits", 400, "--data.shift=0", "--data.rotation=0"
-        ),  # mlp only
+        "step_mlp": lambda repeats: bench_step(repeats, "mlp_digits", 400),  # mlp only
         "step_gpt": lambda repeats: bench_step(repeats, "gpt_pydocs", 60),  # gpt only
         "predict": lambda _: bench_predict(),  # once: it takes minutes  # mlp only
         "train": lambda repeats: bench_train(repeats, arguments.nanogpt),  # gpt only

@@ -34,7 +34,7 @@ class PlainTask(pl.LightningModule):
         return optim.AdamW(self.net.parameters(), fused=True)
 
 
-def bench_step(repeats: int, config: str, steps: int, *options: str) -> None:
+def bench_step(repeats: int, config: str, steps: int) -> None:
     """Trains for some steps on the CPU, without validation; both sides read the same data module."""
     limits = ("--trainer.accelerator=cpu", f"--trainer.max_steps={steps}", "--trainer.limit_val_batches=0")
     with tempfile.TemporaryDirectory() as folder, chdir(folder):
@@ -47,7 +47,7 @@ def bench_step(repeats: int, config: str, steps: int, *options: str) -> None:
             )
             with open(os.devnull, "w") as null, redirect_stdout(null), redirect_stderr(null):
                 configs = [f"--config={CONFIGS / name}.yaml" for name in (config, "logger/csv")]
-                cli = ThinnedCLI([*configs, *limits, *options])
+                cli = ThinnedCLI([*configs, *limits])
                 trainer, task = cli.trainer, cli.model
                 if ours:
                     trainer.callbacks.append(timer)  # type: ignore[attr-defined]
