@@ -48,7 +48,7 @@ evaluate-gpt: .venv/installed ## Evaluate the latest run on the Python reference
 	    --sets configs/evaluation/text_shifts.yaml $(ARGS)
 
 # gpt only: end
-doctor: .venv/installed ## Say what this machine has, which known traps apply here, and how to mend them
+doctor: .venv/installed ## Say which known traps apply on this machine, and how to mend them
 	.venv/bin/python scripts/doctor.py
 
 test: .venv/installed-dev ## Run the tests, one process per core with one thread each; ARGS goes to pytest

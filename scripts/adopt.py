@@ -41,7 +41,7 @@ PARTS = {
     "mlp": """
         .github/images/severity.png
         configs/mlp*.yaml  configs/evaluation/image_shifts.yaml  configs/evaluation/ovadia_mnist.yaml
-        scripts/bench/mlp.py  scripts/bench/prediction.py
+        scripts/bench/mlp.py  scripts/bench/prediction.py  scripts/bench/start.py
         src/thinned/data/image*.py  src/thinned/data/labels.py  src/thinned/data/pixels.py
         src/thinned/models/mlp.py
         src/thinned/tasks/classification.py

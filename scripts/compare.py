@@ -11,10 +11,10 @@ from pathlib import Path
 
 from rich.console import Console
 
-from thinned.cli import one_message, restart_in_utf8
 from thinned.evaluation.comparison import compared
 from thinned.evaluation.score_tables import score_tables, verdicts
 from thinned.files import whole_file
+from thinned.messages import one_message, restart_in_utf8
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Says what this machine has, and which known traps apply here, each with its mend.
+"""Says which known traps of this project apply on this machine, each with its mend.
 
 The exit status is 1 if something is broken, else 0.
 
@@ -9,32 +9,23 @@ python scripts/doctor.py
 import importlib.metadata
 import os
 import re
-import resource
-import shutil
 import subprocess
 import sys
 import tempfile
 import tomllib
-import urllib.error
-import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-import huggingface_hub.constants
-import torch
 import wandb
-import yaml
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from rich.console import Console
 from rich.table import Table
 
-from thinned.runs.cpu_precision import SLOW, bf16_slowdown
-from thinned.runs.wandb_server import wandb_offline_reason
+from thinned.runs.logger_settings import wandb_offline_reason
 
 ROOT = Path(__file__).resolve().parents[1]
-GIB = 2**30
 STYLES = {"ok": "green", "warn": "yellow", "fail": "red"}
 COMPILED = """
 import torch
@@ -61,18 +52,6 @@ def version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def cores() -> int:
-    """Those that this process may use, which in a container are fewer than there are."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def python() -> Verdict:
-    found = f"{sys.version.split()[0]} at {sys.prefix}"
-    if (3, 11) <= sys.version_info < (3, 14):
-        return Verdict("ok", found)
-    return Verdict("fail", found, "Python 3.11 to 3.13: make clean train PYTHON=python3.12")
 
 
 def packages() -> Verdict:
@@ -110,52 +89,6 @@ def compilation() -> Verdict:
     return Verdict("ok", "torch.compile works (on the net alone: torch 2.12 and later cannot compile self.log)")
 
 
-# Devices
-
-
-def devices() -> Verdict:
-    threads = f"CPU with {torch.get_num_threads()} threads on {cores()} cores"
-    if torch.cuda.is_available():
-        gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
-        names = ", ".join(f"{gpu.name} ({gpu.total_memory / GIB:.0f} GiB)" for gpu in gpus)
-        return Verdict("ok", f"CUDA {torch.version.cuda}: {names}; {threads}")
-    if shutil.which("nvidia-smi"):
-        mend = "install torch for CUDA, or a driver that fits it: compare nvidia-smi with torch.version.cuda"
-        return Verdict("warn", f"torch {torch.__version__} finds no GPU, though there is nvidia-smi; {threads}", mend)
-    return Verdict("ok", f"MPS; {threads}" if torch.backends.mps.is_available() else threads)
-
-
-def precision() -> Verdict:
-    if not torch.cuda.is_available():
-        cpu, slowdown = torch.backends.cpu.get_cpu_capability(), bf16_slowdown()
-        if slowdown > SLOW:
-            return Verdict("ok", f"CPU with {cpu}: 32; a product in bf16 takes {slowdown:.1f} times as long")
-        return Verdict("ok", f"CPU with {cpu}: 32, bf16-mixed")
-    if not torch.cuda.is_bf16_supported(including_emulation=False):
-        return Verdict("warn", "no bf16 on this GPU", "--trainer.precision 16-mixed, without a fused optimiser")
-    return Verdict("ok", f"32, bf16-mixed, 16-mixed; matrix products in 32: {torch.get_float32_matmul_precision()}")
-
-
-def distributed() -> Verdict:
-    if not torch.distributed.is_available():
-        return Verdict("warn", "torch was built without torch.distributed", "one process alone: --trainer.devices 1")
-    backends = [b for b in ("gloo", "nccl", "mpi") if getattr(torch.distributed, f"is_{b}_available")()]
-    if torch.cuda.device_count() > 1 and "nccl" not in backends:
-        return Verdict("fail", f"several GPUs, but no NCCL: {', '.join(backends)}", "install torch for CUDA on Linux")
-    return Verdict("ok", ", ".join(backends))
-
-
-def infiniband() -> Verdict:
-    several = int(os.environ.get("SLURM_NNODES") or 1) > 1  # the GPUs of one machine do not talk over it
-    if several and not any(Path("/sys/class/infiniband").glob("*")):
-        mend = "if NCCL hangs at the start: NCCL_IB_DISABLE=1, NCCL_SOCKET_IFNAME=..., NCCL_DEBUG=INFO to see why"
-        return Verdict("warn", "none, so NCCL talks over sockets between machines", mend)
-    return Verdict("ok", "not needed" if not several else "found")
-
-
-# Services
-
-
 def wandb_server() -> Verdict:
     if (mode := os.environ.get("WANDB_MODE")) and mode != "online":
         return Verdict("warn", f"WANDB_MODE={mode} decides, whatever key there is", "unset WANDB_MODE")
@@ -174,84 +107,6 @@ def offline_runs() -> Verdict:
     return Verdict("ok", f"{len(logs)} below runs/")
 
 
-def hugging_face() -> Verdict:
-    constants = huggingface_hub.constants
-    cache = f"cache {constants.HF_HUB_CACHE}, token {'found' if huggingface_hub.get_token() else 'none'}"
-    if constants.HF_HUB_OFFLINE:
-        return Verdict("warn", f"HF_HUB_OFFLINE is set; {cache}", "unset HF_HUB_OFFLINE, where a dataset is not cached")
-    try:
-        urllib.request.urlopen(constants.ENDPOINT, timeout=5).close()
-    except urllib.error.HTTPError:
-        pass  # an answer
-    except OSError as error:
-        mend = "data in a folder, or cached, will do; HF_ENDPOINT names a mirror"
-        return Verdict("warn", f"{constants.ENDPOINT} does not answer ({error}); {cache}", mend)
-    return Verdict("ok", f"{constants.ENDPOINT} answers; {cache}")
-
-
-# Limits
-
-
-def room(name: str) -> Verdict:
-    """Of a folder, or where it would be made."""
-    folder = next(path for path in (Path(name).absolute(), *Path(name).absolute().parents) if path.exists())
-    free = shutil.disk_usage(folder).free / GIB
-    found = f"{free:.1f} GiB free at {folder}"
-    if not os.access(folder, os.W_OK):
-        return Verdict("fail", f"{folder} cannot be written", "another folder: --runs_dir, --data.cache_dir")
-    if free < 1:
-        return Verdict("fail", found, "make room, or another disk: --runs_dir, --data.cache_dir")
-    return Verdict("warn", found, "checkpoints and tokens may not fit") if free < 10 else Verdict("ok", found)
-
-
-def shared_memory() -> Verdict:
-    if not Path("/dev/shm").exists():
-        return Verdict("ok", "not a thing here")
-    size = shutil.disk_usage("/dev/shm").free / GIB
-    if size < 1:
-        mend = "docker run --shm-size 8g, or --data.num_workers 0"
-        return Verdict("warn", f"{size:.2f} GiB free, which data loader workers may use up", mend)
-    return Verdict("ok", f"{size:.1f} GiB free")
-
-
-def open_files() -> Verdict:
-    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    if 0 <= limit < 1024:
-        return Verdict("warn", f"{limit}, which workers and shards may use up", "ulimit -n 4096")
-    return Verdict("ok", f"limit {limit}")
-
-
-# Settings
-
-
-def threads() -> Verdict:
-    given, ranks = os.environ.get("OMP_NUM_THREADS"), max(1, torch.cuda.device_count())
-    if given and given.isdigit() and int(given) * ranks > cores():
-        found = f"OMP_NUM_THREADS={given} for {ranks} processes on {cores()} cores"
-        return Verdict("warn", found, f"OMP_NUM_THREADS={max(1, cores() // ranks)}")
-    if given == "1" and cores() > 1 and not torch.cuda.is_available():
-        return Verdict("warn", f"OMP_NUM_THREADS=1 leaves {cores() - 1} cores idle", "unset OMP_NUM_THREADS")
-    return Verdict("ok", f"OMP_NUM_THREADS={given}" if given else "OMP_NUM_THREADS is not set")
-
-
-def tokenizers_parallelism() -> Verdict:
-    given = os.environ.get("TOKENIZERS_PARALLELISM")
-    if given and given.lower() in ("0", "false", "no", "off", "n", "f"):
-        return Verdict("warn", f"TOKENIZERS_PARALLELISM={given}: one thread tokenises", "unset TOKENIZERS_PARALLELISM")
-    return Verdict("ok", "all cores tokenise")
-
-
-def workers() -> Verdict:
-    asked = {}
-    for path in sorted((ROOT / "configs").glob("*.yaml")):
-        data = (yaml.safe_load(path.read_text("utf-8")) or {}).get("data") or {}
-        asked[path.name] = (data.get("init_args") or {}).get("num_workers", 0)
-    many = [f"{name} asks for {number}" for name, number in asked.items() if number > cores()]
-    if many:
-        return Verdict("warn", f"{', '.join(many)} on {cores()} cores", f"--data.num_workers {cores()}")
-    return Verdict("ok", "no config asks for more workers than there are cores")
-
-
 def launcher_variables() -> Verdict:
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "NODE_RANK")
     if left := [name for name in names if name in os.environ]:
@@ -261,24 +116,11 @@ def launcher_variables() -> Verdict:
 
 
 CHECKS: dict[str, Callable[[], Verdict]] = {
-    "Python": python,
     "packages": packages,
     "bad releases": bad_releases,
     "torch.compile": compilation,
-    "devices": devices,
-    "precision": precision,
-    "distributed": distributed,
-    "InfiniBand": infiniband,
     "W&B server": wandb_server,
     "W&B offline runs": offline_runs,
-    "Hugging Face hub": hugging_face,
-    "disk for runs/": lambda: room("runs"),
-    "disk for data/": lambda: room("data"),
-    "shared memory": shared_memory,
-    "open files": open_files,
-    "threads": threads,
-    "tokenizers": tokenizers_parallelism,
-    "num_workers": workers,
     "launcher": launcher_variables,
 }
 

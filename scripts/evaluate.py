@@ -13,12 +13,17 @@ A killed evaluation resumes with --resume, and predicts no set again whose rows 
 
 from collections.abc import Sequence
 
-from thinned.cli import ThinnedCLI, checkpoint_arguments, one_message, restart_in_utf8
-from thinned.evaluation.sets import evaluate_sets
+from thinned.messages import one_message, restart_in_utf8
+from thinned.quick_imports import quick_imports
 
 
 def main(args: Sequence[str] | None = None) -> None:
     with one_message():
+        with quick_imports():
+            from thinned.cli import ThinnedCLI
+            from thinned.evaluation.sets import evaluate_sets
+            from thinned.runs.checkpoint_io import checkpoint_arguments
+
         checkpoints, (config, content, *options) = checkpoint_arguments(args, with_logger=True)
         cli = ThinnedCLI([config, content, "--mc_dropout.coverage", "0.9", *options], checkpoints, purpose="evaluate")
         cli.trainer.predict(cli.model, cli.datamodule, return_predictions=False)

@@ -16,7 +16,6 @@ import torch  # gpt only
 from matplotlib.figure import Figure
 from torch import nn
 
-from thinned.cli import one_message, restart_in_utf8
 from thinned.data import Tokenizer  # gpt only
 from thinned.evaluation.figures import save
 from thinned.evaluation.mask_figures import (
@@ -27,6 +26,7 @@ from thinned.evaluation.mask_figures import (
 )
 from thinned.evaluation.predictor import Predictor
 from thinned.generation.sampling import prompt_tokens  # gpt only
+from thinned.messages import one_message, restart_in_utf8
 from thinned.models.net import net_offers
 
 

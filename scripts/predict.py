@@ -7,11 +7,16 @@ python scripts/predict.py --ckpt_path runs/<experiment>/<run id>/checkpoints/bes
 
 from collections.abc import Sequence
 
-from thinned.cli import ThinnedCLI, checkpoint_arguments, one_message, restart_in_utf8
+from thinned.messages import one_message, restart_in_utf8
+from thinned.quick_imports import quick_imports
 
 
 def main(args: Sequence[str] | None = None) -> None:
     with one_message():
+        with quick_imports():
+            from thinned.cli import ThinnedCLI
+            from thinned.runs.checkpoint_io import checkpoint_arguments
+
         checkpoints, arguments = checkpoint_arguments(args)
         if len(checkpoints) > 1:
             got = f"{len(checkpoints)}: scripts/evaluate.py takes several"

@@ -6,11 +6,16 @@ python scripts/train.py --config configs/<experiment>.yaml [--config overlay.yam
 
 from collections.abc import Sequence
 
-from thinned.cli import ThinnedCLI, one_message, restart_in_utf8
+from thinned.arguments import check_arguments
+from thinned.messages import one_message, restart_in_utf8
+from thinned.quick_imports import quick_imports
 
 
 def main(args: Sequence[str] | None = None) -> None:
     with one_message():
+        check_arguments(args)
+        with quick_imports():
+            from thinned.cli import ThinnedCLI
         cli = ThinnedCLI(args)
         cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.ckpt_path, weights_only=True)
         cli.trainer.test(cli.model, cli.datamodule, ckpt_path=cli.best, verbose=False, weights_only=True)

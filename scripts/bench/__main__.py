@@ -16,9 +16,11 @@ import torch
 from gpt import bench_generate, bench_gpt_mc, bench_train  # gpt only
 from gpt2_124m import calculate  # gpt only
 from intervals import bench_intervals
-from mlp import bench_dropout, bench_mlp_batch, bench_mlp_mc, bench_overhead  # mlp only
+from mlp import bench_dropout, bench_mlp_batch, bench_mlp_mc  # mlp only
 from prediction import bench_predict  # mlp only
 from scaling import bench_scaling
+from start import bench_start  # mlp only
+from step import bench_step
 
 
 def main() -> None:
@@ -27,7 +29,9 @@ def main() -> None:
         "dropout": bench_dropout,  # mlp only
         "mc_mlp": bench_mlp_mc,  # mlp only
         "mc_batch": bench_mlp_batch,  # mlp only
-        "overhead": bench_overhead,  # mlp only
+        "start": bench_start,  # mlp only
+        "step_mlp": lambda repeats: bench_step(repeats, "mlp_digits", 400),  # mlp only
+        "step_gpt": lambda repeats: bench_step(repeats, "gpt_pydocs", 60),  # gpt only
         "predict": lambda _: bench_predict(),  # once: it takes minutes  # mlp only
         "train": lambda repeats: bench_train(repeats, arguments.nanogpt),  # gpt only
         "mc_gpt": bench_gpt_mc,  # gpt only

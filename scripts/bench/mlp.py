@@ -1,21 +1,16 @@
 """What dropout, Monte-Carlo dropout and the Trainer cost an MLP, each against the same as it is usually written."""
 
-import time
 from collections.abc import Callable
 from functools import partial
 from itertools import product
 from unittest import mock
 
-import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Timer
 from measuring import compare, peak_memory, repeat, show
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, TensorDataset
 
 from thinned.models import MLP, DropoutRates
-from thinned.tasks import ClassificationTask, StepSeed
 from thinned.uncertainty import KeptNetworks, kept_networks, mc_predict
 
 WIDTHS = (1024, 1024, 1024)  # Srivastava et al. 2014 on MNIST: 784-1024-1024-1024-10
@@ -131,37 +126,3 @@ def bench_mlp_mc(repeats: int) -> None:
         show(f"MLP, Monte-Carlo prediction, p = {p}, S = {samples}", compare(sides, repeats), peak=peak)
     for samples in (4, 64):
         print(f"peak memory of thinned MLPs, S = {samples}: {peak_memory(run_thinned, 0.5, samples):.0f} MiB")
-
-
-def bench_overhead(repeats: int) -> None:
-    """An epoch of the same model in a bare loop against the Trainer, and the seeding of each step."""
-    batches, batch = 100, 128
-    images, targets = torch.randn(batches * batch, 1, 28, 28), torch.randint(10, (batches * batch,))
-    loader = DataLoader(TensorDataset(images, targets), batch_size=batch)
-
-    def bare() -> float:
-        net = mlp(0.5)
-        optimizer = torch.optim.AdamW(net.parameters())
-        start = time.perf_counter()
-        for x, y in loader:
-            training_step(net, x, y, optimizer)
-        return time.perf_counter() - start
-
-    def trained(*callbacks: pl.Callback) -> float:
-        timer = Timer()
-        trainer = pl.Trainer(
-            accelerator="cpu", max_epochs=1, logger=False, callbacks=[timer, *callbacks], enable_checkpointing=False,
-            enable_progress_bar=False, enable_model_summary=False,
-        )  # fmt: skip
-        trainer.fit(ClassificationTask(mlp(0.5)), loader)
-        return timer.time_elapsed("train")
-
-    sides = {"bare loop": bare, "Trainer": trained, "Trainer, StepSeed": lambda: trained(StepSeed())}
-    show("Training step", compare(sides, repeats), batches)
-    callback, trainer = StepSeed(), pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
-    module = ClassificationTask(mlp(0.5))
-    calls = 1000
-    seed = compare(
-        {"StepSeed": lambda: repeat(calls, lambda i: callback.on_train_batch_start(trainer, module, None, i))}, repeats
-    )
-    show("StepSeed alone", seed, calls)

@@ -1,22 +1,18 @@
-"""The command line: one LightningCLI that gives each run its own directory and turns errors into one message.
+"""The command line: one LightningCLI that parses, and builds trainer, task and data in a directory of the run.
 
 runs/<experiment>/<run id>/  config.yaml  checkpoints/{best,last}.ckpt  metrics.{csv,json}  predictions.parquet
                              report.html  wandb/
 """
 
-import os
-import secrets
-import warnings
+import sys
 from collections.abc import Sequence
-from functools import cached_property
 from pathlib import Path
 from pydoc import locate
 from typing import Any, cast
 
-import wandb
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningDataModule, Trainer, seed_everything
+from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from rich.console import Console
@@ -32,52 +28,20 @@ from thinned.evaluation.set_tables import set_tables
 from thinned.evaluation.sets import EvaluationSet, sets_of
 from thinned.files import read_checkpoint
 from thinned.offers import Offers
+from thinned.runs import directory
 from thinned.runs.checkpoint_callback import Checkpoints
-from thinned.runs.checkpoint_io import AtomicCheckpointIO, checkpoint_arguments
-from thinned.runs.cpu_precision import SLOW, bf16_slowdown
-from thinned.runs.directory import (
-    Purpose,
-    checkpoint_to_resume,
-    enter_folder,
-    enter_run,
-    files_of_run,
-    find_run,
-    run_of_checkpoint,
-)
+from thinned.runs.checkpoint_io import AtomicCheckpointIO
+from thinned.runs.interruption import LostRanks
 from thinned.runs.launch import fill_in_from_launcher
 from thinned.runs.logger_settings import fill_in_loggers
 from thinned.runs.loggers import ResumableLogger
-from thinned.runs.lost_ranks import LostRanks
-from thinned.runs.messages import Parser, one_message, restart_in_utf8
 from thinned.runs.own_callbacks import OwnCallbacks, prepare_own_callbacks
-from thinned.runs.record import RunRecord
+from thinned.runs.parser import Parser, parse_or_help
+from thinned.runs.record import RunRecord, refuse_change_without_steps, refuse_other_data
 from thinned.tasks import DropoutMonitor, FiniteSteps, StepSeed, Throughput
 from thinned.tasks.task import Task
 
-__all__ = ["ThinnedCLI", "checkpoint_arguments", "one_message", "read_checkpoint", "restart_in_utf8"]
-
-# The sampler leaves out the batches already seen, but Lightning knows only loaders with a state.
-warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch ended")
-# The model summary gives sizes in fp32, whatever the precision.
-warnings.filterwarnings("ignore", message="Precision .* is not supported by the model summary")
-# Nothing changes in place what a sharded net returns.
-warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-# A run that resumes with max_steps first ends its last epoch again, without the metrics of it.
-warnings.filterwarnings("ignore", message=r"`ModelCheckpoint\(monitor=.*\)` could not find the monitored key")
-# A test takes the average from the checkpoint, which is what is wanted.
-warnings.filterwarnings("ignore", message="You're using the WeightAveraging callback, but loading a checkpoint")
-# Each process has the whole net unless it is sharded.
-warnings.filterwarnings("ignore", message="You're using the WeightAveraging callback with a model that overrides")
-# Lightning 2.6.6 asks isinstance(treespec, LeafSpec) in each stage: Lightning-AI/pytorch-lightning#21326
-warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated", category=FutureWarning)
-
-
 PLACES = {"trainer.default_root_dir": ".", "checkpoint.dirpath": "checkpoints"}  # in the run's directory
-
-OF_TRAINING = {  # settings that change nothing of a prediction
-    "data": ("shift", "rotation"),
-    "model": ("optimizer", "warmup_steps", "final_lr_fraction", "label_smoothing"),
-}
 
 
 class ThinnedCLI(LightningCLI):
@@ -93,7 +57,7 @@ class ThinnedCLI(LightningCLI):
         self,
         args: Sequence[str] | None = None,
         checkpoints: dict[str, dict[str, Any]] | None = None,
-        purpose: Purpose = "",
+        purpose: directory.Purpose = "",
     ) -> None:
         self.checkpoints, self.purpose = checkpoints or {}, purpose
         self.checkpoint = next(iter(self.checkpoints.values()), None)
@@ -110,18 +74,9 @@ class ThinnedCLI(LightningCLI):
                 "use_distributed_sampler": False,
                 "callbacks": [Throughput(), DropoutMonitor(), LostRanks(), OwnCallbacks(), LearningCurves()],
             },
-            args=None if args is None else list(args),
+            args=list(sys.argv[1:] if args is None else args),
             run=False,
         )
-
-    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        self.config = parser.parse_args(args)
-        if isinstance(given := self.config.seed_everything, bool):
-            self.config.seed_everything = self._drawn_seed
-            why = "" if given else ", since dropout masks in training need one"
-            rank_zero_info(f"Drew seed_everything {self._drawn_seed} for {str(given).lower()}{why}.")
-        elif not 0 <= given < 2**32:
-            raise ValueError(f"Expected seed_everything in [0, {2**32}), but got {given}")
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--experiment", type=str, default="default", help="Name of the folder below `runs_dir`.")
@@ -132,7 +87,7 @@ class ThinnedCLI(LightningCLI):
         defaults = {"filename": "best", "monitor": "val/nll", "enable_version_counter": False}
         parser.set_defaults({f"checkpoint.{key}": value for key, value in defaults.items()})
         parser.add_lightning_class_args(StepSeed, "step_seed")
-        parser.link_arguments("seed_everything", "step_seed.seed", compute_fn=self._seed)
+        parser.link_arguments("seed_everything", "step_seed.seed")
         parser.add_lightning_class_args(FiniteSteps, "finite_steps")
         parser.add_lightning_class_args(MCDropout, "mc_dropout")
         if self.purpose == "evaluate":
@@ -140,22 +95,11 @@ class ThinnedCLI(LightningCLI):
             said = "Further sets: a yaml, see `thinned.evaluation.sets`."
             parser.add_argument("--sets", type=sets, default={}, sub_configs=True, help=said)
 
-    def _seed(self, given: bool | int) -> int:
-        return self._drawn_seed if isinstance(given, bool) else given
-
-    @cached_property
-    def _drawn_seed(self) -> int:
-        """The seed of a run that is given none: a number that is drawn once for all its processes."""
-        if "LOCAL_RANK" in os.environ and "PL_GLOBAL_SEED" in os.environ:  # drawn by the process that started this one
-            return int(os.environ["PL_GLOBAL_SEED"])
-        if int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or 1) > 1:
-            raise ValueError("Expected seed_everything to be a number if a launcher starts the processes, but got none")
-        return secrets.randbelow(2**32)
-
-    def _keep_drawn_seed(self, checkpoint: Path) -> None:
-        """Takes the seed that a run which resumes has drawn when it began."""
-        seed = read_checkpoint(str(checkpoint), check=False)["config"]["seed_everything"]
-        self.config.seed_everything = self.config.step_seed.seed = seed_everything(seed, workers=True)
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        self.config = parse_or_help(parser, args, {"data": None, "model": None, "mc_dropout": MCDropout})
+        seed = self.config.seed_everything
+        if isinstance(seed, bool) or not 0 <= seed < 2**32:
+            raise ValueError(f"Expected seed_everything in [0, {2**32}), but got {seed}")
 
     def before_instantiate_classes(self) -> None:
         config = self.config
@@ -163,24 +107,15 @@ class ThinnedCLI(LightningCLI):
         self.sets = sets_of(entries)
         for each in self.sets:  # a wrong setting is known before the test is predicted
             self.data_of(each)
-        if self.checkpoint:
-            _refuse_settings_of_training(self.checkpoint["config"], yaml.safe_load(self.parser.dump(config)))
         runs = Path(config.runs_dir, config.experiment)
-        self.run_dir, self.ckpt_path = find_run(runs, config.run_id, config.resume, self.purpose)
-        enter_run(self.run_dir, new=config.resume is None)
-        if config.mc_dropout.dirpath:
-            enter_folder(Path(config.mc_dropout.dirpath), "mc_dropout.dirpath")
-        if config.resume:
-            if not (self.checkpoint or self.ckpt_path):
-                self.ckpt_path = checkpoint_to_resume(self.run_dir)
-            if self.ckpt_path and "_drawn_seed" in vars(self):
-                self._keep_drawn_seed(self.ckpt_path)
-            # Lightning 2.6.6 warns of every directory with checkpoints: Lightning-AI/pytorch-lightning#5209
-            warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
+        self.run_dir, self.ckpt_path = directory.find_run(runs, config.run_id, config.resume, self.purpose)
+        directory.enter_run(self.run_dir, new=config.resume is None)
+        if config.resume and not (self.checkpoint or self.ckpt_path):
+            self.ckpt_path = directory.checkpoint_to_resume(self.run_dir)
         self._built_data = _fill_in_from_data(config)
         fill_in_from_launcher(config.trainer)
         self._given_places = {key: config[key] for key in ("trainer.logger", *PLACES)}
-        trained = [run_of_checkpoint(path) for path in self.checkpoints]
+        trained = [directory.run_of_checkpoint(path) for path in self.checkpoints]
         content = yaml.safe_load(self.parser.dump(config, skip_unset=False))
         config.trainer.logger = fill_in_loggers(
             config.trainer.logger, self.run_dir, config.experiment, self.purpose, trained, content
@@ -189,26 +124,6 @@ class ThinnedCLI(LightningCLI):
             if config[key] is not None:
                 raise ValueError(f"Expected {key} to be left to runs_dir, experiment and run_id, but got {config[key]}")
             config[key] = str(self.run_dir / part)
-
-    def after_instantiate_classes(self) -> None:
-        step = 0
-        if self.checkpoint:
-            self.restore(self.checkpoint)
-            self.config_init.mc_dropout.checkpoint = next(iter(self.checkpoints))
-            if self.purpose == "evaluate":
-                self.config_init.mc_dropout.ways = evaluation_ways(self.config_init.mc_dropout.ways, self.checkpoints)
-        if self.ckpt_path:
-            checkpoint = read_checkpoint(str(self.ckpt_path), check=False)  # `find_run` has checked it
-            _compare_data(checkpoint["config"]["data"], self.config.data)
-            self._refuse_change_without_steps(checkpoint)
-            self.restore(checkpoint)  # now, so that one that does not fit leaves the run untouched
-            step = checkpoint["global_step"]
-        if self.config.resume:
-            for logger in self.trainer.loggers:
-                if isinstance(logger, ResumableLogger):
-                    logger.resume_from(step)
-        for key, value in self._given_places.items():  # the record is of the experiment, wherever it runs
-            self.config[key] = value
 
     def instantiate_classes(self) -> None:
         super().instantiate_classes()
@@ -223,10 +138,28 @@ class ThinnedCLI(LightningCLI):
             asked = ", ".join(f"trainer.{k}={self.config.trainer[k]}" for k in ("accelerator", "devices", "strategy"))
             raise ValueError(f"Expected settings that can run here, but got {asked}: {error}") from error
         prepare_own_callbacks(trainer, self.run_dir)
-        on_cpu = trainer.strategy.root_device.type == "cpu"
-        if on_cpu and "bf16" in str(trainer.precision) and (slowdown := bf16_slowdown()) > SLOW:
-            rank_zero_info(f"A matrix product in bf16 takes {slowdown:.1f} times as long as in fp32 on this CPU.")
         return trainer
+
+    def after_instantiate_classes(self) -> None:
+        step = 0
+        if self.checkpoint:
+            self.restore(self.checkpoint)
+            self.config_init.mc_dropout.checkpoint = next(iter(self.checkpoints))
+            if self.purpose == "evaluate":
+                self.config_init.mc_dropout.ways = evaluation_ways(self.config_init.mc_dropout.ways, self.checkpoints)
+        if self.ckpt_path:
+            checkpoint = read_checkpoint(str(self.ckpt_path), check=False)  # `find_run` has checked it
+            now = yaml.safe_load(self.parser.dump(self.config, skip_unset=False))
+            refuse_other_data(checkpoint["config"]["data"], now["data"])
+            refuse_change_without_steps(checkpoint, now["model"], self.trainer)
+            self.restore(checkpoint)  # now, so that one that does not fit leaves the run untouched
+            step = checkpoint["global_step"]
+        if self.config.resume:
+            for logger in self.trainer.loggers:
+                if isinstance(logger, ResumableLogger):
+                    logger.resume_from(step)
+        for key, value in self._given_places.items():  # the record is of the experiment, wherever it runs
+            self.config[key] = value
 
     def data_of(self, each: EvaluationSet) -> LightningDataModule:
         """Builds the data of a set, as the first checkpoint knows them; ValueError if a setting is wrong."""
@@ -252,17 +185,6 @@ class ThinnedCLI(LightningCLI):
         if state := checkpoint.get(type(self.datamodule).__qualname__):
             self.datamodule.load_state_dict(state)
 
-    def _refuse_change_without_steps(self, checkpoint: dict[str, Any]) -> None:
-        """Raises a ValueError if a run that has ended resumes with another model, which no step would train."""
-        epochs = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
-        if 0 <= (self.trainer.max_epochs or 0) <= epochs or 0 <= self.trainer.max_steps <= checkpoint["global_step"]:
-            now, before = self.parser.dump(self.config, skip_unset=False), checkpoint["config"]["model"]
-            if changed := _differences(before, yaml.safe_load(now)["model"], "model"):
-                raise ValueError(
-                    f"Expected steps left for another {', '.join(changed)}, but got a run that has ended after epoch "
-                    f"{epochs} and step {checkpoint['global_step']}: raise trainer.max_epochs or trainer.max_steps"
-                )
-
     @property
     def best(self) -> str | None:
         """Path of the best checkpoint of this run; None if it saved none (fast_dev_run)."""
@@ -274,7 +196,8 @@ class ThinnedCLI(LightningCLI):
     @rank_zero_only
     def print_results(self) -> None:
         """Prints the scores, with a column for each way to predict, what they tell, and the files of the run."""
-        wandb.finish()  # before the table, which should stand last
+        if wandb := sys.modules.get("wandb"):
+            wandb.finish()  # before the table, which should stand last
         console = Console()
         if evaluation := self.config_init.mc_dropout.evaluation:
             console.print(*score_tables(evaluation, console.width), sep="\n")
@@ -286,7 +209,7 @@ class ThinnedCLI(LightningCLI):
                 write_html_report(self.trainer, self.run_dir, self.config_init.mc_dropout.directory, evaluation)
             except (OSError, ValueError) as error:  # the rest is kept
                 console.print(f"No report.html: {error}", soft_wrap=True, highlight=False, markup=False)
-        console.print(files_of_run(self.run_dir), soft_wrap=True, highlight=False)
+        console.print(directory.files_of_run(self.run_dir), soft_wrap=True, highlight=False)
 
 
 def _fill_in_from_data(config: Any) -> LightningDataModule | None:
@@ -301,29 +224,3 @@ def _fill_in_from_data(config: Any) -> LightningDataModule | None:
     for key, value in known.items():
         net[key] = value
     return data if known else None
-
-
-def _compare_data(before: dict[str, Any], now: Any) -> None:
-    """Raises a ValueError if a run that resumes would see its examples in another order or split."""
-    for key in ("batch_size", "seed", "split_seed", "val_fraction", "test_fraction", "leave_out"):
-        then, given = before.get("init_args", {}).get(key), now.get(f"init_args.{key}")
-        if then != given:
-            raise ValueError(f"Expected data.{key} {then}, as in the run that resumes, but got {given}")
-
-
-def _refuse_settings_of_training(before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Raises a ValueError if a setting that acts in training alone is given for a prediction."""
-    for part, keys in OF_TRAINING.items():
-        settings = {key: value for key, value in before[part].get("init_args", {}).items() if key in keys}
-        given = {key: now[part]["init_args"].get(key) for key in settings}
-        if changed := _differences(settings, given, part):
-            raise ValueError(
-                f"Expected {', '.join(changed)} as in the checkpoint, since it acts in training alone, but got another"
-            )
-
-
-def _differences(before: Any, now: Any, key: str) -> list[str]:
-    """Names the settings that differ, as options of the command line."""
-    if not (isinstance(before, dict) and isinstance(now, dict)):
-        return [] if before == now else [key.replace(".init_args", "")]
-    return [name for k in before | now for name in _differences(before.get(k), now.get(k), f"{key}.{k}")]

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import wandb
 
-from thinned.runs.wandb_server import wandb_offline_reason
+from thinned.runs.logger_settings import wandb_offline_reason
 
 Script = Callable[..., Any]
 

@@ -16,12 +16,12 @@ from torch.utils.data import Dataset
 from thinned.data.module import SplitDataModule
 from thinned.data.order import Split
 from thinned.evaluation import MCDropout, row_chunks
+from thinned.messages import ended_by_sigterm
 from thinned.models import (
     GPT,  # gpt only
     MLP,
     DropoutRates,
 )
-from thinned.runs.interruption import ended_by_sigterm
 
 KINDS = [
     "examples",

@@ -49,11 +49,6 @@ def notes_after(make_trainer: Callable[..., Trainer], tmp_path: Path) -> Callabl
     return run
 
 
-def test_negative_number_of_steps_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"checkpoint\.every_n_train_steps to be 0 or more, but got -1"):
-        Checkpoints(every_n_train_steps=-1)
-
-
 def test_run_resumed_with_other_settings_finds_its_best_score() -> None:
     given: list[dict[str, Any]] = [{}, {"every_n_train_steps": 2}, {"every_n_epochs": 3}]
     assert len({Checkpoints(**settings).state_key for settings in given}) == 1

@@ -14,8 +14,7 @@ from typing import Any
 import pytest
 
 from thinned.runs import directory as runs_directory
-from thinned.runs.claim import release
-from thinned.runs.directory import checkpoint_to_resume, enter_run
+from thinned.runs.directory import checkpoint_to_resume, enter_run, release
 
 
 def find_run(directory: Path, run_id: str | None, resume: str | None, purpose: str) -> tuple[Path, Path | None]:

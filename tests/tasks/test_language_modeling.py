@@ -219,7 +219,7 @@ def test_init_from_loads_before_training_alone(loaded: list[str], make_trainer: 
     for stage in ("validate", "test", "predict"):
         getattr(make_trainer(), stage)(task(), datamodule=Data())
     assert loaded == []
-    first, trainer = task(), make_trainer(max_steps=2)
+    first, trainer = task(), make_trainer(max_steps=2, log_every_n_steps=1)
     trainer.fit(first, datamodule=Data())
     assert loaded == ["somewhere"]
     assert numbers(trainer)["train/loss"] == pytest.approx(math.log(V))  # all logits are 0

@@ -16,7 +16,6 @@ import numpy as np
 import PIL.Image
 import pyarrow.parquet as pq
 from lightning.pytorch.utilities import rank_zero_info
-from sklearn.datasets import load_digits
 
 from thinned.data import sources
 from thinned.data.image_letters import read_letters
@@ -31,6 +30,8 @@ EXPECTED = "'digits', 'letters', a folder of images, the folder of a dataset or 
 
 def read_digits() -> datasets.Dataset:
     """Returns scikit-learn's 1,797 digits of 8x8 pixels, 17 grey levels scaled to 0..255."""
+    from sklearn.datasets import load_digits  # takes a second
+
     digits = load_digits()
     images = np.rint(digits.images * (255 / 16)).astype(np.uint8)
     # PGM is the pixels as they are, so that their hashes are the same everywhere; PNG depends on a library's version.

@@ -5,16 +5,15 @@ Each is a function of `rows`, columns as in `thinned.evaluation.rows`, and of `e
 (2008), which colour-blind people tell apart. Bands and bars are 95 % intervals.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from matplotlib import rc_context
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from thinned.data.distortion import KINDS
@@ -27,6 +26,10 @@ from thinned.uncertainty.intervals import score_intervals
 from thinned.uncertainty.per_class import confusion_matrix
 from thinned.uncertainty.scores import SCORES
 from thinned.uncertainty.weighting import last_of_ties
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # By the name of a figure's files, in the order of a report: how to read it, and what is good.
 CAPTIONS = {
@@ -75,6 +78,8 @@ def figures_of_sets(rows: Rows, evaluation: Evaluation, foreign: Mapping[str, Ro
 
 def save(figure: Figure, folder: Path, name: str) -> Path:
     """Writes `<name>.svg`, and `<name>.png`, whose path it returns; equal figures make equal files."""
+    from matplotlib import rc_context
+
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "thinned"}):
         for kind, metadata in (("svg", {"Date": None}), ("png", None)):
             with whole_file(folder / f"{name}.{kind}") as temporary:
@@ -255,6 +260,8 @@ def _figure(
 ) -> tuple[Figure, list[Axes]]:
     """Returns a figure, with split and n in its title, and its panels line by line; `size` is of a panel, in inches."""
     lines, columns = -(-panels // columns), min(panels, columns)
+    from matplotlib.figure import Figure  # only if something is drawn
+
     figure = Figure(figsize=(size[0] * columns, 0.3 + size[1] * lines), layout="constrained")
     figure.suptitle(f"{title}: {evaluation['split']}, n = {evaluation['n']}")
     grid = list(figure.subplots(lines, columns, squeeze=False, **options).flat)

@@ -3,13 +3,16 @@
 import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
-from matplotlib.figure import Figure
 
 from thinned.evaluation.figures import COLOURS, save
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 SERIES = {  # by the beginning of a metric's key: what it is, colour and marker
     "train/": ("training batches, with dropout", "#999999", ""),
@@ -37,8 +40,10 @@ class LearningCurves(Callback):
                 logger.log_image("fit/learning_curves", [image], step=trainer.global_step)
 
 
-def learning_curves(rows: Sequence[Mapping[str, str]]) -> Figure:
+def learning_curves(rows: Sequence[Mapping[str, str]]) -> "Figure":
     """Draws NLL, and accuracy if there is one, against the number of optimiser steps, from rows of `metrics.csv`."""
+    from matplotlib.figure import Figure
+
     scores = [score for score in ("nll", "accuracy") if any(row.get(f"val/{score}") for row in rows)] or ["nll"]
     figure = Figure(figsize=(1.4 + 4.2 * len(scores), 4), layout="constrained")
     figure.suptitle("Learning curves")

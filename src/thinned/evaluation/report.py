@@ -6,12 +6,10 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import wandb
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import WandbLogger
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from thinned.data.module import data_offers
@@ -27,6 +25,9 @@ from thinned.uncertainty.estimates import wilson
 from thinned.uncertainty.intervals import Difference, Interval, score_intervals
 from thinned.uncertainty.per_class import recall_per_class
 from thinned.uncertainty.scores import scores
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class ColumnsOfWay(Mapping[str, Tensor]):
@@ -155,6 +156,8 @@ def write_report(
         if isinstance(logger, WandbLogger):
             if images is not None and names is not None:
                 columns, lines = figures.most_uncertain(rows, list(evaluation["ways"]), images, names)
+                import wandb
+
                 uncertain = [[wandb.Image(image), *rest] for image, *rest in lines]
                 logger.log_table(f"{split}/most_uncertain", columns, uncertain, step=trainer.global_step)
             for key, (header, lines) in tables.items():
@@ -179,7 +182,7 @@ def class_names_of(trainer: Trainer, rows: Columns, ways: Sequence[Way]) -> list
     return data_offers(trainer).class_names or [str(k) for k in range(rows[f"{ways[0].name}_probs"].shape[1])]
 
 
-def write_figures(trainer: Trainer, directory: Path, drawn: Mapping[str, Figure], split: Split) -> None:
+def write_figures(trainer: Trainer, directory: Path, drawn: "Mapping[str, Figure]", split: Split) -> None:
     """Writes figures into a folder's `figures/`, and to W&B."""
     for name, figure in drawn.items():
         image = str(figures.save(figure, directory / "figures", name))

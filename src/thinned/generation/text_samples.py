@@ -5,7 +5,6 @@ from functools import partial
 from pathlib import Path
 from statistics import fmean
 
-import wandb
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_info
@@ -79,6 +78,8 @@ class TextSamples(Callback):
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 logger.log_table("samples", columns, rows, step=trainer.global_step)
+                import wandb
+
                 html = wandb.Html(content, inject=False)
                 logger.log_metrics({"samples_page": html}, step=trainer.global_step)  # type: ignore[dict-item]
 

@@ -13,16 +13,17 @@ from pathlib import Path
 from typing import Any
 from weakref import proxy
 
+from jsonargparse.typing import NonNegativeInt
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 
 from thinned.files import read_checkpoint
+from thinned.messages import is_lost_rank
 from thinned.runs import internals
 from thinned.runs.checkpoint_io import last_checkpoint
 from thinned.runs.interruption import Interruption
 from thinned.runs.loggers import ResumableLogger
-from thinned.runs.lost_ranks import is_lost_rank
 
 
 class Checkpoints(ModelCheckpoint):
@@ -43,13 +44,11 @@ class Checkpoints(ModelCheckpoint):
 
     def __init__(
         self,
-        every_n_train_steps: int | None = None,
+        every_n_train_steps: NonNegativeInt | None = None,
         train_time_interval: timedelta | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(save_last=False, **kwargs)
-        if every_n_train_steps is not None and every_n_train_steps < 0:
-            raise ValueError(f"Expected checkpoint.every_n_train_steps to be 0 or more, but got {every_n_train_steps}")
         self.every_n_train_steps, self.train_time_interval = every_n_train_steps, train_time_interval
 
     @property
@@ -97,10 +96,9 @@ class Checkpoints(ModelCheckpoint):
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
             internals.save_best_after_validation(self, trainer)
-            if self.save_top_k not in (0, 1) and "{" not in str(self.filename):
+            if self.save_top_k not in (0, 1) and "{" not in str(self.filename):  # each would replace the one before
                 raise ValueError(
-                    f"Expected checkpoint.filename to hold a number, as in best-{{step}}, for checkpoint.save_top_k="
-                    f"{self.save_top_k}, but got {self.filename}"
+                    f"Expected checkpoint.filename to hold a number, as in best-{{step}}, but got {self.filename}"
                 )
             if (ckpt_path := trainer.strategy.broadcast(trainer.ckpt_path)) != trainer.ckpt_path:
                 raise ValueError(f"Expected all ranks to resume from {ckpt_path}, but got {trainer.ckpt_path}")

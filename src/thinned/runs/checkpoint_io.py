@@ -18,14 +18,10 @@ from thinned.files import KEPT, checkpoint_file, read_checkpoint, whole_file
 def checkpoint_arguments(
     args: Sequence[str] | None = None, with_logger: bool = False
 ) -> tuple[dict[str, dict[str, Any]], list[str]]:
-    """Turns `--ckpt_path X [Y ...] [options]` into checkpoints and arguments: the first one's config, then options.
+    """Turns `--ckpt_path X [Y ...] [options]` into checkpoints by path, and into arguments, whose last ones win.
 
-    Args:
-        args: Of the command line; None reads `sys.argv`.
-        with_logger: Whether to log as the training did; else nothing is logged unless the options say so.
-
-    Returns:
-        The checkpoints by their paths, and the arguments, of which the last ones win.
+    The arguments are the config of the first checkpoint and the options. The logger of the training is among them
+    `with_logger` alone.
     """
     epilog = "Every option of scripts/train.py may follow, and wins over what the checkpoint holds."
     options = argparse.ArgumentParser(epilog=epilog, allow_abbrev=False)

@@ -1,4 +1,8 @@
-"""Run directories: runs/<experiment>/<run id>, of a new run or of one that resumes."""
+"""Run directories: runs/<experiment>/<run id>, of a new run or of one that resumes.
+
+At most one process at a time writes to a folder: the one that holds its claim, a lock on the file `.claim` in it. The
+system releases it when the process ends, however that ends.
+"""
 
 import atexit
 import os
@@ -10,13 +14,15 @@ from datetime import datetime
 from pathlib import Path
 from typing import Literal, get_args
 
+from filelock import FileLock, Timeout
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from thinned.files import read_checkpoint
 from thinned.runs.checkpoint_io import newest_checkpoint
-from thinned.runs.claim import claim, release
 
+CLAIM = ".claim"
 Purpose = Literal["", "predict", "evaluate"]  # training, and what is done with checkpoints
+_held: dict[Path, FileLock] = {}  # claims of this process
 
 
 def find_run(directory: Path, run_id: str | None, resume: str | None, purpose: Purpose) -> tuple[Path, Path | None]:
@@ -25,9 +31,9 @@ def find_run(directory: Path, run_id: str | None, resume: str | None, purpose: P
     Args:
         directory: Folder of the experiment, runs/<experiment>.
         run_id: Name of the run below it; None for the time of day.
-        resume: None for a new run; latest for the run that `run_id` names, or else the newest one; else the directory
-            of a run, or one of its checkpoints.
-        purpose: Last part of the names of runs of this kind; empty for training, whose runs alone have checkpoints.
+        resume: None for a new run; latest for the run that `run_id` names, or else the newest one; else a run or one
+            of its checkpoints.
+        purpose: Last part of the run's name; empty for training.
 
     Raises:
         ValueError: There is no run to resume, or a new run has the name of an old one.
@@ -80,8 +86,7 @@ def _latest(directory: Path, purpose: Purpose) -> Path:
     if not runs:
         raise ValueError(f"Expected a run to resume, but got none in {directory}")
 
-    def last_change(run: Path) -> tuple[int, str]:
-        """Returns when a file was last added to the run or its checkpoints; all are written under a new name."""
+    def last_change(run: Path) -> tuple[int, str]:  # all files are written under a new name
         return max(path.stat().st_mtime_ns for path in (run, *run.glob("checkpoints/"))), run.name
 
     return max(runs, key=last_change)
@@ -89,13 +94,9 @@ def _latest(directory: Path, purpose: Purpose) -> Path:
 
 @rank_zero_only  # callbacks broadcast this rank's directory
 def enter_run(run: Path, new: bool) -> None:
-    """Claims the directory of a run, before anything is read or done in it, until the process ends.
+    """Claims the directory of a run until the process ends; a new run makes it, so that only one of its name begins.
 
     A directory that this process has made is deleted again at exit if the run has not started by then.
-
-    Args:
-        run: The directory.
-        new: Whether to make it, so that of several runs with one name only one begins.
 
     Raises:
         ValueError: It cannot be written, another process is in it, or a new one is there already.
@@ -136,22 +137,36 @@ def link_for_leet(run: Path) -> None:
         (links / target.name).symlink_to(target)
 
 
-@rank_zero_only
-def enter_folder(folder: Path, key: str) -> None:
-    """Claims a folder that a setting names, as `enter_run` does that of a run."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        claim(folder)
-    except OSError as error:
-        raise ValueError(f"Expected {key} to be writable, but got {error.strerror}: {folder}") from error
-    atexit.register(release, folder)
-
-
 def files_of_run(run: Path) -> str:
     """Lists the files of a run, one a line; W&B's as the command that shows them."""
     paths = [path.relative_to(run) for path in sorted(run.rglob("*")) if path.is_file()]
-    lines = [f"Run: {run}", *(f"  {path}" for path in paths if path.parts[0] not in ("wandb", ".claim"))]
+    lines = [f"Run: {run}", *(f"  {path}" for path in paths if path.parts[0] not in ("wandb", CLAIM))]
     if any(path.parts[0] == "wandb" for path in paths):
         ours, all_runs = (shlex.quote(str(folder / "wandb")) for folder in (run, run.parents[1]))
         lines += [f"Dashboard: wandb leet {ours}", f"All runs: wandb leet {all_runs}"]
     return "\n".join(lines)
+
+
+def claim(folder: Path) -> None:
+    """Takes the claim of a folder until it is released or the process ends, unless this process holds it already.
+
+    Raises:
+        ValueError: Another process holds the claim.
+        OSError: The folder is missing or cannot be written to.
+    """
+    folder = folder.resolve(strict=True)
+    if folder in _held:
+        return
+    lock = FileLock(folder / CLAIM, thread_local=False)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise ValueError(f"Expected a folder that no other process writes to, but got {folder}") from None
+    _held[folder] = lock
+
+
+def release(folder: Path) -> None:
+    """Releases the claim of this process on a folder, if it holds one."""
+    if lock := _held.pop(folder.resolve(), None):
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()

@@ -1,23 +1,22 @@
-"""SIGTERM and Ctrl-C end training at the next moment from which it can resume, and everything else at once."""
+"""SIGTERM and Ctrl-C end training at the next moment from which it can resume; a rank ends with its launcher."""
 
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
 
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 
+from thinned.messages import EXIT_STATUS
 from thinned.runs.checkpoint_io import last_checkpoint
 
 PATIENCE = 25  # seconds from the signal to the checkpoint; a call into C or CUDA delays the signal
+INTERVAL = 2.0  # seconds between looks at the launcher
 FINISH = 5  # seconds at least from the checkpoint to the end of the process; `wandb sync` sends what is left then
-EXIT_STATUS = 128  # plus the signal's number is what shells report: 143 for SIGTERM, 130 for SIGINT
 
 
 class Interruption:
@@ -94,14 +93,22 @@ class Interruption:
         sys.exit(EXIT_STATUS + signum)
 
 
-@contextmanager
-def ended_by_sigterm() -> Iterator[None]:
-    """Makes SIGTERM raise SystemExit, so that cleanup runs."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(EXIT_STATUS + signum))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+class LostRanks(Callback):
+    """Ends a rank whose launcher has died and names the checkpoint to resume from; NCCL would wait for half an hour."""
+
+    _watched = False
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+        if not self._watched and trainer.world_size > 1 and (by_torchrun or trainer.local_rank > 0):
+            self._watched = True
+            threading.Thread(target=_end_with, args=(os.getppid(), trainer), daemon=True).start()
+
+
+def _end_with(launcher: int, trainer: Trainer) -> None:
+    while os.getppid() == launcher:
+        time.sleep(INTERVAL)
+    lost = f"Expected all ranks to answer, but got rank {trainer.global_rank} without the process that launched it"
+    path = last_checkpoint(trainer)
+    print(f"error: {lost}" + (f": resume from {path}" if path else ""), file=sys.stderr, flush=True)
+    os._exit(1)  # the main thread may wait in a collective for ever

@@ -10,15 +10,16 @@ from pathlib import Path
 from pydoc import locate
 from typing import Any, cast
 
+import wandb
 from jsonargparse import Namespace
 from lightning.pytorch import loggers as lightning_loggers
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from thinned.runs.loggers import CSVLogger, WandbLogger
-from thinned.runs.wandb_server import wandb_offline_reason
 
 # Seconds between writes to W&B's file, 15 by default: a process that is killed loses the rest, first of all its config.
 WRITTEN_AT_ONCE = {"x_transaction_log_flush_interval": 1.0}
+FINISH_SECONDS = 120  # for uploads at the end of a run; `wandb sync --no-skip-online` sends what is left then
 PLACES = ("save_dir", "dir", "root_dir", "id", "version", "name")  # what a logger takes from its run
 
 
@@ -33,15 +34,12 @@ def fill_in_loggers(
     """Fills in what loggers take from their run: the directory, W&B's name, id and group, and whether it is reached.
 
     Args:
-        given: `trainer.logger` of the config; true and null stand for a `CSVLogger`.
+        given: `trainer.logger` of the config, which is not changed; true and null stand for a `CSVLogger`.
         run: Directory of the run.
         experiment: Its experiment.
         purpose: W&B's `job_type`; empty for train.
-        trained: Experiment and run id of each training from which it has checkpoints; W&B links to those.
+        trained: Experiment and run id of each training from which it has checkpoints.
         config: Of the run, for the first record of W&B's file.
-
-    Returns:
-        The loggers for the trainer; the given ones stay as they are.
 
     Raises:
         ValueError: A logger is given a place of its own, or two would write the same files.
@@ -49,14 +47,11 @@ def fill_in_loggers(
     if given is False:
         return False
     if given in (None, True):
-        rank_zero_info("Expected trainer.logger to be a logger or false, but got none: metrics.csv is written.")
-        given = _namespace(class_path="thinned.runs.CSVLogger")
+        given = Namespace(class_path="thinned.runs.CSVLogger")  # type: ignore[no-untyped-call]
     filled = [_placed(deepcopy(logger), run, experiment) for logger in (given if isinstance(given, list) else [given])]
     by_class = {cast(type, locate(logger.class_path)): logger for logger in filled}
     if len(by_class) < len(filled):
-        raise ValueError(
-            f"Expected trainer.logger with one logger of a class, but got {[c.class_path for c in filled]}"
-        )
+        raise ValueError(f"Expected trainer.logger with one logger of a class, but got {[*by_class]}")
     wandb_loggers = [logger for logger_class, logger in by_class.items() if issubclass(logger_class, WandbLogger)]
     if wandb_loggers and by_class.pop(cast(type, CSVLogger), None) is not None:
         rank_zero_info("WandbLogger writes metrics.csv too, so CSVLogger is left out.")
@@ -100,7 +95,7 @@ def _placed(logger: Namespace, run: Path, experiment: str) -> Namespace:
             logger_class, logger.class_path = ours, f"thinned.runs.{ours.__name__}"
     parameters = inspect.signature(logger_class).parameters
     is_wandb = issubclass(logger_class, WandbLogger)
-    logger.init_args = logger.get("init_args") or _namespace()
+    logger.init_args = logger.get("init_args") or Namespace()  # type: ignore[no-untyped-call]
     given: Mapping[str, Any] = {**vars(logger.init_args), **logger.get("dict_kwargs", {})}
     for key in PLACES:
         default = parameters[key].default if key in parameters else None
@@ -118,10 +113,6 @@ def _placed(logger: Namespace, run: Path, experiment: str) -> Namespace:
     return logger
 
 
-def _namespace(**content: Any) -> Namespace:
-    return Namespace(**content)  # type: ignore[no-untyped-call]
-
-
 def wandb_id(experiment: str, run: str) -> str:
     """Returns an id that no other run of the project has, of characters that W&B takes.
 
@@ -129,6 +120,17 @@ def wandb_id(experiment: str, run: str) -> str:
     ('digits.20260101-120000-ab12', 'a=2e=b.c', 'a.b=2e=c')
     """
     return ".".join(re.sub(r"[^A-Za-z0-9_-]", lambda c: f"={ord(c[0]):x}=", part) for part in (experiment, run))
+
+
+def wandb_offline_reason() -> str | None:
+    """Returns, after 10 seconds at most, why to log offline; None if the server accepts the API key."""
+    # wandb reads it when its service starts, and by default waits for ever.
+    os.environ.setdefault("WANDB_FINISH_TIMEOUT", str(FINISH_SECONDS))
+    try:
+        return None if wandb.login(prompt=False) else "no API key is configured"
+    except wandb.errors.AuthenticationError as error:
+        cause = str(error).rpartition(": ")[2].rstrip(".")
+        return f"{wandb.setup().settings.base_url} does not confirm the API key ({cause})"
 
 
 def _set_offline_if_need_be(logger: Namespace, run: Path) -> None:

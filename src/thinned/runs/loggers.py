@@ -66,6 +66,12 @@ class WandbLogger(loggers.WandbLogger, ResumableLogger):
             self._log(new, step)
 
     @rank_zero_only
+    def log_image(self, *args: Any, **options: Any) -> None:
+        import matplotlib.pyplot  # noqa: F401  # W&B takes it for imported
+
+        super().log_image(*args, **options)
+
+    @rank_zero_only
     def log_table(self, key: str, *args: Any, **options: Any) -> None:
         """Logs a table; the run continues without it if the server, which must name a place for it, fails."""
         try:

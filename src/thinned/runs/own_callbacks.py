@@ -21,56 +21,29 @@ from thinned.runs import internals
 from thinned.runs.checkpoint_callback import Checkpoints
 
 REFUSED: dict[type[Callback], str] = {
-    StochasticWeightAveraging: "its average is in no checkpoint, so it is not what is tested: WeightAveraging or "
-    "EMAWeightAveraging of lightning.pytorch.callbacks keep theirs",
+    StochasticWeightAveraging: "its average is in no checkpoint: WeightAveraging and EMAWeightAveraging keep theirs",
     LearningRateFinder: "the rate that it finds is not the one in config.yaml: set model.optimizer.lr",
-    OnExceptionCheckpoint: "a new run would begin with what another one left there: --checkpoint.every_n_train_steps "
-    "writes last.ckpt more often",
     BatchSizeFinder: "the size that it finds is not the one in config.yaml: set data.batch_size",
+    OnExceptionCheckpoint: "a new run would begin with what another one left there",
 }
 
 
 class OwnCallbacks(Callback):
-    """Watches the callbacks that a person adds to `trainer.callbacks`.
+    """Makes callbacks of Lightning resume exactly.
 
-    Refuses those whose effect is lost, and a monitor that nothing logs. Only a validation tells what is logged, so each
-    run begins with a sanity check of at least one batch, also one that resumes. A run that `EarlyStopping` has stopped
-    stays stopped when it resumes, until it is left out or has more patience.
+    A run that `EarlyStopping` has stopped stays stopped when it resumes, until it is left out or has more patience.
     """
 
     def __init__(self) -> None:
         self._patience: dict[EarlyStopping, int] = {}
         self._strict: dict[EarlyStopping, bool] = {}
-        self._sanity_checked = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        if stage != "fit":
-            for average in (c for c in callbacks if isinstance(c, WeightAveraging)):
-                internals.forget_average(average)
-            return
-        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            trainer.num_sanity_val_steps = max(1, trainer.num_sanity_val_steps)
-        stoppers = [c for c in callbacks if isinstance(c, EarlyStopping)]
-        for stopping in stoppers:
-            if stopping.monitor.startswith("val") and not trainer.enable_validation:
-                raise ValueError(f"Expected a validation for {_key(stopping)}.monitor {stopping.monitor}, but got none")
-        self._patience = {stopping: stopping.patience for stopping in stoppers}
-
-    def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Raises a ValueError for a monitor that the validation does not log, and training surely neither."""
-        self._sanity_checked = True
-        logged = sorted(trainer.callback_metrics)
-        foreign = not type(pl_module).__module__.startswith("thinned.")  # may log anything in training
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            monitor = _monitor(callback)
-            if not monitor or monitor in logged or monitor.startswith("train"):
-                continue
-            if not foreign or monitor.startswith(("val", "test")):
-                raise ValueError(
-                    f"Expected {_key(callback)}.monitor to be logged, as are {', '.join(logged)} and train/loss, but "
-                    f"got {monitor!r}"
-                )
+            if isinstance(callback, WeightAveraging) and stage != "fit":
+                internals.forget_average(callback)
+            if isinstance(callback, EarlyStopping) and stage == "fit":
+                self._patience[callback] = callback.patience
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         averages = any(isinstance(c, WeightAveraging) for c in trainer.callbacks)  # type: ignore[attr-defined]
@@ -81,8 +54,6 @@ class OwnCallbacks(Callback):
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not self._sanity_checked:
-            internals.run_sanity_check(trainer)
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, GradientAccumulationScheduler):  # Lightning 2.6.6 forgets it within an epoch
                 trainer.accumulate_grad_batches = callback.get_accumulate_grad_batches(trainer.current_epoch)
@@ -109,31 +80,19 @@ class OwnCallbacks(Callback):
             )
 
 
-def _key(callback: Callback) -> str:
-    return "checkpoint" if isinstance(callback, Checkpoints) else f"trainer.callbacks.{type(callback).__name__}"
-
-
-def _monitor(callback: Callback) -> str:
-    """Returns the name of the metric that a callback monitors; empty if there is none."""
-    monitor = getattr(callback, "monitor", None)
-    return monitor if isinstance(monitor, str) else ""
-
-
 def prepare_own_callbacks(trainer: Trainer, run: Path) -> None:
-    """Keeps the files of callbacks apart.
-
-    Args:
-        trainer: The trainer, before it is used.
-        run: Directory of the run.
+    """Keeps the files of callbacks apart, in the directory of the run.
 
     Raises:
         ValueError: The effect of a callback would be lost, or a mode does not fit what it monitors.
     """
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        key = "checkpoint" if isinstance(callback, Checkpoints) else f"trainer.callbacks.{type(callback).__name__}"
         for refused, why in REFUSED.items():
             if isinstance(callback, refused):
                 raise ValueError(f"Expected trainer.callbacks without {type(callback).__name__}, but got one: {why}")
-        if getattr(callback, "mode", None) == "min" and _monitor(callback).endswith("accuracy"):
-            raise ValueError(f"Expected {_key(callback)}.mode max for {_monitor(callback)}, but got min")
+        monitor = str(getattr(callback, "monitor", ""))
+        if getattr(callback, "mode", None) == "min" and monitor.endswith("accuracy"):
+            raise ValueError(f"Expected {key}.mode max for {monitor}, but got min")
         if type(callback) is ModelCheckpoint and not callback.dirpath:  # else both may write last.ckpt
             callback.dirpath = str(run / "model_checkpoint")

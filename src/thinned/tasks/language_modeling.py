@@ -12,6 +12,7 @@ from thinned.data.module import data_offers
 from thinned.models.gpt2_weights import load_gpt2
 from thinned.models.net import Logits, logits_of, net_offers
 from thinned.tasks.task import Task
+from thinned.tasks.throughput import is_logged
 
 
 class LanguageModelingTask(Task):
@@ -62,7 +63,8 @@ class LanguageModelingTask(Task):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         losses, targets = self.net(batch[0], batch[1]), batch[1]
         loss = losses.sum() / (targets >= 0).sum()
-        self.log("train/loss", loss, batch_size=len(targets), prog_bar=True)
+        if is_logged(self.trainer, self.trainer.global_step + 1) or self.trainer.is_last_batch:
+            self.log("train/loss", loss, batch_size=len(targets), prog_bar=True)
         return loss
 
     def _keep_sums(self, losses: Tensor, targets: Tensor) -> None:
