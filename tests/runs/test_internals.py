@@ -203,6 +203,41 @@ def test_repeat_unbegun_validation(
     assert resumed.events[:3] == events
 
 
+@pytest.mark.parametrize("at", ["train 3", "validate 0", "validate 1"])
+def test_run_sanity_check(at: str, fit: Callable[..., Trainer], tmp_path: Path) -> None:
+    """lightning/pytorch/trainer/trainer.py:1127 leaves it out of a run that resumes, and resets the counts."""
+
+    class Saving(Events):
+        def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+            self.save(trainer)
+
+        def on_validation_batch_end(self, trainer: Trainer, *_: Any) -> None:
+            self.save(trainer)
+
+        def save(self, trainer: Trainer) -> None:
+            if self.events[-1:] == [at] and not trainer.sanity_checking:
+                trainer.save_checkpoint(tmp_path / "broken.ckpt")
+                raise ZeroDivisionError
+
+    class Checking(Events):
+        def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+            before, state = trainer.fit_loop.state_dict(), torch.get_rng_state()
+            internals.run_sanity_check(trainer)
+            assert (trainer.fit_loop.state_dict(), trainer.training, module.training) == (before, True, True)
+            assert torch.get_rng_state().equal(state)
+
+        def on_sanity_check_end(self, *_: Any) -> None:
+            self.events.append("checked")
+
+    with pytest.raises(ZeroDivisionError):
+        fit(Saving(), ModelCheckpoint(save_top_k=0), val_check_interval=4)
+    checked, unchecked = Checking(), Events()
+    for events in (checked, unchecked):
+        with pytest.warns(UserWarning, match="You're resuming from a checkpoint that ended before the epoch ended"):
+            fit(events, ModelCheckpoint(save_top_k=0), ckpt_path=tmp_path / "broken.ckpt", val_check_interval=4)
+    assert checked.events == ["checked", *unchecked.events]
+
+
 @pytest.mark.parametrize("interval", [1, 1.0])
 def test_save_best_after_validation(interval: float, fit: Callable[..., Trainer], tmp_path: Path) -> None:
     """lightning/pytorch/callbacks/model_checkpoint.py:651 compares with 1.0, which 1 is equal to."""

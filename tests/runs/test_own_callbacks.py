@@ -86,6 +86,9 @@ def fit(make_trainer: Callable[..., Trainer], tmp_path: Path) -> Callable[..., t
         (LearningRateFinder(), "set model.optimizer.lr"),
         (BatchSizeFinder(), "set data.batch_size"),
         (OnExceptionCheckpoint("."), "a new run would begin with what another one left there"),
+        (EarlyStopping("val_loss"), "val/accuracy, val/loss and train/loss, but got 'val_loss'"),
+        (EarlyStopping("los"), "trainer.callbacks.EarlyStopping.monitor to be logged, as are val/accuracy, val/loss"),
+        (ModelCheckpoint(monitor="val/los"), "trainer.callbacks.ModelCheckpoint.monitor to be logged"),
         (EarlyStopping("val/accuracy"), "trainer.callbacks.EarlyStopping.mode max for val/accuracy, but got min"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Callback) else "",
@@ -98,6 +101,33 @@ def test_callback_that_cannot_work_is_refused_before_the_first_step(
         fit(callback)
     assert reason in str(error.value)
     assert not list(tmp_path.rglob("*.ckpt"))
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+@pytest.mark.parametrize("resume_at", [None, 2, 3], ids=["new", "resumed", "resumed within an epoch"])
+def test_misnamed_monitor_is_refused_before_the_first_step(
+    resume_at: int | None, steps: int, fit: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where Lightning makes no sanity check too: told to make none, or in a run that resumes within an epoch."""
+    if resume_at:
+        fit(max_steps=resume_at)
+    monkeypatch.setattr(Counting, "training_step", lambda *_: pytest.fail("a step was taken"))
+    with pytest.raises(ValueError, match=r"as are val/accuracy, val/loss and train/loss, but got 'val/los'"):
+        fit(EarlyStopping("val/los"), resume=resume_at is not None, num_sanity_val_steps=steps)
+
+
+@pytest.mark.parametrize("resume_at", [None, 2, 3])
+def test_one_sanity_check_before_the_first_step(
+    resume_at: int | None, fit: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if resume_at:
+        fit(max_steps=resume_at)
+    checked: list[int] = []
+    monkeypatch.setattr(
+        OwnCallbacks, "on_sanity_check_start", lambda _, trainer, __: checked.append(trainer.global_step)
+    )
+    fit(max_epochs=3, resume=resume_at is not None)
+    assert checked == [resume_at or 0]
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from jsonargparse import _loaders_dumpers, _typehints
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, WeightAveraging
 from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch.optim import Optimizer
 
 from thinned.arguments import refuse_double_keys
@@ -52,6 +53,16 @@ def repeat_unbegun_validation(trainer: Trainer, checkpoint: dict[str, Any]) -> N
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]
         for counts in ("total", "current"):  # as if the validation had been cut off in its first batch
             progress[counts] |= {"ready": 1, "started": 1, "processed": 0, "completed": 0}
+
+
+def run_sanity_check(trainer: Trainer) -> None:
+    """Runs the sanity check, at the start of a training that resumes within an epoch, where Lightning leaves it out."""
+    loop = trainer.fit_loop.epoch_loop.val_loop
+    before = dict(vars(loop))  # where a validation that was broken off is to resume
+    loop.batch_progress, loop.restarting = type(loop.batch_progress)(), False
+    with isolate_rng():
+        trainer._run_sanity_check()
+    vars(loop).update(before)
 
 
 def checks_at_epoch_end(stopping: EarlyStopping) -> bool:

@@ -29,14 +29,17 @@ REFUSED: dict[type[Callback], str] = {
 
 
 class OwnCallbacks(Callback):
-    """Makes callbacks of Lightning resume exactly.
+    """Makes callbacks of Lightning resume exactly, and refuses a monitor that nothing logs.
 
-    A run that `EarlyStopping` has stopped stays stopped when it resumes, until it is left out or has more patience.
+    Only a validation tells what is logged, so each run begins with a sanity check of at least one batch, also one that
+    resumes. A run that `EarlyStopping` has stopped stays stopped when it resumes, until it is left out or has more
+    patience.
     """
 
     def __init__(self) -> None:
         self._patience: dict[EarlyStopping, int] = {}
         self._strict: dict[EarlyStopping, bool] = {}
+        self._sanity_checked = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
@@ -44,6 +47,23 @@ class OwnCallbacks(Callback):
                 internals.forget_average(callback)
             if isinstance(callback, EarlyStopping) and stage == "fit":
                 self._patience[callback] = callback.patience
+        if stage == "fit" and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            trainer.num_sanity_val_steps = max(1, trainer.num_sanity_val_steps)
+
+    def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Raises a ValueError for a monitor that the validation does not log, and training surely neither."""
+        self._sanity_checked = True
+        logged = sorted(trainer.callback_metrics)
+        foreign = not type(pl_module).__module__.startswith("thinned.")  # may log anything in training
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            monitor = str(getattr(callback, "monitor", None) or "")
+            if not monitor or monitor in logged or monitor.startswith("train"):
+                continue
+            if not foreign or monitor.startswith(("val", "test")):
+                raise ValueError(
+                    f"Expected {_key(callback)}.monitor to be logged, as are {', '.join(logged)} and train/loss, but "
+                    f"got {monitor!r}"
+                )
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         averages = any(isinstance(c, WeightAveraging) for c in trainer.callbacks)  # type: ignore[attr-defined]
@@ -54,6 +74,8 @@ class OwnCallbacks(Callback):
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self._sanity_checked:
+            internals.run_sanity_check(trainer)
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, GradientAccumulationScheduler):  # Lightning 2.6.6 forgets it within an epoch
                 trainer.accumulate_grad_batches = callback.get_accumulate_grad_batches(trainer.current_epoch)
@@ -80,6 +102,10 @@ class OwnCallbacks(Callback):
             )
 
 
+def _key(callback: Callback) -> str:
+    return "checkpoint" if isinstance(callback, Checkpoints) else f"trainer.callbacks.{type(callback).__name__}"
+
+
 def prepare_own_callbacks(trainer: Trainer, run: Path) -> None:
     """Keeps the files of callbacks apart, in the directory of the run.
 
@@ -87,12 +113,11 @@ def prepare_own_callbacks(trainer: Trainer, run: Path) -> None:
         ValueError: The effect of a callback would be lost, or a mode does not fit what it monitors.
     """
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        key = "checkpoint" if isinstance(callback, Checkpoints) else f"trainer.callbacks.{type(callback).__name__}"
         for refused, why in REFUSED.items():
             if isinstance(callback, refused):
                 raise ValueError(f"Expected trainer.callbacks without {type(callback).__name__}, but got one: {why}")
         monitor = str(getattr(callback, "monitor", ""))
         if getattr(callback, "mode", None) == "min" and monitor.endswith("accuracy"):
-            raise ValueError(f"Expected {key}.mode max for {monitor}, but got min")
+            raise ValueError(f"Expected {_key(callback)}.mode max for {monitor}, but got min")
         if type(callback) is ModelCheckpoint and not callback.dirpath:  # else both may write last.ckpt
             callback.dirpath = str(run / "model_checkpoint")
