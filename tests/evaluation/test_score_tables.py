@@ -9,10 +9,10 @@ from rich.console import Console
 from thinned.evaluation.score_tables import (
     missed_classes,
     plain_scores,
+    prediction_set_table,
     recall_rows,
     score_rows,
     score_tables,
-    set_table,
     verdicts,
 )
 
@@ -94,14 +94,14 @@ def test_prediction_sets_have_coverage_size_and_the_classes_that_they_miss() -> 
     of_classes = {"cat": score(0.7, 0.1), "dog": score(0.85, 0.1), "cow": score(0.6, 0.1)}
     sets = {"thr_coverage": score(0.9, 0.02), "thr_size": score(1.2, 0.1)}
     with_sets = evaluation(way("one", **sets) | {"coverage": {"thr": of_classes}}) | {"coverage": 0.9}
-    table = set_table(with_sets)
+    table = prediction_set_table(with_sets)
     assert table is not None
     assert cells(table) == [["one"], ["0.900 [0.880, 0.920]\n1.200 [1.100, 1.300]"]]
     assert table.title == "Prediction sets for 90 % of targets"
     assert missed_classes(with_sets) == [
         "THR sets of one contain too rarely class cow in 0.60 of 40, cat in 0.70 of 40."
     ]
-    assert set_table(evaluation(way("one") | {"coverage": {}})) is None
+    assert prediction_set_table(evaluation(way("one") | {"coverage": {}})) is None
 
 
 def test_files_hold_all_scores() -> None:

@@ -6,8 +6,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from thinned.evaluation.score_tables import score_rows
-from thinned.evaluation.set_tables import set_tables
+from thinned.evaluation.score_tables import further_set_tables, score_rows
 from thinned.evaluation.sets import sets_of
 
 
@@ -71,7 +70,7 @@ def evaluation() -> dict[str, Any]:
 def printed(evaluation: dict[str, Any], width: int) -> list[str]:
     console = Console(width=width)
     with console.capture() as captured:
-        console.print(*set_tables(evaluation, width), sep="\n")
+        console.print(*further_set_tables(evaluation, width), sep="\n")
     return [line.rstrip() for line in captured.get().splitlines() if line.strip()]
 
 

@@ -1,4 +1,4 @@
-"""The report of a run as one HTML file: it asks for nothing outside of itself, and shows every score with its interval.
+"""Writes the report of a run as one HTML file, which asks for nothing outside of itself.
 
 `report.html.jinja` beside this file is the page. Jinja2 is the extra `report`, imported when a report is written.
 """
@@ -17,41 +17,27 @@ import torch
 import yaml
 from lightning.pytorch import Trainer
 
+from thinned.evaluation import score_tables
 from thinned.evaluation.figures import CAPTIONS
 from thinned.evaluation.prediction_store import stored_provenance
-from thinned.evaluation.score_tables import TITLES, WORST_CLASSES, Evaluation, missed_classes, verdicts
-from thinned.evaluation.set_tables import foreign_measures, shifted_sets
+from thinned.evaluation.score_tables import TITLES, WORST_CLASSES, Evaluation, interval, missed_classes, worst_first
 from thinned.files import whole_file
 from thinned.uncertainty.detection import DETECTION
 from thinned.uncertainty.scores import SCORES
 
 
 class EmbeddedFigure(NamedTuple):
-    """A figure that is part of the page.
+    """Holds a figure that is part of the page."""
 
-    Attributes:
-        caption: One sentence, which also stands for the figure where it cannot be seen.
-        uri: Its content, `data:...`.
-        width: Of its natural size, in CSS pixels.
-    """
-
-    caption: str
-    uri: str
-    width: int
+    caption: str  # also stands for the figure if it cannot be seen
+    uri: str  # its content, `data:...`
+    width: int  # of its natural size, in CSS pixels
 
 
 def write_html_report(trainer: Trainer, run: Path, predicted: Path, evaluation: Evaluation) -> None:
-    """Writes `report.html` into the folder of a run.
+    """Writes `report.html` into the folder of a run, whose rows and figures are in `predicted`, as a rule the same.
 
-    Args:
-        trainer: It has run on a device.
-        run: Folder of the run, with `config.yaml`.
-        predicted: Folder of `predictions.parquet` and its figures, as a rule the same.
-        evaluation: The content of `evaluation.json`.
-
-    Raises:
-        ValueError: Jinja2 is not installed.
-        OSError: The file cannot be written.
+    A ValueError says that Jinja2 is not installed.
     """
     config = run / "config.yaml"
     provenance = stored_provenance(predicted / "predictions.parquet") or {}
@@ -76,50 +62,33 @@ def html_report(
     figures: Sequence[EmbeddedFigure] = (),
     files: Sequence[str] = (),
 ) -> str:
-    """Returns the page.
-
-    Args:
-        evaluation: The content of `evaluation.json`.
-        run: Folder of the run, whose name and that of its experiment are the title.
-        config: Of the run, as YAML.
-        facts: What else was run, by name.
-        figures: In their order.
-        files: Paths in the folder of the run.
-
-    Raises:
-        ValueError: Jinja2 is not installed.
-    """
+    """Returns the page of an evaluation; `config` is YAML, `facts` say what was run, `files` are paths in the run."""
     try:
         from jinja2 import Environment, FileSystemLoader, StrictUndefined
     except ImportError as error:
         raise ValueError("Expected the package jinja2 for report.html: pip install 'thinned[report]'") from error
+    loader = FileSystemLoader(Path(__file__).parent)
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
+        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"number": number, "interval": interval, "asides": asides}
-    ways, scores = evaluation["ways"], SCORES | DETECTION
-    baseline = next(iter(ways.values()))
+    with_minus = {"interval": lambda *args: interval(*args).replace("-", "−")}
+    environment.filters |= {"number": number, "asides": asides, **with_minus}
+    baseline = next(iter(evaluation["ways"].values()))
     return environment.get_template("report.html.jinja").render(
         evaluation=evaluation,
-        ways=ways,
+        ways=evaluation["ways"],
         baseline=baseline,
         name=run.parent.name,
         run_id=run.name,
         title=TITLES.get(evaluation["split"], evaluation["split"]),
         task=task_of(yaml.safe_load(config) or {}),
-        verdicts=verdicts(evaluation),
+        verdicts=score_tables.verdicts(evaluation),
         remarks=remarks(evaluation),
-        labels={key: re.sub(" (?=[↑↓])", "\u00a0", score.label) for key, score in scores.items()},
-        headline=[
-            key for key, score in scores.items() if score.headline and any(key in w["scores"] for w in ways.values())
-        ],
-        classes=sorted(baseline["recall"], key=lambda name: baseline["recall"][name]["value"]),
-        shifted=shifted_sets(evaluation),
-        foreign=foreign_measures(evaluation),
+        labels={key: re.sub(" (?=[↑↓])", "\u00a0", score.label) for key, score in (SCORES | DETECTION).items()},
+        headline=score_tables.headline(evaluation),
+        classes=worst_first(baseline["recall"]),
+        shifted=score_tables.shifted_sets(evaluation),
+        foreign=score_tables.foreign_measures(evaluation),
         all_sets={evaluation["split"]: evaluation} | evaluation.get("sets", {}),
         config=config,
         facts=facts or {},
@@ -137,11 +106,6 @@ def number(value: float | None, digits: int = 4, sign: str = "") -> str:
     return "–" if value is None else f"{value:{sign}z.{digits}f}".replace("-", "−")
 
 
-def interval(of: Mapping[str, Any], digits: int = 4) -> str:
-    """Returns the bounds of a score or a difference; nothing if they are null."""
-    return "" if of["low"] is None else f"[{number(of['low'], digits)}, {number(of['high'], digits)}]"
-
-
 def asides(sentence: str) -> list[str]:
     """Splits a sentence at the numbers that stand in brackets, which are every second part.
 
@@ -157,10 +121,11 @@ def remarks(evaluation: Evaluation) -> list[str]:
     found = [f"Set {name} is left out: {of_set['left_out']}." for name, of_set in sets.items() if "left_out" in of_set]
     found += missed_classes(evaluation)
     for way in evaluation["ways"].values():
-        worst = sorted(way["recall"].items(), key=lambda item: item[1]["value"])[:WORST_CLASSES]
-        if listed := ", ".join(f"{name} {number(of['value'], 3)}" for name, of in worst if of["value"] < 1):
+        recalls = {name: of["value"] for name, of in way["recall"].items()}
+        worst = worst_first(way["recall"])[:WORST_CLASSES]
+        if listed := ", ".join(f"{name} {number(recalls[name], 3)}" for name in worst if recalls[name] < 1):
             found.append(f"Lowest recall of {way['label']}: class {listed}.")
-    for label, of_set, key in foreign_measures(evaluation):
+    for label, of_set, key in score_tables.foreign_measures(evaluation):
         name, _, measure = label.rpartition(": ")
         for way in of_set["ways"].values():
             if score := way["scores"].get(key):

@@ -1,21 +1,24 @@
-"""What an evaluation says, for a person and for a file: scores with intervals, and each way against the first one.
+"""Shows what an evaluation says: tables and sentences for a person, rows for a file.
 
 An evaluation is the content of `evaluation.json`: `ways` -> name -> `scores` -> key -> `value`, `low`, `high`, `n`,
 maybe `why` something is null, and for all ways but the first `difference`: `value`, `low`, `high`, `p`, `told_apart`.
 `sets` -> name holds an evaluation of each further set, or why it was `left_out`, see `thinned.evaluation.sets`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from rich import box
 from rich.markup import escape
 from rich.table import Table
 
+from thinned.data.distortion import KINDS
+from thinned.uncertainty.detection import MEASURES
 from thinned.uncertainty.scores import SCORES
 
 TITLES = {"train": "Training split", "val": "Validation split", "test": "Test"}
 CELL = 30  # characters of a column
+SET_NAME = 14  # characters of the first column of further sets, or less
 WORST_CLASSES = 3
 ENOUGH_SEEDS = 5
 Evaluation = Mapping[str, Any]
@@ -26,47 +29,73 @@ def score_tables(evaluation: Evaluation, width: int = 80) -> list[Table]:
 
     Each cell has the score with its 95 % interval, and below it the difference to the first way with its own.
     """
-    ways = evaluation["ways"]
-    first = next(iter(ways.values()))
-    shown = [key for key, score in SCORES.items() if score.headline and any(key in w["scores"] for w in ways.values())]
-    labels = max((len(SCORES[key].label) for key in shown), default=0) + 2
-    at_once = max(1, (width - labels) // CELL)
-    tables = []
-    for start in range(0, len(ways), at_once):
-        group = list(ways.values())[start : start + at_once]
-        table = Table("", title_justify="left", caption_justify="left", box=box.SIMPLE_HEAD, show_edge=False)
-        if not start:
-            table.title = f"{TITLES.get(evaluation['split'], evaluation['split'])}, n = {evaluation['n']}"
-        for way in group:
-            table.add_column(escape("\n".join(filter(None, (way["label"], way["details"])))))
+    first, shown, tables = next(iter(evaluation["ways"].values())), headline(evaluation), []
+    for group in _side_by_side(evaluation, width - max((len(SCORES[key].label) for key in shown), default=0) - 2):
+        table = _table(None, ["\n".join(filter(None, (way["label"], way["details"]))) for way in group])
         for key in shown:
             table.add_row(SCORES[key].label, *(_cell(way["scores"].get(key)) for way in group))
         table.add_section()
-        for name in sorted(first["recall"], key=lambda name: first["recall"][name]["value"])[:WORST_CLASSES]:
-            recalls = [way["recall"][name] for way in group]
-            table.add_row(escape(f"recall of {name}"), *map(_cell, recalls))
+        for name in worst_first(first["recall"])[:WORST_CLASSES]:
+            table.add_row(escape(f"recall of {name}"), *(_cell(way["recall"][name]) for way in group))
         tables.append(table)
-    tables[-1].caption = "95 % intervals." + (
-        f" Δ: difference to {first['label']} on the same examples, * p < 0.05 (Holm)." if len(ways) > 1 else ""
-    )
+    tables[0].title = f"{TITLES.get(evaluation['split'], evaluation['split'])}, n = {evaluation['n']}"
+    tables[-1].caption = "95 % intervals."
+    if len(evaluation["ways"]) > 1:
+        tables[-1].caption += f" Δ: difference to {first['label']} on the same examples, * p < 0.05 (Holm)."
     return tables
+
+
+def headline(evaluation: Evaluation) -> list[str]:
+    """Returns the keys of the scores that are shown first, if any way has them."""
+    ways = evaluation["ways"].values()
+    return [key for key, score in SCORES.items() if score.headline and any(key in way["scores"] for way in ways)]
+
+
+def worst_first(of_classes: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Returns the names of classes by the `value` of each, the lowest first."""
+    return sorted(of_classes, key=lambda name: of_classes[name]["value"])
+
+
+def interval(of: Mapping[str, Any], digits: int = 4) -> str:
+    """Returns the bounds of a score or a difference; nothing if they are null."""
+    return "" if of["low"] is None else f"[{of['low']:z.{digits}f}, {of['high']:z.{digits}f}]"
 
 
 def _cell(score: Mapping[str, Any] | None) -> str:
     if score is None or score["value"] is None:
         return "–" if score is None else f"– ({score['why']})"
-    lines = [f"  {score['value']:.4f} {_interval(score)}"]
+    lines = [f"  {score['value']:.4f} {interval(score)}"]
     if score.get("runs"):
-        lines.append("  seeds  " + _interval(score["seeds"]))
-    if "difference" in score:
-        difference = score["difference"]
-        star = "*" if difference["told_apart"] else " "
-        lines.append(f"Δ{difference['value']:+.4f}{star}{_interval(difference)}")
+        lines.append("  seeds  " + interval(score["seeds"]))
+    if difference := score.get("difference"):
+        lines.append(f"Δ{difference['value']:+.4f}{'*' if difference['told_apart'] else ' '}{interval(difference)}")
     return "\n".join(lines)
 
 
-def _interval(of: Mapping[str, Any]) -> str:
-    return "" if of["low"] is None else f"[{of['low']:.4f}, {of['high']:.4f}]"
+def _brief(score: Mapping[str, Any]) -> str:
+    return f"{score['value']:.3f} {interval(score, 3)}".rstrip()
+
+
+def _starred(score: Mapping[str, Any] | None) -> str:
+    """Returns a score with a star if the data tell it apart from that of the first way."""
+    if score is None:
+        return "–"
+    return _brief(score) + (" *" if score.get("difference", {}).get("told_apart") else "")
+
+
+def _side_by_side(evaluation: Evaluation, width: int) -> Iterator[list[dict[str, Any]]]:
+    """Yields the ways in groups of as many as fit, each with its name."""
+    ways, at_once = [{"name": name, **way} for name, way in evaluation["ways"].items()], max(1, width // CELL)
+    for start in range(0, len(ways), at_once):
+        yield ways[start : start + at_once]
+
+
+def _table(title: str | None, headers: Iterable[str], rows: Iterable[tuple[str, Sequence[str]]] = ()) -> Table:
+    left: Any = {"title_justify": "left", "caption_justify": "left"}
+    table = Table("", *map(escape, headers), title=title, box=box.SIMPLE_HEAD, show_edge=False, **left)
+    for name, cells in rows:
+        table.add_row(escape(name), *cells)
+    return table
 
 
 def verdicts(evaluation: Evaluation) -> list[str]:
@@ -81,44 +110,87 @@ def verdicts(evaluation: Evaluation) -> list[str]:
             few = "" if len(runs) >= ENOUGH_SEEDS else ": fewer than five seeds say little of other seeds"
             sentences.append(f"NLL of {way['label']}, by seed: {', '.join(f'{run:.4f}' for run in runs)}{few}.")
     for way in list(ways.values())[1:]:
-        better: list[str] = []
-        worse: list[str] = []
-        unknown: list[str] = []
+        told: dict[str, list[str]] = {"better": [], "worse": []}
+        unknown = []
         for key, score in SCORES.items():
             difference = way["scores"].get(key, {}).get("difference")
             if not score.headline or difference is None:
                 continue
-            said, *_ = score.label.partition(",")
-            name = said.rstrip(" ↑↓")
+            name = score.label.partition(",")[0].rstrip(" ↑↓")
             if not difference["told_apart"]:
                 unknown.append(name)
             else:
-                gain = difference["value"] * (1 if score.label.endswith("↑") else -1)
-                (better if gain > 0 else worse).append(f"{name} ({difference['value']:+.4f} {_interval(difference)})")
-        parts = [f"{word} {', '.join(names)}" for word, names in (("better", better), ("worse", worse)) if names]
+                better = (difference["value"] > 0) == score.label.endswith("↑")
+                told["better" if better else "worse"].append(
+                    f"{name} ({difference['value']:+.4f} {interval(difference)})"
+                )
+        parts = [f"{word} {', '.join(names)}" for word, names in told.items() if names]
         if unknown:
             parts.append(f"the data cannot tell {', '.join(unknown)} apart")
         sentences.append(f"{way['label']} against {first}: {'; '.join(parts)}.")
     return sentences
 
 
-def set_table(evaluation: Evaluation) -> Table | None:
+def prediction_set_table(evaluation: Evaluation) -> Table | None:
     """Returns the coverage and the mean size of the prediction sets of each way; None if there are none."""
     ways = [way for way in evaluation["ways"].values() if way["coverage"]]
     if not ways:
         return None
     title = f"Prediction sets for {100 * evaluation['coverage']:g} % of targets"
-    table = Table("", title=title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
-    for kind in ways[0]["coverage"]:
-        table.add_column(f"{kind.upper()}: coverage\nmean size", no_wrap=True)
+    table = _table(title, [f"{kind.upper()}: coverage\nmean size" for kind in ways[0]["coverage"]])
+    table.padding = (0, 1, 0, 0)
+    for column in table.columns[1:]:
+        column.no_wrap = True
     for way in ways:
-        pairs = ((way["scores"][f"{kind}_coverage"], way["scores"][f"{kind}_size"]) for kind in way["coverage"])
-        table.add_row(escape(way["label"]), *(f"{_brief(coverage)}\n{_brief(size)}" for coverage, size in pairs))
+        scores, kinds = way["scores"], way["coverage"]
+        cells = (f"{_brief(scores[f'{kind}_coverage'])}\n{_brief(scores[f'{kind}_size'])}" for kind in kinds)
+        table.add_row(escape(way["label"]), *cells)
     return table
 
 
-def _brief(score: Mapping[str, Any]) -> str:
-    return f"{score['value']:.3f} [{score['low']:.3f}, {score['high']:.3f}]"
+def shifted_sets(evaluation: Evaluation) -> dict[str, list[tuple[str, Evaluation]]]:
+    """Returns the test and the sets of each entry with targets by their severities, under its name and unit."""
+    tables: dict[str, list[tuple[str, Evaluation]]] = {}
+    for of_set in evaluation.get("sets", {}).values():
+        if any("nll" in way["scores"] for way in of_set.get("ways", {}).values()):
+            kind = str(of_set["settings"].get("distortion", "")).partition(":")[0]
+            title = of_set["entry"] + (f" ({KINDS[kind].unit})" if kind in KINDS else "")
+            severity = of_set["entry"] if of_set["severity"] is None else f"{of_set['severity']:g}"
+            tables.setdefault(title, [(evaluation["split"], evaluation)]).append((severity, of_set))
+    return tables
+
+
+def foreign_measures(evaluation: Evaluation) -> list[tuple[str, Evaluation, str]]:
+    """Returns the label, the set and the score of each measure by which foreign data are told from the test."""
+    return [
+        (f"{name}: {label}", of_set, f"foreign_auroc_{measure}")
+        for name, of_set in evaluation.get("sets", {}).items()
+        for measure, label in MEASURES.items()
+        if any(f"foreign_auroc_{measure}" in way["scores"] for way in of_set.get("ways", {}).values())
+    ]
+
+
+def further_set_tables(evaluation: Evaluation, width: int = 80) -> list[Table]:
+    """Returns a table for each entry of the yaml with scores, and one of what is told from the test."""
+    groups, tables = list(_side_by_side(evaluation, width - SET_NAME)), []
+    for title, rows in shifted_sets(evaluation).items():
+        for group in groups:
+            cells = []
+            for name, of_set in rows:
+                scores = [of_set["ways"][way["name"]]["scores"] for way in group]
+                cells.append((name, [f"{of['accuracy']['value']:.3f}  {_starred(of['nll'])}" for of in scores]))
+            headers = [way["label"] for way in group]
+            tables.append(_table(f"\n{title}: accuracy, NLL (nats) [95 %]", headers, cells))
+    for group in groups:
+        told = [
+            (label, [_starred(of_set["ways"][way["name"]]["scores"].get(key)) for way in group])
+            for label, of_set, key in foreign_measures(evaluation)
+            if any(key in of_set["ways"][way["name"]]["scores"] for way in group)
+        ]
+        if told:
+            headers = [way["label"] for way in group]
+            tables.append(_table("\nForeign, told from the test: AUROC [95 %]", headers, told))
+    return tables
 
 
 def missed_classes(evaluation: Evaluation) -> list[str]:
@@ -127,7 +199,7 @@ def missed_classes(evaluation: Evaluation) -> list[str]:
     for way in evaluation["ways"].values():
         for kind, of_classes in way["coverage"].items():
             if missed := {name: c for name, c in of_classes.items() if c["high"] < level}:
-                shown = sorted(missed, key=lambda name: missed[name]["value"])[:WORST_CLASSES]
+                shown = worst_first(missed)[:WORST_CLASSES]
                 more = f" and {len(missed) - len(shown)} more" * (len(missed) > len(shown))
                 listed = ", ".join(f"{name} in {missed[name]['value']:.2f} of {missed[name]['n']}" for name in shown)
                 sentences.append(f"{kind.upper()} sets of {way['label']} contain too rarely class {listed}{more}.")
@@ -158,13 +230,9 @@ def recall_rows(evaluation: Evaluation) -> tuple[list[str], list[list[Any]]]:
 
 def plain_scores(evaluation: Evaluation) -> dict[str, dict[str, Any]]:
     """Returns settings and values of each way without intervals, as `metrics.json` holds them."""
-    return {
-        name: way["settings"]
-        | {key: score["value"] for key, score in way["scores"].items()}
-        | (
-            {"recall": {k: {"value": r["value"], "n": r["n"]} for k, r in way["recall"].items()}}
-            if way["recall"]
-            else {}
-        )
-        for name, way in evaluation["ways"].items()
-    }
+    plain = {}
+    for name, way in evaluation["ways"].items():
+        plain[name] = way["settings"] | {key: score["value"] for key, score in way["scores"].items()}
+        if way["recall"]:
+            plain[name]["recall"] = {k: {"value": of["value"], "n": of["n"]} for k, of in way["recall"].items()}
+    return plain
