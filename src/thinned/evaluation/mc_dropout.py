@@ -3,10 +3,10 @@
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
-from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
@@ -14,15 +14,15 @@ from thinned.data.module import DataOffers, data_offers
 from thinned.data.order import Split
 from thinned.evaluation.batch import HALVES, Batch, Validation, trained_net
 from thinned.evaluation.prediction_sets import PredictionSets
-from thinned.evaluation.prediction_store import PredictionStore, stored_provenance
-from thinned.evaluation.provenance import differences, of_data, provenance
+from thinned.evaluation.prediction_store import PredictionStore
+from thinned.evaluation.provenance import of_data, provenance
 from thinned.evaluation.report import write_report
 from thinned.evaluation.rows import predicted_rows
 from thinned.evaluation.score_tables import plain_scores
 from thinned.evaluation.validation_scores import ValidationScores
 from thinned.evaluation.ways import Way, learning_order, standard_ways
 from thinned.models.net import Logits
-from thinned.offers import Offers, task_offers
+from thinned.offers import task_offers
 from thinned.uncertainty.monte_carlo import Masks
 
 
@@ -30,20 +30,14 @@ class MCDropout(Callback):
     """Predicts with S networks sampled by dropout, beside the deterministic network, at test and at predict.
 
     Works with any LightningModule whose `forward` maps the first element of a batch to logits: (B, K), or (B, T, V) for
-    targets (B, T), a token each. If its `net` has `thin(seed, sample, sites, scale)`, a sample is a thinned network,
-    the same for every input; otherwise masks are drawn per element. Nothing but dropout is switched on. If `test_step`
-    returns `thinned.models.net.Logits`, the deterministic network is not asked again.
-
-    A net without `thin` is examined on the first batch of the sanity check or the training, and again of a test or a
-    prediction: one pass sees that it returns logits and draws nothing in evaluation mode, two or three find its
-    dropout (`uncertainty.foreign_dropout`), and one uses it. If all rates are 0, a line says so, and the columns and
-    scores of Monte-Carlo dropout are those of the deterministic network: a table of several rates has no gap at 0.
+    targets (B, T), a token each. If its `net` has `thin`, a sample is a thinned network, the same for every input;
+    otherwise masks are drawn per element, and the net is examined on the first batch of each stage. If `test_step`
+    returns `thinned.models.net.Logits`, the deterministic network is not asked again. If all rates are 0, the scores of
+    Monte-Carlo dropout are those of the deterministic network.
 
     Writes `predictions.parquet`, one row per example or token in dataset order, and for text `sequences.parquet`. With
-    targets, which a test needs, it also writes `evaluation.json` and `evaluation.csv` (scores with intervals, and
-    against the first way), `metrics.json` (their values alone) and pictures. It logs the scores of Monte-Carlo dropout
-    under `mc/`, and under `test/` those of the deterministic network that its task does not log. A `WandbLogger` gets
-    the pictures, all scores, and a table of the most uncertain examples.
+    targets, which a test needs, it also writes and logs what `thinned.evaluation.report` makes of them: the scores of
+    Monte-Carlo dropout under `mc/`, and under `test/` those of the deterministic network that its task does not log.
 
     An interrupted `predict` resumes if the data module can begin with any example (see `DataOffers.predict_start`).
 
@@ -89,10 +83,9 @@ class MCDropout(Callback):
         self.checkpoint: str | None = None  # file that the weights come from, if the trainer has loaded none
         self.split: Split = "test"  # of the latest metrics
         self.evaluation: dict[str, Any] = {}  # what `evaluation.json` holds
-        self._store: PredictionStore | None = None
-        # Of sets that are predicted after the test, see `predict_set`.
         self.directory = Path()  # of the latest files of a test
-        self._set: str | None = None
+        self.further_set: str | None = None  # that is predicted after the test, see `thinned.evaluation.sets`
+        self.store: PredictionStore | None = None  # of a prediction that is under way
         self._learned: dict[str, Any] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -101,19 +94,19 @@ class MCDropout(Callback):
         for way in learning_order(self.ways):  # what cannot be is known before training, not an hour later
             way.bind(self._trained)
         self.directory = trainer.strategy.broadcast(Path(self.dirpath or trainer.default_root_dir))
-        folder = self.directory / "sets" / self._set if self._set else self.directory
-        self._store = PredictionStore(folder, trainer.global_rank)
+        folder = self.directory / "sets" / self.further_set if self.further_set else self.directory
+        self.store = PredictionStore(folder, trainer.global_rank)
         limit = trainer.limit_predict_batches
         if stage == "predict" and data_offers(trainer).predict_start is not None:  # before the loader is built
             whole = isinstance(limit, int) or limit == 1  # a part would be one of what is left
-            start = self._store.find_interrupted(trainer.strategy.broadcast) if whole else 0
+            start = self.store.find_interrupted(trainer.strategy.broadcast) if whole else 0
             trainer.datamodule.predict_start = start  # type: ignore[attr-defined]
             if start:
-                rank_zero_info(f"The prediction in {self._store.parts} resumes with example {start}")
+                rank_zero_info(f"The prediction in {self.store.parts} resumes with example {start}")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        if self._store is not None:
-            (self._store.keep if trainer.predicting else self._store.discard)()
+        if self.store is not None:
+            (self.store.keep if trainer.predicting else self.store.discard)()
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -161,19 +154,25 @@ class MCDropout(Callback):
         self._begin(trainer, pl_module, data_offers(trainer).predict_split)
 
     def _begin(self, trainer: Trainer, pl_module: LightningModule, split: Split) -> None:
-        assert self._store is not None
+        assert self.store is not None
         self.split, self._seen = split, 0
         ways = learning_order(self.ways)
         for net in (net for way in ways for net in way.nets if net is not self._trained):
             net.to(pl_module.device).eval()
-        if self._set:
-            self._provenance = self._of_set(trainer, data_offers(trainer))
+        if self.further_set:  # the ways stay as they are fitted
+            self._provenance = self.provenance_of_set(trainer, data_offers(trainer))
         else:
-            self._learned = self._learn(trainer, pl_module, ways, self._store.learned)
-            self._provenance = self._of_test(trainer, pl_module, split, ways)
+            self._learned = self._learn(trainer, pl_module, ways, self.store.learned)
+            found: dict[str, Any] = {}
+            if trainer.is_global_zero:  # another process may have other shards of the weights
+                checkpoint = trainer.ckpt_path or self.checkpoint
+                found = provenance(trainer, pl_module, checkpoint and str(checkpoint), split, ways)
+            self._provenance = trainer.strategy.broadcast(found)
+            if self._sets is not None:
+                self._provenance["prediction_sets"] = self._sets.settings
         if self._sets is not None and (n := self._provenance["data"].get("examples", 2)) < 2:
             raise ValueError(f"Expected at least two examples of split {split} to evaluate, but got {n}")
-        self._store.begin(self._provenance, self._learned, trainer.strategy.barrier)
+        self.store.begin(self._provenance, self._learned, trainer.strategy.barrier)
 
     def _learn(
         self, trainer: Trainer, pl_module: LightningModule, ways: Sequence[Way], learned: dict[str, Any] | None
@@ -198,48 +197,9 @@ class MCDropout(Callback):
             state["prediction_sets"] = self._sets.thresholds
         return state
 
-    def _of_test(
-        self, trainer: Trainer, pl_module: LightningModule, split: Split, ways: Sequence[Way]
-    ) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        if trainer.is_global_zero:  # another process may have other shards of the weights
-            checkpoint = trainer.ckpt_path or self.checkpoint
-            found = provenance(trainer, pl_module, checkpoint and str(checkpoint), split, ways)
-        found = trainer.strategy.broadcast(found)
-        return found if self._sets is None else found | {"prediction_sets": self._sets.settings}
-
-    def _of_set(self, trainer: Trainer, data: DataOffers) -> dict[str, Any]:
+    def provenance_of_set(self, trainer: Trainer, data: DataOffers) -> dict[str, Any]:
+        """Returns what decides the rows of a further set: what has decided those of the test, on other data."""
         return self._provenance | {"data": of_data(data, data.predict_split, trainer.limit_predict_batches)}
-
-    def predict_set(self, trainer: Trainer, pl_module: LightningModule, data: LightningDataModule, name: str) -> None:
-        """Predicts other data after a prediction, in its ways as they are fitted, unless the rows are there already.
-
-        Args:
-            trainer: Has predicted with this callback.
-            pl_module: As it was then.
-            data: The data; its split `predict_split` is predicted.
-            name: Of the set, whose rows go to the folder `sets/<name>`.
-
-        Raises:
-            ValueError: The data cannot be predicted.
-            OSError: They cannot be read.
-        """
-        data.prepare_data()
-        data.setup("predict")
-        expected = self._of_set(trainer, cast(DataOffers, Offers(data, DataOffers)))
-        found = stored_provenance(self.directory / "sets" / name / "predictions.parquet")
-        if trainer.strategy.broadcast(found is not None and not differences(expected, found)):
-            return
-        self._set = name
-        try:
-            trainer.predict(pl_module, datamodule=data, return_predictions=False)
-        finally:
-            self._set = None
-
-    @property
-    def has_begun(self) -> bool:
-        """Whether a prediction is under way, from before its first row to the merged file."""
-        return self._store is not None and self._store.has_begun
 
     def on_test_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
@@ -255,7 +215,7 @@ class MCDropout(Callback):
 
     def _predict(self, trainer: Trainer, batch: Any, outputs: Any) -> None:
         """Writes the rows of a batch to the store."""
-        assert self._store is not None
+        assert self.store is not None
         self._examine(trainer, batch)
         inputs, targets, index, *_ = (batch, None, None) if isinstance(batch, Tensor) else (*batch, None, None)
         if index is None:  # counted as Lightning's samplers stride over ranks
@@ -271,7 +231,7 @@ class MCDropout(Callback):
         names = {}
         if not sequences and data.sources is not None:
             names["source"] = data.sources(self.split, index.tolist())
-        self._store.write({"index": rows["index"], **names, **rows}, sequences)
+        self.store.write({"index": rows["index"], **names, **rows}, sequences)
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         logged = self._finish(trainer)
@@ -285,21 +245,20 @@ class MCDropout(Callback):
 
     def _finish(self, trainer: Trainer) -> dict[str, float]:
         """Merges and reports the rows of all processes, and returns to each of them what is to be logged."""
-        assert self._store is not None
-        self._store.flush()
+        assert self.store is not None
+        self.store.flush()
         trainer.strategy.barrier("predictions end")
-        if not self._set:
-            self.evaluation = {}
+        evaluation: dict[str, Any] = {}
         if trainer.is_global_zero:
-            self._store.merge(self._provenance)
-            if not self._set:
+            self.store.merge(self._provenance)
+            if not self.further_set:
                 coverage = None if self._sets is None else self._sets.coverage
-                self.evaluation = write_report(trainer, self.directory, self.ways, self.split, coverage)
-            self._store.discard()
-        self._store = None
-        if self._set:
+                evaluation = write_report(trainer, self.directory, self.ways, self.split, coverage)
+            self.store.discard()
+        self.store = None
+        if self.further_set:
             return {}
-        self.evaluation = trainer.strategy.broadcast(self.evaluation)
+        self.evaluation = trainer.strategy.broadcast(evaluation)
         return {
             f"{way.metric_prefix(self.split)}/{key}": math.nan if score["value"] is None else score["value"]
             for way in (self.ways if self.evaluation else ())

@@ -11,8 +11,7 @@ is there already, with the same provenance, is not predicted again, so a killed 
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple, cast, get_args
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
@@ -20,9 +19,12 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
+from thinned.data.module import DataOffers
 from thinned.data.order import Split
 from thinned.evaluation import figures
 from thinned.evaluation.mc_dropout import MCDropout
+from thinned.evaluation.prediction_store import stored_provenance
+from thinned.evaluation.provenance import differences
 from thinned.evaluation.report import (
     ColumnsOfWay,
     class_names_of,
@@ -36,23 +38,17 @@ from thinned.evaluation.row_chunks import Columns
 from thinned.evaluation.rows import blocks_of
 from thinned.evaluation.score_tables import score_rows
 from thinned.evaluation.ways import Way
+from thinned.offers import Offers
 from thinned.uncertainty.detection import MEASURES, detection_intervals
 
 
 class EvaluationSet(NamedTuple):
-    """A set to evaluate on.
+    """Holds a set to evaluate on."""
 
-    Attributes:
-        name: Of its folder, and in files and tables.
-        entry: Name of the entry that it comes from.
-        severity: One of those of the entry; None if it has none.
-        settings: Of the data module, in place of those of the test.
-    """
-
-    name: str
-    entry: str
-    severity: float | None
-    settings: dict[str, Any]
+    name: str  # of its folder, and in files and tables
+    entry: str  # name of the entry that it comes from
+    severity: float | None  # one of those of the entry; None if it has none
+    settings: dict[str, Any]  # of the data module, in place of those of the test
 
     @property
     def is_foreign(self) -> bool:
@@ -112,54 +108,71 @@ def evaluate_sets(
     """
     if not predictor.evaluation:
         raise ValueError("Expected examples with targets to evaluate, but got none in data.path")
-    if not sets:
-        return []
     left_out = {}
     for each in sets:
         rank_zero_info(f"Set {each.name}")
         try:
-            predictor.predict_set(trainer, task, data_of(each), each.name)
+            _predict(trainer, task, predictor, data_of(each), each.name)
         except (ValueError, OSError) as error:
-            if trainer.world_size > 1 and predictor.has_begun:  # the other processes would wait for this one
+            has_begun = predictor.store is not None and predictor.store.has_begun
+            if trainer.world_size > 1 and has_begun:  # the other processes would wait for this one
                 raise
             left_out[each.name] = str(error).splitlines()[0]
-    if trainer.is_global_zero:
-        folder = predictor.directory
-        known = Columns(folder / "predictions.parquet")
-        names = class_names_of(trainer, known, predictor.ways)
-        predictor.evaluation["sets"] = {
-            each.name: {"entry": each.entry, "severity": each.severity, "settings": each.settings}
-            | (
-                {"left_out": left_out[each.name]}
-                if each.name in left_out
-                else _evaluated(each, folder / "sets" / each.name, known, predictor, names)
-            )
-            for each in sets
-        }
-        write_scores(folder, predictor.evaluation)
-        foreign = {
-            each.name: Columns(folder / "sets" / each.name / "predictions.parquet")
-            for each in sets
-            if each.is_foreign and each.name not in left_out
-        }
-        write_figures(trainer, folder, figures.figures_of_sets(known, predictor.evaluation, foreign), predictor.split)
-        for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger):
-                table = score_rows(predictor.evaluation)
-                logger.log_table(f"{predictor.split}/sets", *table, step=trainer.global_step)
+    if trainer.is_global_zero and sets:
+        _report(trainer, predictor, sets, left_out)
     return [f"{name}: {why}" for name, why in left_out.items()]
 
 
+def _predict(
+    trainer: Trainer, task: LightningModule, predictor: MCDropout, data: LightningDataModule, name: str
+) -> None:
+    """Predicts a set in the ways as they are fitted, unless its rows are there already."""
+    data.prepare_data()
+    data.setup("predict")
+    expected = predictor.provenance_of_set(trainer, cast(DataOffers, Offers(data, DataOffers)))
+    found = stored_provenance(predictor.directory / "sets" / name / "predictions.parquet")
+    if trainer.strategy.broadcast(found is not None and not differences(expected, found)):
+        return
+    predictor.further_set = name
+    try:
+        trainer.predict(task, datamodule=data, return_predictions=False)
+    finally:
+        predictor.further_set = None
+
+
+def _report(trainer: Trainer, predictor: MCDropout, sets: Sequence[EvaluationSet], left_out: Mapping[str, str]) -> None:
+    """Adds the sets to the evaluation of the test, in files, figures and W&B."""
+    folder, evaluation = predictor.directory, predictor.evaluation
+    known = Columns(folder / "predictions.parquet")
+    names = class_names_of(trainer, known, predictor.ways)
+    evaluation["sets"], foreign = {}, {}
+    for each in sets:
+        of_set = {"entry": each.entry, "severity": each.severity, "settings": each.settings}
+        if each.name in left_out:
+            of_set["left_out"] = left_out[each.name]
+        else:
+            rows = Columns(folder / "sets" / each.name / "predictions.parquet")
+            of_set |= _evaluated(rows, known, predictor, names, each.is_foreign)
+            if each.is_foreign:
+                foreign[each.name] = rows
+        evaluation["sets"][each.name] = of_set
+    write_scores(folder, evaluation)
+    write_figures(trainer, folder, figures.figures_of_sets(known, evaluation, foreign), predictor.split)
+    for logger in trainer.loggers:
+        if isinstance(logger, WandbLogger):
+            logger.log_table(f"{predictor.split}/sets", *score_rows(evaluation), step=trainer.global_step)
+
+
 def _evaluated(
-    each: EvaluationSet, folder: Path, known: Columns, predictor: MCDropout, names: list[str] | None
+    rows: Columns, known: Columns, predictor: MCDropout, names: list[str] | None, is_foreign: bool
 ) -> dict[str, Any]:
     """Returns what `evaluation_of` does, of a set; without targets, what tells it from the test alone."""
-    rows, ways, split = Columns(folder / "predictions.parquet"), predictor.ways, predictor.split
+    ways, split, coverage = predictor.ways, predictor.split, predictor.evaluation["coverage"]
     if "target" in rows:
-        evaluation = evaluation_of(rows, ways, split, names, predictor.evaluation["coverage"])
+        evaluation = evaluation_of(rows, ways, split, names, coverage)
     else:
-        evaluation = described(len(rows["index"]), ways, split, predictor.evaluation["coverage"])
-    if each.is_foreign:
+        evaluation = described(len(rows["index"]), ways, split, coverage)
+    if is_foreign:
         (ours, groups), (theirs, other_groups) = (_examples(part, ways) for part in (known, rows))
         both = None if groups is None or other_groups is None else (groups, other_groups)
         intervals, differences = detection_intervals(ours, theirs, ways[0].name, both)
