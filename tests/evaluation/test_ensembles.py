@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from thinned.evaluation.batch import Batch, Validation, in_half
+from thinned.evaluation.ensembles import Ensemble
 from thinned.evaluation.prediction_sets import PredictionSets
 from thinned.evaluation.rows import predicted_rows
-from thinned.evaluation.ways import Deterministic, Ensemble, SampledNetworks, Tempered, Way
+from thinned.evaluation.ways import Deterministic, SampledNetworks, Tempered, Way
 from thinned.models.dropout import Dropout, derive_seed
 from thinned.uncertainty import mc_predict
 from thinned.uncertainty.conformal import conformity, threshold, uniforms

@@ -1,18 +1,53 @@
 """Adds the ways of an evaluation: ensembles of several checkpoints, and each way at its best temperature."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from copy import copy
 from pydoc import locate
 from typing import Any
 
 from torch import nn
 
-from thinned.evaluation.batch import trained_net
+from thinned.evaluation.batch import Batch, trained_net
 from thinned.evaluation.provenance import differences, digest_of_file
-from thinned.evaluation.ways import Ensemble, Tempered, Way
+from thinned.evaluation.ways import Tempered, Way
+from thinned.models.net import Logits
+from thinned.uncertainty.statistics import MCStatistics
+from thinned.uncertainty.token_statistics import TokenStatistics
 
 # What the checkpoints of one ensemble may differ in, of what their data modules have kept.
 INDIFFERENT = {"sketch", "path", "seed"}
+
+
+class Ensemble(Way):
+    """Predicts with the networks of several checkpoints together (Lakshminarayanan et al. 2017, deep ensembles).
+
+    Its prediction is the mean of their distributions. Its `members` are ways that predict with one network each, and
+    with equally many distributions; `checkpoints` say in the settings where the networks come from.
+    """
+
+    def __init__(self, members: Sequence[Way], name: str, label: str, checkpoints: Sequence[str] = ()) -> None:
+        self.members = self.builds_on = members
+        self.name, self.label, self.checkpoints = name, label, list(checkpoints)
+
+    def bind(self, trained: nn.Module) -> None:
+        """Its members have the networks."""
+
+    def stream(self, batch: Batch) -> Generator[Logits, None, None]:
+        for member in self.members:
+            yield from member.stream(batch)
+
+    def statistics_of(self, batch: Batch) -> MCStatistics | TokenStatistics:
+        """Returns the statistics of all members, each of which is asked once if it is reported by itself too."""
+        of_members: Sequence[Any] = [batch.statistics(member) for member in self.members]
+        return type(of_members[0]).of_ensemble(of_members)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {"checkpoints": self.checkpoints, "members": [member.settings for member in self.members]}
+
+    @property
+    def details(self) -> str:
+        return f"{len(self.members)} checkpoints"
 
 
 def evaluation_ways(standard: Sequence[Way], checkpoints: Mapping[str, dict[str, Any]]) -> list[Way]:

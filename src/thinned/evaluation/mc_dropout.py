@@ -88,8 +88,8 @@ class MCDropout(Callback):
         self.store: PredictionStore | None = None  # of a prediction that is under way
         self._learned: dict[str, Any] = {}
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._trained = trained_net(pl_module)
+    def setup(self, trainer: Trainer, task: LightningModule, stage: str) -> None:
+        self._trained = trained_net(task)
         self._examined = False
         for way in learning_order(self.ways):  # what cannot be is known before training, not an hour later
             way.bind(self._trained)
@@ -104,26 +104,24 @@ class MCDropout(Callback):
             if start:
                 rank_zero_info(f"The prediction in {self.store.parts} resumes with example {start}")
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+    def on_exception(self, trainer: Trainer, task: LightningModule, exception: BaseException) -> None:
         if self.store is not None:
             (self.store.keep if trainer.predicting else self.store.discard)()
 
-    def on_validation_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
+    def on_validation_batch_start(self, trainer: Trainer, task: LightningModule, batch: Any, *_: Any) -> None:
         if trainer.state.fn == "fit":  # as a rule the sanity check
             self._examine(trainer, batch)
 
     def on_validation_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: Any
+        self, trainer: Trainer, task: LightningModule, outputs: Any, batch: Any, *_: Any
     ) -> None:
         if self._validation is not None and trainer.state.fn == "fit" and not trainer.sanity_checking:
             with trainer.precision_plugin.forward_context():
                 self._validation.add(batch, self._trained, self.ways)
 
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_epoch_end(self, trainer: Trainer, task: LightningModule) -> None:
         if self._validation is not None and trainer.state.fn == "fit" and not trainer.sanity_checking:
-            pl_module.log_dict(self._validation.end())
+            task.log_dict(self._validation.end())
 
     def state_dict(self) -> dict[str, Any]:
         return {} if self._validation is None else {"validations": self._validation.count}
@@ -133,7 +131,7 @@ class MCDropout(Callback):
         if self._validation is not None:
             self._validation.count = state_dict.get("validations", 0)
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: Trainer, task: LightningModule, batch: Any, *_: Any) -> None:
         self._examine(trainer, batch)
 
     def _examine(self, trainer: Trainer, batch: Any) -> None:
@@ -145,28 +143,28 @@ class MCDropout(Callback):
             for way in learning_order(self.ways):
                 way.examine(batch if isinstance(batch, Tensor) else batch[0])
 
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._begin(trainer, pl_module, "test")
+    def on_test_start(self, trainer: Trainer, task: LightningModule) -> None:
+        self._begin(trainer, task, "test")
 
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_predict_start(self, trainer: Trainer, task: LightningModule) -> None:
         if data_offers(trainer).predict_start is not None:
             trainer.datamodule.predict_start = 0  # type: ignore[attr-defined]  # of the next prediction
-        self._begin(trainer, pl_module, data_offers(trainer).predict_split)
+        self._begin(trainer, task, data_offers(trainer).predict_split)
 
-    def _begin(self, trainer: Trainer, pl_module: LightningModule, split: Split) -> None:
+    def _begin(self, trainer: Trainer, task: LightningModule, split: Split) -> None:
         assert self.store is not None
         self.split, self._seen = split, 0
         ways = learning_order(self.ways)
         for net in (net for way in ways for net in way.nets if net is not self._trained):
-            net.to(pl_module.device).eval()
+            net.to(task.device).eval()
         if self.further_set:  # the ways stay as they are fitted
             self._provenance = self.provenance_of_set(trainer, data_offers(trainer))
         else:
-            self._learned = self._learn(trainer, pl_module, ways, self.store.learned)
+            self._learned = self._learn(trainer, task, ways, self.store.learned)
             found: dict[str, Any] = {}
             if trainer.is_global_zero:  # another process may have other shards of the weights
                 checkpoint = trainer.ckpt_path or self.checkpoint
-                found = provenance(trainer, pl_module, checkpoint and str(checkpoint), split, ways)
+                found = provenance(trainer, task, checkpoint and str(checkpoint), split, ways)
             self._provenance = trainer.strategy.broadcast(found)
             if self._sets is not None:
                 self._provenance["prediction_sets"] = self._sets.settings
@@ -175,10 +173,10 @@ class MCDropout(Callback):
         self.store.begin(self._provenance, self._learned, trainer.strategy.barrier)
 
     def _learn(
-        self, trainer: Trainer, pl_module: LightningModule, ways: Sequence[Way], learned: dict[str, Any] | None
+        self, trainer: Trainer, task: LightningModule, ways: Sequence[Way], learned: dict[str, Any] | None
     ) -> dict[str, Any]:
         """Lets the ways learn from the validation split, or takes what an interrupted prediction has learned."""
-        fit, calibrate = (Validation.of(trainer, pl_module, len(ways), half) for half in HALVES)
+        fit, calibrate = (Validation.of(trainer, task, len(ways), half) for half in HALVES)
         if self.split == "val" and (self._sets is not None or any(way.builds_on for way in ways)):
             rank_zero_info(
                 "Temperatures and prediction sets look better than they are on the split they are learned from."
@@ -201,16 +199,12 @@ class MCDropout(Callback):
         """Returns what decides the rows of a further set: what has decided those of the test, on other data."""
         return self._provenance | {"data": of_data(data, data.predict_split, trainer.limit_predict_batches)}
 
-    def on_test_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
-    ) -> None:
+    def on_test_batch_end(self, trainer: Trainer, task: LightningModule, outputs: Any, batch: Any, *_: Any) -> None:
         if isinstance(batch, Tensor) or len(batch) < 2:
             raise ValueError("Expected test batches (inputs, targets, ...), but got inputs alone")
         self._predict(trainer, batch, outputs)
 
-    def on_predict_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
-    ) -> None:
+    def on_predict_batch_end(self, trainer: Trainer, task: LightningModule, outputs: Any, batch: Any, *_: Any) -> None:
         self._predict(trainer, batch, None)
 
     def _predict(self, trainer: Trainer, batch: Any, outputs: Any) -> None:
@@ -233,12 +227,12 @@ class MCDropout(Callback):
             names["source"] = data.sources(self.split, index.tolist())
         self.store.write({"index": rows["index"], **names, **rows}, sequences)
 
-    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_test_epoch_end(self, trainer: Trainer, task: LightningModule) -> None:
         logged = self._finish(trainer)
-        theirs = {f"test/{name}" for name in task_offers(pl_module).test_scores}
-        pl_module.log_dict({k: v for k, v in logged.items() if k not in theirs}, sync_dist=True)  # equal on all ranks
+        theirs = {f"test/{name}" for name in task_offers(task).test_scores}
+        task.log_dict({k: v for k, v in logged.items() if k not in theirs}, sync_dist=True)  # equal on all ranks
 
-    def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_predict_epoch_end(self, trainer: Trainer, task: LightningModule) -> None:
         logged = self._finish(trainer)
         for logger in trainer.loggers if logged else ():  # a prediction has no `log_dict`
             logger.log_metrics(logged, step=trainer.global_step)

@@ -22,13 +22,13 @@ from thinned.models.dropout import Dropout
 
 
 def provenance(
-    trainer: Trainer, pl_module: LightningModule, checkpoint: str | None, split: Split, ways: Sequence[Way]
+    trainer: Trainer, task: LightningModule, checkpoint: str | None, split: Split, ways: Sequence[Way]
 ) -> dict[str, Any]:
     """Returns the weights, the dropout, the ways, the data and the versions of a prediction, as JSON.
 
     Args:
         trainer: Predicts or tests.
-        pl_module: Has the weights.
+        task: Has the weights.
         checkpoint: Path of the file with the weights; None digests the weights themselves.
         split: The split that is predicted.
         ways: Those that predict, with what they have learned.
@@ -37,8 +37,8 @@ def provenance(
     return {
         "row_format": ROW_FORMAT,
         "checkpoint": checkpoint and digest_of_file(checkpoint),
-        "weights": None if checkpoint else _digest_of_weights(pl_module),
-        "dropout": _rates(pl_module),
+        "weights": None if checkpoint else _digest_of_weights(task),
+        "dropout": _rates(task),
         "ways": {way.name: way.settings for way in ways},
         "data": of_data(data_offers(trainer), split, limit),
         "precision": str(trainer.precision),

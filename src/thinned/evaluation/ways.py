@@ -1,11 +1,11 @@
-"""Predicts in several ways: the deterministic network, Monte-Carlo dropout, ensembles of checkpoints, temperature.
+"""Predicts in several ways: the deterministic network, Monte-Carlo dropout, each at a temperature.
 
 A way streams distributions, and their mean is its prediction. To add one, write a class and give it to
 `MCDropout(ways=[...])` or `--mc_dropout.ways`: its rows, scores, tables, pictures and metrics come by themselves.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import closing
 from typing import Any, Literal
 
@@ -30,21 +30,13 @@ SELECTION_TARGETS = 25_600  # of half of the validation split, for the choice of
 
 
 class Way(ABC):
-    """Defines a way to predict.
+    """Defines a way to predict."""
 
-    Attributes:
-        name: An identifier that no other way has. It stands before its columns, in files and in metric keys.
-        label: What tables and pictures call it.
-        own_net: A net that predicts in place of the trained one, such as another checkpoint's.
-        nets: The nets that predict. They are on the device, in evaluation mode.
-        builds_on: Ways that learn before this one does, such as the one whose `Batch.mean` it changes.
-    """
-
-    name: str
-    label: str
-    own_net: nn.Module | None = None
-    nets: Sequence[nn.Module] = ()
-    builds_on: Sequence["Way"] = ()
+    name: str  # an identifier that no other way has: before its columns, in files and in metric keys
+    label: str  # what tables and pictures call it
+    own_net: nn.Module | None = None  # predicts in place of the trained one, such as another checkpoint's
+    nets: Sequence[nn.Module] = ()  # predict; they are on the device, in evaluation mode
+    builds_on: Sequence["Way"] = ()  # learn before this one does, such as the one whose `Batch.mean` it changes
 
     def bind(self, trained: nn.Module) -> None:
         """Takes the trained net, before training too; ValueError if this way cannot predict with it."""
@@ -126,40 +118,41 @@ class SampledNetworks(Way):
         self.sites = sites if isinstance(sites, str) else check_sites(sites)
         self.off = False  # whether all rates are 0, so that every sampled network is the deterministic one
         self._found: FoundDropout | None = None  # of a net of another make, as soon as it has run
-        self._said_resting = ""
         self._kept = KeptNetworks()
         self.selection: dict[Acting, float] = {}  # with sites=auto: validation NLL of each choice, best first
 
     def bind(self, trained: nn.Module) -> None:
         super().bind(trained)
-        (trained,) = self.nets
-        thinnable = net_offers(trained).thin is not None
-        if self.masks == "shared" and not thinnable:
+        (net,) = self.nets
+        if self.masks == "shared" and net_offers(net).thin is None:
             raise ValueError(
                 f"Expected mc_dropout.masks to be auto or independent for a net that is sharded or has no `thin`, such "
-                f"as this {type(trained).__name__}, but got 'shared': scripts/predict.py has it on one device"
+                f"as this {type(net).__name__}, but got 'shared': scripts/predict.py has it on one device"
             )
         self._found, self._kept = None, KeptNetworks()  # a training needs the memory of the test before it
-        if of_our_make(trained) or self.sites != "all":
+        if of_our_make(net) or self.sites != "all":
             try:
-                sites = acting_sites(trained, None if isinstance(self.sites, str) else self.sites)
+                sites = acting_sites(net, None if isinstance(self.sites, str) else self.sites)
             except ValueError as error:
-                raise ValueError(
-                    f"{error} (mc_dropout.sites {self.sites!r}): name others, or set mc_dropout.num_samples to null to "
-                    f"leave MC dropout out"
-                ) from None
+                got = f"{error} (mc_dropout.sites {self.sites!r})"
+                raise ValueError(f"{got}: name others, or set mc_dropout.num_samples to null") from None
             self._say_off(not sites)
 
     def examine(self, inputs: Any) -> None:
         """Finds the dropout of a net of another make, and runs a pass with it: three or four passes."""
-        if self._has_to_look:
+        (net,) = self.nets
+        if self._acting is not None or of_our_make(net):
+            return
 
-            def evaluate(net: nn.Module) -> Tensor:
-                return logits_in(net, inputs)
+        def evaluate(net: nn.Module) -> Tensor:
+            return logits_in(net, inputs)
 
-            self._look(evaluate)
-            with closing(sampled_outputs(self.nets[0], evaluate, found=self._found)) as outputs:
-                next(outputs)
+        self._found = find_dropout(net, evaluate)
+        self._say_off(self._found.off)
+        if resting := self._found.resting:
+            rank_zero_info(f"MC dropout leaves off what draws in training mode and is no dropout: {resting}")
+        with closing(sampled_outputs(net, evaluate, found=self._found)) as outputs:
+            next(outputs)
 
     def fit(self, validation: Validation) -> None:
         """Chooses sites and rates by the NLL of the mean prediction."""
@@ -176,30 +169,18 @@ class SampledNetworks(Way):
         rank_zero_info(f"MC dropout at {best}: lowest validation NLL, {self.selection[best]:.4f} nats")
 
     def stream(self, batch: Batch) -> Generator[Logits, None, None]:
-        (net,), all_settings = self.nets, self.settings
-        settings = {key: all_settings[key] for key in ("num_samples", "masks", "scale")}
-        # Its first example seeds the independent masks of a batch, or all batches would draw the same.
-        seed = self.seed if settings["masks"] == "shared" else derive_seed(self.seed, int(batch.index[0]))
-        sites = None if self._acting is None else self._acting.sites
-        settings |= {"seed": seed, "sites": sites, "found": self._found, "kept": self._kept}
+        (net,) = self.nets
+        settings: dict[str, Any] = self.settings | {"found": self._found, "kept": self._kept}
+        settings.pop("sites_nll", None)
+        settings["sites"] = None if self._acting is None else self._acting.sites
+        if settings["masks"] == "independent":  # seeded by the first example, or all batches would draw the same
+            settings["seed"] = derive_seed(self.seed, int(batch.index[0]))
         if batch.counted is not None:
             yield from sampled_outputs(net, batch.logits, **settings)
             return
         with closing(sampled_logits(net, batch.inputs, **settings)) as parts:
             for logits in parts:
                 yield from map(Logits, logits)
-
-    @property
-    def _has_to_look(self) -> bool:
-        """Whether where the net drops is known only when it runs."""
-        return self._acting is None and not of_our_make(self.nets[0])
-
-    def _look(self, evaluate: Callable[[nn.Module], Any]) -> None:
-        self._found = find_dropout(self.nets[0], evaluate)
-        self._say_off(self._found.off)
-        if self._found.resting and self._found.resting != self._said_resting:
-            self._said_resting = self._found.resting
-            rank_zero_info(f"MC dropout leaves off what draws in training mode and is no dropout: {self._said_resting}")
 
     def _say_off(self, off: bool) -> None:
         if off and not self.off:
@@ -217,13 +198,9 @@ class SampledNetworks(Way):
     def settings(self) -> dict[str, Any]:
         (net,) = self.nets
         sites, scale = self._acting or Acting(sites_in(net))
-        settings: dict[str, Any] = {
-            "num_samples": self.num_samples,
-            "masks": resolve_masks(net, self.masks),
-            "seed": self.seed,
-            "sites": list(sites) if self._acting or self.sites == "all" else self.sites,
-            "scale": scale,
-        }
+        listed = list(sites) if self._acting or self.sites == "all" else self.sites
+        settings: dict[str, Any] = {"num_samples": self.num_samples, "masks": resolve_masks(net, self.masks)}
+        settings |= {"seed": self.seed, "sites": listed, "scale": scale}
         if self.selection:
             settings["sites_nll"] = {str(acting): value for acting, value in self.selection.items()}
         return settings
@@ -242,43 +219,6 @@ class SampledNetworks(Way):
 
     def metric_prefix(self, split: str) -> str:
         return "mc"
-
-
-class Ensemble(Way):
-    """Predicts with the networks of several checkpoints together: the mean of their distributions.
-
-    Source: Lakshminarayanan et al. 2017, deep ensembles.
-
-    Args:
-        members: Ways that predict with one network each, and with equally many distributions.
-        name: See `Way`.
-        label: See `Way`.
-        checkpoints: What the settings say of where the networks come from.
-    """
-
-    def __init__(self, members: Sequence[Way], name: str, label: str, checkpoints: Sequence[str] = ()) -> None:
-        self.members = self.builds_on = members
-        self.name, self.label, self.checkpoints = name, label, list(checkpoints)
-
-    def bind(self, trained: nn.Module) -> None:
-        """Its members have the networks."""
-
-    def stream(self, batch: Batch) -> Generator[Logits, None, None]:
-        for member in self.members:
-            yield from member.stream(batch)
-
-    def statistics_of(self, batch: Batch) -> MCStatistics | TokenStatistics:
-        """Returns the statistics of all members, each of which is asked once if it is reported by itself too."""
-        of_members: Sequence[Any] = [batch.statistics(member) for member in self.members]
-        return type(of_members[0]).of_ensemble(of_members)
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        return {"checkpoints": self.checkpoints, "members": [member.settings for member in self.members]}
-
-    @property
-    def details(self) -> str:
-        return f"{len(self.members)} checkpoints"
 
 
 class Tempered(Way):
@@ -313,8 +253,7 @@ class Tempered(Way):
         self.temperature = fit_temperature(mean_nll)
         if not errors:
             self.temperature = 1.0
-            said = "one half of the validation split has no error to fit a temperature to"
-            rank_zero_info(f"The temperature of {self.way.label} is 1: {said}.")
+            rank_zero_info(f"The temperature of {self.way.label} is 1: half of the validation split has no error.")
 
     def stream(self, batch: Batch) -> Generator[Logits, None, None]:
         yield Logits(tempered(batch.mean(self.way), self.temperature).log())
