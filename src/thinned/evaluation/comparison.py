@@ -16,8 +16,8 @@ import yaml
 
 from thinned.evaluation.prediction_store import stored_provenance
 from thinned.evaluation.provenance import differences
-from thinned.evaluation.report import ColumnsOfWay, as_json, scored
-from thinned.evaluation.row_chunks import Columns
+from thinned.evaluation.report import as_json, scored
+from thinned.evaluation.row_chunks import Columns, ColumnsOfWay
 from thinned.evaluation.rows import blocks_of
 from thinned.uncertainty.intervals import Interval, score_intervals, t_interval
 from thinned.uncertainty.scores import SCORES, Score
@@ -82,14 +82,10 @@ class EvaluatedRun:
 
 
 def compared(paths: Sequence[Path], by: str | None) -> dict[str, dict[str, Any]]:
-    """Returns a comparison for each way that all runs have predicted in.
+    """Returns a comparison for each way that all runs have predicted in; ValueError if they cannot be compared.
 
-    Args:
-        paths: Folders of the runs.
-        by: The setting by which they are grouped, as on the command line; None compares each with the first.
-
-    Raises:
-        ValueError: There are fewer than two groups, or runs of other data, splits or versions.
+    The runs in `paths` are grouped by a setting, named as on the command line, or each of them is compared with the
+    first.
     """
     runs: dict[tuple[str, str], EvaluatedRun] = {}
     names = [path.absolute().name for path in paths]
@@ -119,10 +115,7 @@ def _comparison(way: str, groups: Mapping[str, Sequence[EvaluatedRun]], first: E
     rows = {group: [ColumnsOfWay(run.rows, way) for run in runs] for group, runs in groups.items()}
     baseline = next(iter(groups))
     intervals, differences = score_intervals(rows, baseline, blocks_of(first.rows))
-    result: dict[str, Any] = {
-        "split": first.provenance["data"]["predict_split"], "n": len(first.rows["target"]), "baseline": baseline
-    }  # fmt: skip
-    result["ways"] = {
+    ways = {
         group: {
             "label": group,
             "details": f"{len(runs)} run{'s' * (len(runs) > 1)}",
@@ -135,7 +128,8 @@ def _comparison(way: str, groups: Mapping[str, Sequence[EvaluatedRun]], first: E
         }
         for group, runs in groups.items()
     }
-    return result
+    split, n = first.provenance["data"]["predict_split"], len(first.rows["target"])
+    return {"split": split, "n": n, "baseline": baseline, "ways": ways}
 
 
 def _of_seeds(of_examples: Interval, score: Score) -> Interval:

@@ -1,9 +1,9 @@
-"""What is left of a prediction beside its rows: the scores of each way, in files, and pictures, which W&B gets too."""
+"""Scores the rows of a prediction, and writes the scores of each way and pictures, which W&B gets too."""
 
 import csv
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,7 @@ from torch import Tensor
 from thinned.data.module import data_offers
 from thinned.data.order import Split
 from thinned.evaluation import figures
-from thinned.evaluation.row_chunks import Columns
+from thinned.evaluation.row_chunks import Columns, ColumnsOfWay
 from thinned.evaluation.rows import blocks_of
 from thinned.evaluation.score_tables import plain_scores, recall_rows, score_rows
 from thinned.evaluation.ways import Way
@@ -30,26 +30,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-class ColumnsOfWay(Mapping[str, Tensor]):
-    """The columns of one way without its name before them, and those that all ways share."""
-
-    def __init__(self, rows: Mapping[str, Tensor], name: str) -> None:
-        self.rows, self.name = rows, name
-
-    def __getitem__(self, key: str) -> Tensor:
-        prefixed = f"{self.name}_{key}"
-        return self.rows[prefixed if prefixed in self.rows else key]
-
-    def __contains__(self, key: object) -> bool:
-        return f"{self.name}_{key}" in self.rows or key in self.rows
-
-    def __iter__(self) -> Iterator[str]:
-        return (name.removeprefix(f"{self.name}_") for name in self.rows)
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-
 def evaluation_of(
     rows: Mapping[str, Tensor],
     ways: Sequence[Way],
@@ -57,17 +37,22 @@ def evaluation_of(
     names: list[str] | None,
     coverage: float | None = None,
 ) -> dict[str, Any]:
-    """Returns the content of `evaluation.json`, see `score_tables`.
+    """Returns the content of `evaluation.json`, see `score_tables`; without targets, it has no scores.
 
     Args:
-        rows: Columns of predictions with targets.
+        rows: Columns of predictions.
         ways: Those that have columns in it. All others are compared with the first.
         split: The split that was predicted.
         names: Of the classes; None for tokens.
         coverage: Of prediction sets, if there are any.
     """
-    n = len(rows["target"])
-    evaluation = described(n, ways, split, coverage)
+    n = len(rows["target" if "target" in rows else "index"])
+    of_ways: dict[str, dict[str, Any]] = {
+        way.name: {"label": way.label, "details": way.details, "settings": way.settings, "scores": {}} for way in ways
+    }
+    evaluation = {"split": split, "n": n, "baseline": ways[0].name, "coverage": coverage, "ways": of_ways}
+    if "target" not in rows:
+        return evaluation
     columns, blocks = {way.name: ColumnsOfWay(rows, way.name) for way in ways}, blocks_of(rows)
     if (n if blocks is None else int(blocks.max()) + 1) > 1:
         intervals, differences = score_intervals(columns, ways[0].name, blocks)
@@ -76,24 +61,12 @@ def evaluation_of(
         values = {way: scores(of_way) for way, of_way in columns.items()}
         intervals = {w: {k: Interval(v, math.nan, math.nan, n, why) for k, v in of.items()} for w, of in values.items()}
         differences = {}
-    for way in ways:
-        of_way = evaluation["ways"][way.name]
-        of_way["scores"] = scored(intervals[way.name], differences.get(way.name, {}))
-        of_way["recall"] = {} if names is None else _recall(rows, f"{way.name}_correct", names)
-        of_way["coverage"] = {
-            kind: _recall(rows, f"{way.name}_{kind}_covered", names or [])
-            for kind in KINDS
-            if f"{way.name}_{kind}_covered" in rows
-        }
+    for name, of_way in of_ways.items():
+        covered = {kind: f"{name}_{kind}_covered" for kind in KINDS if f"{name}_{kind}_covered" in rows}
+        of_way["scores"] = scored(intervals[name], differences.get(name, {}))
+        of_way["recall"] = {} if names is None else _recall(rows, f"{name}_correct", names)
+        of_way["coverage"] = {kind: _recall(rows, column, names or []) for kind, column in covered.items()}
     return evaluation
-
-
-def described(n: int, ways: Sequence[Way], split: Split, coverage: float | None) -> dict[str, Any]:
-    """Returns an evaluation without scores."""
-    of_ways = {
-        way.name: {"label": way.label, "details": way.details, "settings": way.settings, "scores": {}} for way in ways
-    }
-    return {"split": split, "n": n, "baseline": ways[0].name, "coverage": coverage, "ways": of_ways}
 
 
 def scored(intervals: Mapping[str, Interval], differences: Mapping[str, Difference]) -> dict[str, Any]:
@@ -132,13 +105,6 @@ def write_report(
 ) -> dict[str, Any]:
     """Scores the rows that lie in a directory, and writes the scores and pictures beside them.
 
-    Args:
-        trainer: Its loggers get pictures and tables.
-        directory: Folder of `predictions.parquet`.
-        ways: Those that have columns in it.
-        split: The split that was predicted.
-        coverage: Of prediction sets, if there are any.
-
     Returns:
         The content of `evaluation.json`; empty without targets.
     """
@@ -151,17 +117,15 @@ def write_report(
     raw_images = data_offers(trainer).raw_images
     images = None if raw_images is None else lambda index: raw_images(split, index)
     write_figures(trainer, directory, figures.figures(rows, evaluation, images, names), split)
-    tables = {"scores": score_rows(evaluation)} | ({} if names is None else {"recall": recall_rows(evaluation)})
-    for logger in trainer.loggers:
-        if isinstance(logger, WandbLogger):
-            if images is not None and names is not None:
-                columns, lines = figures.most_uncertain(rows, list(evaluation["ways"]), images, names)
-                import wandb
+    for logger in wandb_loggers(trainer):
+        tables = {"scores": score_rows(evaluation)} | ({} if names is None else {"recall": recall_rows(evaluation)})
+        if images is not None and names is not None:
+            import wandb
 
-                uncertain = [[wandb.Image(image), *rest] for image, *rest in lines]
-                logger.log_table(f"{split}/most_uncertain", columns, uncertain, step=trainer.global_step)
-            for key, (header, lines) in tables.items():
-                logger.log_table(f"{split}/{key}", header, lines, step=trainer.global_step)
+            columns, lines = figures.most_uncertain(rows, list(evaluation["ways"]), images, names)
+            tables["most_uncertain"] = columns, [[wandb.Image(image), *rest] for image, *rest in lines]
+        for key, table in tables.items():
+            logger.log_table(f"{split}/{key}", *table, step=trainer.global_step)
     return evaluation
 
 
@@ -186,6 +150,10 @@ def write_figures(trainer: Trainer, directory: Path, drawn: "Mapping[str, Figure
     """Writes figures into a folder's `figures/`, and to W&B."""
     for name, figure in drawn.items():
         image = str(figures.save(figure, directory / "figures", name))
-        for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger):
-                logger.log_image(f"{split}/{name}", [image], step=trainer.global_step)
+        for logger in wandb_loggers(trainer):
+            logger.log_image(f"{split}/{name}", [image], step=trainer.global_step)
+
+
+def wandb_loggers(trainer: Trainer) -> list[WandbLogger]:
+    """Returns the loggers of a trainer that take pictures and tables."""
+    return [logger for logger in trainer.loggers if isinstance(logger, WandbLogger)]

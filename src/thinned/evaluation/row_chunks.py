@@ -116,6 +116,26 @@ class Columns(Mapping[str, Tensor]):
         return len(self._names)
 
 
+class ColumnsOfWay(Mapping[str, Tensor]):
+    """Holds the columns of one way without its name before them, and those that all ways share."""
+
+    def __init__(self, rows: Mapping[str, Tensor], name: str) -> None:
+        self.rows, self.name = rows, name
+
+    def __getitem__(self, key: str) -> Tensor:
+        prefixed = f"{self.name}_{key}"
+        return self.rows[prefixed if prefixed in self.rows else key]
+
+    def __contains__(self, key: object) -> bool:
+        return f"{self.name}_{key}" in self.rows or key in self.rows
+
+    def __iter__(self) -> Iterator[str]:
+        return (name.removeprefix(f"{self.name}_") for name in self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
 def _array(column: Tensor | list[str]) -> pa.Array:
     if isinstance(column, list):
         return pa.array(column, pa.string())

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple, cast, get_args
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
@@ -25,16 +24,8 @@ from thinned.evaluation import figures
 from thinned.evaluation.mc_dropout import MCDropout
 from thinned.evaluation.prediction_store import stored_provenance
 from thinned.evaluation.provenance import differences
-from thinned.evaluation.report import (
-    ColumnsOfWay,
-    class_names_of,
-    described,
-    evaluation_of,
-    scored,
-    write_figures,
-    write_scores,
-)
-from thinned.evaluation.row_chunks import Columns
+from thinned.evaluation.report import class_names_of, evaluation_of, scored, wandb_loggers, write_figures, write_scores
+from thinned.evaluation.row_chunks import Columns, ColumnsOfWay
 from thinned.evaluation.rows import blocks_of
 from thinned.evaluation.score_tables import score_rows
 from thinned.evaluation.ways import Way
@@ -158,9 +149,8 @@ def _report(trainer: Trainer, predictor: MCDropout, sets: Sequence[EvaluationSet
         evaluation["sets"][each.name] = of_set
     write_scores(folder, evaluation)
     write_figures(trainer, folder, figures.figures_of_sets(known, evaluation, foreign), predictor.split)
-    for logger in trainer.loggers:
-        if isinstance(logger, WandbLogger):
-            logger.log_table(f"{predictor.split}/sets", *score_rows(evaluation), step=trainer.global_step)
+    for logger in wandb_loggers(trainer):
+        logger.log_table(f"{predictor.split}/sets", *score_rows(evaluation), step=trainer.global_step)
 
 
 def _evaluated(
@@ -168,10 +158,7 @@ def _evaluated(
 ) -> dict[str, Any]:
     """Returns what `evaluation_of` does, of a set; without targets, what tells it from the test alone."""
     ways, split, coverage = predictor.ways, predictor.split, predictor.evaluation["coverage"]
-    if "target" in rows:
-        evaluation = evaluation_of(rows, ways, split, names, coverage)
-    else:
-        evaluation = described(len(rows["index"]), ways, split, coverage)
+    evaluation = evaluation_of(rows, ways, split, names, coverage)
     if is_foreign:
         (ours, groups), (theirs, other_groups) = (_examples(part, ways) for part in (known, rows))
         both = None if groups is None or other_groups is None else (groups, other_groups)
