@@ -40,10 +40,8 @@ def in_half(inputs: Tensor, half: Half) -> Tensor:
     One half chooses sites and temperatures, the other calibrates prediction sets. So what is calibrated has not been
     seen by what is chosen, and is exchangeable with the test.
     """
-    hashes = np.array(
-        [content_hash(example.numpy().tobytes()) for example in inputs.cpu().contiguous()], dtype=np.uint64
-    )
-    return torch.from_numpy((uniform(hashes, HALVES_SEED) < 0.5) == (half == "fit"))
+    hashes = [content_hash(example.numpy().tobytes()) for example in inputs.cpu().contiguous()]
+    return torch.from_numpy((uniform(np.array(hashes, dtype=np.uint64), HALVES_SEED) < 0.5) == (half == "fit"))
 
 
 class Predicts(Protocol):
@@ -131,10 +129,8 @@ class Batch:
 class Validation:
     """Gives a way held-out examples to learn from, the same on all processes.
 
-    Args:
-        batches: Yields the parts of each batch, whenever it is called. All processes have as many batches, but maybe
-            not as many parts.
-        total: Adds up a tensor over all processes.
+    `batches` yields the parts of each batch, whenever it is called. All processes have as many batches, but maybe not
+    as many parts. `total` adds up a tensor over all processes.
     """
 
     def __init__(self, batches: Callable[[], Iterable[Iterable[Batch]]], total: Callable[[Tensor], Tensor]) -> None:
@@ -164,14 +160,9 @@ class Validation:
 
     @torch.no_grad()
     def mean(self, values: Callable[[Batch], Tensor], enough: float = math.inf) -> Tensor:
-        """Returns the mean over all targets of what `values` gives for those of a part.
+        """Returns the mean over all targets of what `values` gives, (N, ...) for the N targets of a part.
 
-        Args:
-            values: Returns (N,) or (N, ...) for the N targets of a part.
-            enough: So many targets of all processes suffice; the last batch counts as a whole.
-
-        Raises:
-            ValueError: There are no targets.
+        `enough` targets of all processes suffice; the last batch counts as a whole. ValueError if there are none.
         """
         total, count = torch.zeros(()), torch.zeros((), dtype=torch.int64)
         for parts in self._batches():

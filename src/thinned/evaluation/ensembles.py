@@ -53,12 +53,8 @@ class Ensemble(Way):
 def evaluation_ways(standard: Sequence[Way], checkpoints: Mapping[str, dict[str, Any]]) -> list[Way]:
     """Returns the ways of an evaluation: the standard ones, their ensembles, and all of these at a temperature.
 
-    Args:
-        standard: Ways that predict with the trained net, the first checkpoint's.
-        checkpoints: Contents by path. With one, there are no ensembles.
-
-    Raises:
-        ValueError: The checkpoints are of other data, splits, classes or tokenizers.
+    The standard ways predict with the net of the first of the checkpoints, given as contents by path. A ValueError says
+    that they are of other data, splits, classes or tokenizers.
     """
     (first, of_first), *others = checkpoints.items()
     nets = [net_of(path, _compared(path, content, of_first)) for path, content in others]

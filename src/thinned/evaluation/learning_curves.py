@@ -1,4 +1,4 @@
-"""Learning curves: what a network has learned, and what it has learned by heart."""
+"""Draws learning curves: what a network has learned, and what it has learned by heart."""
 
 import csv
 from collections.abc import Mapping, Sequence
@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from thinned.evaluation.figures import COLOURS, save
+from thinned.evaluation.report import wandb_loggers
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -35,9 +35,8 @@ class LearningCurves(Callback):
         with metrics.open(newline="", encoding="utf-8") as file:
             figure = learning_curves(list(csv.DictReader(file)))
         image = str(save(figure, metrics.parent / "figures", "learning_curves"))
-        for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger):
-                logger.log_image("fit/learning_curves", [image], step=trainer.global_step)
+        for logger in wandb_loggers(trainer):
+            logger.log_image("fit/learning_curves", [image], step=trainer.global_step)
 
 
 def learning_curves(rows: Sequence[Mapping[str, str]]) -> "Figure":

@@ -19,9 +19,7 @@ from thinned.uncertainty.conformal import KINDS, Kind, class_scores, conformity,
 class PredictionSets:
     """Makes sets of classes that contain the true one with a chosen probability, see `thinned.uncertainty.conformal`.
 
-    Args:
-        coverage: That probability, between 0 and 1.
-        seed: Of the random numbers that decide whether a set contains a class on its edge.
+    The seed is of the random numbers that decide whether a set contains a class on its edge.
     """
 
     def __init__(self, coverage: float, seed: int) -> None:

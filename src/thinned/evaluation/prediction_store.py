@@ -32,12 +32,7 @@ def stored_provenance(path: Path) -> dict[str, Any] | None:
 
 
 class PredictionStore:
-    """Takes the rows of a prediction to its files.
-
-    Args:
-        directory: Folder of the files.
-        rank: Rank of this process.
-    """
+    """Takes the rows of a prediction to the files in a folder."""
 
     def __init__(self, directory: Path, rank: int = 0) -> None:
         self.directory, self.rank = directory, rank
@@ -49,8 +44,7 @@ class PredictionStore:
     def find_interrupted(self, broadcast: Callable[[Any], Any]) -> int:
         """Returns the first example that an interrupted prediction lacks, or 0 if there is no such prediction.
 
-        Args:
-            broadcast: Returns to all processes what the first one gives it.
+        `broadcast` returns to all processes what the first one gives it.
         """
         found, start = None, 0
         if self.rank == 0 and self._settings.exists() and self.chunks("predictions"):
@@ -64,15 +58,9 @@ class PredictionStore:
         return self._found and self._found["learned"]
 
     def begin(self, provenance: dict[str, Any], learned: dict[str, Any], barrier: Callable[[str], None]) -> None:
-        """Says what the chunks will be rows of.
+        """Says what decides the rows, and what the ways have learned by their names, as JSON; `barrier` waits for all.
 
-        Args:
-            provenance: All that decides the rows, as JSON, the same on all processes.
-            learned: What ways have learned, as JSON by their names.
-            barrier: Waits for all processes.
-
-        Raises:
-            ValueError: The interrupted prediction that was found has another provenance.
+        A ValueError says that the interrupted prediction that was found has another provenance.
         """
         attempt = 0
         if self._found:

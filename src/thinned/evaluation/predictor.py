@@ -29,32 +29,17 @@ AT_ONCE = 64  # inputs in a batch
 
 @dataclass(frozen=True)
 class Prediction:
-    """Says what a trained network predicts: the class of an image, or the token that follows a text.
+    """Says what a trained network predicts: the class of an image, or the token that follows a text."""
 
-    Attributes:
-        label: The most probable class or token.
-        probabilities: Of all classes by name, or of the ten most probable tokens by their text; the highest first.
-        predictive_entropy: H[p] over all classes or tokens, in nats.
-        mutual_information: What the S networks disagree on, in nats, before any temperature; 0 for S = 1.
-        num_samples: S; 1 for the deterministic network.
-    """
-
-    label: str
-    probabilities: dict[str, float]
-    predictive_entropy: float
-    mutual_information: float
-    num_samples: int
+    label: str  # the most probable class or token
+    probabilities: dict[str, float]  # of all classes by name, or of the ten most probable tokens; the highest first
+    predictive_entropy: float  # H[p] over all classes or tokens, in nats
+    mutual_information: float  # what the S networks disagree on, in nats, before any temperature; 0 for S = 1
+    num_samples: int  # S; 1 for the deterministic network
 
 
 class Predictor:
-    """Predicts as `scripts/predict.py` does, one input or a list of them: see `from_checkpoint`.
-
-    Args:
-        net: The trained net, on its device.
-        data: Its data module, with the state of the checkpoint.
-        way: Predicts with the net.
-        temperature: Acts on the mean of the way's distributions; None leaves it as it is.
-    """
+    """Predicts as `scripts/predict.py` does, one input or a list of them: see `from_checkpoint`."""
 
     def __init__(self, net: nn.Module, data: Any, way: Way, temperature: float | None = None) -> None:
         self.net, self.data, self.way = net.eval(), data, way
@@ -67,16 +52,13 @@ class Predictor:
     def from_checkpoint(
         cls, path: str | Path, evaluation: str | Path | None = None, device: str | torch.device = "cpu"
     ) -> "Predictor":
-        """Returns the predictor of a checkpoint, which holds net, data settings, tokenizer and class names.
+        """Returns the predictor of a checkpoint; ValueError if there is none, or no evaluation of it.
 
         Args:
             path: A checkpoint of scripts/train.py, or the folder of its run, whose best one is taken.
             evaluation: Folder of an evaluation of this checkpoint, or its evaluation.json, whose S, masks, sites, seed
                 and temperature are used. None takes the config's, without a temperature, and all sites for auto.
             device: Where to compute.
-
-        Raises:
-            ValueError: There is no such checkpoint, or no evaluation of it.
         """
         path = checkpoint_file(path)
         content = read_checkpoint(path)
@@ -92,13 +74,9 @@ class Predictor:
 
     @torch.no_grad()
     def __call__(self, given: Any) -> Any:
-        """Returns a `Prediction`, or a list of them for a list.
+        """Returns a `Prediction` of an image or a text, or a list of them for a list; ValueError if it takes no such.
 
-        Args:
-            given: What `input_of` of the data module takes, an image or a text, or a list of them.
-
-        Raises:
-            ValueError: The network does not take this.
+        An input is what `input_of` of the data module takes.
         """
         examples = [self.data.input_of(each) for each in (given if isinstance(given, list) else [given])]
         if not examples:

@@ -26,12 +26,7 @@ def provenance(
 ) -> dict[str, Any]:
     """Returns the weights, the dropout, the ways, the data and the versions of a prediction, as JSON.
 
-    Args:
-        trainer: Predicts or tests.
-        task: Has the weights.
-        checkpoint: Path of the file with the weights; None digests the weights themselves.
-        split: The split that is predicted.
-        ways: Those that predict, with what they have learned.
+    The weights are known by the digest of the checkpoint, or by their own if there is none.
     """
     limit = trainer.limit_test_batches if trainer.testing else trainer.limit_predict_batches
     return {
@@ -42,12 +37,8 @@ def provenance(
         "ways": {way.name: way.settings for way in ways},
         "data": of_data(data_offers(trainer), split, limit),
         "precision": str(trainer.precision),
-        "versions": {
-            "thinned": thinned.__version__,
-            "torch": str(torch.__version__),
-            "lightning": lightning.__version__,
-            "python": platform.python_version(),
-        },
+        "versions": {each.__name__: str(each.__version__) for each in (thinned, torch, lightning)}
+        | {"python": platform.python_version()},
     }
 
 
@@ -71,12 +62,7 @@ def differences(now: dict[str, Any], then: dict[str, Any], prefix: str = "") -> 
 def measured_settings(evaluation: Path, checkpoint: str) -> dict[str, dict[str, Any]]:
     """Returns the settings of each way of an evaluation, such as a temperature, by the name of the way.
 
-    Args:
-        evaluation: Folder of an evaluation, or its evaluation.json.
-        checkpoint: Path of the checkpoint that it has to be of.
-
-    Raises:
-        ValueError: There is no evaluation, or it is of another checkpoint.
+    `evaluation` is its folder or its evaluation.json; ValueError if there is none, or of another checkpoint.
     """
     folder = evaluation if evaluation.is_dir() else evaluation.parent
     try:

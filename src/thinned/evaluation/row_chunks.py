@@ -25,12 +25,7 @@ GROUP_BYTES = 2**23  # of a row group of the merged file
 
 
 class ChunkWriter:
-    """Gathers rows, and writes them to files `<stem>-<number>.parquet`.
-
-    Args:
-        directory: Of the chunks; it exists when the first is written.
-        stem: No other writer has it.
-    """
+    """Gathers rows, and writes them to files `<stem>-<number>.parquet`; no other writer has the stem."""
 
     def __init__(self, directory: Path, stem: str) -> None:
         self.directory, self.stem = directory, stem
@@ -60,10 +55,7 @@ class ChunkWriter:
 def merge(chunks: Sequence[Path], path: Path, metadata: Mapping[str, Any]) -> None:
     """Writes the rows of all chunks to one file, in ascending order of `index`, each index once.
 
-    Args:
-        chunks: At least one, in any order. Any one of the rows with the same index counts.
-        path: Of the file, which appears whole or not at all.
-        metadata: JSON values for the file's schema, by key.
+    Any one of the rows with the same index counts. The file appears whole or not at all, with metadata in its schema.
     """
     rows = dataset.dataset(chunks, format="parquet")
     index = _distinct_index(chunks)

@@ -35,17 +35,9 @@ Rows = dict[str, Tensor]
 def predicted_rows(
     batch: Batch, trained: nn.Module, ways: Sequence[Way], sets: PredictionSets | None = None
 ) -> tuple[Rows, Rows]:
-    """Returns the rows of a batch, and of text those of its sequences.
+    """Returns the rows of a batch, and of text those of its sequences: index, tokens, and what each way says of them.
 
-    Args:
-        batch: Examples, whose row is at `index`; or sequences, whose tokens are at `index` * T + position.
-        trained: The trained net.
-        ways: Those that predict; the name of each stands before its columns.
-        sets: Conformal prediction sets, if there are any.
-
-    Returns:
-        Columns of examples or tokens, and of sequences (empty if there are none): index, tokens, and of each way what
-        `TokenStatistics.sequences` gives.
+    An example's row is at its `index`, and a token's at the `index` of its sequence * T + position.
     """
     parts = [_rows(part, ways, sets) for part in batch.parts(trained, len(learning_order(ways)))]
     rows, sequences = ({name: torch.cat([p[i][name] for p in parts]) for name in parts[0][i]} for i in (0, 1))

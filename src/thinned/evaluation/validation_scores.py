@@ -16,11 +16,7 @@ SHOWN = ("nll", "ece")
 
 
 class ValidationScores:
-    """Scores the ways at some of the validations of a training, but not those that the task scores itself.
-
-    Args:
-        every: So many validations lie between two that are scored.
-    """
+    """Scores the ways at every so many validations of a training, but not those that the task scores itself."""
 
     def __init__(self, every: int) -> None:
         if every < 1:
