@@ -40,15 +40,13 @@ class EvaluatedRun:
     def read(cls, path: Path) -> "EvaluatedRun":
         """Opens a run's folder; ValueError if it has no predictions with targets."""
         file, expected = path / "predictions.parquet", "Expected runs with predictions of known targets, but got"
-        if not file.is_file():
-            raise ValueError(f"{expected} none in {path}: see scripts/evaluate.py")
         try:
-            rows, provenance = Columns(file), stored_provenance(file)
+            provenance = stored_provenance(file)
+            if not provenance or "target" not in (rows := Columns(file)):
+                raise ValueError(f"{expected} none in {path}: see scripts/evaluate.py")
             config = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
-        except (pa.ArrowException, OSError, ValueError, yaml.YAMLError) as error:
+        except (pa.ArrowException, OSError, UnicodeError, yaml.YAMLError) as error:
             raise ValueError(f"{expected} damaged or foreign files in {path} ({str(error).splitlines()[0]})") from None
-        if "target" not in rows or not provenance:
-            raise ValueError(f"{expected} none in {path}: see scripts/evaluate.py")
         return cls(path, config, provenance, rows)
 
     def setting(self, key: str) -> Any:
@@ -75,10 +73,8 @@ class EvaluatedRun:
         if not changed:
             changed = [name for name in ("index", "target") if not torch.equal(self.rows[name], first.rows[name])]
         if changed:
-            raise ValueError(
-                f"Expected runs on the same examples, but got another {', '.join(changed)} in {self.path} than in "
-                f"{first.path}"
-            )
+            got = f"another {', '.join(changed)} in {self.path} than in {first.path}"
+            raise ValueError(f"Expected runs on the same examples, but got {got}")
 
 
 def compared(paths: Sequence[Path], by: str | None) -> dict[str, dict[str, Any]]:

@@ -1,8 +1,7 @@
-"""Figures of calibration and uncertainty, fit for a paper.
+"""Draws figures of calibration and uncertainty, fit for a paper. Bands and bars are 95 % intervals.
 
 Each is a function of `rows`, columns as in `thinned.evaluation.rows`, and of `evaluation`, the content of
-`evaluation.json`. To add one, write the function, its line in `figures` and its caption. Colours are of Okabe and Ito
-(2008), which colour-blind people tell apart. Bands and bars are 95 % intervals.
+`evaluation.json`. To add one, write the function, its line in `figures` and its caption.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ CAPTIONS = {
     "confusion": "Share of each class (rows) that is predicted as each class: all on the diagonal is perfect.",
     "uncertain": "Examples of the highest entropy, red if wrong: they should be hard for a person too.",
 }
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito (2008)
 LINES = ("-", "--", ":", "-.")
 MARKERS = "os^DvpX"  # one more than colours, so that more ways than colours differ
 FEW_CLASSES = 20  # whose names and numbers are readable
@@ -108,10 +107,7 @@ def reliability(rows: Rows, evaluation: Evaluation) -> Figure:
 
 
 def risk_coverage(rows: Rows, evaluation: Evaluation) -> Figure:
-    """Draws the share of errors among the predictions of lowest entropy against their share of all.
-
-    Those of equal entropy are kept together. A band has the intervals of the errors that each threshold keeps.
-    """
+    """Draws the share of errors among the predictions of lowest entropy, ties together, against their share of all."""
     figure, (axes,) = _figure(evaluation, "Risk and coverage", (5.2, 4))
     blocks, n = blocks_of(rows), evaluation["n"]
     for way, style in _styles(evaluation, "aurc"):
@@ -126,8 +122,8 @@ def risk_coverage(rows: Rows, evaluation: Evaluation) -> Figure:
     axes.plot([0, 1], [errors, errors], "k:", linewidth=0.8, label=f"{first['label']} in random order")
     oracle = ((coverage - 1 + errors) / coverage).clip(0)
     axes.plot(coverage, oracle, "k-.", linewidth=0.8, label=f"{first['label']} with an oracle")
-    axes.set(xlabel="coverage: share of predictions that is kept", ylabel="risk: share of errors", xlim=(0, 1))
-    axes.set_ylim(bottom=0)
+    axes.set(xlabel="coverage: share of predictions that is kept", ylabel="risk: share of errors")
+    axes.set(xlim=(0, 1), ylim=(0, None))
     _legend(figure, axes)
     return figure
 
@@ -211,8 +207,7 @@ def severity(evaluation: Evaluation, entries: Mapping[str, Sequence[Evaluation]]
 def confusion(rows: Rows, evaluation: Evaluation, names: Sequence[str]) -> Figure:
     """Draws, for each way, the share of each class that is predicted as each class, with numbers if classes are few."""
     K, ways = len(names), evaluation["ways"]
-    side = min(6.0, max(3.2, 0.36 * K))
-    figure, panels = _figure(evaluation, "Confusion", (side, side), len(ways))
+    figure, panels = _figure(evaluation, "Confusion", (min(6.0, max(3.2, 0.36 * K)),) * 2, len(ways))
     for axes, way in zip(panels, ways, strict=True):
         matrix = confusion_matrix(rows["target"], rows[f"{way}_prediction"], K)
         shares = matrix / matrix.sum(1, keepdim=True).clamp_min(1)
@@ -282,7 +277,6 @@ def _styles(evaluation: Evaluation, score: str = "") -> Iterator[tuple[str, dict
 
 
 def _colour(i: int) -> dict[str, Any]:
-    """Returns a colour and the line style beside it."""
     return {"color": COLOURS[i % len(COLOURS)], "linestyle": LINES[i % len(LINES)]}
 
 
@@ -293,7 +287,6 @@ def _point(score: Mapping[str, Any]) -> Point:
 
 
 def _line(axes: Axes, x: Sequence[float], points: Sequence[Point], style: dict[str, Any]) -> None:
-    """Draws a curve with the band of its intervals."""
     y, low, high = np.array(points).T
     axes.plot(x, y, **style)
     axes.fill_between(x, low, high, color=style["color"], alpha=0.1, linewidth=0)

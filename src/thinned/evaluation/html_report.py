@@ -35,10 +35,7 @@ class EmbeddedFigure(NamedTuple):
 
 
 def write_html_report(trainer: Trainer, run: Path, predicted: Path, evaluation: Evaluation) -> None:
-    """Writes `report.html` into the folder of a run, whose rows and figures are in `predicted`, as a rule the same.
-
-    A ValueError says that Jinja2 is not installed.
-    """
+    """Writes `report.html` into the folder of a run, whose rows are in `predicted`; ValueError without Jinja2."""
     config = run / "config.yaml"
     provenance = stored_provenance(predicted / "predictions.parquet") or {}
     files = [path.relative_to(run) for path in sorted(run.rglob("*")) if path.is_file() and path != run / "report.html"]

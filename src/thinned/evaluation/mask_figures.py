@@ -1,4 +1,4 @@
-"""Pictures of masks: what thinned networks drop and share, and what becomes of a prompt or an image in them.
+"""Draws masks: what thinned networks drop and share, and what becomes of a prompt or an image in them.
 
 A rate p drops a unit with probability p and scales what it keeps by 1 / (1 - p). A row of causal attention over t
 positions is emptied with probability p^t.
@@ -39,9 +39,8 @@ SMALL: dict[str, Any] = {"fontsize": 7}
 def mask_figures(net: nn.Module, seed: int = 0, samples: tuple[int, int] = (0, 1), draws: int = 2) -> dict[str, Figure]:
     """Draws the masks of two networks, what they share, and masks as training draws them for each example or token.
 
-    Returns:
-        A figure for each layer of causal attention, `masks_attention_layer<l>`, its heads side by side and the causal
-        half alone; and one for each site of units, `masks_<site>`.
+    Each layer of causal attention has a figure, its heads side by side and the causal half alone, and so has each site
+    of units.
     """
     figures: dict[str, Figure] = {}
     units: dict[str, dict[str, Tensor]] = {}

@@ -47,10 +47,9 @@ class MCDropout(Callback):
         sites: Where dropout acts: all; a list of sites; or auto, the combination, at its rates or scaled ones, with the
             lowest NLL on half of the validation split (on the first 25,600 targets of it, if it has more).
         seed: Seed of the ensemble.
-        coverage: Of conformal prediction sets for images, calibrated on half of the validation split; None leaves them
-            out.
-        validate_every: While training, log `val/mc_nll`, `val/mc_ece` and `val/mc_mutual_information` at every so many
-            validations; None never.
+        coverage: Of conformal prediction sets for images, calibrated on half of the validation split; None for none.
+        validate_every: Log `val/mc_nll`, `val/mc_ece` and `val/mc_mutual_information` at every so many validations of a
+            training; None never.
         dirpath: Folder of the files; the trainer's `default_root_dir` if None.
         ways: More ways to predict.
 
@@ -127,7 +126,6 @@ class MCDropout(Callback):
         return {} if self._validation is None else {"validations": self._validation.count}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes the number of validations so far, which decides the next one to be scored."""
         if self._validation is not None:
             self._validation.count = state_dict.get("validations", 0)
 
@@ -178,9 +176,8 @@ class MCDropout(Callback):
         """Lets the ways learn from the validation split, or takes what an interrupted prediction has learned."""
         fit, calibrate = (Validation.of(trainer, task, len(ways), half) for half in HALVES)
         if self.split == "val" and (self._sets is not None or any(way.builds_on for way in ways)):
-            rank_zero_info(
-                "Temperatures and prediction sets look better than they are on the split they are learned from."
-            )
+            said = "better than they are on the split they are learned from"
+            rank_zero_info(f"Temperatures and prediction sets look {said}.")
         for way in ways:
             if learned is None:
                 way.fit(fit)
@@ -222,10 +219,10 @@ class MCDropout(Callback):
         data = data_offers(trainer)
         if sequences and data.tokenizer is not None:
             rows["bytes"] = data.tokenizer.token_bytes.to(rows["target"].device)[rows["target"]]
-        names = {}
+        named: dict[str, Any] = {"index": rows["index"]}
         if not sequences and data.sources is not None:
-            names["source"] = data.sources(self.split, index.tolist())
-        self.store.write({"index": rows["index"], **names, **rows}, sequences)
+            named["source"] = data.sources(self.split, index.tolist())
+        self.store.write(named | rows, sequences)
 
     def on_test_epoch_end(self, trainer: Trainer, task: LightningModule) -> None:
         logged = self._finish(trainer)

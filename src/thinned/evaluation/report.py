@@ -39,12 +39,7 @@ def evaluation_of(
 ) -> dict[str, Any]:
     """Returns the content of `evaluation.json`, see `score_tables`; without targets, it has no scores.
 
-    Args:
-        rows: Columns of predictions.
-        ways: Those that have columns in it. All others are compared with the first.
-        split: The split that was predicted.
-        names: Of the classes; None for tokens.
-        coverage: Of prediction sets, if there are any.
+    The ways are compared with the first of them; `names` of the classes are None for tokens.
     """
     n = len(rows["target" if "target" in rows else "index"])
     of_ways: dict[str, dict[str, Any]] = {
@@ -103,11 +98,7 @@ def _recall(rows: Mapping[str, Tensor], column: str, names: list[str]) -> dict[s
 def write_report(
     trainer: Trainer, directory: Path, ways: Sequence[Way], split: Split, coverage: float | None
 ) -> dict[str, Any]:
-    """Scores the rows that lie in a directory, and writes the scores and pictures beside them.
-
-    Returns:
-        The content of `evaluation.json`; empty without targets.
-    """
+    """Writes scores and pictures beside the rows in a directory; returns `evaluation.json`, empty without targets."""
     rows = Columns(directory / "predictions.parquet")
     if "target" not in rows:
         return {}

@@ -84,18 +84,9 @@ def evaluate_sets(
 ) -> list[str]:
     """Predicts sets after the test, and adds their scores to `evaluation.json`, its table and W&B.
 
-    Args:
-        trainer: It has just predicted the test.
-        task: Has the weights.
-        predictor: The callback that has predicted the test.
-        sets: Those to evaluate on.
-        data_of: Builds the data of a set, which are held no longer than they are predicted.
-
-    Returns:
-        A line for each set that cannot be predicted and is left out.
-
-    Raises:
-        ValueError: The test has no targets.
+    The trainer has just predicted the test with the predictor, one of its callbacks. `data_of` builds the data of a
+    set, which are held no longer than they are predicted. Returns a line for each set that cannot be predicted and is
+    left out. A ValueError says that the test has no targets.
     """
     if not predictor.evaluation:
         raise ValueError("Expected examples with targets to evaluate, but got none in data.path")
