@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -20,7 +20,7 @@ from thinned.evaluation.report import write_report
 from thinned.evaluation.rows import predicted_rows
 from thinned.evaluation.score_tables import plain_scores
 from thinned.evaluation.validation_scores import ValidationScores
-from thinned.evaluation.ways import Way, learning_order, standard_ways
+from thinned.evaluation.ways import Sites, Way, learning_order, standard_ways
 from thinned.models.net import Logits
 from thinned.offers import task_offers
 from thinned.uncertainty.monte_carlo import Masks
@@ -38,7 +38,6 @@ class MCDropout(Callback):
     Writes `predictions.parquet`, one row per example or token in dataset order, and for text `sequences.parquet`. With
     targets, which a test needs, it also writes and logs what `thinned.evaluation.report` makes of them: the scores of
     Monte-Carlo dropout under `mc/`, and under `test/` those of the deterministic network that its task does not log.
-
     An interrupted `predict` resumes if the data module can begin with any example (see `DataOffers.predict_start`).
 
     Args:
@@ -62,7 +61,7 @@ class MCDropout(Callback):
         self,
         num_samples: int | None = 50,
         masks: Masks = "auto",
-        sites: Literal["all", "auto"] | list[str] = "all",
+        sites: Sites = "all",
         seed: int = 0,
         coverage: float | None = None,
         validate_every: int | None = None,
@@ -84,7 +83,7 @@ class MCDropout(Callback):
         self.evaluation: dict[str, Any] = {}  # what `evaluation.json` holds
         self.directory = Path()  # of the latest files of a test
         self.further_set: str | None = None  # that is predicted after the test, see `thinned.evaluation.sets`
-        self.store: PredictionStore | None = None  # of a prediction that is under way
+        self.store = PredictionStore(self.directory)  # of the prediction that is under way
         self._learned: dict[str, Any] = {}
 
     def setup(self, trainer: Trainer, task: LightningModule, stage: str) -> None:
@@ -104,8 +103,7 @@ class MCDropout(Callback):
                 rank_zero_info(f"The prediction in {self.store.parts} resumes with example {start}")
 
     def on_exception(self, trainer: Trainer, task: LightningModule, exception: BaseException) -> None:
-        if self.store is not None:
-            (self.store.keep if trainer.predicting else self.store.discard)()
+        (self.store.keep if trainer.predicting else self.store.discard)()
 
     def on_validation_batch_start(self, trainer: Trainer, task: LightningModule, batch: Any, *_: Any) -> None:
         if trainer.state.fn == "fit":  # as a rule the sanity check
@@ -150,7 +148,6 @@ class MCDropout(Callback):
         self._begin(trainer, task, data_offers(trainer).predict_split)
 
     def _begin(self, trainer: Trainer, task: LightningModule, split: Split) -> None:
-        assert self.store is not None
         self.split, self._seen = split, 0
         ways = learning_order(self.ways)
         for net in (net for way in ways for net in way.nets if net is not self._trained):
@@ -205,8 +202,6 @@ class MCDropout(Callback):
         self._predict(trainer, batch, None)
 
     def _predict(self, trainer: Trainer, batch: Any, outputs: Any) -> None:
-        """Writes the rows of a batch to the store."""
-        assert self.store is not None
         self._examine(trainer, batch)
         inputs, targets, index, *_ = (batch, None, None) if isinstance(batch, Tensor) else (*batch, None, None)
         if index is None:  # counted as Lightning's samplers stride over ranks
@@ -236,7 +231,6 @@ class MCDropout(Callback):
 
     def _finish(self, trainer: Trainer) -> dict[str, float]:
         """Merges and reports the rows of all processes, and returns to each of them what is to be logged."""
-        assert self.store is not None
         self.store.flush()
         trainer.strategy.barrier("predictions end")
         evaluation: dict[str, Any] = {}
@@ -246,7 +240,7 @@ class MCDropout(Callback):
                 coverage = None if self._sets is None else self._sets.coverage
                 evaluation = write_report(trainer, self.directory, self.ways, self.split, coverage)
             self.store.discard()
-        self.store = None
+        self.store = PredictionStore(self.directory)  # of none, until the next stage
         if self.further_set:
             return {}
         self.evaluation = trainer.strategy.broadcast(evaluation)

@@ -96,8 +96,7 @@ def evaluate_sets(
         try:
             _predict(trainer, task, predictor, data_of(each), each.name)
         except (ValueError, OSError) as error:
-            has_begun = predictor.store is not None and predictor.store.has_begun
-            if trainer.world_size > 1 and has_begun:  # the other processes would wait for this one
+            if trainer.world_size > 1 and predictor.store.has_begun:  # the other processes would wait for this one
                 raise
             left_out[each.name] = str(error).splitlines()[0]
     if trainer.is_global_zero and sets:

@@ -7,6 +7,7 @@ A way streams distributions, and their mean is its prediction. To add one, write
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Sequence
 from contextlib import closing
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -26,6 +27,7 @@ from thinned.uncertainty.statistics import MCStatistics
 from thinned.uncertainty.temperature import fit_temperature, nll_at, tempered
 from thinned.uncertainty.token_statistics import TokenStatistics
 
+Sites = Literal["all", "auto"] | list[str]
 SELECTION_TARGETS = 25_600  # of half of the validation split, for the choice of sites
 
 
@@ -91,7 +93,7 @@ class Deterministic(Way):
         """Runs a net of another make, to see that it draws nothing and returns logits."""
         (net,) = self.nets
         if not of_our_make(net):
-            check_logits(net, deterministic_output(net, lambda net: logits_in(net, inputs)))
+            check_logits(net, deterministic_output(net, partial(logits_in, inputs=inputs)))
 
     def stream(self, batch: Batch) -> Generator[Logits, None, None]:
         yield batch.output(self.nets[0])
@@ -105,9 +107,7 @@ class SampledNetworks(Way):
 
     name, label = "mc_dropout", "MC dropout"
 
-    def __init__(
-        self, num_samples: int, masks: Masks = "auto", sites: Literal["all", "auto"] | list[str] = "all", seed: int = 0
-    ) -> None:
+    def __init__(self, num_samples: int, masks: Masks = "auto", sites: Sites = "all", seed: int = 0) -> None:
         if num_samples < 2:
             raise ValueError(f"Expected mc_dropout.num_samples to be at least 2 or null, but got {num_samples}")
         if masks not in ("auto", "shared", "independent"):
@@ -136,19 +136,16 @@ class SampledNetworks(Way):
             except ValueError as error:
                 got = f"{error} (mc_dropout.sites {self.sites!r})"
                 raise ValueError(f"{got}: name others, or set mc_dropout.num_samples to null") from None
-            self._say_off(not sites)
+            self._note_off(not sites)
 
     def examine(self, inputs: Any) -> None:
         """Finds the dropout of a net of another make, and runs a pass with it: three or four passes."""
         (net,) = self.nets
         if self._acting is not None or of_our_make(net):
             return
-
-        def evaluate(net: nn.Module) -> Tensor:
-            return logits_in(net, inputs)
-
+        evaluate = partial(logits_in, inputs=inputs)
         self._found = find_dropout(net, evaluate)
-        self._say_off(self._found.off)
+        self._note_off(self._found.off)
         if resting := self._found.resting:
             rank_zero_info(f"MC dropout leaves off what draws in training mode and is no dropout: {resting}")
         with closing(sampled_outputs(net, evaluate, found=self._found)) as outputs:
@@ -182,14 +179,14 @@ class SampledNetworks(Way):
             for logits in parts:
                 yield from map(Logits, logits)
 
-    def _say_off(self, off: bool) -> None:
+    def _note_off(self, off: bool) -> None:
         if off and not self.off:
             rank_zero_info("All rates of dropout are 0: MC dropout reports the deterministic network.")
         self.off = off
 
     @property
     def _acting(self) -> Acting | None:
-        """The sites at which dropout acts, and the scale of their rates; None if it acts everywhere."""
+        """Where dropout acts, and the scale of its rates; None for everywhere."""
         if self.selection:
             return next(iter(self.selection))
         return None if isinstance(self.sites, str) else Acting(self.sites)
@@ -222,9 +219,9 @@ class SampledNetworks(Way):
 
 
 class Tempered(Way):
-    """Predicts as another way does, at the temperature with the lowest NLL on validation (Guo et al. 2017).
+    """Predicts as another way does, at the temperature T with the lowest NLL on validation (Guo et al. 2017).
 
-    The temperature acts on the mean of the other way's distributions: p ** (1 / T), normalised.
+    Its prediction is p ** (1 / T), normalised, of the other way's mean p.
     """
 
     def __init__(self, way: Way, temperature: float = 1.0) -> None:
@@ -273,9 +270,7 @@ class Tempered(Way):
         self.temperature = state["temperature"]
 
 
-def standard_ways(
-    num_samples: int | None, masks: Masks, sites: Literal["all", "auto"] | list[str], seed: int
-) -> list[Way]:
+def standard_ways(num_samples: int | None, masks: Masks, sites: Sites, seed: int) -> list[Way]:
     """Returns the deterministic network and, unless `num_samples` is None, Monte-Carlo dropout."""
     sampled = [] if num_samples is None else [SampledNetworks(num_samples, masks, sites, seed)]
     return [Deterministic(), *sampled]
