@@ -32,12 +32,12 @@ class MCDropout(Callback):
     Works with any LightningModule whose `forward` maps the first element of a batch to logits: (B, K), or (B, T, V) for
     targets (B, T), a token each. If its `net` has `thin`, a sample is a thinned network, the same for every input;
     otherwise masks are drawn per element, and the net is examined on the first batch of each stage. If `test_step`
-    returns `thinned.models.net.Logits`, the deterministic network is not asked again. If all rates are 0, the scores of
-    Monte-Carlo dropout are those of the deterministic network.
+    returns `thinned.models.net.Logits`, the deterministic network is not asked again. If all rates are 0, the scores
+    of Monte-Carlo dropout are those of the deterministic network.
 
     Writes `predictions.parquet`, one row per example or token in dataset order, and for text `sequences.parquet`. With
-    targets, which a test needs, it also writes and logs what `thinned.evaluation.report` makes of them: the scores of
-    Monte-Carlo dropout under `mc/`, and under `test/` those of the deterministic network that its task does not log.
+    targets, which a test needs, it also writes and logs what `thinned.evaluation.report` makes of them: the scores
+    of Monte-Carlo dropout under `mc/`, and under `test/` those of the deterministic network that its task does not log.
     An interrupted `predict` resumes if the data module can begin with any example (see `DataOffers.predict_start`).
 
     Args:
@@ -53,8 +53,7 @@ class MCDropout(Callback):
         ways: More ways to predict.
 
     Raises:
-        ValueError: A setting is outside its range, the network has no dropout or cannot be examined, or an interrupted
-            prediction has other settings.
+        ValueError: A setting, the network, or a setting of the interrupted prediction is not what it has to be.
     """
 
     def __init__(
@@ -156,11 +155,8 @@ class MCDropout(Callback):
             self._provenance = self.provenance_of_set(trainer, data_offers(trainer))
         else:
             self._learned = self._learn(trainer, task, ways, self.store.learned)
-            found: dict[str, Any] = {}
-            if trainer.is_global_zero:  # another process may have other shards of the weights
-                checkpoint = trainer.ckpt_path or self.checkpoint
-                found = provenance(trainer, task, checkpoint and str(checkpoint), split, ways)
-            self._provenance = trainer.strategy.broadcast(found)
+            checkpoint = trainer.ckpt_path or self.checkpoint
+            self._provenance = provenance(trainer, task, checkpoint and str(checkpoint), split, ways)
             if self._sets is not None:
                 self._provenance["prediction_sets"] = self._sets.settings
         if self._sets is not None and (n := self._provenance["data"].get("examples", 2)) < 2:

@@ -24,12 +24,14 @@ from thinned.models.dropout import Dropout
 def provenance(
     trainer: Trainer, task: LightningModule, checkpoint: str | None, split: Split, ways: Sequence[Way]
 ) -> dict[str, Any]:
-    """Returns the weights, the dropout, the ways, the data and the versions of a prediction, as JSON.
+    """Returns the weights, the dropout, the ways, the data and the versions of a prediction, as JSON, to all processes.
 
     The weights are known by the digest of the checkpoint, or by their own if there is none.
     """
+    if not trainer.is_global_zero:  # it may have other shards of the weights
+        return trainer.strategy.broadcast({})
     limit = trainer.limit_test_batches if trainer.testing else trainer.limit_predict_batches
-    return {
+    found = {
         "row_format": ROW_FORMAT,
         "checkpoint": checkpoint and digest_of_file(checkpoint),
         "weights": None if checkpoint else _digest_of_weights(task),
@@ -37,9 +39,14 @@ def provenance(
         "ways": {way.name: way.settings for way in ways},
         "data": of_data(data_offers(trainer), split, limit),
         "precision": str(trainer.precision),
-        "versions": {each.__name__: str(each.__version__) for each in (thinned, torch, lightning)}
-        | {"python": platform.python_version()},
+        "versions": {
+            "thinned": thinned.__version__,
+            "torch": str(torch.__version__),
+            "lightning": lightning.__version__,
+            "python": platform.python_version(),
+        },
     }
+    return trainer.strategy.broadcast(found)
 
 
 def of_data(data: DataOffers, split: Split, limit_batches: float) -> dict[str, Any]:

@@ -20,11 +20,10 @@ from torch import Tensor
 
 from thinned.data.module import DataOffers
 from thinned.data.order import Split
-from thinned.evaluation import figures
+from thinned.evaluation import figures, report
 from thinned.evaluation.mc_dropout import MCDropout
 from thinned.evaluation.prediction_store import stored_provenance
 from thinned.evaluation.provenance import differences
-from thinned.evaluation.report import class_names_of, evaluation_of, scored, wandb_loggers, write_figures, write_scores
 from thinned.evaluation.row_chunks import Columns, ColumnsOfWay
 from thinned.evaluation.rows import blocks_of
 from thinned.evaluation.score_tables import score_rows
@@ -125,7 +124,7 @@ def _report(trainer: Trainer, predictor: MCDropout, sets: Sequence[EvaluationSet
     """Adds the sets to the evaluation of the test, in files, figures and W&B."""
     folder, evaluation = predictor.directory, predictor.evaluation
     known = Columns(folder / "predictions.parquet")
-    names = class_names_of(trainer, known, predictor.ways)
+    names = report.class_names_of(trainer, known, predictor.ways)
     evaluation["sets"], foreign = {}, {}
     for each in sets:
         of_set = {"entry": each.entry, "severity": each.severity, "settings": each.settings}
@@ -137,9 +136,9 @@ def _report(trainer: Trainer, predictor: MCDropout, sets: Sequence[EvaluationSet
             if each.is_foreign:
                 foreign[each.name] = rows
         evaluation["sets"][each.name] = of_set
-    write_scores(folder, evaluation)
-    write_figures(trainer, folder, figures.figures_of_sets(known, evaluation, foreign), predictor.split)
-    for logger in wandb_loggers(trainer):
+    report.write_scores(folder, evaluation)
+    report.write_figures(trainer, folder, figures.figures_of_sets(known, evaluation, foreign), predictor.split)
+    for logger in report.wandb_loggers(trainer):
         logger.log_table(f"{predictor.split}/sets", *score_rows(evaluation), step=trainer.global_step)
 
 
@@ -148,14 +147,14 @@ def _evaluated(
 ) -> dict[str, Any]:
     """Returns what `evaluation_of` does, of a set; without targets, what tells it from the test alone."""
     ways, split, coverage = predictor.ways, predictor.split, predictor.evaluation["coverage"]
-    evaluation = evaluation_of(rows, ways, split, names, coverage)
+    evaluation = report.evaluation_of(rows, ways, split, names, coverage)
     if is_foreign:
         (ours, groups), (theirs, other_groups) = (_examples(part, ways) for part in (known, rows))
         both = None if groups is None or other_groups is None else (groups, other_groups)
         intervals, differences = detection_intervals(ours, theirs, ways[0].name, both)
         for way in ways:
             scores = evaluation["ways"][way.name]["scores"]
-            scores |= scored(intervals[way.name], differences.get(way.name, {}))
+            scores |= report.scored(intervals[way.name], differences.get(way.name, {}))
     return evaluation
 
 
