@@ -51,9 +51,6 @@ class MCDropout(Callback):
             training; None never.
         dirpath: Folder of the files; the trainer's `default_root_dir` if None.
         ways: More ways to predict.
-
-    Raises:
-        ValueError: A setting, the network, or a setting of the interrupted prediction is not what it has to be.
     """
 
     def __init__(
@@ -154,7 +151,7 @@ class MCDropout(Callback):
         if self.further_set:  # the ways stay as they are fitted
             self._provenance = self.provenance_of_set(trainer, data_offers(trainer))
         else:
-            self._learned = self._learn(trainer, task, ways, self.store.learned)
+            self._learned = self._learn(trainer, task, ways)
             checkpoint = trainer.ckpt_path or self.checkpoint
             self._provenance = provenance(trainer, task, checkpoint and str(checkpoint), split, ways)
             if self._sets is not None:
@@ -163,10 +160,9 @@ class MCDropout(Callback):
             raise ValueError(f"Expected at least two examples of split {split} to evaluate, but got {n}")
         self.store.begin(self._provenance, self._learned, trainer.strategy.barrier)
 
-    def _learn(
-        self, trainer: Trainer, task: LightningModule, ways: Sequence[Way], learned: dict[str, Any] | None
-    ) -> dict[str, Any]:
+    def _learn(self, trainer: Trainer, task: LightningModule, ways: Sequence[Way]) -> dict[str, Any]:
         """Lets the ways learn from the validation split, or takes what an interrupted prediction has learned."""
+        learned = self.store.learned
         fit, calibrate = (Validation.of(trainer, task, len(ways), half) for half in HALVES)
         if self.split == "val" and (self._sets is not None or any(way.builds_on for way in ways)):
             said = "better than they are on the split they are learned from"
