@@ -1,4 +1,4 @@
-"""The command line: one LightningCLI that parses, and builds trainer, task and data in a directory of the run.
+"""Defines the command line: one LightningCLI that parses, and builds trainer, task and data in the run's directory.
 
 runs/<experiment>/<run id>/  config.yaml  checkpoints/{best,last}.ckpt  metrics.{csv,json}  predictions.parquet
                              report.html  wandb/
@@ -17,7 +17,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from rich.console import Console
 
-# Configs may name the classes of what is imported here, such as data and tasks, without their package.
+# Configs may name these classes without their package.
 from thinned.data.module import DataOffers
 from thinned.evaluation import MCDropout
 from thinned.evaluation.ensembles import evaluation_ways
@@ -49,8 +49,8 @@ class ThinnedCLI(LightningCLI):
 
     Args:
         args: Command line arguments; None reads `sys.argv`.
-        checkpoints: Contents of what to predict from, by their paths; the first has the config. None trains.
-        purpose: What is done with them, predict or evaluate; it ends the names of such runs.
+        checkpoints: Checkpoints to predict from, by path; the first one has the config. None trains.
+        purpose: What to do with them, predict or evaluate; it ends the name of the run.
     """
 
     def __init__(
@@ -152,13 +152,13 @@ class ThinnedCLI(LightningCLI):
             now = yaml.safe_load(self.parser.dump(self.config, skip_unset=False))
             refuse_other_data(checkpoint["config"]["data"], now["data"])
             refuse_change_without_steps(checkpoint, now["model"], self.trainer)
-            self.restore(checkpoint)  # now, so that one that does not fit leaves the run untouched
+            self.restore(checkpoint)  # before the run is touched: the weights may not fit
             step = checkpoint["global_step"]
         if self.config.resume:
             for logger in self.trainer.loggers:
                 if isinstance(logger, ResumableLogger):
                     logger.resume_from(step)
-        for key, value in self._given_places.items():  # the record is of the experiment, wherever it runs
+        for key, value in self._given_places.items():  # the record describes the experiment, wherever it runs
             self.config[key] = value
 
     def data_of(self, each: EvaluationSet) -> LightningDataModule:
@@ -195,7 +195,7 @@ class ThinnedCLI(LightningCLI):
 
     @rank_zero_only
     def print_results(self) -> None:
-        """Prints the scores, with a column for each way to predict, what they tell, and the files of the run."""
+        """Prints the scores of each way to predict, what they tell, and the files of the run."""
         if wandb := sys.modules.get("wandb"):
             wandb.finish()  # before the table, which should stand last
         console = Console()

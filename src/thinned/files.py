@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and checkpoints, opened without running code in them."""
+"""Writes files that appear whole or not at all, and opens checkpoints without running code in them."""
 
 import os
 import pickle
@@ -23,7 +23,7 @@ def whole_file(path: Path) -> Iterator[Path]:
         path: Path of the file; its folder is made if need be.
 
     Raises:
-        OSError: The file cannot be written; the message names it, and the file before is kept.
+        OSError: The file cannot be written; the message names it, and the old file is kept.
     """
     temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")  # some writers take the format from the suffix
     try:
@@ -77,7 +77,7 @@ def read_checkpoint(path: str, check: bool = True) -> dict[str, Any]:
 
 
 def _sync_directory(directory: Path) -> None:
-    """Makes a renaming last, if the system can."""
+    """Makes a rename survive a crash, if the system can."""
     with suppress(OSError):
         descriptor = os.open(directory, os.O_RDONLY)
         try:

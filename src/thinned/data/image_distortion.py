@@ -1,4 +1,4 @@
-"""Images distorted on purpose: how well is a network's uncertainty calibrated if the data shift (Ovadia et al. 2019)?
+"""Distorts images, to measure how well uncertainty is calibrated if the data shift (Ovadia et al. 2019).
 
 Shapes: B images, C channels, H height, W width. Intensities of undistorted images are in [0, 1].
 """
@@ -20,7 +20,7 @@ SEED = 0  # one for all, so that runs with other seeds are tested on the same im
 
 
 def _draws(rows: Tensor, draw: Callable[[np.random.Generator], np.ndarray]) -> Tensor:
-    """Returns what each row draws from a generator of its own, (B, ...) float32."""
+    """Returns the draws of each row from a generator of its own, (B, ...) float32."""
     return torch.from_numpy(np.stack([draw(np.random.default_rng((SEED, row))) for row in rows.tolist()])).float()
 
 
@@ -61,7 +61,7 @@ IMAGE_KINDS = {each.__name__: each for each in (rotation, translation, roll, noi
 
 @dataclass(frozen=True)
 class DistortedImages:
-    """Images as they are stored, distorted: a function of the image and its row, whatever the batch."""
+    """Distorts stored images as a function of the image and its row, whatever the batch."""
 
     images: Tensor | StoredImages  # (N, C, H, W) uint8 or float32
     distortion: Distortion

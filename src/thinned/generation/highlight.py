@@ -1,4 +1,4 @@
-"""Text coloured by the uncertainty of its tokens: in the terminal, and as a page of HTML that stands alone."""
+"""Colours text by the uncertainty of its tokens, for the terminal and as one HTML page."""
 
 import html
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""The parser of configs and options, whose errors are one line, and whose help shows the values of a config."""
+"""Parses configs and options: its errors are one line, and its help shows the values of a config."""
 
 import inspect
 import json
@@ -25,7 +25,7 @@ CHOSEN = (Callback, Logger, LightningDataModule, LightningModule, nn.Module, Opt
 
 
 class Parser(LightningArgumentParser):
-    """Raises ValueError with one line for input that does not parse, and names the key nearest to an unknown one.
+    """Raises a ValueError of one line for input that does not parse, with the key nearest to an unknown one.
 
     It takes no abbreviated option, no key twice, and no setting of an optimiser for one of another class.
     """
@@ -36,7 +36,7 @@ class Parser(LightningArgumentParser):
         internals.drop_settings_of_another_optimiser()
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        if not self.exit_on_error:  # an inner parser, whose error the outer one reports
+        if not self.exit_on_error:  # the outer parser reports the error of an inner one
             super().error(message, ex)
         message = plain(message)
         wrong_class = re.search(

@@ -24,7 +24,7 @@ def is_logged(trainer: Trainer, step: int) -> bool:
 class Throughput(Callback):
     """Logs the speed since the last logged step, without validation.
 
-    Logs `throughput/tokens_per_second` of all devices (`examples_per_second` if batches are no text),
+    Logs `throughput/tokens_per_second` of all devices (`examples_per_second` unless batches are text),
     `throughput/step_ms` per optimiser step, `throughput/peak_memory_mib` of this process's device and, if the net has
     `flops_per_token` and the device's peak is known, `throughput/mfu` (Chowdhery et al. 2022, appendix B).
     """
