@@ -42,7 +42,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 def checkpoint_file(path: str | Path) -> str:
-    """Returns the path of a checkpoint: the best one of a run, if it is the folder of a run."""
+    """Returns the path of a checkpoint; for the folder of a run, that of its best checkpoint."""
     return str(Path(path, "checkpoints/best.ckpt") if Path(path).is_dir() else path)
 
 

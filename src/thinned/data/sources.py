@@ -128,7 +128,7 @@ def files_by_split(files: Iterable[Path], root: Path) -> dict[str, list[Path]]:
 
 
 def refuse_words(names: Iterable[str]) -> None:
-    """Raises a ValueError if splits are only words in names, such as train_data, which may also be titles."""
+    """Raises a ValueError for names that contain a split as a word, such as train_data: they may be titles."""
     words = {split_of(word): name for name in names for word in WORD.findall(name)}
     if "train" in words and len(words) > 1:
         raise ValueError(

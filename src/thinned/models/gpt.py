@@ -230,12 +230,12 @@ class GPT(nn.Module):
         return self.head(features)[..., : self.vocab_size]
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
-        """Returns the logits (B, T, V), or with targets their negative log-likelihoods (B, T) in nats, 0 for -100.
+        """Returns the logits (B, T, V), or with targets their negative log-likelihoods (B, T) in nats; -100 gives 0.
 
         Args:
             tokens: (B, T) int64.
             targets: (B, T) int64, the token after each, or -100 if there is none.
-            cache: Keys and values of the tokens before these, which are added to it.
+            cache: Keys and values of the tokens before these; those of `tokens` are added.
 
         Raises:
             ValueError: More tokens than positions; on the CPU, a token outside the vocabulary.

@@ -164,7 +164,7 @@ class MLP(nn.Module):
         shared, not copied.
 
         >>> net = MLP((4,), 3, (100,), dropout=DropoutRates(mlp=0.5))
-        >>> net.thin(seed=0, sample=0).linear0  # 49 of 100 units are kept, filled up to a multiple of 16
+        >>> net.thin(seed=0, sample=0).linear0  # 49 of 100 units are kept, padded to a multiple of 16
         Linear(in_features=4, out_features=64, bias=True)
         """
         return _thin_chain(self.stages, "stages.", sample_masks(self, seed, sample, sites, scale))

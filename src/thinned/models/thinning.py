@@ -23,7 +23,7 @@ def with_masks(module: M, masks: dict[str, Tensor], prefix: str = "") -> M:
 
 
 def kept_units(mask: Tensor) -> Tensor:
-    """Returns the indices of the kept units, filled up with dropped ones (whose mask is 0) to a multiple of 16."""
+    """Returns the indices of the kept units, padded with dropped ones (whose mask is 0) to a multiple of 16."""
     kept, dropped = mask.nonzero().squeeze(1), (mask == 0).nonzero().squeeze(1)
     size = -(-max(len(kept), 1) // 16) * 16  # other sizes are slower, and torch warns of 0
     return torch.cat([kept, dropped])[:size]

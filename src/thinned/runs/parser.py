@@ -79,7 +79,7 @@ def parse_or_help(
 
 
 def _lines(setting: Any, key: str, said: str = "", of: type | None = None) -> Iterator[str]:
-    """Yields a line for each setting below a key: its value and what the docstring of its class says."""
+    """Yields an option for each setting below a key, with its value and its description."""
     comment = f"  # {said}" if said else ""
     if not isinstance(setting, Namespace):
         yield f"--{key} {setting if isinstance(setting, str) else json.dumps(setting, default=str)}{comment}"
@@ -93,7 +93,7 @@ def _lines(setting: Any, key: str, said: str = "", of: type | None = None) -> It
 
 
 def _descriptions(of: type) -> dict[str, str]:
-    """Returns the first sentence of what the docstrings of a class and its bases say of each parameter."""
+    """Returns the first sentence about each parameter in the docstrings of a class and its bases."""
     docs: dict[str, str] = {}
     for each in reversed(of.__mro__):
         for parameter in docstring_parser.parse(each.__doc__ or "").params:

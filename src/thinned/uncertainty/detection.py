@@ -54,7 +54,7 @@ def balanced(known: Tensor, weights: Tensor | None) -> Tensor:
 
 
 def scod_auroc(known: Tensor, correct: Tensor, uncertainty: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Returns the probability that a failure is more uncertain than a success, a tie counting half, ()."""
+    """Returns the probability that a failure (a foreign example or an error) is more uncertain than a success, ()."""
     return auroc_error(known & correct, uncertainty, balanced(known, weights))
 
 
@@ -64,7 +64,7 @@ def scod_aurc(known: Tensor, correct: Tensor, uncertainty: Tensor, weights: Tens
 
 
 def _scores_of(measure: str, label: str) -> dict[str, Score]:
-    """Returns the scores of one measure of uncertainty, by their names."""
+    """Returns all detection scores that are based on one measure of uncertainty, by name."""
     two, three = ("known", f"uncertainty_{measure}"), ("known", "correct", f"uncertainty_{measure}")
     return {
         f"foreign_auroc_{measure}": Score(f"AUROC, {label} ↑", auroc_error, two, most=1),

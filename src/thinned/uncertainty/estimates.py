@@ -116,7 +116,7 @@ class Estimate:
         return replace(runs[0], value=value, at=at, moves=moves)
 
     def bounds(self) -> tuple[float, float]:
-        """Returns the 95 % interval: normal, Hall's, or Wilson's for so many examples as have this variance."""
+        """Returns the 95 % interval: Wilson's for a proportion, normal for a resampled score, else Hall's."""
         if self.score.resampled:
             power = 2 if self.score.kind == "calibration" else 1  # the one that is unbiased
             powers = replace(self, moves=self.moves**power)

@@ -68,9 +68,9 @@ def auroc_error(correct: Tensor, uncertainty: Tensor, weights: Tensor | None = N
 def aurc(errors: Tensor, uncertainty: Tensor, weights: Tensor | None = None) -> Tensor:
     """Returns the area under the risk-coverage curve (Geifman and El-Yaniv 2017), (); 0 is perfect.
 
-    It is the mean, over n = 1 .. N, of the risk (the mean error) among the n least uncertain predictions, and over all
-    orders of tied ones. Unlike other scores it depends on the scale of the weights, as it does on N. Errors (N,) are
-    bool, or any loss, and the uncertainty (N,) is any number that should be higher for them.
+    It is the mean, over n = 1 .. N, of the risk (the mean error) among the n least uncertain predictions, averaged over
+    all orders of tied ones. Unlike other scores it depends on the scale of the weights, as it does on N. `errors` (N,)
+    are bool, or any loss; `uncertainty` (N,) should be higher for larger ones.
 
     >>> aurc(torch.tensor([False, True]), torch.tensor([0.1, 0.1])).item()  # mean of (0 + 1/2) / 2 and (1 + 1/2) / 2
     0.5
