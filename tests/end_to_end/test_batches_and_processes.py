@@ -16,8 +16,8 @@ ROOT = Path(__file__).parents[2]
 def assert_equal(predicted: pa.Table, expected: pa.Table) -> None:
     """To 1e-6; of negative log-likelihoods, whose rounding has no bound, the probabilities.
 
-    Brier scores to 4e-6, as their slope is up to 2 for each of two probabilities. Those of the first networks to 3e-6, as
-    the first of three is no mean.
+    Brier scores to 4e-6, as their slope is up to 2 for each of two probabilities; the first networks to 3e-6, as one
+    alone is no mean.
     """
     assert predicted.schema == expected.schema
     assert expected["source"] == predicted["source"]
