@@ -39,7 +39,6 @@ PARTS = {
         tests/tasks/test_language_modeling.py
     """,
     "mlp": """
-        .github/images/severity.png
         configs/mlp*.yaml  configs/evaluation/image_shifts.yaml  configs/evaluation/ovadia_mnist.yaml
         scripts/bench/mlp.py  scripts/bench/prediction.py  scripts/bench/start.py
         src/thinned/data/image*.py  src/thinned/data/labels.py  src/thinned/data/pixels.py
@@ -72,7 +71,7 @@ PARTS = {
         tests/uncertainty/test_selection.py  tests/uncertainty/test_sites.py
         tests/uncertainty/test_kept_networks.py
     """,
-    "template": "scripts/adopt.py  tests/test_adopt.py",
+    "template": ".github/images/severity.png  scripts/adopt.py  tests/test_adopt.py",
 }
 
 MARK = re.compile(r"[ \t]*(?:#|<!--) (gpt|mlp|template) only(?:: (begin|end))?(?: -->)?(?=[ \t|]*$)", re.MULTILINE)

@@ -17,7 +17,7 @@ from thinned.uncertainty.conformal import KINDS, Kind, class_scores, conformity,
 
 
 class PredictionSets:
-    """Makes sets of classes that contain the true one with a chosen probability, see `thinned.uncertainty.conformal`.
+    """Makes sets of classes that contain the true one with a chosen probability: `thinned.uncertainty.conformal`.
 
     Args:
         coverage: That probability, between 0 and 1.
