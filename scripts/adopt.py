@@ -123,12 +123,10 @@ def obstacle(name: str) -> str | None:
 
 
 def git(*arguments: str) -> str:
-    """Returns what a git command prints."""
     return subprocess.run(["git", *arguments], check=True, capture_output=True, encoding="utf-8").stdout
 
 
 def removed_files(files: list[Path], parts: set[str]) -> set[Path]:
-    """Returns those files that belong to one of the parts."""
     matched = {path for part in parts for pattern in PARTS[part].split() for path in Path().glob(pattern)}
     return {file for file in files if not matched.isdisjoint([file, *file.parents])}
 

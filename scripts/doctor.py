@@ -91,7 +91,7 @@ def compilation() -> Verdict:
 
 def wandb_server() -> Verdict:
     if (mode := os.environ.get("WANDB_MODE")) and mode != "online":
-        return Verdict("warn", f"WANDB_MODE={mode} decides, whatever key there is", "unset WANDB_MODE")
+        return Verdict("warn", f"WANDB_MODE={mode} overrides any API key", "unset WANDB_MODE")
     reason = wandb_offline_reason()
     if reason is None:
         return Verdict("ok", f"{wandb.setup().settings.base_url} confirms the API key")

@@ -22,7 +22,7 @@ def mlp(p: float, embedding: float | None = None) -> MLP:
 
 
 def textbook(p: float) -> nn.Sequential:
-    """Returns the same network as it is usually written."""
+    """Returns the same network with nn.Dropout."""
     layers: list[nn.Module] = [nn.Flatten(), nn.Dropout(min(p, 0.2))]
     for size, units in zip((784, *WIDTHS), WIDTHS, strict=False):
         layers += [nn.Linear(size, units), nn.ReLU(), nn.Dropout(p)]

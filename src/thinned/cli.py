@@ -162,7 +162,7 @@ class ThinnedCLI(LightningCLI):
             self.config[key] = value
 
     def data_of(self, each: EvaluationSet) -> LightningDataModule:
-        """Builds the data of a set, as the first checkpoint knows them; ValueError if a setting is wrong."""
+        """Builds the data of a set with the state of the first checkpoint; ValueError if a setting is wrong."""
         assert self.checkpoint is not None
         given, parser = self.config.data, Parser()
         parser.add_subclass_arguments(LightningDataModule, "data")
@@ -213,7 +213,7 @@ class ThinnedCLI(LightningCLI):
 
 
 def _fill_in_from_data(config: Any) -> LightningDataModule | None:
-    """Sets what the net leaves to the data (null), such as the number of classes; returns the data that knew it."""
+    """Sets null arguments of the net, such as the number of classes, from the data; returns the data if it set any."""
     data_class = cast(type[LightningDataModule], locate(config.data.class_path))
     net = config.model.get("init_args.net.init_args")
     missing = [] if net is None else [key for key, value in vars(net).items() if value is None]

@@ -70,7 +70,7 @@ def ended_by_sigterm() -> Iterator[None]:
 
 
 def restart_in_utf8() -> None:
-    """Starts this program again in Python's UTF-8 mode if file names and files would be written in another encoding."""
+    """Restarts this program in Python's UTF-8 mode if it would write file names and files in another encoding."""
     if sys.getfilesystemencoding() != "utf-8" and os.environ.get("PYTHONUTF8") != "1":
         os.environ["PYTHONUTF8"] = "1"
         os.execv(sys.executable, sys.orig_argv)

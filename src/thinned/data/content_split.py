@@ -55,5 +55,5 @@ def sketch(hashes: np.ndarray) -> list[str]:
 
 
 def shared(drawn: list[str], hashes: np.ndarray) -> int:
-    """Returns how many examples of a sketch a set holds."""
+    """Returns how many examples of a sketch are in a set."""
     return int(np.isin(np.array([int(value, 16) for value in drawn], np.uint64), hashes).sum())

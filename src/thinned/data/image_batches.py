@@ -56,7 +56,7 @@ class ImageBatches(Dataset[Batch]):
     images: Any  # such as a Tensor (N, C, H, W) or `StoredImages`: `images[rows]` is (B, C, H, W)
     rows: Tensor  # (N,) int64, rows of the split in `images`
     target: Tensor | None  # (N,) int64
-    mean: Tensor  # (C, 1, 1) float32, of the intensities as they are stored
+    mean: Tensor  # (C, 1, 1) float32, of the stored intensities
     std: Tensor  # (C, 1, 1)
     rotation: float  # largest angle in degrees
     shift: float  # largest shift in pixels

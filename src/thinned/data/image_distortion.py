@@ -30,13 +30,13 @@ def rotation(images: Tensor, degrees: float, rows: Tensor) -> Tensor:
 
 
 def translation(images: Tensor, pixels: float, rows: Tensor) -> Tensor:
-    """Shifts each image in a direction of its own. The outside is black."""
+    """Shifts each image in its own random direction. The outside is black."""
     angle = 2 * math.pi * _draws(rows, lambda generator: generator.random(1))  # (B, 1)
     return rotate_and_shift(images, torch.zeros(len(images)), pixels * torch.cat([angle.cos(), angle.sin()], 1))
 
 
 def roll(images: Tensor, pixels: float, rows: Tensor) -> Tensor:
-    """Shifts to the right. What leaves an image comes back at its left."""
+    """Shifts to the right. Pixels that leave an image return at its left."""
     return images.roll(int(pixels), -1)
 
 
@@ -51,7 +51,7 @@ def blur(images: Tensor, deviation: float, rows: Tensor) -> Tensor:
 
 
 def contrast(images: Tensor, share: float, rows: Tensor) -> Tensor:
-    """Draws all intensities of an image towards their mean."""
+    """Moves all intensities of an image towards their mean."""
     mean = images.mean((1, 2, 3), keepdim=True)
     return mean + share * (images - mean)
 

@@ -34,7 +34,7 @@ def read_digits() -> datasets.Dataset:
 
     digits = load_digits()
     images = np.rint(digits.images * (255 / 16)).astype(np.uint8)
-    # PGM is the pixels as they are, so that their hashes are the same everywhere; PNG depends on a library's version.
+    # PGM stores plain pixels, so hashes are the same everywhere; PNG depends on a library's version.
     contents = [{"bytes": b"P5 8 8 255\n" + image.tobytes(), "path": None} for image in images]
     classes = datasets.ClassLabel(names=[str(name) for name in digits.target_names])
     features = datasets.Features(image=datasets.Image(), label=classes)
@@ -86,7 +86,7 @@ def read_images(settings: Mapping[str, Any], trained: Mapping[str, Any]) -> Stor
 
 
 def read_splits(path: str, size: tuple[int, int] = (28, 28)) -> tuple[Mapping[str, datasets.Dataset], list[str]]:
-    """Returns the stored splits at `data.path`, and the files that it leaves out; `size` is that of drawn images."""
+    """Returns the stored splits at `data.path`, and the files that it does not use; drawn images have this `size`."""
     if path in ("digits", "letters"):
         return {"train": read_digits() if path == "digits" else read_letters(*size)}, []
     folder = Path(path).expanduser()
@@ -103,7 +103,6 @@ def read_splits(path: str, size: tuple[int, int] = (28, 28)) -> tuple[Mapping[st
 
 
 def _read_parquet(files: list[Path]) -> datasets.Dataset:
-    """Returns the rows of the files of one split."""
     try:
         if len({(pq.read_schema(file).metadata or {}).get(b"huggingface") for file in files}) > 1:
             raise ValueError("files of one split with other features or names of classes")

@@ -52,7 +52,7 @@ def arrange(
     elif not _is_trained_on(trained, hashes):
         if fits:
             raise ValueError(OTHERS)
-        rank_zero_info(f"data.path is another set than that of the training, so all {len(hashes)} are predicted")
+        rank_zero_info(f"data.path is not the set of the training, so all {len(hashes)} are predicted")
         return dict.fromkeys(SPLITS, np.arange(len(hashes))), None
     else:
         now = {split_of(name) or name: name for name in parts}  # their names may have changed
@@ -64,7 +64,7 @@ def arrange(
     settings = {key: (trained or asked)[key] for key in keys}
     for key in keys:
         if settings[key] != asked[key]:
-            rank_zero_info(f"The split is that of the training: data.{key} is {settings[key]}, not {asked[key]}")
+            rank_zero_info(f"Kept the split of the training: data.{key} is {settings[key]}, not {asked[key]}")
     fractions = {split: settings.get(f"{split}_fraction", 0.0) for split in SPLITS[1:]}
     rows = {split: np.array(parts[stored[split]]) for split in SPLITS}
     of_train = rows["train"]

@@ -177,7 +177,6 @@ class ImageDataModule(SplitDataModule):
 
     @property
     def mean(self) -> list[float]:
-        """Mean of the training split per channel."""
         return self.statistics.mean
 
     @property

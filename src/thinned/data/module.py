@@ -67,12 +67,10 @@ class SplitDataModule(LightningDataModule, ABC):
 
     @property
     def path(self) -> str:
-        """The origin of the data, as given."""
         return self.hparams["path"]
 
     @property
     def predict_split(self) -> Split:
-        """The split to predict."""
         return self.hparams["predict_split"]
 
     @abstractmethod
@@ -130,7 +128,7 @@ class SplitDataModule(LightningDataModule, ABC):
     def _dataloader(
         self, dataset: Dataset[Any], *, training: bool = False, start: int = 0, stop: int | None = None
     ) -> DataLoader[Any]:
-        """Returns a loader of whole batches, for training or of the examples from start to stop."""
+        """Returns a loader of whole batches, for training or for the examples from start to stop."""
         stop = len(dataset) if stop is None else stop  # type: ignore[arg-type]
         sampler = self._sampler(stop, training=training, start=start)
         if self.trainer and self.trainer.overfit_batches:  # type: ignore[attr-defined]

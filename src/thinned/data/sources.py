@@ -57,7 +57,7 @@ def walk(folder: Path) -> list[Path]:
 
 
 def rows_of(path: Path, columns: list[str] | None = None) -> Iterator[dict[str, Any]]:
-    """Yields rows of CSV (all cells are text), JSON, JSON lines, or columns of parquet; ValueError if it is none."""
+    """Yields rows of CSV (all cells are text), JSON, JSON lines, or columns of parquet; ValueError for other files."""
     try:
         for row in _rows(path, columns):
             if not isinstance(row, dict):

@@ -146,7 +146,7 @@ class TextDataModule(SplitDataModule):
         if self._is_another:
             if self._fits:
                 raise ValueError(f"Expected the training text of the checkpoint, but got another one in {self.path!r}")
-            rank_zero_info("data.path is another text than that of the checkpoint, so all of it is predicted")
+            rank_zero_info("data.path is not the text of the checkpoint, so all of it is predicted")
         elif self._kept:
             self._keep_settings(self._kept)
             if unused := counts["train"] - max(stop for file, _, stop in self._ranges.values() if file == "train"):
@@ -164,7 +164,6 @@ class TextDataModule(SplitDataModule):
 
     @property
     def _fits(self) -> bool:
-        """Returns whether the trainer fits."""
         return self.trainer is not None and self.trainer.state.fn == "fit"
 
     def _prepare(self) -> Prepared:
@@ -266,7 +265,7 @@ class TextDataModule(SplitDataModule):
         return facts | settings | {"parts": parts}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes tokenizer and split from a checkpoint, whatever the text; ValueError for another kind of tokenizer."""
+        """Takes tokenizer and split from a checkpoint; ValueError for another kind of tokenizer."""
         spec = state_dict["spec"]
         if spec != self.hparams["tokenizer"]:
             raise ValueError(

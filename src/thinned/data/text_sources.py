@@ -33,7 +33,7 @@ SOURCE_CHARACTERS = 500_000  # of "stdlib"
 class TextSource:
     """Holds documents by split."""
 
-    splits: Mapping[Split, Iterable[str]]  # those that are stored; each can be read again
+    splits: Mapping[Split, Iterable[str]]  # the stored ones; each can be read again
     content: str  # differs between sources of different text
     left_out: Sequence[str] = ()  # stored splits or files that are not used
 
@@ -145,7 +145,7 @@ def _own_sources(characters: set[str]) -> list[str]:
 
 
 def _files(folder: Path, leave_out: Sequence[str]) -> tuple[dict[Split, list[Path]], list[Path]]:
-    """Returns the files of each split, and those that are left out."""
+    """Returns the files of each split, and the unused ones."""
     if folder.is_file():
         return {"train": [folder]}, []
     files = [file for file in sources.walk(folder) if file.is_file()]
@@ -174,7 +174,6 @@ def _is_called(path: Path, pattern: str) -> bool:
 
 
 def _dataset(path: str, name: str | None, column: str | None, leave_out: Sequence[str], streaming: bool) -> TextSource:
-    """Returns the documents of a dataset."""
     streaming &= not Path(path).expanduser().exists()
     read = sources.read_stored(path, EXPECTED, name, streaming=streaming)
     found = read if streaming else sources.by_column(read)

@@ -34,7 +34,7 @@ class SplitRule:
 
     @classmethod
     def of(cls, settings: Mapping[str, Any], stored: Collection[Split], *, by_document: bool) -> Self:
-        """Returns the rule by these settings of the data, if these splits are stored."""
+        """Returns the rule for these settings of the data and these stored splits."""
         val, test = (0.0 if split in stored else settings[f"{split}_fraction"] for split in ("val", "test"))
         return cls(val, test, settings["split_seed"], by_document)
 
@@ -54,7 +54,7 @@ class SplitRule:
         return content_hash(text.encode(errors="surrogatepass"), self.seed)
 
     def split_of(self, document_hash: int) -> Split:
-        """Returns the split of a document by where its hash falls between 0 and 1: test, validation, training."""
+        """Returns the split of a document by its hash, scaled to [0, 1): test, then validation, then training."""
         place = document_hash / 2**64
         return "test" if place < self.test else "val" if place >= 1 - self.val else "train"
 

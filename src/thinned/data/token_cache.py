@@ -113,7 +113,7 @@ def write_tokens(
 
 
 def open_tokens(folder: Path) -> Tokenised | None:
-    """Returns the tokens in a folder; None if something is missing or not as it was written."""
+    """Returns the tokens in a folder; None if a file is missing or has changed."""
     tokens = {}
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))

@@ -66,7 +66,7 @@ class TokenBatch(NamedTuple):
     """Holds windows of tokens, the tokens that follow, and the numbers of the windows in the split."""
 
     input: Tensor  # (B, T) int64
-    target: Tensor  # (B, T) int64, the token after each; -100 where there is none
+    target: Tensor  # (B, T) int64, the token after each; or -100
     index: Tensor  # type: ignore[assignment]  # (B,) int64, window of the split
 
 

@@ -23,7 +23,7 @@ Point at a token for its figures.</p>
 
 
 def measure(samples: Sequence[Sample]) -> str:
-    """Returns what colours the samples: mutual information if several networks spoke, else entropy."""
+    """Returns what colours the samples: mutual information if there are several networks, else entropy."""
     spread = any(value > 0 for sample in samples for value in sample.mutual_information)
     return "mutual_information" if spread else "entropy"
 

@@ -28,7 +28,7 @@ class KVCache:
         self._layers: dict[nn.Module, Tensor] = {}
 
     def extend(self, layer: nn.Module, new: Tensor, capacity: int) -> Tensor:
-        """Adds a layer's keys and values (2, B, H, T, D) and returns all of the layer's, (2, B, H, length + T, D)."""
+        """Adds a layer's keys and values (2, B, H, T, D) and returns all that it has, (2, B, H, length + T, D)."""
         if layer not in self._layers:
             self._layers[layer] = new.new_empty((*new.shape[:3], capacity, new.shape[4]))
         end = self.length + new.shape[3]

@@ -225,7 +225,7 @@ def _thin_chain(chain: nn.Module, prefix: str, masks: dict[str, Tensor]) -> nn.S
 
 
 def _check(config: dict[str, Any]) -> None:
-    """Raises ValueError for a setting outside its range, and for a rate at a site that is not there."""
+    """Raises ValueError for a setting outside its range, and for a rate at a site that the net lacks."""
     given = config | {f"dropout.{site}": rate for site, rate in config["dropout"].items()}
     shape, hidden, width, patch, residual = (
         given[key] for key in ("input_shape", "hidden", "width", "patch_size", "residual")

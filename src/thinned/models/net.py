@@ -80,7 +80,7 @@ def logits_in(net: nn.Module, inputs: Any) -> Tensor:
     output, name = net(inputs), type(net).__name__
     logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", output)
     if isinstance(logits, tuple | list) and logits:
-        warnings.warn(f"The first of the {len(logits)} outputs of {name} is taken for the logits.", stacklevel=2)
+        warnings.warn(f"The first of the {len(logits)} outputs of {name} is used as the logits.", stacklevel=2)
         logits = logits[0]
     if not isinstance(logits, Tensor):
         expected = "a tensor of logits, `logits` in a dict or dataclass, or a tuple that begins with them"

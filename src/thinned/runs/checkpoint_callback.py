@@ -195,19 +195,16 @@ class Checkpoints(ModelCheckpoint):
 
 
 def _is_epoch_complete(trainer: Trainer) -> bool:
-    """Returns whether the epoch's last batch has been processed."""
     batches = trainer.fit_loop.epoch_loop.batch_progress.current.ready
     return batches == trainer.num_training_batches or trainer.is_last_batch
 
 
 def _is_last_epoch(trainer: Trainer) -> bool:
-    """Returns whether training ends with this epoch."""
     epochs = vars(trainer.fit_loop.epoch_progress.current)["processed"]
     return trainer.should_stop or 0 < (trainer.max_epochs or 0) <= epochs
 
 
 def _in_training(trainer: Trainer) -> bool:
-    """Returns whether this validation is part of training."""
     return trainer.state.fn == "fit" and not trainer.sanity_checking
 
 

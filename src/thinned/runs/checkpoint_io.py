@@ -25,7 +25,7 @@ def checkpoint_arguments(
     """
     epilog = "Every option of scripts/train.py may follow, and wins over what the checkpoint holds."
     options = argparse.ArgumentParser(epilog=epilog, allow_abbrev=False)
-    options.add_argument("--ckpt_path", nargs="+", help="Checkpoint of a run, or its folder, whose best one is taken.")
+    options.add_argument("--ckpt_path", nargs="+", help="Checkpoint of a run, or its folder for the best one.")
     found, rest = options.parse_known_args(args)
     if found.ckpt_path is None:
         raise ValueError("Expected --ckpt_path with the path of a checkpoint, but got none")

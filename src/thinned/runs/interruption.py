@@ -47,7 +47,7 @@ class Interruption:
             return  # a launcher repeats SIGTERM while its workers end
         self.received, self._deadline = signal.Signals(signum), time.monotonic() + PATIENCE
         if self.graceful:
-            self._give_up_after(PATIENCE, f"no step ended within {PATIENCE} s: checkpoints stay as they are")
+            self._give_up_after(PATIENCE, f"no step ended within {PATIENCE} s: checkpoints are unchanged")
         else:
             self._give_up_after(PATIENCE)
             launcher = self._trainer.strategy.launcher

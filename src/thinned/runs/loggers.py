@@ -54,7 +54,7 @@ class WandbLogger(loggers.WandbLogger, ResumableLogger):
 
     @rank_zero_only
     def log_hyperparams(self, params: dict[str, Any]) -> None:  # type: ignore[override]  # as a config is one
-        """Logs what the first record of the run does not hold."""
+        """Logs the parameters that the first record of the run lacks."""
         super().log_hyperparams({k: v for k, v in params.items() if self.experiment.config.get(k) != v})
 
     @rank_zero_only

@@ -25,7 +25,7 @@ class RunRecord(SaveConfigCallback):
         return yaml.safe_load(self.text)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Writes nothing yet, since the data may still turn out not to fit."""
+        """Writes nothing yet, since the data may not fit the net."""
 
     def _record(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.already_saved or not trainer.is_global_zero:

@@ -70,7 +70,7 @@ class FiniteSteps(Callback):
 
 
 def _described(rank: int, batch_idx: int, batch: Any, loss: Tensor) -> str:
-    """Names a batch with a loss that is not finite, and its first examples if it tells their indices."""
+    """Names a batch with a loss that is not finite, and its first examples if it has their indices."""
     has_index = isinstance(batch, tuple | list) and len(batch) > 2
     examples = f" (examples {batch[2][:8].tolist()} of {len(batch[2])})" if has_index else ""
     return f"{loss.item()} in batch {batch_idx}{examples} of rank {rank}"

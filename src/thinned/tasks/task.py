@@ -82,7 +82,7 @@ def optimizer_spec(optimizer: OptimizerCallable) -> dict[str, Any] | None:
 
 
 def of_all_ranks(own: Any) -> list[Any]:
-    """Returns what each rank passes in, by rank."""
+    """Returns the values of all ranks, by rank."""
     if not torch.distributed.is_initialized():
         return [own]
     objects: list[Any] = [None] * torch.distributed.get_world_size()
@@ -142,20 +142,19 @@ class Task(LightningModule):
         self._given: list[dict[str, Any]] = []  # settings of the optimiser's groups, as configured
 
     def forward(self, inputs: Any) -> Tensor:
-        """Returns the logits."""
         return logits_in(self.net, inputs)
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Returns the logits of the deterministic network, or nothing if neither a writer nor the caller takes them."""
+        """Returns the logits of the deterministic network, or an empty tensor if nothing uses them."""
         writers = any(isinstance(callback, BasePredictionWriter) for callback in self.trainer.callbacks)  # type: ignore[attr-defined]
         inputs: Tensor = batch if isinstance(batch, Tensor) else batch[0]
         return self(inputs) if writers or self.trainer.predict_loop.return_predictions else inputs.new_empty(0)
 
     def keep(self, batch: Any) -> Any:
-        """Appends numbers of the examples of a batch to `kept`: a tensor (M, n). A subclass defines it."""
+        """Appends M numbers for each example of a batch to `kept`: a tensor (M, n). A subclass defines it."""
 
     def scores(self, kept: Tensor) -> dict[str, Any]:
-        """Returns the scores of a split, by name, from all numbers that were kept, (M, N). A subclass defines them."""
+        """Returns the scores of a split, by name, from all kept numbers, (M, N). A subclass defines them."""
         return {}
 
     def on_validation_epoch_start(self) -> None:

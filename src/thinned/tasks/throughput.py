@@ -16,7 +16,7 @@ DTYPES = {"32": torch.float32, "bf16": torch.bfloat16, "16": torch.float16}  # b
 
 
 def is_logged(trainer: Trainer, step: int) -> bool:
-    """Returns whether Lightning logs an optimiser step; the first has the number 1."""
+    """Returns whether Lightning logs this optimiser step, counted from 1."""
     every = trainer.log_every_n_steps  # type: ignore[attr-defined]
     return every > 0 and (step % every == 0 or trainer.should_stop)
 

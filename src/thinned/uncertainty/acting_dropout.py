@@ -15,7 +15,7 @@ Output = TypeVar("Output")
 
 
 def of_our_make(net: nn.Module) -> bool:
-    """Returns whether a net, or the `net` of a sharded task, can be thinned: its dropout is in `Dropout` alone."""
+    """Returns whether a net, or the `net` of a sharded task, can be thinned: all its dropout is `Dropout`."""
     return any(net_offers(each).thin is not None for each in (net, task_offers(net).net))
 
 

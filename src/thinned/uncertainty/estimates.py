@@ -53,7 +53,7 @@ def wilson(successes: float, n: float) -> tuple[float, float]:
 def share_interval(column: Tensor, rows: Tensor, blocks: Tensor | None = None) -> tuple[float, float, float]:
     """Returns the share of rows in which a bool column is true, and Wilson's 95 % interval.
 
-    Rows of a block depend on each other: they count as so many independent rows as have the same variance.
+    Rows of a block depend on each other: they count as the number of independent rows with the same variance.
 
     Args:
         column: (N,) bool.
@@ -108,7 +108,7 @@ class Estimate:
 
     @classmethod
     def mean(cls, runs: "Sequence[Estimate]") -> "Estimate":
-        """Returns the mean of a score over runs on the same examples; undefined if that of one run is."""
+        """Returns the mean of a score over runs on the same examples; undefined if it is undefined for one run."""
         value, why = fmean(run.value for run in runs), next((run.why for run in runs if run.why), None)
         if why is not None:
             return cls(runs[0].score, value, runs[0].n, why)
@@ -239,5 +239,4 @@ def _hall(t: float, skewness: float) -> float:
 
 
 def _inverse_hall(z: float, skewness: float) -> float:
-    """Returns the t that `_hall` maps to z."""
     return 3 * (float(np.cbrt(1 + skewness * (z - skewness / 6))) - 1) / skewness if abs(skewness) > 1e-6 else z

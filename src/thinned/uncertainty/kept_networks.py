@@ -26,7 +26,7 @@ def rows_at_once(device: torch.device) -> int:
 
 
 def stacked_at_once(num_inputs: int, device: torch.device) -> int:
-    """Returns how many networks go into a stack for so many inputs; 0 if it is cheaper to run one after the other."""
+    """Returns how many networks to stack for this number of inputs; 0 if it is cheaper to run one after the other."""
     most = STACKED_INPUTS if device.type == "cpu" else STACKED_INPUTS_ON_GPU
     return rows_at_once(device) // max(num_inputs, 1) if num_inputs <= most else 0
 
@@ -51,7 +51,7 @@ class KeptNetworks:
     def networks(
         self, net: nn.Module, num_samples: int, at_once: int, seed: int, sites: Sequence[str] | None, scale: float
     ) -> Iterator[nn.Module]:
-        """Yields S networks one by one (`net.thin`), or if `at_once` is above 0, so many in a stack (`net.stack`)."""
+        """Yields S networks one by one (`net.thin`), or in stacks of `at_once` (`net.stack`) if that is above 0."""
         weights = [*net.parameters(), *net.buffers()]
         make: Any = net_offers(net).stack if at_once else net_offers(net).thin
         rates = [module.p for module in net.modules() if isinstance(module, Dropout)]

@@ -149,12 +149,12 @@ class Score:
 
     @property
     def resampled(self) -> bool:
-        """Whether its interval is made of its values in resamples."""
+        """Whether its interval comes from resamples."""
         return self.kind in ("calibration", "resampled")
 
     @property
     def needs(self) -> set[str]:
-        """The names of all columns without which there is no such score."""
+        """Names of all columns that the score needs."""
         return {*self.columns, *filter(None, [self.beside])}
 
 
