@@ -16,8 +16,7 @@ Results = dict[str, tuple[float, float]]  # seconds, and ratio to the first side
 def compare(sides: Mapping[str, Callable[[], object]], repeats: int) -> Results:
     """Returns median seconds of each side, and its median ratio to the first one, run in turn after one warm-up.
 
-    Every other turn is in reverse, as a side's time depends on the one before it. A side that times itself returns its
-    seconds as a float.
+    Every other turn is in reverse, as a side's time depends on the one before it. A side may return its own seconds.
     """
     times: dict[str, list[float]] = {name: [] for name in sides}
     for run in range(repeats + 1):

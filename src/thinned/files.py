@@ -17,10 +17,7 @@ KEPT = ("seed_everything", "experiment", "runs_dir", "model", "data", "mc_dropou
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Yields a temporary path, whose file replaces `path` if the block ends without an exception.
-
-    Args:
-        path: Path of the file; its folder is made if need be.
+    """Yields a temporary path, whose file replaces `path` if the block ends without an exception; makes the folder.
 
     Raises:
         OSError: The file cannot be written; the message names it, and the old file is kept.
@@ -49,9 +46,7 @@ def checkpoint_file(path: str | Path) -> str:
 def read_checkpoint(path: str, check: bool = True) -> dict[str, Any]:
     """Opens a checkpoint written by the scripts with `weights_only`, so that no pickled code runs.
 
-    Args:
-        path: Path of the file.
-        check: Whether to compare every byte with its checksum, which torch does not.
+    `check` compares every byte with its checksum, which torch does not.
 
     Raises:
         ValueError: The file is missing, truncated, foreign, or holds anything but tensors and primitives.

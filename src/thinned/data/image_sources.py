@@ -133,8 +133,7 @@ def _is_image(path: Path) -> bool:
 def read_image_folder(root: Path, files: list[Path]) -> tuple[dict[str, datasets.Dataset], set[str]]:
     """Returns the images of each stored split of a folder, and the paths of all files that are used.
 
-    The top folders are splits if all have names of splits, or if the one for training contains folders. Otherwise they
-    are classes.
+    The top folders are splits if all have names of splits, or if the one for training contains folders; else classes.
 
     Raises:
         ValueError: If a table does not fit the images, or splits are within classes.

@@ -26,11 +26,8 @@ def make_tokenizer(
 ) -> Tokenizer:
     """Returns a tokenizer for text, "char" or "bpe:<size>". It depends only on the text that is kept.
 
-    Args:
-        spec: Which one.
-        stored: Documents of each stored split.
-        training_part: Fraction of the characters for training on which BPE is trained.
-        max_tokens: The most tokens kept of a stored split; None for all.
+    BPE is trained on the fraction `training_part` of the characters for training. Only `max_tokens` tokens of a stored
+    split are kept; None keeps all.
     """
     if size := bpe_size(spec):
 

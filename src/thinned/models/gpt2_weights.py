@@ -55,5 +55,5 @@ def copy_gpt2(source: nn.Module, net: nn.Module) -> None:
         for ours, its in NAMES.items():
             name = name.replace(ours, its)
         weight = state[name].t() if name.startswith("h.") else state[name]  # its linear layers are stored (in, out)
-        rows = min(len(parameter), len(weight))  # our vocabulary is filled up, and our positions may be fewer
+        rows = min(len(parameter), len(weight))  # our vocabulary is padded, and our positions may be fewer
         parameter[:rows] = weight[:rows]

@@ -160,8 +160,7 @@ class MLP(nn.Module):
         """Returns a thinned network: a module without dropout that equals this one under its `sample_masks`.
 
         All examples share the masks. Dropped hidden units are cut out; embedding and residual masks scale rows or
-        columns; masks on patches and on attention stay, since no weight can carry them. Layers that no mask touches are
-        shared, not copied.
+        columns; masks on patches and on attention stay, since no weight can carry them. Other layers are shared.
 
         >>> net = MLP((4,), 3, (100,), dropout=DropoutRates(mlp=0.5))
         >>> net.thin(seed=0, sample=0).linear0  # 49 of 100 units are kept, padded to a multiple of 16

@@ -62,8 +62,7 @@ class Checkpoints(ModelCheckpoint):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores what an earlier process knew of the best checkpoints, in the folder where they are now.
 
-        The score to beat is the one stored in `best.ckpt` itself, which may be newer than the checkpoint to resume
-        from.
+        The score to beat is the one stored in `best.ckpt`, which may be newer than the checkpoint to resume from.
         """
         best_path = Path(self.format_checkpoint_name({}))  # if the name holds numbers, there is no such file
         with suppress(ValueError):  # it is missing or damaged

@@ -20,8 +20,7 @@ def checkpoint_arguments(
 ) -> tuple[dict[str, dict[str, Any]], list[str]]:
     """Turns `--ckpt_path X [Y ...] [options]` into checkpoints by path, and into arguments: later ones win.
 
-    The arguments are the config of the first checkpoint, then the options. They include the logger of the training only
-    if `with_logger`.
+    The arguments are the config of the first checkpoint, then the options; `with_logger` keeps its logger.
     """
     epilog = "Every option of scripts/train.py may follow, and wins over what the checkpoint holds."
     options = argparse.ArgumentParser(epilog=epilog, allow_abbrev=False)

@@ -32,8 +32,7 @@ class OwnCallbacks(Callback):
     """Makes callbacks of Lightning resume exactly, and refuses a monitor that nothing logs.
 
     Only a validation shows what is logged, so each run, new or resumed, begins with a sanity check of at least one
-    batch. A run that `EarlyStopping` has stopped stays stopped when it resumes, until the callback is left out or has
-    more patience.
+    batch. A run that `EarlyStopping` stopped stays stopped on resume, until that is left out or has more patience.
     """
 
     def __init__(self) -> None:

@@ -61,10 +61,7 @@ def parse_or_help(
 ) -> Namespace:
     """Parses a command line. `--help` prints some settings with their values instead, `--help_all` all options.
 
-    Args:
-        parser: The parser.
-        args: The command line.
-        classes: Keys of the settings that `--help` prints, and the class of each; None if the config names it.
+    `classes` has the keys of the settings that `--help` prints, with the class of each; None if the config names it.
     """
     asked = {"-h", "--help", "--help_all"} & set(args)
     if "--help_all" in asked:

@@ -30,8 +30,7 @@ def warmup_cosine(step: int, warmup_steps: int, total_steps: float, final_fracti
     """Returns the learning rate at a step, as a fraction of its peak.
 
     It rises linearly from 1 / (warmup_steps + 1) at step 0 to 1 at step `warmup_steps`, falls by half a cosine
-    (Loshchilov and Hutter 2017) to `final_fraction` at `total_steps`, and stays there. If `total_steps` is inf, it
-    stays at 1.
+    (Loshchilov and Hutter 2017) to `final_fraction` at `total_steps`, or never if that is inf, and stays there.
     """
     if step < warmup_steps:
         return (step + 1) / (warmup_steps + 1)

@@ -166,15 +166,10 @@ def estimated(
     num_resamples: int,
     seed: int,
 ) -> Estimate:
-    """Returns a score with its sampling error.
+    """Returns a score of columns (N, ...) with its sampling error.
 
-    Args:
-        score: The score.
-        columns: The columns that it reads, (N, ...).
-        hypothetical: The result of `hypothetical_error`. It joins the columns if it has all that the score reads.
-        group: The group of each prediction, from 0 on, (N,) int64.
-        num_resamples: R.
-        seed: Seed of the resamples.
+    `hypothetical` is the result of `hypothetical_error`: it joins the columns if it has all that the score reads.
+    `group` is the group of each prediction, from 0 on, (N,) int64.
     """
     n, num_groups = len(group), int(group.max()) + 1
     estimate = Estimate(score, score.of(*columns.values(), weights=None).item(), n)

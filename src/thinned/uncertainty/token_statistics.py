@@ -86,10 +86,7 @@ class TokenStatistics:
         return columns
 
     def sequences(self, tokens: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Returns the columns of the sequences, (B,) each.
-
-        Args:
-            tokens: The result of `tokens`.
+        """Returns the columns of the sequences, (B,) each, from the result of `tokens`.
 
         Returns:
             log_likelihood: sum over tokens of the log of the mean probability. With two samples or more also
