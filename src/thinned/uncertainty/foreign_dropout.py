@@ -121,9 +121,9 @@ def deterministic_output(net: nn.Module, evaluate: Callable[[nn.Module], Output]
 def find_dropout(net: nn.Module, evaluate: Callable[[nn.Module], Any]) -> FoundDropout:
     """Finds the dropout of a net by two passes, and checks it by a third if some of it is called by other modules.
 
-    `evaluate` runs the net on a batch and returns a tensor. A net that skips layers at random runs in training mode until
-    each has run, at most `ATTEMPTS` times. Modes, buffers, attributes that are numbers or tensors, and the random state
-    are restored.
+    `evaluate` runs the net on a batch and returns a tensor. If the net skips layers at random, it runs in training mode
+    until each has run, at most `ATTEMPTS` times. It restores modes, buffers, attributes that are numbers or
+    tensors, and the random state.
 
     Raises:
         ValueError: The net draws in evaluation mode; it cannot run in training mode; or a module that calls dropout
