@@ -87,7 +87,7 @@ class ThinnedCLI(LightningCLI):
         defaults = {"filename": "best", "monitor": "val/nll", "enable_version_counter": False}
         parser.set_defaults({f"checkpoint.{key}": value for key, value in defaults.items()})
         parser.add_lightning_class_args(StepSeed, "step_seed")
-        parser.link_arguments("seed_everything", "step_seed.seed")
+        parser.link_arguments("seed_everything", "step_seed.seed", compute_fn=int)  # of true, refused below
         parser.add_lightning_class_args(FiniteSteps, "finite_steps")
         parser.add_lightning_class_args(MCDropout, "mc_dropout")
         if self.purpose == "evaluate":
