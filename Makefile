@@ -29,20 +29,20 @@ help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
 
 # mlp only: begin
-train: .venv/installed ## Train, test and predict with configs/mlp_digits.yaml; ARGS="--key value" changes it
+train: .venv/installed ## Train, test and predict with configs/mlp_digits.yaml; ARGS="--key value" changes settings
 	.venv/bin/python scripts/train.py --config configs/mlp_digits.yaml $(ARGS)
 
-evaluate: .venv/installed ## Evaluate the latest run on digits, shifted ones and letters, training it first if need be
+evaluate: .venv/installed ## Evaluate the latest run on digits, shifted digits and letters; train it first if there is none
 	@ls runs/mlp_digits/*/checkpoints/best.ckpt >/dev/null 2>&1 || $(MAKE) train ARGS=
 	.venv/bin/python scripts/evaluate.py --ckpt_path $$(ls -t runs/mlp_digits/*/checkpoints/best.ckpt | head -1) \
 	    --sets configs/evaluation/image_shifts.yaml $(ARGS)
 
 # mlp only: end
 # gpt only: begin
-train-gpt: .venv/installed ## Train a GPT on the Python reference with configs/gpt_pydocs.yaml, print coloured samples
+train-gpt: .venv/installed ## Train a GPT on the Python reference with configs/gpt_pydocs.yaml, and print coloured samples
 	.venv/bin/python scripts/train.py --config configs/gpt_pydocs.yaml $(ARGS)
 
-evaluate-gpt: .venv/installed ## Evaluate the latest run on the Python reference, on shifted text and on code, likewise
+evaluate-gpt: .venv/installed ## Evaluate the latest run on the Python reference, shifted text and code; train it first if there is none
 	@ls runs/gpt_pydocs/*/checkpoints/best.ckpt >/dev/null 2>&1 || $(MAKE) train-gpt ARGS=
 	.venv/bin/python scripts/evaluate.py --ckpt_path $$(ls -t runs/gpt_pydocs/*/checkpoints/best.ckpt | head -1) \
 	    --sets configs/evaluation/text_shifts.yaml $(ARGS)
@@ -63,11 +63,11 @@ lint: .venv/installed-dev ## Check style, format, types and the Dockerfile
 	.venv/bin/python -m mypy
 	.venv/bin/hadolint .devcontainer/Dockerfile
 
-format: .venv/installed-dev ## Put imports in order and wrap lines, as `make lint` wants them
+format: .venv/installed-dev ## Order imports and wrap lines, as `make lint` expects
 	.venv/bin/python -m ruff check --fix .
 	.venv/bin/python -m ruff format .
 
-lines: ## Count the lines of src: by room, in all, and of what to read first
+lines: ## Count the lines of src by folder, in total, and of the files to read first
 	@wc -l $(wildcard src/*/*.py src/*/*/*.py) | awk -F / '/total$$/ { next } { n = $$0 + 0; all += n; \
 	    room = NF > 3 ? $$3 "/" : $$3; if (!(room in lines)) rooms[++count] = room; lines[room] += n } \
 	    END { for (i = 1; i <= count; i++) printf "%6d  %s\n", lines[rooms[i]], rooms[i]; printf "%6d  src\n", all }'

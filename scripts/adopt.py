@@ -10,7 +10,7 @@ It needs git and Python; nothing has to be installed. Three rules say what goes 
   `# gpt only: end`. In Markdown the comment is `<!-- gpt only -->`.
 - An `__init__.py` loses the imports from modules that are gone, and their names in `__all__`.
 
-What is `template only` goes in any case: this script, its test, and what was measured with the template.
+`template only` marks what always goes: this script, its test, and what was measured with the template.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from pathlib import Path
 
 OLD = "thinned"
 
-# A folder stands for all files in it. Whoever adds a file that names a removed one is told by tests/test_adopt.py.
+# A folder stands for all files in it. tests/test_adopt.py fails if a file that stays names a removed one.
 PARTS = {
     "gpt": """
         configs/gpt*.yaml  configs/evaluation/text_shifts.yaml
@@ -39,7 +39,6 @@ PARTS = {
         tests/tasks/test_language_modeling.py
     """,
     "mlp": """
-        .github/images/severity.png
         configs/mlp*.yaml  configs/evaluation/image_shifts.yaml  configs/evaluation/ovadia_mnist.yaml
         scripts/bench/mlp.py  scripts/bench/prediction.py  scripts/bench/start.py
         src/thinned/data/image*.py  src/thinned/data/labels.py  src/thinned/data/pixels.py
@@ -72,7 +71,7 @@ PARTS = {
         tests/uncertainty/test_selection.py  tests/uncertainty/test_sites.py
         tests/uncertainty/test_kept_networks.py
     """,
-    "template": "scripts/adopt.py  tests/test_adopt.py",
+    "template": ".github/images/severity.png  scripts/adopt.py  tests/test_adopt.py",
 }
 
 MARK = re.compile(r"[ \t]*(?:#|<!--) (gpt|mlp|template) only(?:: (begin|end))?(?: -->)?(?=[ \t|]*$)", re.MULTILINE)
@@ -105,7 +104,7 @@ def main() -> None:
 
 
 def obstacle(name: str) -> str | None:
-    """Returns what speaks against adopting under this name, here and now; None if nothing does."""
+    """Returns why the template cannot be adopted under this name here; None if it can."""
     pyproject = Path("pyproject.toml")
     if not (pyproject.is_file() and f'name = "{OLD}"' in pyproject.read_text() and Path("src", OLD).is_dir()):
         return f"Expected to run in the root of the template {OLD}, but got {Path.cwd()}"
@@ -124,18 +123,16 @@ def obstacle(name: str) -> str | None:
 
 
 def git(*arguments: str) -> str:
-    """Returns what a git command prints."""
     return subprocess.run(["git", *arguments], check=True, capture_output=True, encoding="utf-8").stdout
 
 
 def removed_files(files: list[Path], parts: set[str]) -> set[Path]:
-    """Returns those files that belong to one of the parts."""
     matched = {path for part in parts for pattern in PARTS[part].split() for path in Path().glob(pattern)}
     return {file for file in files if not matched.isdisjoint([file, *file.parents])}
 
 
 def rewrite(path: Path, removed_parts: set[str], removed: set[Path], name: str) -> None:
-    """Leaves the lines that stay, under the new name."""
+    """Rewrites a file under the new name, without the lines of removed parts."""
     try:
         before = path.read_text(encoding="utf-8")
     except UnicodeDecodeError:  # a picture
@@ -150,7 +147,7 @@ def rewrite(path: Path, removed_parts: set[str], removed: set[Path], name: str) 
 
 
 def without_marked_lines(text: str, removed_parts: set[str]) -> str:
-    """Drops the lines that are marked for one of the parts, and all the marks."""
+    """Drops the lines that are marked for one of the parts, and all marks."""
     if not MARK.search(text):
         return text
     kept: list[str] = []
@@ -179,7 +176,7 @@ def without_exports(text: str, removed: set[Path]) -> str:
 
 
 def renamed(text: str, name: str) -> str:
-    """Puts the new name where the old one names the project. A thinned network stays what it is called in English."""
+    """Replaces the old name where it names the project, not where it is an English word (a thinned network)."""
     modules = "|".join(path.stem for path in Path("src", OLD).iterdir())
     named = rf"""
         \b{OLD}(?=\.(?:{modules}|__\w+__)\b)            # thinned.models

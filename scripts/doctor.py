@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Says which known traps of this project apply on this machine, each with its mend.
+"""Says which known traps of this project apply on this machine, and how to mend each.
 
 The exit status is 1 if something is broken, else 0.
 
@@ -40,7 +40,7 @@ BAD_RELEASES = [  # package, releases, why, mend
 
 
 class Verdict(NamedTuple):
-    """Of a check: fail is what breaks a run, warn what can slow it down or surprise."""
+    """Holds the result of a check: fail breaks a run, warn can slow it down or surprise."""
 
     state: Literal["ok", "warn", "fail"]
     found: str
@@ -72,7 +72,7 @@ def bad_releases() -> Verdict:
 
 
 def compilation() -> Verdict:
-    """A two-line function, in a process of its own."""
+    """Compiles a two-line function, in its own process."""
     mend = "leave out model.compile, or "
     mend += "move to a path without spaces" if " " in sys.prefix else "install a C++ compiler (for CUDA: triton)"
     command = [sys.executable, "-c", COMPILED]
@@ -84,14 +84,14 @@ def compilation() -> Verdict:
             return Verdict("warn", "torch.compile is not done after 300 s", mend)
     if done.returncode or done.stdout.strip() != "True":
         said = done.stderr.strip().splitlines() or ["no output"]
-        cause = [line for line in said if re.match(r"[\w.]+Error: ", line)] or said  # which advice follows
+        cause = [line for line in said if re.match(r"[\w.]+Error: ", line)] or said  # advice follows it
         return Verdict("warn", f"torch.compile fails: {cause[-1][:200]}", mend)
     return Verdict("ok", "torch.compile works (on the net alone: torch 2.12 and later cannot compile self.log)")
 
 
 def wandb_server() -> Verdict:
     if (mode := os.environ.get("WANDB_MODE")) and mode != "online":
-        return Verdict("warn", f"WANDB_MODE={mode} decides, whatever key there is", "unset WANDB_MODE")
+        return Verdict("warn", f"WANDB_MODE={mode} overrides any API key", "unset WANDB_MODE")
     reason = wandb_offline_reason()
     if reason is None:
         return Verdict("ok", f"{wandb.setup().settings.base_url} confirms the API key")
@@ -128,7 +128,7 @@ CHECKS: dict[str, Callable[[], Verdict]] = {
 def examine(check: Callable[[], Verdict]) -> Verdict:
     try:
         return check()
-    except Exception as error:  # what cannot be found out must not hide the rest
+    except Exception as error:  # a check that breaks must not hide the others
         return Verdict("fail", f"{type(error).__name__}: {error}", "a check that breaks is a bug: please report it")
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Evaluates checkpoints: is the uncertainty to be trusted? Scores with intervals, each way to predict against another.
+"""Evaluates checkpoints: can the uncertainty be trusted? It compares ways to predict, by scores with intervals.
 
 python scripts/evaluate.py --ckpt_path runs/<experiment>/<run id> [runs/<experiment>/<another> ...]
 [--sets shifts.yaml] [--data.predict_split val] [--mc_dropout.num_samples 200]
@@ -7,8 +7,8 @@ python scripts/evaluate.py --ckpt_path runs/<experiment>/<run id> [runs/<experim
 
 Beside the deterministic network and Monte-Carlo dropout, it evaluates both at the temperature that fits half of the
 validation split, and several checkpoints as ensembles. The other half calibrates prediction sets of 90 % coverage.
-After the test it evaluates on the sets of a yaml: shifted ones by severity, and foreign ones to be told from the test.
-A killed evaluation resumes with --resume, and predicts no set again whose rows are there.
+After the test it evaluates on the sets of a yaml: shifted ones by severity, and foreign ones to tell from the test. A
+killed evaluation resumes with --resume, and skips the sets that it has already predicted.
 """
 
 from collections.abc import Sequence

@@ -1,10 +1,10 @@
 #!/usr/bin/env python
-"""Draws the masks of a checkpoint's thinned networks, and what they do to a prompt or an image, as PNG and SVG.
+"""Draws the masks of a checkpoint's thinned networks, and their effect on a prompt or an image, as PNG and SVG.
 
 python scripts/masks.py --ckpt_path runs/<experiment>/<run id> [--index 7 | --prompt "The yield statement"]
 
-The masks of a network depend on --seed and its number alone. Training draws new masks for each example or token; they
-are shown beside them.
+The masks of a network depend on --seed and its number alone. Beside them it shows the masks of training,
+which are drawn anew for each example or token.
 """
 
 import argparse
@@ -39,14 +39,14 @@ def parse(args: Sequence[str] | None) -> argparse.Namespace:
     given.add_argument("--index", type=int, help="example of the test split, for a checkpoint of images")
     given.add_argument("--prompt", help="text that the networks attend over, for a checkpoint of text")
     parser.add_argument("--samples", type=int, nargs=2, default=(0, 1), metavar="S", help="two networks (default 0 1)")
-    parser.add_argument("--seed", type=int, default=0, help="of the networks (default 0)")
-    parser.add_argument("--out", type=Path, default=Path("masks"), metavar="FOLDER", help="where to (default masks)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the networks (default 0)")
+    parser.add_argument("--out", type=Path, default=Path("masks"), metavar="FOLDER", help="folder to write to")
     return parser.parse_args(args)
 
 
 # gpt only: begin
 def draw_prompt(net: nn.Module, tokenizer: Tokenizer, given: argparse.Namespace) -> dict[str, Figure]:
-    """Returns the figures of --prompt; ValueError if the vocabulary or the context does not hold it."""
+    """Returns the figures of --prompt; ValueError if it exceeds the vocabulary or the context."""
     tokens, most = prompt_tokens(tokenizer, given.prompt), int(net.context_length)  # type: ignore[arg-type]
     if len(tokens) > most:
         raise ValueError(f"Expected --prompt of at most {most} tokens (net.context_length), but got {len(tokens)}")

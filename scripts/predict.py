@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Predicts with Monte-Carlo dropout from a checkpoint alone: net, data and settings are in it.
+"""Predicts with Monte-Carlo dropout from a checkpoint alone, which holds net, data and settings.
 
 python scripts/predict.py --ckpt_path runs/<experiment>/<run id>/checkpoints/best.ckpt
 [--data.path other] [--data.predict_split val] [--mc_dropout.num_samples 200]

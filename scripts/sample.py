@@ -3,8 +3,8 @@
 
 python scripts/sample.py --ckpt_path runs/<experiment>/<run id>/checkpoints/best.ckpt --prompt "The yield statement"
 
-Each continuation comes from a thinned network of its own; with --ensemble from the mean of S of them, which shows where
-they disagree (mutual information); with --deterministic from the network without dropout (entropy).
+Each continuation comes from a thinned network of its own. With --ensemble, it comes from the mean of S of them and
+shows their disagreement (mutual information). With --deterministic, it is the network without dropout (entropy).
 """
 
 import argparse
@@ -39,10 +39,10 @@ def parse(args: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--top_k", type=int, help="only the k most probable tokens")
     parser.add_argument("--top_p", type=float, help="only the most probable tokens with this joint probability")
     parser.add_argument("--stop", help="text that ends a continuation")
-    parser.add_argument("--seed", type=int, default=0, help="of networks and tokens")
+    parser.add_argument("--seed", type=int, default=0, help="seed of networks and tokens")
     parser.add_argument("--ensemble", type=int, nargs="?", const=20, metavar="S", help="mean of S networks (alone: 20)")
     parser.add_argument("--deterministic", action="store_true", help="the network without dropout")
-    parser.add_argument("--html", type=Path, metavar="FILE", help="write the coloured text there too")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write the coloured text to FILE too")
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=default, help=f"cpu, cuda, cuda:1, mps (default {default})")
     return parser.parse_args(args)

@@ -3,7 +3,7 @@
 
     python scripts/bench NAME [--repeats 7]     --help lists the names
 
-All sides run in turn; times are medians over the repeats, ratios are medians of the pairwise ratios.
+All sides run in turn. Times are medians over the repeats, and ratios are medians of the ratios of each turn.
 """
 
 import argparse
@@ -42,10 +42,10 @@ def main() -> None:
     }
     parser.add_argument("bench", choices=benches)
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--rows", type=int, default=10_000, help="of predictions, in `intervals`")
+    parser.add_argument("--rows", type=int, default=10_000, help="number of predictions, in `intervals`")
     parser.add_argument("--nanogpt", type=Path, help="nanoGPT's model.py, to measure against in `train`")  # gpt only
     arguments = parser.parse_args()
-    warnings.filterwarnings("ignore")  # Lightning's advice on loaders and loggers, which are left out on purpose
+    warnings.filterwarnings("ignore")  # Lightning advises loaders and loggers, which are left out on purpose
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, Python {sys.version.split()[0]}")
     benches[arguments.bench](arguments.repeats)
 

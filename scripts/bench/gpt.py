@@ -1,4 +1,4 @@
-"""What the GPT costs: training against other implementations, generation, Monte-Carlo dropout on tokens."""
+"""Measures the cost of the GPT: training against other implementations, generation, Monte-Carlo dropout on tokens."""
 
 import runpy
 from collections.abc import Callable
@@ -21,7 +21,7 @@ VOCABULARY = 65
 
 
 class Size(NamedTuple):
-    """Of a GPT and its batches."""
+    """Holds the sizes of a GPT and its batches."""
 
     layers: int
     heads: int
@@ -42,7 +42,7 @@ def gpt(size: Size, p: float, mlp: float | None = None, vocab_size: int = VOCABU
 
 
 class Logits(nn.Module):
-    """Another implementation, called as a GPT is."""
+    """Wraps another implementation, so that it is called like a GPT."""
 
     def __init__(self, net: nn.Module, logits: Callable[[Any], Tensor]) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ def nanogpt(size: Size, p: float, source: Path) -> nn.Module:
 
 
 def bench_train(repeats: int, nanogpt_source: Path | None) -> None:
-    """Training steps, all eager with the same optimiser; the others drop at embedding, attention and residual."""
+    """Measures eager training steps with the same optimiser; the others drop at embedding, attention and residual."""
     for size in (SMALL, LARGE):
         tokens, targets = torch.randint(VOCABULARY, (2, size.batch, size.context))
         steps = 10 if size is SMALL else 1
@@ -117,7 +117,7 @@ def bench_train(repeats: int, nanogpt_source: Path | None) -> None:
 
 
 def bench_generate(repeats: int) -> None:
-    """256 new tokens after one, with keys and values kept and without."""
+    """Measures the generation of 256 tokens, with and without a KV cache."""
     net, prompt = gpt(LARGE, 0.0).eval(), torch.zeros(1, 1, dtype=torch.int64)
 
     @torch.inference_mode()
@@ -132,7 +132,7 @@ def bench_generate(repeats: int) -> None:
 
 
 def bench_gpt_mc(repeats: int) -> None:
-    """One pass of a thinned GPT against a deterministic one; S = 20 samples against the textbook loop."""
+    """Measures a pass of a thinned GPT against a deterministic one, and S = 20 samples against the textbook loop."""
     samples = 20
     for size in (SMALL._replace(batch=64), LARGE._replace(batch=4)):
         tokens, targets = torch.randint(VOCABULARY, (2, size.batch, size.context))

@@ -1,4 +1,4 @@
-"""How long a step of configs/gpt2_124m.yaml takes on eight GPUs and more: calculated, not measured."""
+"""Calculates how long a step of configs/gpt2_124m.yaml takes on eight GPUs and more, without measuring it."""
 
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ NANOGPT_SECONDS = 4 * 24 * 3600  # nanoGPT's README: about four days on eight A1
 
 
 class Device(NamedTuple):
-    """Dense bf16 FLOP/s and NVLink bytes/s in one direction, of NVIDIA's data sheets of the SXM modules."""
+    """Holds dense bf16 FLOP/s and NVLink bytes/s in one direction, from NVIDIA's data sheets of the SXM modules."""
 
     name: str
     flops: float
@@ -24,7 +24,7 @@ class Device(NamedTuple):
 A100 = Device("A100", 312e12, 300e9)
 H100 = Device("H100", 989e12, 450e9)
 
-# Devices on a node, nodes, and bytes/s between nodes in one direction: of a node, over all its network cards.
+# Device, nodes, and bytes/s of a node in one direction, over all its network cards.
 CLUSTERS = (
     (A100, 1, 0.0, "NVLink"),
     (H100, 1, 0.0, "NVLink"),
@@ -35,16 +35,16 @@ CLUSTERS = (
 
 
 def ring_seconds(size: float, members: int, bandwidth: float) -> float:
-    """Time of a ring all-reduce: each member sends 2 (N - 1) / N of the bytes (Patarasu and Yuan 2009)."""
+    """Returns the time of a ring all-reduce: each member sends 2 (N - 1) / N of the bytes (Patarasu and Yuan 2009)."""
     return 2 * (members - 1) / members * size / bandwidth
 
 
 def step_seconds(
     flops: float, gradient_bytes: float, device: Device, nodes: int, between: float, mfu: float
 ) -> tuple[float, float]:
-    """Seconds of the arithmetic of a step on nodes of eight devices, and of the all-reduce of its gradients.
+    """Returns the seconds of a step on nodes of eight devices: its arithmetic, and the all-reduce of its gradients.
 
-    A ring is as slow as its slowest link: the node's share of the network where there are several nodes.
+    A ring is as slow as its slowest link: with several nodes, the network.
     """
     devices = 8 * nodes
     bandwidth = device.nvlink if nodes == 1 else min(device.nvlink, between)
@@ -52,7 +52,7 @@ def step_seconds(
 
 
 def calculate() -> None:
-    """Prints the step time of GPT-2 124M on eight devices and more: calculated, not measured."""
+    """Prints the calculated step time of GPT-2 124M on eight devices and more."""
     with torch.device("meta"):
         net = GPT(50_257, 1024, num_layers=12, num_heads=12, width=768)
     flops = net.flops_per_token() * TOKENS

@@ -1,4 +1,4 @@
-"""Time and memory of all scores with their intervals and differences."""
+"""Measures time and memory of all scores with their intervals and differences."""
 
 import time
 
@@ -14,7 +14,7 @@ WAYS = 6
 
 
 def columns(num_rows: int, way: int) -> dict[str, Tensor]:
-    """Returns what a net with calibrated probabilities, or one that is more and more sure, predicts of 10 classes."""
+    """Returns predictions of 10 classes by a calibrated net; each further way is more overconfident."""
     torch.manual_seed(0)
     logits = 6 * torch.randn(num_rows, 10)
     target = torch.multinomial(logits.softmax(-1), 1).squeeze(1)

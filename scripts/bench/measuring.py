@@ -1,4 +1,4 @@
-"""Times of several sides in turn, and peak memory: what the benchmarks measure with."""
+"""Measures the times of several sides in turn, and peak memory, for the benchmarks."""
 
 import multiprocessing
 import statistics
@@ -14,11 +14,9 @@ Results = dict[str, tuple[float, float]]  # seconds, and ratio to the first side
 
 
 def compare(sides: Mapping[str, Callable[[], object]], repeats: int) -> Results:
-    """Median seconds of each side, and its median ratio to the first one, run in turn after one warm-up.
+    """Returns median seconds of each side, and its median ratio to the first one, run in turn after one warm-up.
 
-    Every other turn is in reverse, as a side's time depends on the one before it.
-
-    A side that times itself returns its seconds as a float.
+    Every other turn is in reverse, as a side's time depends on the one before it. A side may return its own seconds.
     """
     times: dict[str, list[float]] = {name: [] for name in sides}
     for run in range(repeats + 1):
@@ -50,13 +48,13 @@ def show(title: str, results: Results, per: int = 1, **extra: Callable[[str, flo
 
 
 def peak_memory(function: Callable[..., object], *args: object) -> float:
-    """MiB by which calling the function raises the peak resident size of a fresh process (Linux only)."""
+    """Returns by how many MiB the function raises the peak resident size of a fresh process (Linux only)."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(_rise, function, args).result()
 
 
 def _rise(function: Callable[..., object], args: tuple[object, ...]) -> float:
-    Path("/proc/self/clear_refs").write_text("5")  # the peak of the imports is forgotten
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak, which the imports have raised
     before = _peak()
     function(*args)
     return _peak() - before

@@ -1,4 +1,4 @@
-"""What dropout, Monte-Carlo dropout and the Trainer cost an MLP, each against the same as it is usually written."""
+"""Measures dropout and Monte-Carlo dropout of an MLP, each against the usual implementation."""
 
 from collections.abc import Callable
 from functools import partial
@@ -22,7 +22,7 @@ def mlp(p: float, embedding: float | None = None) -> MLP:
 
 
 def textbook(p: float) -> nn.Sequential:
-    """The same network as it is usually written."""
+    """Returns the same network with nn.Dropout."""
     layers: list[nn.Module] = [nn.Flatten(), nn.Dropout(min(p, 0.2))]
     for size, units in zip((784, *WIDTHS), WIDTHS, strict=False):
         layers += [nn.Linear(size, units), nn.ReLU(), nn.Dropout(p)]
@@ -36,7 +36,7 @@ def training_step(net: nn.Module, inputs: Tensor, targets: Tensor, optimizer: to
 
 
 def bench_dropout(repeats: int) -> None:
-    """A training step of the MLP: without dropout, with ours, and with nn.Dropout."""
+    """Measures a training step of the MLP without dropout, with ours, and with nn.Dropout."""
     steps = 20
     for batch in (128, 1024):
         inputs, targets = torch.randn(batch, 1, 28, 28), torch.randint(10, (batch,))
@@ -66,7 +66,7 @@ def run_thinned(p: float, num_samples: int) -> object:
 
 
 def predict_repeated(net: nn.Module, inputs: Tensor, num_samples: int) -> Tensor:
-    """One batch, in which each input stands S times with masks of its own."""
+    """Returns predictions of one batch that holds each input S times, each with its own masks."""
     net.train()
     with torch.no_grad():
         probs = net(inputs.repeat(num_samples, 1, 1, 1)).softmax(-1)
@@ -79,7 +79,7 @@ def run_batch(count: int, num_samples: int, keep: bool) -> object:
 
 
 def bench_mlp_batch(repeats: int) -> None:
-    """S = 50 samples for few inputs: networks in stacks, cut networks, and each input S times in one batch."""
+    """Measures S = 50 samples for few inputs: networks in stacks, cut networks, and each input S times in one batch."""
     samples = 50
     for p, count in product((0.5, 0.1), (1, 32, 64, 128)):
         net, baseline, ours, inputs = mlp(p).eval(), textbook(p), mlp(p), torch.randn(count, 1, 28, 28)
@@ -104,7 +104,7 @@ def bench_mlp_batch(repeats: int) -> None:
 
 
 def bench_mlp_mc(repeats: int) -> None:
-    """S = 50 samples for 1,000 inputs: the textbook loop against thinned networks."""
+    """Measures S = 50 samples for 1,000 inputs: the textbook loop against thinned networks."""
     inputs, samples = torch.randn(1000, 1, 28, 28), 50
     for p in (0.5, 0.1):
         net, baseline = mlp(p).eval(), textbook(p)

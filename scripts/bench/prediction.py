@@ -1,4 +1,4 @@
-"""Speed and memory of scripts/predict.py, as it is run, by the number of examples and of processes."""
+"""Measures speed and memory of scripts/predict.py by the number of examples and of processes."""
 
 import os
 import subprocess
@@ -20,7 +20,7 @@ SAMPLES = 5
 
 
 def save_images(folder: Path, count: int) -> None:
-    """28 x 28 pixels of ten classes: a test split of `count` examples, and a training split of 1,000."""
+    """Saves images of 28 x 28 pixels in ten classes: `count` for the test, and 1,000 for training."""
     datasets.disable_progress_bars()
     classes = datasets.ClassLabel(names=[str(label) for label in range(10)])
     features = datasets.Features(image=datasets.Image(), label=classes)
@@ -28,14 +28,14 @@ def save_images(folder: Path, count: int) -> None:
 
     def split(size: int) -> datasets.Dataset:
         label = np.arange(size) % 10
-        pixels = 25 * label[:, None, None] + draws.integers(0, 2, (size, 28, 28))  # which PNG makes small
+        pixels = 25 * label[:, None, None] + draws.integers(0, 2, (size, 28, 28))  # PNG compresses them well
         return datasets.Dataset.from_dict({"image": list(pixels.astype(np.uint8)), "label": label}, features=features)
 
     datasets.DatasetDict({"train": split(1000), "test": split(count)}).save_to_disk(folder)
 
 
 def read_all(path: str) -> None:
-    """What a prediction makes of its data before it has predicted anything."""
+    """Reads the data as a prediction does before it begins."""
     data = ImageDataModule(path)
     data.setup()
     for _ in data.test_dataloader():
@@ -57,20 +57,20 @@ def run(folder: Path, *arguments: object) -> float:
 
 
 def seconds(folder: Path) -> float:
-    """From the first batch of the latest run to its scores: what it writes before and after."""
+    """Returns the time from the first batch of the latest run to its scores, by the files that it writes."""
     config = max(folder.glob("runs/*/*-predict/config.yaml"), key=lambda path: path.stat().st_mtime)
     return config.with_name("metrics.json").stat().st_mtime - config.stat().st_mtime
 
 
 def bench_predict() -> None:
-    """Examples per second and memory for 10,000 and 100,000 examples, by one and two processes."""
+    """Measures examples per second and memory for 10,000 and 100,000 examples, in one and two processes."""
     quiet = ("--trainer.enable_progress_bar=false", "--trainer.logger=false", "--trainer.accelerator=cpu")
     table = Table("processes", "examples", "examples/s", "peak MiB, of any process", "data alone, MiB")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         data = {size: folder / f"images{size}" for size in SIZES}
         for size, path in data.items():
-            peak_memory(save_images, path, size)  # in a process of its own, lest this one grows
+            peak_memory(save_images, path, size)  # in its own process, so that this one stays small
         alone = {size: peak_memory(read_all, str(path)) for size, path in data.items()}
         net = ("--model.net.input_shape", "[1,28,28]", "--model.net.hidden", "[128]", "--data.path", data[SIZES[0]])
         steps = ("--trainer.max_steps", 50, "--trainer.limit_test_batches", 1, *quiet, "--mc_dropout.num_samples=null")

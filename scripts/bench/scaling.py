@@ -1,4 +1,4 @@
-"""What a second process brings, measured with DDP on two cores."""
+"""Measures the gain from a second process, with DDP on two cores."""
 
 import multiprocessing
 import os
@@ -29,7 +29,7 @@ UNSYNCED = ", no all-reduce"
 
 
 class Problem(NamedTuple):
-    """A net, a loss of it on a batch, and the size of the batch of one process."""
+    """Holds a net, its loss on a batch, and the batch size of one process."""
 
     name: str
     net: Callable[[], nn.Module]
@@ -61,7 +61,7 @@ PROBLEMS = (
 
 
 def bench_scaling(repeats: int) -> None:
-    """Strong scaling (the same global batch) and weak (the same batch per process), one thread on a core each."""
+    """Measures strong (same global batch) and weak scaling (same batch per process), with a thread on each core."""
     cores = sorted(os.sched_getaffinity(0))[:2]
     if len(cores) < 2:
         raise SystemExit("error: Expected two cores, but got one")
@@ -77,7 +77,7 @@ def bench_scaling(repeats: int) -> None:
 
 
 def _rank(rank: int, cores: list[int], folder: str, repeats: int) -> None:
-    """One of the two processes. Both run the same sides in the same order; the first one's times are shown."""
+    """Runs one of the two processes. Both run the same sides in the same order; the first one shows its times."""
     os.sched_setaffinity(0, {cores[rank]})
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
@@ -97,14 +97,14 @@ def _rank(rank: int, cores: list[int], folder: str, repeats: int) -> None:
         }
         results = compare(sides, repeats)
         if rank == 0:
-            seconds = sum(waits) / (2 * STEPS * (repeats + 1))  # of a step
+            seconds = sum(waits) / (2 * STEPS * (repeats + 1))  # per step
             size = sum(p.numel() * p.element_size() for p in copy.parameters())
             _show(f"{problem.name}: {size / 1e6:.1f} MB of gradients, all-reduce {1e3 * seconds:.1f} ms", results)
     dist.destroy_process_group()
 
 
 def _timed_all_reduce(waits: list[float], bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore[name-defined]
-    """DDP's own all-reduce, which notes the time from its start to its end."""
+    """Runs DDP's own all-reduce and records its time from start to end."""
     start = time.perf_counter()
 
     def done(future: torch.futures.Future[Tensor]) -> Tensor:
@@ -118,7 +118,7 @@ def _timed_all_reduce(waits: list[float], bucket: dist.GradBucket) -> torch.futu
 def _side(
     problem: Problem, net: nn.Module, batch: tuple[Tensor, Tensor], *, active: bool = True, sync: bool = True
 ) -> Callable[[], float]:
-    """Training steps, begun by both processes at once."""
+    """Returns a function that runs training steps, which both processes begin at once."""
     optimizer = torch.optim.AdamW(net.parameters(), lr=0.0, fused=True)  # a fitted batch has slow, denormal gradients
 
     def run() -> float:
@@ -135,7 +135,7 @@ def _side(
 
 
 def _show(title: str, results: Results) -> None:
-    """The efficiency is that of each process: 1 where two do the work of one in half the time, or twice the work."""
+    """Shows the efficiency per process: 1 if two do the same work in half the time, or twice the work."""
     table = Table("", "ms a step", "efficiency", "ms more than without all-reduce", title=title, title_justify="left")
     for name, (seconds, ratio) in results.items():
         if name.endswith(UNSYNCED):

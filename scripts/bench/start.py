@@ -1,4 +1,4 @@
-"""CPU seconds from the start of Python to the first optimiser step: scripts/train.py against a plain Trainer."""
+"""Measures CPU seconds from the start of Python to the first step: scripts/train.py against a plain Trainer."""
 
 import os
 import statistics
@@ -18,7 +18,7 @@ def say_time_and_end(*_: Any) -> None:
 
 
 def train_plainly() -> None:
-    """Trains the net of configs/mlp_digits.yaml on the digits for a step, as a script of one's own would."""
+    """Trains the net of configs/mlp_digits.yaml for one step, as a plain script would."""
     import lightning.pytorch as pl
     import torch
     from sklearn.datasets import load_digits
@@ -46,7 +46,7 @@ def train_plainly() -> None:
 
 
 def bench_start(repeats: int) -> None:
-    """Both sides in turn, each in a process of its own; its children, such as W&B's service, do not count."""
+    """Measures both sides in turn, each in its own process, without its children, such as W&B's service."""
     plain = ("-c", "from start import train_plainly; train_plainly()")
     ending: tuple[str, ...] = ("--trainer.callbacks+=lightning.pytorch.callbacks.LambdaCallback",)
     ending += ("--trainer.callbacks.on_train_batch_end=start.say_time_and_end", "--trainer.accelerator=cpu")

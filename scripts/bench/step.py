@@ -1,4 +1,4 @@
-"""A training step of scripts/train.py, with its callbacks, logger and progress bar, against a plain Trainer's."""
+"""Measures a training step of scripts/train.py, with callbacks, logger and progress bar, against a plain Trainer's."""
 
 import os
 import tempfile
@@ -18,7 +18,7 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 class PlainTask(pl.LightningModule):
-    """The least that trains the net of a task on the same batches, as a script of one's own would."""
+    """Trains the net of a task on the same batches, as a minimal script would."""
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()

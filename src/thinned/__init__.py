@@ -1,3 +1,3 @@
-"""Training networks with dropout, and uncertainty from Monte-Carlo dropout that can be trusted."""
+"""Trains networks with dropout, and measures the uncertainty of Monte-Carlo dropout before it is trusted."""
 
 __version__ = "0.1.0"

@@ -1,4 +1,4 @@
-"""What can be wrong with a command line before anything is built, told within a second: torch is not imported here."""
+"""Checks a command line within a second, before anything is built and without importing torch."""
 
 import argparse
 import difflib
@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-# First parts of the options, which are the keys of a config. A test compares them with the parser's.
+# The keys of a config, with which options begin. A test compares them with the parser's.
 OPTIONS = {
     "trainer", "model", "data", "mc_dropout", "checkpoint", "step_seed", "finite_steps", "seed_everything",
     "experiment", "runs_dir", "run_id", "resume",
@@ -33,7 +33,7 @@ def check_arguments(args: Sequence[str] | None = None) -> None:
     Raises:
         ValueError: A config is missing, or an option or a key of a config is unknown or doubled.
     """
-    if "_ARGCOMPLETE" in os.environ:  # the shell asks what may follow
+    if "_ARGCOMPLETE" in os.environ:  # the shell asks for completions
         return
     parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False, exit_on_error=False)
     parser.add_argument("-c", "--config", action="append", default=[])
@@ -84,7 +84,7 @@ def refuse_double_keys(text: str, where: str = "the yaml") -> None:
     """
     try:
         nodes = [yaml.compose(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))]
-    except yaml.YAMLError:  # reported by whoever parses it
+    except yaml.YAMLError:  # the parser reports it
         return
     while nodes:
         node = nodes.pop()
@@ -113,7 +113,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     refuse_double_keys(text, path.name)
     try:
         content = yaml.safe_load(text)
-    except yaml.YAMLError:  # reported by whoever parses it
+    except yaml.YAMLError:  # the parser reports it
         return {}
     return content if isinstance(content, dict) else {}
 

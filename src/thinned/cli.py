@@ -1,4 +1,4 @@
-"""The command line: one LightningCLI that parses, and builds trainer, task and data in a directory of the run.
+"""Defines the command line: one LightningCLI that parses, and builds trainer, task and data in the run's directory.
 
 runs/<experiment>/<run id>/  config.yaml  checkpoints/{best,last}.ckpt  metrics.{csv,json}  predictions.parquet
                              report.html  wandb/
@@ -17,7 +17,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from rich.console import Console
 
-# Configs may name the classes of what is imported here, such as data and tasks, without their package.
+# Configs may name these classes without their package.
 from thinned.data.module import DataOffers
 from thinned.evaluation import MCDropout
 from thinned.evaluation.ensembles import evaluation_ways
@@ -54,8 +54,8 @@ class ThinnedCLI(LightningCLI):
 
     Args:
         args: Command line arguments; None reads `sys.argv`.
-        checkpoints: Contents of what to predict from, by their paths; the first has the config. None trains.
-        purpose: What is done with them, predict or evaluate; it ends the names of such runs.
+        checkpoints: Checkpoints to predict from, by path; the first one has the config. None trains.
+        purpose: What to do with them, predict or evaluate; it ends the name of the run.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class ThinnedCLI(LightningCLI):
         defaults = {"filename": "best", "monitor": "val/nll", "enable_version_counter": False}
         parser.set_defaults({f"checkpoint.{key}": value for key, value in defaults.items()})
         parser.add_lightning_class_args(StepSeed, "step_seed")
-        parser.link_arguments("seed_everything", "step_seed.seed")
+        parser.link_arguments("seed_everything", "step_seed.seed", compute_fn=int)  # of true, refused below
         parser.add_lightning_class_args(FiniteSteps, "finite_steps")
         parser.add_lightning_class_args(MCDropout, "mc_dropout")
         if self.purpose == "evaluate":
@@ -157,17 +157,17 @@ class ThinnedCLI(LightningCLI):
             now = yaml.safe_load(self.parser.dump(self.config, skip_unset=False))
             refuse_other_data(checkpoint["config"]["data"], now["data"])
             refuse_change_without_steps(checkpoint, now["model"], self.trainer)
-            self.restore(checkpoint)  # now, so that one that does not fit leaves the run untouched
+            self.restore(checkpoint)  # before the run is touched: the weights may not fit
             step = checkpoint["global_step"]
         if self.config.resume:
             for logger in self.trainer.loggers:
                 if isinstance(logger, ResumableLogger):
                     logger.resume_from(step)
-        for key, value in self._given_places.items():  # the record is of the experiment, wherever it runs
+        for key, value in self._given_places.items():  # the record describes the experiment, wherever it runs
             self.config[key] = value
 
     def data_of(self, each: EvaluationSet) -> LightningDataModule:
-        """Builds the data of a set, as the first checkpoint knows them; ValueError if a setting is wrong."""
+        """Builds the data of a set with the state of the first checkpoint; ValueError if a setting is wrong."""
         assert self.checkpoint is not None
         given, parser = self.config.data, Parser()
         parser.add_subclass_arguments(LightningDataModule, "data")
@@ -200,7 +200,7 @@ class ThinnedCLI(LightningCLI):
 
     @rank_zero_only
     def print_results(self) -> None:
-        """Prints the scores, with a column for each way to predict, what they tell, and the files of the run."""
+        """Prints the scores of each way to predict, what they tell, and the files of the run."""
         if wandb := sys.modules.get("wandb"):
             wandb.finish()  # before the table, which should stand last
         console = Console()
@@ -218,7 +218,7 @@ class ThinnedCLI(LightningCLI):
 
 
 def _fill_in_from_data(config: Any) -> LightningDataModule | None:
-    """Sets what the net leaves to the data (null), such as the number of classes; returns the data that knew it."""
+    """Sets null arguments of the net, such as the number of classes, from the data; returns the data if it set any."""
     data_class = cast(type[LightningDataModule], locate(config.data.class_path))
     net = config.model.get("init_args.net.init_args")
     missing = [] if net is None else [key for key, value in vars(net).items() if value is None]

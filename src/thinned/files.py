@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and checkpoints, opened without running code in them."""
+"""Writes files that appear whole or not at all, and opens checkpoints without running code in them."""
 
 import os
 import pickle
@@ -17,13 +17,10 @@ KEPT = ("seed_everything", "experiment", "runs_dir", "model", "data", "mc_dropou
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Yields a temporary path, whose file replaces `path` if the block ends without an exception.
-
-    Args:
-        path: Path of the file; its folder is made if need be.
+    """Yields a temporary path, whose file replaces `path` if the block ends without an exception; makes the folder.
 
     Raises:
-        OSError: The file cannot be written; the message names it, and the file before is kept.
+        OSError: The file cannot be written; the message names it, and the old file is kept.
     """
     temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")  # some writers take the format from the suffix
     try:
@@ -42,16 +39,14 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 def checkpoint_file(path: str | Path) -> str:
-    """Returns the path of a checkpoint: the best one of a run, if it is the folder of a run."""
+    """Returns the path of a checkpoint; for the folder of a run, that of its best checkpoint."""
     return str(Path(path, "checkpoints/best.ckpt") if Path(path).is_dir() else path)
 
 
 def read_checkpoint(path: str, check: bool = True) -> dict[str, Any]:
     """Opens a checkpoint written by the scripts with `weights_only`, so that no pickled code runs.
 
-    Args:
-        path: Path of the file.
-        check: Whether to compare every byte with its checksum, which torch does not.
+    `check` compares every byte with its checksum, which torch does not.
 
     Raises:
         ValueError: The file is missing, truncated, foreign, or holds anything but tensors and primitives.
@@ -77,7 +72,7 @@ def read_checkpoint(path: str, check: bool = True) -> dict[str, Any]:
 
 
 def _sync_directory(directory: Path) -> None:
-    """Makes a renaming last, if the system can."""
+    """Makes a rename survive a crash, if the system can."""
     with suppress(OSError):
         descriptor = os.open(directory, os.O_RDONLY)
         try:

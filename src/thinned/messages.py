@@ -1,4 +1,4 @@
-"""Errors as one line that says what to change, with a traceback on request. torch is not imported here."""
+"""Shortens errors to one line that says what to change. This module does not import torch."""
 
 import io
 import os
@@ -14,7 +14,7 @@ from contextlib import contextmanager, nullcontext, redirect_stderr, suppress
 from pathlib import Path
 
 SAYS_WHAT_TO_CHANGE = re.compile("Expected|Parser key|[Uu]nrecognized|Problem with|Option|Key ")
-# Errors of gloo, of NCCL, and of the store through which ranks find each other. Torch has classes for some alone.
+# Errors of gloo, NCCL and the store through which ranks find each other. Torch has classes for only some of them.
 LOST = re.compile(r"gloo|NCCL|TCPStore|ProcessGroup|Dist(Backend|Network|Store)Error")
 LIBRARIES = tuple({sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")} | {sys.base_prefix, "<"})
 NOT_SAID = (  # beginnings of warnings
@@ -22,11 +22,11 @@ NOT_SAID = (  # beginnings of warnings
     "You're resuming from a checkpoint that ended before the epoch ended",
     # The model summary gives sizes in fp32, whatever the precision.
     "Precision .* is not supported by the model summary",
-    # Nothing changes in place what a sharded net returns.
+    # No code changes the outputs of a sharded net in place.
     "FSDP2-wrapped module .* returned a view tensor",
-    # A run that resumes with max_steps first ends its last epoch again, without the metrics of it.
+    # A run that resumes with max_steps ends its last epoch again, without its metrics.
     r"`ModelCheckpoint\(monitor=.*\)` could not find the monitored key",
-    # A test takes the average from the checkpoint, which is what is wanted; each process has the whole net.
+    # A test takes the average from the checkpoint, as it should; each process has the whole net.
     "You're using the WeightAveraging callback",
     # Lightning 2.6.6 asks isinstance(treespec, LeafSpec) in each stage: Lightning-AI/pytorch-lightning#21326
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",
@@ -40,7 +40,7 @@ EXIT_STATUS = 128  # plus the signal's number is what shells report: 143 for SIG
 def one_message() -> Iterator[None]:
     """Ends the program with one line and status 1 on any error; THINNED_TRACEBACK=1 shows the traceback instead."""
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # what it cannot encode is shown as well as it goes
+        if isinstance(stream, io.TextIOWrapper):  # a character that it cannot encode is escaped
             stream.reconfigure(errors="backslashreplace")
     for warning in NOT_SAID:
         warnings.filterwarnings("ignore", message=warning)
@@ -70,14 +70,14 @@ def ended_by_sigterm() -> Iterator[None]:
 
 
 def restart_in_utf8() -> None:
-    """Starts this program again in Python's UTF-8 mode if file names and files would be written in another encoding."""
+    """Restarts this program in Python's UTF-8 mode if it would write file names and files in another encoding."""
     if sys.getfilesystemencoding() != "utf-8" and os.environ.get("PYTHONUTF8") != "1":
         os.environ["PYTHONUTF8"] = "1"
         os.execv(sys.executable, sys.orig_argv)
 
 
 def is_lost_rank(error: BaseException) -> bool:
-    """Whether a rank gets this error because another one does not answer."""
+    """Returns whether this error means that another rank does not answer."""
     return isinstance(error, RuntimeError) and LOST.search(f"{type(error).__name__}: {error}") is not None
 
 
@@ -91,14 +91,14 @@ def plain(message: str) -> str:
     noise = "Does not validate|Subtypes:|Errors:|- Expected a <class 'NoneType'>"
     said, _, given = message.partition("Given value type:")
     lines = [line.strip().removeprefix("- ") for line in said.splitlines() if not re.match(rf"\s*({noise})", line)]
-    value = given.partition("Given value: ")[2].strip().partition("\n")[0]  # the rest is of the other subtypes
+    value = given.partition("Given value: ")[2].strip().partition("\n")[0]  # the rest is about the other subtypes
     if value and not value.startswith(("Namespace(", "NestedArg(")):
         lines.append(f"(got {value})")
     return " ".join(line for line in lines if line)
 
 
 def _one_line(error: Exception) -> str:
-    """Returns the message of an error that says what to change, or else what is known of where it comes from."""
+    """Returns the message of an error that says what to change; adds type and origin to any other."""
     notes = getattr(error, "__notes__", [])
     if is_lost_rank(error):
         first = re.sub(r"^\[\S+\] ", "", str(error)).split(". ")[0]
@@ -106,7 +106,7 @@ def _one_line(error: Exception) -> str:
     message = plain(str(error))
     if _says_what_to_change(error, message):
         return " ".join([message, *notes])
-    if isinstance(cause := error.__cause__, Exception):  # such as what failed while jsonargparse built an object
+    if isinstance(cause := error.__cause__, Exception):  # such as an error while jsonargparse built an object
         frames = traceback.extract_tb(cause.__traceback__)
         own = bool(frames) and "jsonargparse" in frames[-1].filename
         return " ".join([message, *notes]) if own else _one_line(cause)
@@ -121,7 +121,7 @@ def _says_what_to_change(error: Exception, message: str) -> bool:
 
 
 def _origin(error: BaseException) -> str:
-    """Names the innermost line of a person's own code, or else of this package, in an error's traceback."""
+    """Names the innermost line of the user's code, or else of this package, in an error's traceback."""
     # A worker of a data loader sends its traceback as text.
     lines = re.findall(r'File "(.+?)", line (\d+)', str(error))[::-1]
     lines += [(f.filename, f.lineno) for f in traceback.extract_tb(error.__traceback__)[::-1]]
@@ -131,7 +131,7 @@ def _origin(error: BaseException) -> str:
 
 
 def _end_wandb() -> None:
-    """Ends W&B's run now, so that an error stands below what it prints; a run that is deleted cannot be synced."""
+    """Ends W&B's run, so that the error is printed last. If the run is deleted, W&B's advice to sync it is hidden."""
     wandb = sys.modules.get("wandb")
     if wandb is None or wandb.run is None:
         return

@@ -1,4 +1,4 @@
-"""Optional attributes of anyone's net, data module or task: a protocol lists them, with their defaults.
+"""Reads optional attributes of a net, data module or task: a protocol lists them, with their defaults.
 
 A name that the protocol does not list is an error, for mypy and at run time.
 """
@@ -10,7 +10,7 @@ class Offers:
     """Reads the attributes that a protocol lists from an object, or else from the protocol.
 
     Args:
-        given: Anyone's object; None offers nothing.
+        given: Any object; None offers nothing.
         protocol: The class whose attributes are the defaults.
     """
 
@@ -23,7 +23,7 @@ class Offers:
 
 
 class TaskOffers(Protocol):
-    """Attributes of a LightningModule that others look for. All are optional: these are the defaults."""
+    """Lists the optional attributes of a LightningModule that others read, with their defaults."""
 
     # Maps inputs to logits; it may offer more (`NetOffers`).
     net: Any = None

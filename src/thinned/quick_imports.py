@@ -7,15 +7,15 @@ from unittest import mock
 
 from lightning_utilities.core import imports
 
-LEFT_OUT = ("matplotlib", "scipy", "transformers")  # for plots of metrics, a name in scipy.signal, and the BERT score
+LEFT_OUT = ("matplotlib", "scipy", "transformers")  # torchmetrics plots, calls scipy.signal, and has a BERT score
 
 
 @contextmanager
 def quick_imports() -> Iterator[None]:
-    """Leaves out garbage collection, which finds nothing in modules, and what torchmetrics 1.9 brings along.
+    """Skips garbage collection, which finds nothing in modules, and what torchmetrics 1.9 imports in vain.
 
     In the block, torchmetrics and Lightning do not find the packages in `LEFT_OUT`. A task that plots a metric by
-    `metric.plot()`, or has the BERT score, has to import torchmetrics before.
+    `metric.plot()`, or computes the BERT score, has to import torchmetrics before.
     """
     found, available = imports.RequirementCache.__bool__, imports.package_available
 

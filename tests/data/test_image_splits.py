@@ -78,7 +78,7 @@ def test_another_set_is_predicted_as_a_whole(said: list[str]) -> None:
     assert after.facts is None
     assert after.sources["test"] == ("a", "b")
     assert after.rows["test"].tolist() == list(range(29))
-    assert said == ["data.path is another set than that of the training, so all 29 are predicted"]
+    assert said == ["data.path is not the set of the training, so all 29 are predicted"]
 
 
 def test_a_stored_split_that_has_gone_is_refused() -> None:

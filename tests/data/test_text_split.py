@@ -242,7 +242,7 @@ class TestCheckpointOfDocuments:
     ) -> None:
         data = make(save(tmp_path / "other", story(count, 8)), fitted.state_dict(), **SPLIT)
         assert documents(data)["test"] == set(story(count, 8))
-        assert "another text than that of the checkpoint, so all of it is predicted" in said(caplog)
+        assert "not the text of the checkpoint, so all of it is predicted" in said(caplog)
 
     def test_training_does_not_resume_on_another_text(self, fitted: TextDataModule, make: Make, tmp_path: Path) -> None:
         path = save(tmp_path / "other", story(300, 8))
@@ -325,7 +325,7 @@ class TestCheckpointOfOneText:
         path = save(tmp_path / "other", [text.replace("-", ".") for text in story(count)])
         assert texts(make(path, fitted.state_dict(), **SPLIT))["test"].split("\n\n")[-1].endswith(f".{count - 1}.")
         assert len(documents(make(path, fitted.state_dict(), **SPLIT))["test"]) == count
-        assert "another text than that of the checkpoint, so all of it is predicted" in said(caplog)
+        assert "not the text of the checkpoint, so all of it is predicted" in said(caplog)
 
     def test_training_does_not_resume_on_another_text(self, fitted: TextDataModule, make: Make, tmp_path: Path) -> None:
         path = save(tmp_path / "other", [text.replace("-", ".") for text in story(30)])

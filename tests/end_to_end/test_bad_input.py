@@ -49,6 +49,7 @@ SETTINGS = [
     ("trainer.devices", "0", ["trainer", "0"]),
     ("trainer.strategy", "foo", ["trainer.strategy=foo", "invalid strategy name"]),
     ("seed_everything", "-3", ["Expected seed_everything in [0, 4294967296), but got -3"]),
+    ("seed_everything", "true", ["Expected seed_everything in [0, 4294967296), but got True"]),
     ("trainer.default_root_dir", "/elsewhere", ["trainer.default_root_dir to be left to runs_dir", "/elsewhere"]),
     ("checkpoint.dirpath", "/elsewhere", ["checkpoint.dirpath to be left to runs_dir", "/elsewhere"]),
     ("trainer.logger.init_args.id", "mine", ["trainer.logger.id to be left to runs_dir", "mine"]),

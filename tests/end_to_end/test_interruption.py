@@ -111,7 +111,7 @@ told.end(trainer, signal.SIGTERM)
 @pytest.mark.parametrize(
     ("then", "out", "err"),
     [
-        (STUCK, "", "error: SIGTERM, but no step ended within 0.2 s: checkpoints stay as they are\n"),
+        (STUCK, "", "error: SIGTERM, but no step ended within 0.2 s: checkpoints are unchanged\n"),
         (WRITES_LONG, "written\n", ""),
     ],
     ids=["no step ends", "the checkpoint takes long, and so does W&B"],

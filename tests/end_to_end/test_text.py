@@ -120,7 +120,7 @@ def test_all_of_another_text_is_read_with_the_vocabulary_of_the_checkpoint(
     assert spelled(read(finished.run)["target"], text_file.read_text()) == other[1:]
     assert (finished.run / "sequences.parquet").exists()
     assert (finished.run / "metrics.json").exists()
-    assert finished.err.count("another text than that of the checkpoint, so all of it is predicted") == 1
+    assert finished.err.count("not the text of the checkpoint, so all of it is predicted") == 1
 
 
 def test_nothing_is_chosen_on_the_text_that_is_predicted(

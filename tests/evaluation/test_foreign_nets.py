@@ -177,7 +177,7 @@ def test_logits_are_taken_out_of_what_a_net_returns(wrap: Any, run: Callable[...
     net = Returns(wrap)
     expected = run("predict", net.net, loader())
     if isinstance(wrap(torch.zeros(())), tuple):
-        with pytest.warns(UserWarning, match="The first of the 2 outputs of Plain is taken for the logits"):
+        with pytest.warns(UserWarning, match="The first of the 2 outputs of Plain is used as the logits"):
             rows = run("predict", net, loader())
     else:
         rows = run("predict", net, loader())

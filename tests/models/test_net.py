@@ -111,7 +111,7 @@ def test_logits_in_what_a_net_returns(wrap: Callable[[Tensor], Any]) -> None:
 
 def test_first_of_a_tuple_is_taken_and_said() -> None:
     x = torch.randn(4, 3)
-    with pytest.warns(UserWarning, match="The first of the 2 outputs of Returns is taken for the logits"):
+    with pytest.warns(UserWarning, match="The first of the 2 outputs of Returns is used as the logits"):
         assert logits_in(Returns(lambda x: (x, x.exp())), x) is x
 
 

@@ -1,4 +1,4 @@
-"""Lightning data modules, and the order in which they present their examples."""
+"""Defines Lightning data modules, and the order in which they present their examples."""
 
 from thinned.data.image_batches import Batch
 from thinned.data.images import ImageDataModule

@@ -1,4 +1,4 @@
-"""Which split an example belongs to, by its content: a set that grows keeps everyone in place.
+"""Assigns examples to splits by their content, so that a set can grow without moving any of them.
 
 An example is hashed, the hash is mixed with a seed, and the result, uniform in [0, 1), is compared with fixed
 thresholds. So neither the order nor the number of the others matters, and duplicates fall on one side.
@@ -12,11 +12,11 @@ import numpy as np
 
 from thinned.data.order import Split
 
-SKETCH = 64  # so many training examples tell whether a set is the one that was trained on
+SKETCH = 64  # training examples by which a set is recognised
 
 
 def content_hash(content: bytes, seed: int | None = None) -> int:
-    """Returns 64 bits that stand for some bytes, other ones for each seed."""
+    """Returns a 64-bit hash of some bytes, another one for each seed."""
     key = b"" if seed is None else seed.to_bytes(8, "little")
     return int.from_bytes(hashlib.blake2b(content, digest_size=8, key=key).digest(), "little")
 
@@ -34,9 +34,9 @@ def uniform(hashes: np.ndarray, seed: int) -> np.ndarray:
 
 
 def split_by_content(hashes: np.ndarray, seed: int, val: float, test: float) -> dict[Split, np.ndarray]:
-    """Returns the rows of each split, ascending, by the hash of each example, (N,) uint64, and two fractions.
+    """Returns the rows of each split, ascending, from the hashes of examples, (N,) uint64, and two fractions.
 
-    Changing the one for validation moves no example into or out of the test.
+    Changing `val` moves no example into or out of the test.
     """
     u = uniform(hashes, seed)
     is_test, is_val = u < test, u >= 1 - val
@@ -45,15 +45,15 @@ def split_by_content(hashes: np.ndarray, seed: int, val: float, test: float) -> 
 
 
 def digest(hashes: np.ndarray) -> str:
-    """Returns 32 hexadecimal digits that stand for a set of examples in any order."""
+    """Returns a hash of a set of examples, in any order, as 32 hexadecimal digits."""
     return hashlib.blake2b(np.sort(hashes).astype("<u8").tobytes(), digest_size=16).hexdigest()
 
 
 def sketch(hashes: np.ndarray) -> list[str]:
-    """Returns the smallest hashes of a set: a sample that neither the order nor the names of its examples change."""
+    """Returns the smallest hashes of a set, a sample that does not depend on the order or names of its examples."""
     return [f"{value:016x}" for value in np.unique(hashes)[:SKETCH].tolist()]
 
 
 def shared(drawn: list[str], hashes: np.ndarray) -> int:
-    """Returns how many examples of a sketch a set holds."""
+    """Returns how many examples of a sketch are in a set."""
     return int(np.isin(np.array([int(value, 16) for value in drawn], np.uint64), hashes).sum())

@@ -1,4 +1,4 @@
-"""What shifts the examples of a test, as a setting names it: a kind and a severity, such as `rotation:30`."""
+"""Reads how to distort the examples of a test: a kind and a severity, such as `rotation:30`."""
 
 import math
 from collections.abc import Collection
@@ -6,14 +6,14 @@ from typing import NamedTuple, Self
 
 
 class Range(NamedTuple):
-    """The severities of a kind of distortion, from 0 on."""
+    """Limits the severities of a kind of distortion, from 0 on."""
 
     high: float
     unit: str
     whole: bool = False  # whether they are integers
 
 
-# What each kind does, the module of its data says.
+# The module of its data says what each kind does.
 KINDS = {
     "rotation": Range(180, "degrees"),  # mlp only
     "translation": Range(1e6, "pixels"),  # mlp only
@@ -26,14 +26,14 @@ KINDS = {
 
 
 class Distortion(NamedTuple):
-    """What is done to examples, and how much of it, in the unit of `KINDS`."""
+    """Names a kind of distortion and its severity, in the unit of `KINDS`."""
 
     kind: str
     severity: float
 
     @classmethod
     def parse(cls, spec: str | None, kinds: Collection[str]) -> Self | None:
-        """Reads `data.distortion`, <kind>:<severity> with one of the kinds that the data know; None is none.
+        """Reads `data.distortion`, <kind>:<severity> with one of the kinds of the data; None is no distortion.
 
         Raises:
             ValueError: It is not of this form, or the severity is out of range.

@@ -1,4 +1,4 @@
-"""Batches of images: augmented for training, standardised, made by a few operations on the whole batch.
+"""Makes batches of images, augmented for training and standardised, by a few operations on the whole batch.
 
 Shapes: N examples, B of them in a batch, C channels, H height, W width.
 """
@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 
 class Batch(NamedTuple):
-    """Images, their classes, and their rows in the split."""
+    """Holds images, their classes, and their rows in the split."""
 
     image: Tensor  # (B, C, H, W) float32, standardised
     target: Tensor | None  # (B,) int64; None if the labels are hidden
@@ -44,19 +44,19 @@ def rotate_and_shift(image: Tensor, angle: Tensor, shift: Tensor) -> Tensor:
 
 @lru_cache(maxsize=1)
 def augmentation_draws(seed: int, epoch: int, num_examples: int) -> Tensor:
-    """Returns three draws from U(-1, 1) for each example, (N, 3), kept for one epoch."""
+    """Returns three draws from U(-1, 1) for each example, (N, 3)."""
     generator = np.random.default_rng((seed, epoch, 1))  # the order of examples is drawn from (seed, epoch)
     return torch.from_numpy(generator.uniform(-1, 1, (num_examples, 3))).float()
 
 
 @dataclass
 class ImageBatches(Dataset[Batch]):
-    """A split as batches: `split[epoch, indices]`. Augmentation is a function of (seed, epoch, index)."""
+    """Reads a split in batches: `split[epoch, indices]`. Augmentation is a function of (seed, epoch, index)."""
 
     images: Any  # such as a Tensor (N, C, H, W) or `StoredImages`: `images[rows]` is (B, C, H, W)
     rows: Tensor  # (N,) int64, rows of the split in `images`
     target: Tensor | None  # (N,) int64
-    mean: Tensor  # (C, 1, 1) float32, of the intensities as they are stored
+    mean: Tensor  # (C, 1, 1) float32, of the stored intensities
     std: Tensor  # (C, 1, 1)
     rotation: float  # largest angle in degrees
     shift: float  # largest shift in pixels

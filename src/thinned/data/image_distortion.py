@@ -1,4 +1,4 @@
-"""Images distorted on purpose: how well is a network's uncertainty calibrated if the data shift (Ovadia et al. 2019)?
+"""Distorts images, to measure how well uncertainty is calibrated if the data shift (Ovadia et al. 2019).
 
 Shapes: B images, C channels, H height, W width. Intensities of undistorted images are in [0, 1].
 """
@@ -20,7 +20,7 @@ SEED = 0  # one for all, so that runs with other seeds are tested on the same im
 
 
 def _draws(rows: Tensor, draw: Callable[[np.random.Generator], np.ndarray]) -> Tensor:
-    """Returns what each row draws from a generator of its own, (B, ...) float32."""
+    """Returns the draws of each row from a generator of its own, (B, ...) float32."""
     return torch.from_numpy(np.stack([draw(np.random.default_rng((SEED, row))) for row in rows.tolist()])).float()
 
 
@@ -30,13 +30,13 @@ def rotation(images: Tensor, degrees: float, rows: Tensor) -> Tensor:
 
 
 def translation(images: Tensor, pixels: float, rows: Tensor) -> Tensor:
-    """Shifts each image in a direction of its own. The outside is black."""
+    """Shifts each image in its own random direction. The outside is black."""
     angle = 2 * math.pi * _draws(rows, lambda generator: generator.random(1))  # (B, 1)
     return rotate_and_shift(images, torch.zeros(len(images)), pixels * torch.cat([angle.cos(), angle.sin()], 1))
 
 
 def roll(images: Tensor, pixels: float, rows: Tensor) -> Tensor:
-    """Shifts to the right. What leaves an image comes back at its left."""
+    """Shifts to the right. Pixels that leave an image return at its left."""
     return images.roll(int(pixels), -1)
 
 
@@ -51,7 +51,7 @@ def blur(images: Tensor, deviation: float, rows: Tensor) -> Tensor:
 
 
 def contrast(images: Tensor, share: float, rows: Tensor) -> Tensor:
-    """Draws all intensities of an image towards their mean."""
+    """Moves all intensities of an image towards their mean."""
     mean = images.mean((1, 2, 3), keepdim=True)
     return mean + share * (images - mean)
 
@@ -61,7 +61,7 @@ IMAGE_KINDS = {each.__name__: each for each in (rotation, translation, roll, noi
 
 @dataclass(frozen=True)
 class DistortedImages:
-    """Images as they are stored, distorted: a function of the image and its row, whatever the batch."""
+    """Distorts stored images as a function of the image and its row, whatever the batch."""
 
     images: Tensor | StoredImages  # (N, C, H, W) uint8 or float32
     distortion: Distortion

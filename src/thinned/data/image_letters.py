@@ -1,6 +1,6 @@
-"""Letters A to J in the fonts that come with matplotlib: foreign to a network that knows digits, without a download.
+"""Draws the letters A to J in matplotlib's fonts: foreign data for a network of digits, without a download.
 
-They stand for notMNIST (Bulatov 2011), the letters of found fonts on which Ovadia et al. (2019) tested nets of MNIST.
+They stand for notMNIST (Bulatov 2011), letters in many fonts, on which Ovadia et al. (2019) tested MNIST networks.
 """
 
 from io import BytesIO
@@ -22,7 +22,7 @@ FONTS = [  # of several families and weights, upright and slanted
         *(f"cm{kind}10" for kind in ("r", "b", "ss", "ti", "tt")),
     )
 ]
-ZOOM = 4  # a letter is drawn so many times as large, and averaged
+ZOOM = 4  # letters are drawn so many times larger, then averaged
 
 
 def read_letters(height: int, width: int) -> datasets.Dataset:

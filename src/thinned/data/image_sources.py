@@ -34,7 +34,7 @@ def read_digits() -> datasets.Dataset:
 
     digits = load_digits()
     images = np.rint(digits.images * (255 / 16)).astype(np.uint8)
-    # PGM is the pixels as they are, so that their hashes are the same everywhere; PNG depends on a library's version.
+    # PGM stores plain pixels, so hashes are the same everywhere; PNG depends on a library's version.
     contents = [{"bytes": b"P5 8 8 255\n" + image.tobytes(), "path": None} for image in images]
     classes = datasets.ClassLabel(names=[str(name) for name in digits.target_names])
     features = datasets.Features(image=datasets.Image(), label=classes)
@@ -42,10 +42,10 @@ def read_digits() -> datasets.Dataset:
 
 
 class Stored(NamedTuple):
-    """What is stored at `data.path`, as far as it is used."""
+    """Holds the used part of what is stored at `data.path`."""
 
-    images: StoredImages  # of all stored splits, one after another; that of training comes first
-    labels: dict[str, Labels]  # of the stored splits that have any
+    images: StoredImages  # of all stored splits in turn; training comes first
+    labels: dict[str, Labels]  # of the stored splits with labels
     assigned: dict[Split, str]  # the name of the stored split for each split
 
 
@@ -54,7 +54,7 @@ def read_images(settings: Mapping[str, Any], trained: Mapping[str, Any]) -> Stor
 
     Args:
         settings: Those of an `ImageDataModule`.
-        trained: Its state in a checkpoint; empty in training. With one, all splits are used, whatever they are called.
+        trained: Its state in a checkpoint; empty in training. With a state, all splits are used, whatever their names.
 
     Raises:
         ValueError: If there is no split or no label to train on.
@@ -86,7 +86,7 @@ def read_images(settings: Mapping[str, Any], trained: Mapping[str, Any]) -> Stor
 
 
 def read_splits(path: str, size: tuple[int, int] = (28, 28)) -> tuple[Mapping[str, datasets.Dataset], list[str]]:
-    """Returns the stored splits at `data.path`, and the files that it leaves out; `size` is that of drawn images."""
+    """Returns the stored splits at `data.path`, and the files that it does not use; drawn images have this `size`."""
     if path in ("digits", "letters"):
         return {"train": read_digits() if path == "digits" else read_letters(*size)}, []
     folder = Path(path).expanduser()
@@ -103,20 +103,19 @@ def read_splits(path: str, size: tuple[int, int] = (28, 28)) -> tuple[Mapping[st
 
 
 def _read_parquet(files: list[Path]) -> datasets.Dataset:
-    """Returns the rows of the files of one split."""
     try:
         if len({(pq.read_schema(file).metadata or {}).get(b"huggingface") for file in files}) > 1:
             raise ValueError("files of one split with other features or names of classes")
         paths, sizes = [glob.escape(str(file)) for file in files], [file.stat().st_size for file in files]
         # The cache of `datasets` tells files apart by path and time alone, hence the sizes in the description.
         return datasets.load_dataset("parquet", data_files={"train": paths}, description=str(sizes))["train"]
-    except Exception as error:  # of many types; the user needs to know which setting it is about
+    except Exception as error:  # of many types; the message names the setting
         cause = " ".join(str(error.__cause__ or error).split())
         raise ValueError(f"Expected data.path to hold rows with images, but got {cause} ({files[0]})") from None
 
 
 def image_column(features: datasets.Features, given: str | None) -> str:
-    """Returns the given column, or the only one of images: encoded bytes, or bytes and path, will do."""
+    """Returns the given column, or the only one of images: encoded bytes, or bytes with a path."""
     found = [
         name
         for name, feature in features.items()
@@ -134,8 +133,7 @@ def _is_image(path: Path) -> bool:
 def read_image_folder(root: Path, files: list[Path]) -> tuple[dict[str, datasets.Dataset], set[str]]:
     """Returns the images of each stored split of a folder, and the paths of all files that are used.
 
-    The folders at its top are splits if all of them are called like splits, or if there is one for training with
-    folders in it. Otherwise they are classes.
+    The top folders are splits if all have names of splits, or if the one for training contains folders; else classes.
 
     Raises:
         ValueError: If a table does not fit the images, or splits are within classes.
@@ -143,7 +141,7 @@ def read_image_folder(root: Path, files: list[Path]) -> tuple[dict[str, datasets
     parts = {path: path.relative_to(root).parts for path in files if _is_image(path)}
     top = next(iter(parts.values()))[0]
     while all(len(part) > 2 and part[0] == top for part in parts.values()) and not sources.split_of(top):
-        parts = {path: part[1:] for path, part in parts.items()}  # a single folder with all others in it
+        parts = {path: part[1:] for path, part in parts.items()}  # one folder holds all others
         top = next(iter(parts.values()))[0]
     tops = {part[0] for part in parts.values() if len(part) > 1}
     by_folder = bool(tops) and all(map(sources.split_of, tops))
@@ -177,7 +175,7 @@ def read_image_folder(root: Path, files: list[Path]) -> tuple[dict[str, datasets
 
 
 def _rows_in(table: Path) -> list[tuple[Path, dict[str, object]]]:
-    """Returns the images that a table names, each with its other cells; nothing of a table without files and labels."""
+    """Returns the images that a table names, each with its other cells; none for a table without files and labels."""
     rows = list(sources.rows_of(table))
     column = next((name for name in FILE_COLUMNS if rows and name in rows[0]), None)
     if not column and rows and {name.lower() for name in rows[0]}.intersection(LABEL_NAMES):

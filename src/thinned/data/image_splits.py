@@ -1,8 +1,8 @@
-"""Which stored images each split has, in training and later: a fact that the checkpoint keeps.
+"""Assigns stored images to splits, in training and later: the checkpoint keeps the facts.
 
-A stored split is used as it is. Without a stored test, the stored validation is the test. What is still missing is
-taken from the stored "train" by content. Later, the examples are split as the checkpoint says if it was trained on some
-of them; otherwise each split is the whole set.
+A stored split is used unchanged. Without a stored test, the stored validation is the test. A split that is still
+missing is taken from the stored "train" by content. With a checkpoint that was trained on some of the examples, they
+are split as in training; otherwise each split is the whole set.
 """
 
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from thinned.data.content_split import digest, shared, sketch, split_by_content
 from thinned.data.order import Split
 from thinned.data.sources import split_of
 
-KNOWN = 0.1  # from this share of the training examples on, a set is that of the training
+KNOWN = 0.1  # with this share of the training examples, a set is the training set
 SPLITS: tuple[Split, ...] = get_args(Split)
 OTHERS = "Expected the training examples and labels of the checkpoint, but got others in data.path"
 
@@ -30,20 +30,20 @@ def arrange(
     *,
     fits: bool = False,
 ) -> tuple[dict[Split, np.ndarray], dict[str, Any] | None]:
-    """Returns the rows of each split, (n,), and facts for a checkpoint: None if the set is another than was trained on.
+    """Returns the rows of each split, (n,), and facts for a checkpoint: None if the set is not the one trained on.
 
     Args:
         hashes: Hash of each stored example, (N,) uint64.
         marks: Hash of each example with its class, likewise.
         parts: The rows of each stored split.
-        assigned: Names of the stored splits by what they are.
+        assigned: Name of the stored split for each split.
         asked: `split_seed`, `val_fraction` and `test_fraction`.
         trained: The facts of a checkpoint; None in training.
         fits: Whether this is for training.
 
     Raises:
-        ValueError: If a split is empty, or a stored split has gone or has got examples of the training, or training
-            would resume with other examples or labels.
+        ValueError: A split is empty, a stored split is missing or holds examples of the training, or training would
+            resume with other examples or labels.
     """
     if trained is None:
         test = assigned.get("test", assigned.get("val", assigned["train"]))
@@ -52,10 +52,10 @@ def arrange(
     elif not _is_trained_on(trained, hashes):
         if fits:
             raise ValueError(OTHERS)
-        rank_zero_info(f"data.path is another set than that of the training, so all {len(hashes)} are predicted")
+        rank_zero_info(f"data.path is not the set of the training, so all {len(hashes)} are predicted")
         return dict.fromkeys(SPLITS, np.arange(len(hashes))), None
     else:
-        now = {split_of(name) or name: name for name in parts}  # they may be called otherwise by now
+        now = {split_of(name) or name: name for name in parts}  # their names may have changed
         if missing := [name for name in trained["stored"].values() if (split_of(name) or name) not in now]:
             raise ValueError(f"Expected the stored splits of the training in data.path, but got no {missing[0]!r}")
         stored = {split: now[split_of(name) or name] for split, name in trained["stored"].items()}
@@ -64,7 +64,7 @@ def arrange(
     settings = {key: (trained or asked)[key] for key in keys}
     for key in keys:
         if settings[key] != asked[key]:
-            rank_zero_info(f"The split is that of the training: data.{key} is {settings[key]}, not {asked[key]}")
+            rank_zero_info(f"Kept the split of the training: data.{key} is {settings[key]}, not {asked[key]}")
     fractions = {split: settings.get(f"{split}_fraction", 0.0) for split in SPLITS[1:]}
     rows = {split: np.array(parts[stored[split]]) for split in SPLITS}
     of_train = rows["train"]
@@ -97,6 +97,6 @@ def arrange(
 
 
 def _is_trained_on(trained: Mapping[str, Any], hashes: np.ndarray) -> bool:
-    """Returns whether a set is that of the training, or a part of it."""
+    """Returns whether a set is the training set, or a part of it."""
     hits, number = shared(trained["sketch"], hashes), len(trained["sketch"])
     return hits > 0 and (hits >= KNOWN * number or 2 * hits / number * trained["counts"]["train"] >= len(hashes))

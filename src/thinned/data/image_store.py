@@ -1,4 +1,4 @@
-"""Stored images: their pixels, decoded when they are read; their names and statistics; what tells their contents apart.
+"""Reads stored images: pixels, decoded on demand, names, statistics, and hashes of their contents.
 
 Shapes: N examples, B of them in a batch, C channels, H height, W width.
 """
@@ -24,18 +24,18 @@ from thinned.data.content_split import content_hash
 from thinned.data.pixels import header, open_image, to_array
 from thinned.files import whole_file
 
-CENSUS = np.dtype([("hash", "<u8"), ("header", "u1")])  # of the content of an image
-MANY = 10_000  # images, from which on their census is kept on disk
+CENSUS = np.dtype([("hash", "<u8"), ("header", "u1")])  # describes the content of an image
+MANY = 10_000  # images: from here on, their census is kept on disk
 
 
 @dataclass
 class StoredImages:
-    """Stored images, decoded when they are read: `images[rows]` is (B, C, H, W), uint8 or float32."""
+    """Decodes stored images when they are read: `images[rows]` is (B, C, H, W), uint8 or float32."""
 
     stored: datasets.Dataset  # the column `image`, not decoded
     parts: dict[str, range]  # the rows of each stored split, by its name
-    root: Path  # to which the names of files are relative
-    shape: tuple[int, int, int] = (1, 1, 1)  # this and the next say what `to_array` makes of the images
+    root: Path  # file names are relative to it
+    shape: tuple[int, int, int] = (1, 1, 1)  # this and the next are settings of `to_array`
     resize: bool = False
     deep: bool = False
     background: str = "white"
@@ -67,14 +67,14 @@ class StoredImages:
             raise ValueError(f"Expected images of {size} in data.path, grey and finite, but {name} {error}") from None
 
     def open(self, row: int, stored: dict[str, Any] | None = None) -> Image:
-        """Decodes an image; OSError if it cannot be."""
+        """Decodes an image; OSError if that fails."""
         try:
             return open_image(stored or self.stored[row]["image"])
         except Exception as error:  # PIL raises many types
             raise self._unreadable(row, error) from None
 
     def _unreadable(self, row: int, error: Exception) -> OSError:
-        """Returns the error for an image that cannot be read, since PIL names neither file nor row."""
+        """Returns the error for an unreadable image: PIL names neither file nor row."""
         if isinstance(error, OSError) and error.errno:
             return OSError(f"Expected data.path to hold all its images while they are read, but got {error}")
         cause = str(error).partition(" <_io")[0]
@@ -85,7 +85,7 @@ class StoredImages:
         return pc.struct_field(self.stored.with_format("arrow")[:]["image"], "path")
 
     def names(self, rows: list[int]) -> list[str]:
-        """Returns the names of the images' files, relative to `data.path`, or their stored splits and rows."""
+        """Returns the names of images: files relative to `data.path`, or stored splits and rows."""
         paths = self._paths.take(pa.array(rows, pa.int64())).to_pylist()
         return [self._name(row, path) for row, path in zip(rows, paths, strict=True)]
 
@@ -98,8 +98,8 @@ class StoredImages:
     def census(self, cache: Path) -> np.ndarray:
         """Returns hash and header of the content of each image, (N,) of dtype `CENSUS`.
 
-        Those of many images are kept in the folder `cache`, and computed again if a file has another size or time, or
-        the dataset another fingerprint.
+        The census of many images is kept in the folder `cache`, and computed again if the size or time of a file, or
+        the fingerprint of the dataset, has changed.
         """
         if len(self.stored) < MANY:
             return np.fromiter(self._examined(), CENSUS, len(self.stored))
@@ -141,7 +141,7 @@ class Statistics:
     high: list[float]
 
     def to_uint8(self, images: Tensor) -> Tensor:
-        """Returns images (n, C, H, W) of more than 8 bits as pictures, in which the range is that of 8 bits."""
+        """Returns images (n, C, H, W) of more than 8 bits as pictures of 8 bits: low becomes 0, and high 255."""
         low, high = (torch.tensor(end)[:, None, None] for end in (self.low, self.high))
         return (255 * (images - low) / (high - low).clamp_min(1e-12)).round().clamp(0, 255).to(torch.uint8)
 

@@ -1,7 +1,7 @@
-"""Images with classes: scikit-learn's digits, folders of image files, or datasets from a folder or the hub.
+"""Reads images with classes: scikit-learn's digits, folders of image files, or datasets from a folder or the hub.
 
-Images stay as they are stored until a batch is made. What a trained network relies on goes into its checkpoint: class
-names, statistics of the pixels, and how the examples were split. Later data are compared with it.
+Images are decoded when a batch is made. The checkpoint keeps what a trained network relies on: class names, statistics
+of the pixels, and how the examples were split. Later data are compared with it.
 
 Shapes: N examples, C channels, H height, W width, K classes.
 """
@@ -35,11 +35,11 @@ HalfTurn = restricted_number_type("HalfTurn", float, [(">=", 0), ("<=", 180)], d
 
 
 class ImageDataModule(SplitDataModule):
-    """Images and classes in standardised batches, divided among the processes.
+    """Reads images and classes in standardised batches, divided among the processes.
 
-    Stored splits are used as they are: "train", "validation" (valid, val, dev, eval) and "test" (testing). Without a
+    Stored splits are used unchanged: "train", "validation" (valid, val, dev, eval) and "test" (testing). Without a
     stored test, the stored validation is the test. A split that is still missing is taken from "train" by the content
-    of the examples, so that a set that grows keeps everyone in place, and duplicates fall on one side.
+    of the examples: a set can grow without moving any of them, and duplicates are on one side.
 
     With a checkpoint's state, the same data are split as in training, whatever the options say, and other data are
     predicted as a whole. Classes are matched by name.
@@ -50,8 +50,8 @@ class ImageDataModule(SplitDataModule):
             the id of a dataset on the hub.
         image_column: Column of the images; None if it is the only one of its kind.
         label_column: Column of the classes; None if it is the only one of its kind.
-        use_labels: Whether labels are read; without, any images can be predicted, also those of other classes.
-        leave_out: Names of stored splits that are not to be used.
+        use_labels: Whether to read labels; without them, images of any classes can be predicted.
+        leave_out: Names of stored splits to ignore.
         image_size: Height and width in pixels to which images are resized; None keeps their size.
         background: Colour behind transparent pixels, a name or #rrggbb.
         batch_size: Size of a training batch, over all processes.
@@ -60,7 +60,7 @@ class ImageDataModule(SplitDataModule):
         test_fraction: Fraction of the stored "train" for the test, if no split is stored for it.
         split_seed: Seed of the split.
         predict_split: The split to predict.
-        distortion: What is done to the images of a test or a prediction, as <kind>:<severity>: rotation (degrees),
+        distortion: Distortion of the images of a test or a prediction, as <kind>:<severity>: rotation (degrees),
             translation or roll (pixels), noise or blur (standard deviation), or contrast (share that is kept).
         shift: Largest random shift of training images along each axis, in pixels.
         rotation: Largest random rotation of training images either way, in degrees.
@@ -74,7 +74,7 @@ class ImageDataModule(SplitDataModule):
     # Available after setup:
     image_shape: tuple[int, int, int]  # (C, H, W)
     class_names: list[str]
-    rows: dict[Split, Tensor]  # rows of the examples in the stored images from which they come
+    rows: dict[Split, Tensor]  # rows of the examples in the stored images
     target: dict[Split, Tensor | None]  # None if the labels are hidden
 
     def __init__(
@@ -113,11 +113,11 @@ class ImageDataModule(SplitDataModule):
         self._statistics: Statistics | None = None
 
     def prepare_data(self) -> None:
-        """Reads the dataset, so that one process computes the hashes of many images."""
+        """Reads the dataset once, so that only one process computes the hashes of many images."""
         self._read()
 
     def _read(self) -> Stored:
-        """Reads hashes, headers and labels of all stored splits, once. They must fit the checkpoint's."""
+        """Reads hashes, headers and labels of all stored splits, once; they must fit those of the checkpoint."""
         if self._stored:
             return self._stored
         trained, size = self._trained, self.hparams["image_size"]
@@ -132,7 +132,7 @@ class ImageDataModule(SplitDataModule):
         return self._stored
 
     def setup(self, stage: str | None = None) -> None:
-        """Assigns the examples to splits, once for all stages; images are decoded when first needed."""
+        """Assigns the examples to splits, once for all stages; images are decoded later."""
         if self._images:
             return
         images, labels, assigned = self._read()
@@ -152,16 +152,16 @@ class ImageDataModule(SplitDataModule):
         self.target = {s: None if s in hidden else torch.from_numpy(classes[rows[s]]) for s in rows}
         resize, background = self.hparams["image_size"] is not None, (self._trained or self.hparams)["background"]
         images = replace(images, shape=self.image_shape, resize=resize, deep=self._deep, background=background)
-        self._images = dict.fromkeys(rows, images)  # a split is rows of what is stored
+        self._images = dict.fromkeys(rows, images)  # a split is a choice of stored rows
         self._cached = images.num_bytes <= self.hparams["cache_gib"] * 2**30
 
     @property
     def num_classes(self) -> int | None:
-        """Number K of classes, after setup; None if no one has named them."""
+        """Number K of classes, after setup; None without labels."""
         return len(self.class_names) or None
 
     def net_arguments(self, names: Collection[str]) -> dict[str, Any]:
-        """Returns the shape of an image and the number of classes, if they are among the names."""
+        """Returns the shape of an image and the number of classes, if `names` ask for them."""
         if not {"input_shape", "num_classes"}.intersection(names):
             return {}  # without reading the data
         self._read()
@@ -177,7 +177,6 @@ class ImageDataModule(SplitDataModule):
 
     @property
     def mean(self) -> list[float]:
-        """Mean of the training split per channel."""
         return self.statistics.mean
 
     @property
@@ -203,7 +202,7 @@ class ImageDataModule(SplitDataModule):
         return images if images.dtype == torch.uint8 else self.statistics.to_uint8(images)
 
     def sources(self, split: Split, indices: Sequence[int] | Tensor) -> list[str]:
-        """Returns where images come from: a file relative to `data.path`, or a stored split and its row."""
+        """Returns the origin of images: a file relative to `data.path`, or a stored split and its row."""
         return self._images[split].names(self.rows[split][torch.as_tensor(indices)].tolist())
 
     def provenance(self, split: Split, limit_batches: float) -> dict[str, Any]:
@@ -261,13 +260,13 @@ class ImageDataModule(SplitDataModule):
         return replace(self.batches(split, training=False), images=self._distorted(split))
 
     def input_of(self, given: Any) -> Tensor:
-        """Returns an image as a trained network takes it, (C, H, W) float32: of `data.image_size`, standardised.
+        """Returns an image as input of a trained network, (C, H, W) float32: resized and standardised.
 
         Args:
             given: See `pixels.image_of`.
 
         Raises:
-            ValueError: It is no image, or has another depth or more channels than those of the training.
+            ValueError: It is no image, or has another depth or more channels than the training images.
         """
         image, trained, size = image_of(given), self._trained or self.state_dict(), self.hparams["image_size"]
         if (scale := SCALES[depth_of(image)]) != trained["scale"]:

@@ -1,4 +1,4 @@
-"""Classes by name: labels of any type become names, and names become the classes of a run.
+"""Reads classes by name: labels of any type become names, and names become the classes of a run.
 
 Shapes: N examples, K classes.
 """
@@ -20,19 +20,19 @@ UNKNOWN = -1  # the class of an example whose label is hidden
 
 @dataclass(frozen=True)
 class Labels:
-    """The labels of one stored split."""
+    """Holds the labels of one stored split."""
 
     names: list[str]  # of all classes that are declared or occur
     codes: np.ndarray  # (N,) int64, places in `names`; -1 if the label is missing
 
     @property
     def known(self) -> bool:
-        """Tells whether there is a label that is not missing."""
+        """Returns whether any example has a label."""
         return bool((self.codes >= 0).any())
 
 
 def label_column(features: datasets.Features, given: str | None) -> str | None:
-    """Returns the given column, or the only one of classes, or the only one that is called like a label."""
+    """Returns the given column, or the only one of classes, or the only one with the name of a label."""
     found = [name for name, kind in features.items() if isinstance(kind, datasets.ClassLabel | datasets.Value)]
     if given is None:
         classes = [name for name in found if isinstance(features[name], datasets.ClassLabel)]
@@ -41,7 +41,7 @@ def label_column(features: datasets.Features, given: str | None) -> str | None:
 
 
 def read_labels(stored: datasets.Dataset, column: str, split: str) -> Labels:
-    """Reads the labels of a stored split. What is not declared as classes is sorted by value.
+    """Reads the labels of a stored split. Without declared classes, the labels are sorted by value.
 
     Integers, booleans, whole numbers stored as floats, and text are labels. A label is missing if it is null, NaN, an
     empty text, or -1. (If -1 and 1 are the only integers, they are two classes.)
@@ -85,15 +85,15 @@ def _integers(values: pa.Array) -> np.ndarray:
 
 
 def _normal(names: Iterable[str]) -> list[str]:
-    """Returns names in one Unicode form, as file systems differ in theirs."""
+    """Returns names in one Unicode form, since file systems differ."""
     return [unicodedata.normalize("NFC", name) for name in names]
 
 
 def match_names(labels: Labels, names: Sequence[str], split: str, of: str) -> np.ndarray:
-    """Returns the classes of the examples of a stored split, (N,) int64, by the K names of the classes of a run.
+    """Returns the class of each example of a stored split, (N,) int64: its place among the K class names of a run.
 
     Raises:
-        ValueError: If a name occurs that is not among the classes `of` the run, or a label is missing.
+        ValueError: If a label is missing, or its name is not among the classes `of` the run.
     """
     if missing := int((labels.codes < 0).sum()):
         raise ValueError(
@@ -111,5 +111,5 @@ def match_names(labels: Labels, names: Sequence[str], split: str, of: str) -> np
 
 
 def shortened(names: Sequence[str]) -> str:
-    """Returns a list of names as text, the first of many."""
+    """Returns a list of names as text, at most 20."""
     return f"[{', '.join(names[:20])}{f', ... {len(names)} in all' if len(names) > 20 else ''}]"

@@ -1,4 +1,4 @@
-"""What data modules may offer, and what ours share: loaders that read whole batches of a split in a computed order."""
+"""Lists what data modules may offer, and defines what ours share: loaders of whole batches in a computed order."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -15,11 +15,11 @@ from thinned.offers import Offers
 
 
 class DataOffers(Protocol):
-    """Attributes of a data module that others look for. All are optional: these are the defaults.
+    """Lists the optional attributes of a data module that others read, with their defaults.
 
-    Those that come from the data are there after `setup`. Its batches are (inputs, targets, index): targets may be None
-    if they are not known; `index` (B,) int64, the place of each example in its split, names the row of a prediction.
-    Without it, examples are counted as Lightning's own samplers share them out.
+    Those that come from the data exist after `setup`. Its batches are (inputs, targets, index). Unknown targets may be
+    None. `index` (B,) int64, the place of each example in its split, names the row of a prediction; without it,
+    examples are numbered in the order of Lightning's own samplers.
     """
 
     path: str | None = None  # named in messages
@@ -28,26 +28,25 @@ class DataOffers(Protocol):
     num_classes: int | None = None
     vocab_size: int | None = None
     context_length: int | None = None
-    # `net_arguments(names)`: those of the arguments of a net that only the data know. The command line asks for those
-    # that are null.
+    # `net_arguments(names)`: those arguments of a net that only the data know. The command line passes null ones.
     net_arguments: Callable[[Collection[str]], dict[str, Any]] | None = None
     class_names: list[str] | None = None
     # `raw_images(split, indices)`: uint8 (n, C, H, W), for pictures.
     raw_images: Callable[[Split, Sequence[int]], Tensor] | None = None
-    # `input_of(example)`: an image or a text as the net takes it, without a batch dimension; before `setup` too, with a
-    # checkpoint's state. `thinned.evaluation.Predictor` needs it.
+    # `input_of(example)`: an image or a text as input of the net, without a batch dimension; with a checkpoint's state,
+    # also before `setup`. `thinned.evaluation.Predictor` needs it.
     input_of: Callable[[Any], Tensor] | None = None
     # Ways to predict are fitted on it.
     val_dataloader: Callable[[], Iterable[Any]] | None = None
-    # Training examples as they are, always the same, which tasks score at each validation (`fit/*`): as many batches as
-    # the validation split has, at most.
+    # The same training examples each time, without augmentation, which tasks score at each validation (`fit/*`): at
+    # most as many batches as the validation split has.
     fit_dataloader: Callable[[], Iterable[Any]] | None = None
     # Turns text to tokens and back; its `token_bytes` (V,) gives bits per byte.
     tokenizer: Any = None
-    # `sources(split, indices)`: the file, or the stored split and row, from which each example comes.
+    # `sources(split, indices)`: the file of each example, or its stored split and row.
     sources: Callable[[Split, Sequence[int]], list[str]] | None = None
-    # The split to predict, and the first example that is not yet predicted. Without the latter, an interrupted
-    # prediction begins again.
+    # The split to predict, and the first example that is not yet predicted. If None, an interrupted prediction begins
+    # again.
     predict_split: Split = "test"
     predict_start: int | None = None
     # `provenance(split, limit_batches)`: settings that decide which examples are evaluated, as JSON.
@@ -60,7 +59,7 @@ def data_offers(trainer: Trainer) -> DataOffers:
 
 
 class SplitDataModule(LightningDataModule, ABC):
-    """Batches of three splits; a subclass has `hparams` and defines the dataset of a split."""
+    """Loads batches of three splits; a subclass has `hparams` and defines the dataset of a split."""
 
     # Hyperparameters that do not change the rows of a prediction.
     INDIFFERENT: ClassVar[frozenset[str]] = frozenset({"batch_size", "eval_batch_size", "num_workers"})
@@ -68,20 +67,18 @@ class SplitDataModule(LightningDataModule, ABC):
 
     @property
     def path(self) -> str:
-        """Where the data come from, as given."""
         return self.hparams["path"]
 
     @property
     def predict_split(self) -> Split:
-        """The split to predict."""
         return self.hparams["predict_split"]
 
     @abstractmethod
     def batches(self, split: Split, *, training: bool) -> Dataset[Any]:
-        """Returns a split as `dataset[epoch, indices]`, for training or as it is."""
+        """Returns a split as `dataset[epoch, indices]`; augments it only for training."""
 
     def tested(self, split: Split) -> Dataset[Any]:
-        """Returns a split for a test or a prediction, as it is unless a subclass distorts it."""
+        """Returns a split for a test or a prediction; a subclass may distort it."""
         return self.batches(split, training=False)
 
     @abstractmethod
@@ -121,7 +118,7 @@ class SplitDataModule(LightningDataModule, ABC):
         return self._dataloader(self.tested(split), start=self.predict_start, stop=stop)
 
     def fit_dataloader(self) -> DataLoader[Any]:
-        """Returns as many training examples as there are for validation, without augmentation: a function of `seed`."""
+        """Returns as many training examples as the validation has, without augmentation; `seed` chooses them."""
         total, count = self.num_examples("train"), self.num_examples("val")
         generator = np.random.default_rng((self.hparams["seed"], 0, 2))  # the order is (seed, epoch)
         chosen = np.sort(generator.choice(total, min(total, count), replace=False, shuffle=False))
@@ -131,7 +128,7 @@ class SplitDataModule(LightningDataModule, ABC):
     def _dataloader(
         self, dataset: Dataset[Any], *, training: bool = False, start: int = 0, stop: int | None = None
     ) -> DataLoader[Any]:
-        """Returns a loader of whole batches, for training or of the examples from start to stop."""
+        """Returns a loader of whole batches, for training or for the examples from start to stop."""
         stop = len(dataset) if stop is None else stop  # type: ignore[arg-type]
         sampler = self._sampler(stop, training=training, start=start)
         if self.trainer and self.trainer.overfit_batches:  # type: ignore[attr-defined]

@@ -1,7 +1,7 @@
-"""Which examples come when: batches of indices computed from (seed, epoch, rank).
+"""Decides which examples come when: batches of indices computed from (seed, epoch, rank).
 
 Nothing depends on a global generator or an earlier epoch. So a resumed epoch has the same batches, and a training step
-sees the same examples however many processes share them.
+sees the same examples for any number of processes.
 """
 
 from collections.abc import Callable, Iterator

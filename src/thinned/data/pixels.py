@@ -1,8 +1,8 @@
-"""Images of any mode to arrays: each depth is scaled by its own range, and alpha is composed on a background.
+"""Turns images of any mode into arrays: scales each depth by its range, and composes alpha on a background.
 
 Intensities are uint8 in [0, 255] if all images of a set have 8 bits. Otherwise they are float32: in [0, 1] for 8 and 16
-bits, and as they are for 32-bit integers and floats, whose range only the data know. Of several frames, the first is
-used; of 16 bits a colour, PIL reads the upper 8.
+bits, and unscaled for 32-bit integers and floats, whose range only the data know. Only the first of several frames is
+used. PIL reads the upper 8 bits of 16-bit colours.
 
 Shapes: C channels (1 for grey, 3 for colour), H height, W width.
 """
@@ -19,12 +19,12 @@ from PIL.Image import Image, Resampling
 
 GREY = frozenset({"1", "L", "LA", "La", "I", "F", "I;16", "I;16L", "I;16B", "I;16N"})
 ALPHA = frozenset({"LA", "La", "PA", "RGBA", "RGBa"})
-DEPTH, COLOUR = 3, 4  # what `header` tells: the depth, and whether there is colour
+DEPTH, COLOUR = 3, 4  # fields of `header`: depth, and whether there is colour
 SCALES = ("8 or 16 bits", "8 or 16 bits", "32-bit integers", "floats")  # by depth; a set has one
 
 
 def header(content: bytes) -> int:
-    """Returns what an image file says before it is decoded: its depth, and whether it is in colour."""
+    """Returns depth and colour of an image file, which its header says before it is decoded."""
     image = PIL.Image.open(io.BytesIO(content))
     is_grey = image.mode in GREY
     if image.mode in ("P", "PA"):
@@ -43,7 +43,7 @@ def depth_of(image: Image) -> int:
 
 
 def scale_of(headers: np.ndarray, scale: str | None = None) -> str:
-    """Returns which of `SCALES` a set has, by its headers, (N,); ValueError if it has several, or not the given one."""
+    """Returns the one of `SCALES` in the headers of a set, (N,); ValueError for several, or if another is given."""
     scales = sorted({SCALES[depth] for depth in np.unique(headers & DEPTH)})
     scale = scale or scales[0]
     if scales != [scale]:
@@ -52,7 +52,7 @@ def scale_of(headers: np.ndarray, scale: str | None = None) -> str:
 
 
 def open_image(stored: dict[str, Any]) -> Image:
-    """Decodes a stored image, from its bytes or its path, and turns it upright as its camera says."""
+    """Decodes a stored image, from its bytes or its path, and turns it upright by its EXIF orientation."""
     content = Path(stored["path"]).read_bytes() if stored["bytes"] is None else stored["bytes"]
     image = PIL.Image.open(io.BytesIO(content))
     image.load()
@@ -60,7 +60,7 @@ def open_image(stored: dict[str, Any]) -> Image:
 
 
 def image_of(given: Any) -> Image:
-    """Returns an image that a person has, decoded and upright.
+    """Returns the image in a file or in pixels, decoded and upright.
 
     Args:
         given: Path of a file, a PIL image, or an array or tensor of pixels: (H, W), (H, W, C) or (C, H, W), where C is

@@ -1,4 +1,4 @@
-"""Where data are stored and which part of them is which split: the same rules for images and for text."""
+"""Finds stored data and their splits, by the same rules for images and for text."""
 
 import bz2
 import csv
@@ -25,7 +25,7 @@ SPLIT_NAMES: dict[str, Split] = {
     "validation": "val", "valid": "val", "val": "val", "dev": "val", "eval": "val", "evaluation": "val",
     "test": "test", "testing": "test",
 }  # fmt: skip
-SPLIT_COLUMNS = ("split", "subset", "partition")  # may hold the name of each row's split
+SPLIT_COLUMNS = ("split", "subset", "partition")  # columns that may hold the split of a row
 PROGRAMS = (  # and settings: train.py is no split
     ".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".hpp", ".cu", ".rs", ".go", ".java", ".kt", ".js", ".ts", ".css", ".sh",
     ".sql", ".lua", ".toml", ".yaml", ".yml", ".ini", ".cfg",
@@ -33,13 +33,13 @@ PROGRAMS = (  # and settings: train.py is no split
 NAMES = "|".join(SPLIT_NAMES)
 # The name of a split between dots, or with the number of a shard: wiki.train.tokens, train-00000-of-00002.csv
 IN_FILE_NAME = re.compile(rf"(?:^|\.)({NAMES})(?:[-_.]?\d+(?:-of-\d+)?)?(?:\.|$)", re.IGNORECASE)
-WORD = re.compile(rf"(?<![a-z])({NAMES})(?![a-z])", re.IGNORECASE)  # which may as well be a part of a title
+WORD = re.compile(rf"(?<![a-z])({NAMES})(?![a-z])", re.IGNORECASE)  # it may as well be part of a title
 OPEN: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 csv.field_size_limit(sys.maxsize)
 
 
 def suffix(path: PurePath) -> str:
-    """Returns what a file's name ends in, in lower case and without that of a compression: ".txt" for a.TXT.gz."""
+    """Returns the suffix of a file's name, in lower case and without that of a compression: ".txt" for a.TXT.gz."""
     return (path.with_suffix("") if path.suffix.lower() in OPEN else path).suffix.lower()
 
 
@@ -57,7 +57,7 @@ def walk(folder: Path) -> list[Path]:
 
 
 def rows_of(path: Path, columns: list[str] | None = None) -> Iterator[dict[str, Any]]:
-    """Yields rows of CSV (all cells are text), JSON, JSON lines, or columns of parquet; ValueError if it is none."""
+    """Yields rows of CSV (all cells are text), JSON, JSON lines, or columns of parquet; ValueError for other files."""
     try:
         for row in _rows(path, columns):
             if not isinstance(row, dict):
@@ -101,7 +101,7 @@ def split_of(name: str) -> Split | None:
 
 
 def stored_split(path: PurePath) -> str | None:
-    """Returns the name of a split in a relative path: of the outermost folder that has one, or else of the file.
+    """Returns the name of a split in a relative path: that of the outermost folder with one, or else of the file.
 
     >>> [stored_split(PurePath(path)) for path in ("data/Valid/a.txt", "ptb.train.txt", "dev-00000-of-00002.jsonl")]
     ['valid', 'train', 'dev']
@@ -114,7 +114,7 @@ def stored_split(path: PurePath) -> str | None:
 
 
 def files_by_split(files: Iterable[Path], root: Path) -> dict[str, list[Path]]:
-    """Returns files by the name of their split, if one is for training or all have one; else all of them for training.
+    """Returns files by split if one is for training or all have a split; otherwise, all of them for training.
 
     Raises:
         ValueError: See `refuse_words`.
@@ -128,7 +128,7 @@ def files_by_split(files: Iterable[Path], root: Path) -> dict[str, list[Path]]:
 
 
 def refuse_words(names: Iterable[str]) -> None:
-    """Raises a ValueError if splits are words in names, such as train_data, which may as well be parts of titles."""
+    """Raises a ValueError for names that contain a split as a word, such as train_data: they may be titles."""
     words = {split_of(word): name for name in names for word in WORD.findall(name)}
     if "train" in words and len(words) > 1:
         raise ValueError(
@@ -138,10 +138,10 @@ def refuse_words(names: Iterable[str]) -> None:
 
 
 def assign_splits(names: Iterable[str], leave_out: Iterable[str] = ()) -> tuple[dict[Split, str], list[str]]:
-    """Returns the stored name of each split, that of training first, and the names of no split.
+    """Returns the stored name of each split, training first, and the names that are no split.
 
     Raises:
-        ValueError: If two names stand for one split, or a name to leave out is not there.
+        ValueError: If two names stand for one split, or a name to leave out is missing.
 
     >>> assign_splits(["Train", "dev", "extra"])
     ({'train': 'Train', 'val': 'dev'}, ['extra'])
@@ -163,7 +163,7 @@ def assign_splits(names: Iterable[str], leave_out: Iterable[str] = ()) -> tuple[
 
 
 def column_of(key: str, found: Collection[str], given: str | None, columns: Iterable[str]) -> str:
-    """Returns the given column, or else the only one that is found; ValueError if it is not found, or not alone."""
+    """Returns the given column, or else the only one found; ValueError if it is missing or there are several."""
     if given in found or (given is None and len(found) == 1):
         return given or next(iter(found))
     raise ValueError(
@@ -177,7 +177,7 @@ def is_saved(folder: Path) -> bool:
 
 
 def is_dataset(folder: Path) -> bool:
-    """Returns whether `datasets` knows the splits of a folder: it has saved them, or the README declares them."""
+    """Returns whether `datasets` knows the splits of a folder: it saved them, or the README declares them."""
     readme = folder / "README.md"
     text = readme.read_text("utf-8", errors="replace") if readme.is_file() else ""
     return is_saved(folder) or re.match(r"---\n(?:(?!---).*\n)*?configs:", text) is not None
@@ -188,16 +188,16 @@ def read_stored(path: str, expected: str, name: str | None = None, *, streaming:
 
     Args:
         path: The value of `data.path`.
-        expected: What it may be, for the FileNotFoundError if there is no such dataset, or it cannot be read.
+        expected: What it may be, for the message of the FileNotFoundError if no dataset can be read.
         name: Which of the dataset's configurations; None if it has one, or a default.
-        streaming: Whether rows are read when they are needed, instead of downloaded or converted all at once.
+        streaming: Whether to read rows on demand, instead of downloading or converting all at once.
     """
     folder = Path(path).expanduser()
     if not folder.exists():
         try:
             HfApi().dataset_info(path, timeout=5)
         except (HfHubHTTPError, HFValidationError):
-            pass  # load_dataset says what is wrong
+            pass  # load_dataset reports what is wrong
         except Exception:  # the type differs between versions of the client
             datasets.config.HF_HUB_OFFLINE = True  # else load_dataset tries for 23 seconds before it turns to the cache
     try:
@@ -205,7 +205,7 @@ def read_stored(path: str, expected: str, name: str | None = None, *, streaming:
             stored = datasets.load_from_disk(folder)
         else:
             stored = datasets.load_dataset(str(folder) if folder.is_dir() else path, name, streaming=streaming)
-    except Exception as error:  # of many types; the user needs to know which setting it is about
+    except Exception as error:  # of many types; the message names the setting
         cause = error.__cause__ or error
         raise FileNotFoundError(
             f"Expected data.path to be {expected}, but got {path!r} ({type(cause).__name__}: {cause})"
@@ -214,7 +214,7 @@ def read_stored(path: str, expected: str, name: str | None = None, *, streaming:
 
 
 def by_column(splits: Mapping[str, datasets.Dataset]) -> Mapping[str, datasets.Dataset]:
-    """Returns the splits that a column names, if nothing else does and there is one for training."""
+    """Returns the splits that a column names, if nothing else names any and one is for training."""
     stored, *others = splits.values()
     column = next((name for name in stored.column_names if name.lower() in SPLIT_COLUMNS), None)
     if others or column is None:

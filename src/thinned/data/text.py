@@ -1,4 +1,4 @@
-"""Text as windows of tokens for language models, with the token that follows each.
+"""Reads text as windows of tokens for language models, with the token that follows each.
 
 An epoch is one pass over the training tokens, in windows that do not overlap and begin at another offset each epoch.
 (nanoGPT, github.com/karpathy/nanoGPT, draws them with replacement.) As in nanoGPT, the last tenth is for validation.
@@ -31,25 +31,24 @@ from thinned.data.tokens import HeldTokens, TokenBatches, Tokens
 
 
 class Prepared(NamedTuple):
-    """Text that is tokenised."""
+    """Holds tokenised text."""
 
     source: TextSource
-    rule: text_split.SplitRule | None  # None if it is another text than that of a checkpoint
+    rule: text_split.SplitRule | None  # None if it is not the text of the checkpoint
     tokenised: Tokenised
 
 
 class TextDataModule(SplitDataModule):
-    """Windows of tokens in batches, divided among the processes.
+    """Loads windows of tokens in batches, divided among the processes.
 
-    Stored splits are used as they are: those of a dataset, or files or folders that are named train and valid or test,
-    in any usual way. Missing ones are taken from "train", by document if each of them can expect ten documents, as it
-    does for 100 documents and a tenth. Otherwise they are the end of the text. If the test has no tokens of its own, it
-    is on the validation split.
+    Stored splits are used unchanged: those of a dataset, or files or folders with the usual names of splits. Missing
+    ones are taken from "train": by document if each can expect ten documents (a tenth of 100, for example), otherwise
+    from the end of the text. If the test has no tokens of its own, it uses the validation split.
 
-    A checkpoint keeps the split, whatever the settings say later: in the same text, which may have grown, no token is
-    tested that was trained on. All of another text is predicted.
+    A checkpoint keeps the split, whatever the settings say later: in the same text, which may have grown, no token of
+    the training is tested. Another text is predicted as a whole.
 
-    The text is tokenised once, into files in `cache_dir` that later runs find again while path, size and time of change
+    The text is tokenised once, into files in `cache_dir`. Later runs use them as long as path, size and time of change
     of the text are the same.
 
     Args:
@@ -66,11 +65,11 @@ class TextDataModule(SplitDataModule):
         val_fraction: Fraction of the stored "train" for validation, if no split is stored for it.
         test_fraction: Fraction of the stored "train" for the test, if no split is stored for it.
         split_seed: Seed of the split by document.
-        leave_out: Names of stored splits, folders and files that are not to be used; `*` stands for any part of a name.
+        leave_out: Names of stored splits, folders and files to ignore; `*` stands for any part of a name.
         predict_split: The split to predict.
-        distortion: What is done to the text of a test or a prediction: "characters:<rate>" exchanges them at a rate.
+        distortion: Distortion of the text of a test or a prediction: "characters:<rate>" exchanges them at a rate.
         streaming: Whether a dataset on the hub is read row by row, so that only the first `max_tokens` are downloaded.
-            Its later changes are not noticed.
+            Later changes on the hub are not noticed.
         max_tokens: The most tokens of each stored split; None for all.
         cache_dir: Folder for the tokens.
         num_workers: Number of worker processes that make batches; 0 makes them in the main process.
@@ -116,7 +115,7 @@ class TextDataModule(SplitDataModule):
             raise ValueError(
                 f"Expected data.test_fraction below 1 - {val_fraction}, data.val_fraction, but got {test_fraction}"
             )
-        bpe_size(tokenizer)  # raises an error if it is invalid
+        bpe_size(tokenizer)  # raises a ValueError if it is invalid
         self._distortion = Distortion.parse(distortion, TEXT_KINDS)
         self.tokens = {}
         self._distorted: dict[Split, HeldTokens] = {}
@@ -129,7 +128,7 @@ class TextDataModule(SplitDataModule):
         self._prepare()
 
     def setup(self, stage: str | None = None) -> None:
-        """Opens the tokens, once for all stages; ValueError if a training would resume on another text."""
+        """Opens the tokens, once for all stages; ValueError if training would resume on another text."""
         if self.tokens:
             return
         source, rule, (self.tokenizer, files, _) = self._prepare()
@@ -147,7 +146,7 @@ class TextDataModule(SplitDataModule):
         if self._is_another:
             if self._fits:
                 raise ValueError(f"Expected the training text of the checkpoint, but got another one in {self.path!r}")
-            rank_zero_info("data.path is another text than that of the checkpoint, so all of it is predicted")
+            rank_zero_info("data.path is not the text of the checkpoint, so all of it is predicted")
         elif self._kept:
             self._keep_settings(self._kept)
             if unused := counts["train"] - max(stop for file, _, stop in self._ranges.values() if file == "train"):
@@ -156,7 +155,7 @@ class TextDataModule(SplitDataModule):
                 )
 
     def _keep_settings(self, kept: dict[str, Any]) -> None:
-        """Takes the settings of the split, and to resume also of the order, from a checkpoint of the same text."""
+        """Takes the settings of the split from a checkpoint of the same text; to resume, also those of the order."""
         keys = [f"{split}_fraction" for split in ("val", "test") if split not in kept["stored"]]
         for key in [*keys, *["split_seed"] * kept["by_document"], *["seed"] * self._fits]:
             if kept[key] != self.hparams[key]:
@@ -165,11 +164,10 @@ class TextDataModule(SplitDataModule):
 
     @property
     def _fits(self) -> bool:
-        """Tells whether the trainer fits."""
         return self.trainer is not None and self.trainer.state.fn == "fit"
 
     def _prepare(self) -> Prepared:
-        """Returns the text, how it is split, and its tokens, which it writes if they are missing."""
+        """Returns the text, how it is split, and its tokens, which are written if missing."""
         if self._prepared:
             return self._prepared
         given = self.hparams
@@ -194,7 +192,7 @@ class TextDataModule(SplitDataModule):
         key = [source.content, spec, [rule.val, rule.test, rule.seed] if rule.by_document else None, max_tokens]
         folder = folder_of(cache, label, [*key, rule.ends[0] if bpe_size(spec) else None])
         made = open_tokens(folder)
-        # A checkpoint is often used on its training text: if its tokenizer was made of it, so were the tokens.
+        # A checkpoint is often used on its training text: if its tokenizer was made from it, the tokens are there too.
         if tokenizer and not (made and made.tokenizer.to_json() == self._given):
             folder = folder_of(cache, label, [*key, tokenizer.to_json()])
 
@@ -220,14 +218,14 @@ class TextDataModule(SplitDataModule):
         return self.hparams["context_length"]
 
     def net_arguments(self, names: Collection[str]) -> dict[str, int]:
-        """Returns the sizes of the vocabulary and the context, if they are among the names."""
+        """Returns the sizes of the vocabulary and the context, if `names` ask for them."""
         known = {"context_length": self.context_length}
         if "vocab_size" in names:
             known["vocab_size"] = self._prepare().tokenised.tokenizer.vocab_size
         return {name: value for name, value in known.items() if name in names}
 
     def val_dataloader(self) -> DataLoader[Any]:
-        """Returns the validation split; ValueError if what is learned from it would be tested on the same text."""
+        """Returns the validation split; ValueError if a text new to the checkpoint would also be the test."""
         tested = self.trainer.state.fn if self.trainer else None
         split = self.predict_split if tested == "predict" else "test"
         if self._is_another and tested in ("predict", "test") and self._ranges["val"] == self._ranges[split]:
@@ -238,7 +236,7 @@ class TextDataModule(SplitDataModule):
         return super().val_dataloader()
 
     def provenance(self, split: Split, limit_batches: float) -> dict[str, Any]:
-        """Adds what tells the tokens of the split apart from others."""
+        """Adds a hash of the tokens of the split."""
         return super().provenance(split, limit_batches) | {"digest": self.tokens[split].digest}
 
     def state_dict(self) -> dict[str, Any]:
@@ -267,7 +265,7 @@ class TextDataModule(SplitDataModule):
         return facts | settings | {"parts": parts}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes tokenizer and split from a checkpoint, whatever the text; ValueError for another kind of tokenizer."""
+        """Takes tokenizer and split from a checkpoint; ValueError for another kind of tokenizer."""
         spec = state_dict["spec"]
         if spec != self.hparams["tokenizer"]:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Text distorted on purpose: characters exchanged at a rate, as by a poor scan or a careless typist."""
+"""Distorts text: exchanges characters at a rate, as a poor scan or a careless typist does."""
 
 import numpy as np
 
@@ -11,9 +11,9 @@ SEED = 0  # one for all, so that runs with other seeds are tested on the same te
 
 
 def exchanged(tokens: Tokens, tokenizer: Tokenizer, rate: float) -> HeldTokens:
-    """Exchanges characters of a text, each with a probability, for one at a random place of it, and tokenises it again.
+    """Exchanges each character, with a probability, for one at a random place of the text, and tokenises it again.
 
-    Draws are a function of the character's place. A drawn character may be the same, and ends of documents stay.
+    Draws are a function of the character's place. A drawn character may be the same. Ends of documents stay.
     """
     ids = tokens.read(0, len(tokens))
     ends = np.flatnonzero(ids == tokenizer.end_of_text)

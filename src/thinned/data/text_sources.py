@@ -1,8 +1,8 @@
 """Reads documents from Python's own documentation, files of text or of rows, or a dataset of Hugging Face.
 
 "pydocs" is the text of `help()` topics, `pydoc_data.topics` in CPython: half a megabyte of English that every
-installation has. "stdlib" is half a megabyte of CPython's own sources, with the characters of "pydocs" alone, so that a
-network that knows those can predict it.
+installation has. "stdlib" is half a megabyte of CPython's own sources, in the characters of "pydocs", so that a network
+that knows those can predict it.
 """
 
 import json
@@ -22,7 +22,7 @@ from thinned.data.sources import suffix
 ROWS = frozenset([".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet"])
 PROSE = [".txt", ".text", ".md", ".rst", ".tex", ".org", ".html", ".htm", ".xml", ".tokens", ".raw"]
 TEXT = frozenset([*PROSE, *sources.PROGRAMS])
-ABOUT = re.compile(r"(readme|licen[cs]e|notice|citation|changelog|dataset_?card)\b", re.IGNORECASE)  # not of the data
+ABOUT = re.compile(r"(readme|licen[cs]e|notice|citation|changelog|dataset_?card)\b", re.IGNORECASE)  # about the data
 EXPECTED = (
     "'pydocs', 'stdlib', a file of text or rows, a folder of them, or the id of a dataset on the Hugging Face Hub"
 )
@@ -31,16 +31,16 @@ SOURCE_CHARACTERS = 500_000  # of "stdlib"
 
 @dataclass(frozen=True)
 class TextSource:
-    """Documents by split."""
+    """Holds documents by split."""
 
-    splits: Mapping[Split, Iterable[str]]  # those that are stored; each can be read again
+    splits: Mapping[Split, Iterable[str]]  # the stored ones; each can be read again
     content: str  # differs between sources of different text
     left_out: Sequence[str] = ()  # stored splits or files that are not used
 
 
 @dataclass(frozen=True)
 class TextFiles:
-    """Each file of text is a document, and so is each row of a file of rows."""
+    """Reads documents from files: each file of text is one, and so is each row of a file of rows."""
 
     paths: list[Path]
     column: str
@@ -60,7 +60,7 @@ def _rows_in(path: Path, column: str) -> Iterator[str]:
 
 
 def _text_in(path: Path) -> str:
-    """Returns the text of a file as it is: reading it as text would change the newlines."""
+    """Returns the text of a file with its own newlines, which text mode would change."""
     try:
         with sources.OPEN.get(path.suffix.lower(), open)(path, "rb") as file:
             content: bytes = file.read()
@@ -76,7 +76,7 @@ def _text_in(path: Path) -> str:
 
 @dataclass(frozen=True)
 class TextColumn:
-    """Each row of a column of a dataset is a document."""
+    """Reads documents from a column of a dataset: each row is one."""
 
     stored: sources.Stored
     column: str
@@ -129,14 +129,14 @@ def read_text(
     }
     column = _text_column(strings, text_column) if rows else ""
     states = [(split, str(file.absolute()), file.stat()) for split, paths in files.items() for file in paths]
-    # A copy or an archive cannot set the time of change (ctime) of a file back.
+    # A copy or an archive cannot set a file's time of change (ctime).
     content = json.dumps([column, *((*named, state.st_size, state.st_ctime_ns) for *named, state in states)])
     texts = {split: TextFiles(paths, column) for split, paths in files.items()}
     return TextSource(texts, content, [file.relative_to(folder).as_posix() for file in left_out])
 
 
 def _own_sources(characters: set[str]) -> list[str]:
-    """Returns modules of the standard library that have these characters alone, the first ones by name."""
+    """Returns the first modules of the standard library, by name, that use these characters alone."""
     paths = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
     texts = [path.read_text(encoding="utf-8", errors="replace") for path in paths]
     allowed = [text for text in texts if characters.issuperset(text)]
@@ -145,7 +145,7 @@ def _own_sources(characters: set[str]) -> list[str]:
 
 
 def _files(folder: Path, leave_out: Sequence[str]) -> tuple[dict[Split, list[Path]], list[Path]]:
-    """Returns the files of each split, and those that are left out."""
+    """Returns the files of each split, and the unused ones."""
     if folder.is_file():
         return {"train": [folder]}, []
     files = [file for file in sources.walk(folder) if file.is_file()]
@@ -174,7 +174,6 @@ def _is_called(path: Path, pattern: str) -> bool:
 
 
 def _dataset(path: str, name: str | None, column: str | None, leave_out: Sequence[str], streaming: bool) -> TextSource:
-    """Returns the documents of a dataset."""
     streaming &= not Path(path).expanduser().exists()
     read = sources.read_stored(path, EXPECTED, name, streaming=streaming)
     found = read if streaming else sources.by_column(read)
@@ -183,7 +182,7 @@ def _dataset(path: str, name: str | None, column: str | None, leave_out: Sequenc
         raise ValueError(f"Expected data.path to have splits such as 'train', 'val' and 'test', but got {left_out}")
     stored = {split: found[stored_name] for split, stored_name in names.items()}
     column = _text_column({split: _strings(rows) for split, rows in stored.items()}, column)
-    # Of a stream, only the hub knows the current content.
+    # Only the hub knows the current content of a stream.
     identity = path if streaming else {split: rows._fingerprint for split, rows in stored.items()}
     documents = {split: TextColumn(rows, column) for split, rows in stored.items()}
     return TextSource(documents, json.dumps([streaming, column, name, names, identity]), left_out)

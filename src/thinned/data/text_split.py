@@ -1,9 +1,9 @@
-"""How text is divided into training, validation and test: a fact of a run, which its checkpoint keeps.
+"""Divides text into training, validation and test, in a way that the checkpoint of a run keeps.
 
-Splits that are stored are used as they are. Those that are missing are taken from the stored "train":
+Stored splits are used unchanged. Missing ones are taken from the stored "train":
 
-- By document, if each of them can expect `ENOUGH` documents. A hash of the document and the seed decides, so a set that
-  grows or is reordered keeps each document where it is, and copies of a document are on one side.
+- By document, if each can expect `ENOUGH` documents. A hash of the document and the seed decides, so documents stay in
+  their split when the set grows or is reordered, and copies of a document are on one side.
 - Otherwise by position, as nanoGPT does with its single document: they are the end of the text.
 """
 
@@ -18,14 +18,14 @@ from thinned.data.order import Split
 from thinned.data.token_stream import Document, sure_to_fit
 from thinned.data.tokens import Tokens
 
-ENOUGH = 10  # different documents: a part that can expect so many is empty with a probability below 1e-4
-KEPT_HASHES = 64  # of a split: they tell whether another set has documents of it, unless it has few
+ENOUGH = 10  # different documents: a split that expects so many is empty with a probability below 1e-4
+KEPT_HASHES = 64  # of a split, by which its documents are found in another set
 Range = tuple[Split, int, int]  # tokens of a file, from start to stop
 
 
 @dataclass(frozen=True)
 class SplitRule:
-    """How a stored "train" is divided."""
+    """Says how a stored "train" is divided."""
 
     val: float  # fraction for validation; 0 if a split is stored for it
     test: float
@@ -34,7 +34,7 @@ class SplitRule:
 
     @classmethod
     def of(cls, settings: Mapping[str, Any], stored: Collection[Split], *, by_document: bool) -> Self:
-        """Returns the rule by these settings of the data, if these splits are stored."""
+        """Returns the rule for these settings of the data and these stored splits."""
         val, test = (0.0 if split in stored else settings[f"{split}_fraction"] for split in ("val", "test"))
         return cls(val, test, settings["split_seed"], by_document)
 
@@ -54,7 +54,7 @@ class SplitRule:
         return content_hash(text.encode(errors="surrogatepass"), self.seed)
 
     def split_of(self, document_hash: int) -> Split:
-        """Returns the split of a document by where its hash falls between 0 and 1: test, validation, training."""
+        """Returns the split of a document by its hash, scaled to [0, 1): test, then validation, then training."""
         place = document_hash / 2**64
         return "test" if place < self.test else "val" if place >= 1 - self.val else "train"
 
@@ -64,7 +64,7 @@ UNDIVIDED = SplitRule(0.0, 0.0, 0, by_document=False)
 
 @dataclass
 class SplitDocuments:
-    """Documents of a stored split, each with the split to which it goes."""
+    """Yields documents of a stored split, each with the split that it goes to."""
 
     stored: Split
     documents: Iterable[str]
@@ -86,7 +86,7 @@ class SplitDocuments:
 
     @property
     def digests(self) -> dict[Split, str]:
-        """Tells sets of documents apart in each split: the smallest hashes, whatever their order."""
+        """Returns a hash of the set of documents in each split, whatever their order."""
         return {split: "".join(f"{number:016x}" for number in self.smallest[split]) for split in self.smallest}
 
 
@@ -95,8 +95,8 @@ def rule_of(
 ) -> SplitRule | None:
     """Returns how the documents of a stored "train" are split, by the settings or as a checkpoint has `kept` it.
 
-    None stands for another text than that of the checkpoint, which has none of its documents. If the checkpoint's text
-    was split by position, the tokens show later whether it is that: see `kept_ranges`.
+    None means that this is not the text of the checkpoint: it has none of its documents. If the checkpoint's text was
+    split by position, `kept_ranges` compares the tokens later.
 
     Raises:
         ValueError: If there is no "train" to train on.
@@ -130,7 +130,7 @@ def new_ranges(rule: SplitRule, counts: Mapping[Split, int]) -> dict[Split, Rang
 
 
 def whole_ranges(counts: Mapping[Split, int]) -> dict[Split, Range]:
-    """Returns the stored splits of a text that was not trained on, or else all of it for each."""
+    """Returns the ranges of a text that was not trained on: its stored splits, or else all of it for each split."""
     first = next(iter(counts))
     files: dict[Split, Split] = {split: split if split in counts else first for split in get_args(Split)}
     return {split: (file, 0, counts[file]) for split, file in files.items()}
@@ -139,11 +139,11 @@ def whole_ranges(counts: Mapping[Split, int]) -> dict[Split, Range]:
 def kept_ranges(kept: Mapping[str, Any], path: str, tokens: Mapping[Split, Tokens]) -> dict[Split, Range] | None:
     """Returns the tokens of the splits that a checkpoint has `kept`, in the text as it is now.
 
-    What has been added to the end of a text is in no split. Stored splits, and documents, are used as they are now.
-    None stands for another text: another path, or one that does not begin with what was trained on.
+    Text added to the end is in no split. Stored splits, and documents, are used as they are now. None means another
+    text: another path, or one that does not begin with the training text.
 
     Raises:
-        ValueError: If what was trained on would be tested, or it cannot be known what was trained on.
+        ValueError: If training text would be tested, or the training text cannot be identified.
     """
     parts: dict[Split, dict[str, Any]] = kept["parts"]
     start, stop, digest = (parts["train"][key] for key in ("start", "stop", "digest"))

@@ -1,4 +1,4 @@
-"""Text is tokenised once, into a file for each split, which later runs find again.
+"""Tokenises text once, into a file for each split, which later runs find again.
 
 A folder of tokens appears by a rename, and its manifest has the number of tokens of each file. A folder in which
 something is missing, or has another size, is replaced by a new one.
@@ -24,11 +24,11 @@ from thinned.data.token_stream import Document, first, token_arrays
 from thinned.data.tokenizer import Tokenizer
 from thinned.data.tokens import Tokens
 
-FORMAT = 3  # of the files; another one has other folders
+FORMAT = 3  # of the files; each format has its own folders
 
 
 class Tokenised(NamedTuple):
-    """Text as tokens."""
+    """Holds the tokens of a text."""
 
     tokenizer: Tokenizer
     tokens: dict[Split, Tokens]
@@ -36,7 +36,7 @@ class Tokenised(NamedTuple):
 
 
 def folder_of(cache_dir: str, label: str, key: list[Any]) -> Path:
-    """Returns the folder of tokens: the label is for people, and the key is all that they depend on, as JSON."""
+    """Returns the folder of tokens: the label is for people; the key is all that they depend on."""
     digest = hashlib.sha256(json.dumps([FORMAT, *key]).encode()).hexdigest()
     name = re.sub(r"[^\w.-]+", "-", label).strip(".-")[:80]
     return Path(cache_dir).expanduser() / f"{name}-{digest[:12]}"
@@ -62,7 +62,7 @@ def cached_tokens(folder: Path, write: Callable[[Path], None]) -> Tokenised:
                         shutil.rmtree(folder, ignore_errors=True)
                         partial.rename(folder)
             finally:
-                lock.unlink(missing_ok=True)  # a process that waits for it notices, and makes a new one
+                lock.unlink(missing_ok=True)  # a waiting process notices, and makes a new one
     except OSError as error:
         if error.errno is None:  # the errors of data.path have none
             raise
@@ -98,7 +98,7 @@ def write_tokens(
         task = progress.add_task("")
         files = {split: stack.enter_context((folder / f"{split}.bin").open("wb")) for split in splits}
         for name, documents in stored.items():
-            if tokenizer.by_character:  # it may lack characters of the text that is not kept
+            if tokenizer.by_character:  # it may lack characters of discarded text
                 documents = first(documents, max_tokens)
             try:
                 for split, tokens in first(token_arrays(documents, tokenizer), max_tokens):
@@ -113,7 +113,7 @@ def write_tokens(
 
 
 def open_tokens(folder: Path) -> Tokenised | None:
-    """Returns the tokens in a folder; None if something is missing or not as it was written."""
+    """Returns the tokens in a folder; None if a file is missing or has changed."""
     tokens = {}
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))

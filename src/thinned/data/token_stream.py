@@ -1,6 +1,6 @@
-"""Documents to tokens: makes the tokenizer of a text, and yields its tokens in order.
+"""Turns documents into tokens: makes the tokenizer of a text, and yields its tokens in order.
 
-Each document comes with the name of its split. Long ones are worked on in pieces, so that memory does not grow.
+Each document comes with the name of its split. Long ones are tokenised in pieces, so that memory does not grow.
 """
 
 import re
@@ -26,11 +26,8 @@ def make_tokenizer(
 ) -> Tokenizer:
     """Returns a tokenizer for text, "char" or "bpe:<size>". It depends only on the text that is kept.
 
-    Args:
-        spec: Which one.
-        stored: Documents of each stored split.
-        training_part: Fraction of the characters for training on which BPE is trained.
-        max_tokens: The most tokens kept of a stored split; None for all.
+    BPE is trained on the fraction `training_part` of the characters for training. Only `max_tokens` tokens of a stored
+    split are kept; None keeps all.
     """
     if size := bpe_size(spec):
 
@@ -46,7 +43,7 @@ def make_tokenizer(
 
 
 def sure_to_fit(documents: Iterable[Document], max_tokens: int | None) -> Iterator[Document]:
-    """Yields documents up to what surely fits in `max_tokens` tokens of a byte or more each, the last one cut off."""
+    """Yields documents while their bytes fit in `max_tokens` tokens of a byte or more each; cuts the last one."""
     for split, text in documents:
         if max_tokens is None:
             yield split, text
@@ -59,7 +56,7 @@ def sure_to_fit(documents: Iterable[Document], max_tokens: int | None) -> Iterat
 
 
 def first(parts: Iterable[tuple[Split, Sized]], limit: int | None) -> Iterator[tuple[Split, Sized]]:
-    """Yields texts up to a number of characters, or arrays up to a number of tokens, the last one cut off.
+    """Yields texts up to a number of characters, or arrays up to a number of tokens; cuts the last one.
 
     >>> list(first([("train", "ab"), ("val", "cd"), ("train", "ef")], 3))
     [('train', 'ab'), ('val', 'c')]
@@ -73,8 +70,8 @@ def first(parts: Iterable[tuple[Split, Sized]], limit: int | None) -> Iterator[t
 def in_pieces(documents: Iterable[Document], tokenizer: Tokenizer | None = None) -> Iterator[Document]:
     """Yields long documents in pieces, cut only where the cut does not change their tokens.
 
-    No token of GPT-2 spans the start of white space, but other tokenizers have some that do, or begin every text with a
-    space. So each cut is tried on the text around it. Without a tokenizer, the pieces are for training one as GPT-2's.
+    No token of GPT-2 spans the start of white space, but other tokenizers have such tokens, or begin every text with a
+    space. So each cut is tried on the text around it. Without a tokenizer, the pieces are to train one like GPT-2's.
     """
     for split, document in documents:
         start = 0
@@ -98,7 +95,7 @@ def _separable(document: str, cut: int, tokenizer: Tokenizer | None) -> bool:
 
 
 def token_arrays(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[tuple[Split, np.ndarray]]:
-    """Yields splits and tokens of all documents in order, each followed by what separates them; no empty ones."""
+    """Yields splits and tokens of all documents in order, each followed by a separator; skips empty ones."""
     end = np.array([tokenizer.end_of_text])
     texts = in_pieces(_separated(documents, tokenizer), tokenizer)
     while group := list(islice(texts, GROUP)):
@@ -107,7 +104,7 @@ def token_arrays(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterato
 
 
 def _separated(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[Document]:
-    """Yields documents that have text, and what separates them: "" stands for its token, if there is one."""
+    """Yields documents that have text, and separators: "" stands for the token of one, if there is one."""
     begun = set[Split]()
     for split, document in documents:
         if not document:

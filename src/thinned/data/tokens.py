@@ -1,4 +1,4 @@
-"""Tokens of a memory-mapped file, and windows of them in batches, with the token that follows each.
+"""Reads tokens of a memory-mapped file, and windows of them in batches, with the token that follows each.
 
 Shapes: B windows in a batch, T tokens in a window.
 """
@@ -19,7 +19,7 @@ NO_TARGET = -100  # cross_entropy ignores it
 
 
 class Tokens:
-    """Consecutive tokens of a file, from start to stop; it is memory-mapped, so that it stays readable when deleted.
+    """Reads consecutive tokens of a file, which is memory-mapped, so that it stays readable when deleted.
 
     The workers of a data loader can read them too: unpickling opens the file again.
     """
@@ -55,7 +55,7 @@ class Tokens:
 
     @cached_property
     def digest(self) -> str:
-        """Tells other tokens apart, by what they are and how many."""
+        """Returns a hash of the tokens and their number."""
         digest, step = blake2b(digest_size=16), 2**22
         for start in range(0, len(self), step):
             digest.update(self.read(start, min(start + step, len(self))).astype("<u4").tobytes())
@@ -63,16 +63,16 @@ class Tokens:
 
 
 class TokenBatch(NamedTuple):
-    """Windows of tokens, the tokens that follow, and the numbers of the windows in the split."""
+    """Holds windows of tokens, the tokens that follow, and the numbers of the windows in the split."""
 
     input: Tensor  # (B, T) int64
-    target: Tensor  # (B, T) int64, the token after each; -100 where there is none
+    target: Tensor  # (B, T) int64, the token after each; or -100
     index: Tensor  # type: ignore[assignment]  # (B,) int64, window of the split
 
 
 @dataclass(frozen=True)
 class HeldTokens:
-    """Tokens in memory, int64 (N,), that are read as those of a file are."""
+    """Reads tokens in memory, int64 (N,), as `Tokens` reads those of a file."""
 
     ids: np.ndarray
 
@@ -86,7 +86,7 @@ class HeldTokens:
 
 @dataclass
 class TokenBatches(Dataset[TokenBatch]):
-    """A split as batches: `split[epoch, indices]`.
+    """Reads a split in batches: `split[epoch, indices]`.
 
     - Training: window j begins at j T plus an offset below T that is a function of (seed, epoch). Every epoch has the
       windows that fit with the largest offset.

@@ -17,7 +17,7 @@ from thinned.uncertainty.conformal import KINDS, Kind, class_scores, conformity,
 
 
 class PredictionSets:
-    """Makes sets of classes that contain the true one with a chosen probability (`thinned.uncertainty.conformal`).
+    """Makes sets of classes that contain the true one with a chosen probability: `thinned.uncertainty.conformal`.
 
     The seed is of the random numbers that decide whether a set contains a class on its edge.
     """

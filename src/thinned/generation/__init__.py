@@ -1,4 +1,4 @@
-"""Text from a GPT, coloured by how unsure the network is of each token."""
+"""Generates text with a GPT, coloured by how unsure the network is of each token."""
 
 from thinned.generation.text_samples import TextSamples
 

@@ -1,4 +1,4 @@
-"""Text coloured by the uncertainty of its tokens: in the terminal, and as a page of HTML that stands alone."""
+"""Colours text by the uncertainty of its tokens, for the terminal and as one HTML page."""
 
 import html
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ Point at a token for its figures.</p>
 
 
 def measure(samples: Sequence[Sample]) -> str:
-    """Returns what colours the samples: mutual information if several networks spoke, else entropy."""
+    """Returns what colours the samples: mutual information if there are several networks, else entropy."""
     spread = any(value > 0 for sample in samples for value in sample.mutual_information)
     return "mutual_information" if spread else "entropy"
 

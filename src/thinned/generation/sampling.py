@@ -1,4 +1,4 @@
-"""Text from one or several networks, and how sure they were of each token.
+"""Generates text with one or several networks, and says how sure they were of each token.
 
 With several networks, the next token is drawn from their mean distribution; each keeps its own KV cache.
 
@@ -21,12 +21,12 @@ from thinned.uncertainty.statistics import disagreement, entropy
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn; ValueError for a setting outside its range.
+    """Draws the next token; ValueError for a setting outside its range.
 
     Args:
         temperature: Divides the logits; 0 takes the most probable token.
-        top_k: Only the k most probable tokens are left.
-        top_p: Only the fewest most probable tokens with this joint probability are left (Holtzman et al. 2020).
+        top_k: Only the k most probable tokens are drawn.
+        top_p: Only the fewest most probable tokens with this joint probability are drawn (Holtzman et al. 2020).
     """
 
     temperature: float = 1.0
@@ -59,7 +59,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Continuation:
-    """New tokens after a prompt, with the entropy of each one's distribution and the networks' mutual information."""
+    """Holds new tokens after a prompt, with the entropy of each one's distribution and the mutual information."""
 
     tokens: list[int] = field(default_factory=list)
     entropy: list[float] = field(default_factory=list)  # nats
@@ -78,8 +78,8 @@ def generate(
     """Continues each prompt (B, T), token by token, with the mean of S networks whose dropout does not act.
 
     A prompt longer than the context is cropped to its end. A full context is cropped to its last half. Both warn once.
-    Entropies are those of the distribution before `sampling` changes it. `finished` says of the new tokens of a
-    continuation whether it ends with them.
+    Entropies are those of the distribution before `sampling` changes it. A continuation ends when `finished` returns
+    True for its new tokens.
     """
     context_length = nets[0].context_length
     if prompt.shape[1] + max_new_tokens - 1 > context_length:
@@ -113,7 +113,7 @@ def generate(
 
 @dataclass(frozen=True)
 class Sample:
-    """A prompt and its continuation, in pieces of text with the uncertainty of each in nats."""
+    """Holds a prompt and its continuation as pieces of text, with the uncertainty of each in nats."""
 
     prompt: str
     pieces: list[str]
@@ -123,9 +123,9 @@ class Sample:
 
 
 def prompt_tokens(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """Returns the tokens of a prompt, in which `<|endoftext|>`, or nothing at all, begins a document.
+    """Returns the tokens of a prompt. `<|endoftext|>`, or an empty prompt, begins a document.
 
-    The tokenizer's own name of the end of text stands for it too. Without an end of text, a prompt is text and no more.
+    The tokenizer's own name for the end of text works too. Without such a token, the prompt is plain text.
 
     Raises:
         ValueError: The tokenizer does not know the text, or the prompt is empty and there is no end of text.

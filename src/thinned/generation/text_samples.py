@@ -1,4 +1,4 @@
-"""Continuations of a prompt at the end of training, coloured by uncertainty: in the terminal, as HTML, in W&B."""
+"""Continues a prompt at the end of training, coloured by uncertainty: in the terminal, as HTML, in W&B."""
 
 import warnings
 from functools import partial
@@ -21,12 +21,12 @@ from thinned.offers import task_offers
 
 
 class TextSamples(Callback):
-    """After the test, continues a prompt with the tested network, as `sample_texts` does.
+    """Continues a prompt with the tested network after the test, as `sample_texts` does.
 
     Prints the continuations, writes `samples.html` to the run's directory, and logs a table `samples` to W&B.
 
     Args:
-        prompt: Text with which each begins; empty to begin a document, as `<|endoftext|>` does in it.
+        prompt: Text with which each begins. `<|endoftext|>`, or an empty prompt, begins a document.
         num_samples: Number of continuations.
         ensemble: Number of thinned networks whose mean continues it; null takes one network for each continuation.
         max_new_tokens: Length of each.
@@ -56,14 +56,14 @@ class TextSamples(Callback):
         if tokenizer is not None:
             try:
                 prompt_tokens(tokenizer, self.prompt)
-            except ValueError as error:  # known at once, not after the training
+            except ValueError as error:  # at once, not after the training
                 raise ValueError(f"{error} in the prompt {self.prompt!r} (trainer.callbacks.prompt)") from None
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         net, tokenizer = task_offers(pl_module).net, data_offers(trainer).tokenizer
         if not trainer.is_global_zero or trainer.fast_dev_run or tokenizer is None or not isinstance(net, GPT):  # type: ignore[attr-defined]
             return
-        if pl_module.device_mesh is not None:  # this process has only a part of the net
+        if pl_module.device_mesh is not None:  # this process holds only a part of the net
             rank_zero_info("No samples of a net that is sharded: scripts/sample.py takes them from its checkpoint.")
             return
         with warnings.catch_warnings(action="ignore", category=UserWarning):  # a sample may exceed the context

@@ -1,4 +1,4 @@
-"""Networks in pure torch. Every dropout in them is a `Dropout` at one of four named sites."""
+"""Defines networks in pure torch. Every dropout in them is a `Dropout` at one of four named sites."""
 
 from thinned.models.dropout import SITES, Dropout, DropoutRates
 from thinned.models.gpt import GPT, KVCache

@@ -1,4 +1,4 @@
-"""Dropout (Srivastava et al. 2014, JMLR 15): one module for every site, and masks as a function of a seed.
+"""Defines dropout (Srivastava et al. 2014, JMLR 15): one module for every site, and masks as a function of a seed.
 
 A unit is kept with probability 1 - p and scaled by 1 / (1 - p) in training, so evaluation is the identity.
 """
@@ -21,7 +21,7 @@ SITES = ("embedding", "attention", "residual", "mlp")
 
 def check_sites(sites: Collection[str]) -> tuple[str, ...]:
     """Returns the sites in canonical order; ValueError for a name that is not in `SITES`."""
-    if unknown := [site for site in sites if site not in SITES]:  # of a string, its letters
+    if unknown := [site for site in sites if site not in SITES]:  # a string gives its letters
         raise ValueError(f"Expected sites among {list(SITES)}, but got {unknown}")
     return tuple(site for site in SITES if site in sites)
 
@@ -35,7 +35,7 @@ def check_rate(p: float, name: str) -> float:
 
 @dataclass(frozen=True)
 class DropoutRates:
-    """The probability of dropping a unit, per site.
+    """Holds the probability of dropping a unit, per site.
 
     Args:
         embedding: On the embedded input.
@@ -84,7 +84,7 @@ def dropout_mask(shape: tuple[int, ...], p: float, dtype: torch.dtype | None = N
         seed = int(torch.empty((), dtype=torch.int64).random_())
     bits = 8 if (256 * p).is_integer() else 16 if 0.001 <= p <= 0.5 else 32
     half = 2 ** (bits - 1)
-    least_kept = min(round(2 * half * p) - half, half - 1)  # of signed integers
+    least_kept = min(round(2 * half * p) - half, half - 1)  # the integers are signed
     words = np.random.SFC64(seed)
     for part in torch.split(mask.view(-1), WORDS_AT_ONCE * 64 // bits):
         drawn = torch.from_numpy(words.random_raw(-(-len(part) * bits // 64)).view(f"i{bits // 8}"))[: len(part)]
@@ -101,7 +101,7 @@ class Dropout(nn.Module):
         shape: Shape of a mask that all examples share, without a batch dimension: `sample_masks` needs it.
     """
 
-    watched = False  # whether someone looks at what it reads and returns: see the function `watched`
+    watched = False  # whether the function `watched` sees its inputs and outputs
 
     def __init__(self, p: float, site: str, shape: tuple[int, ...] | None = None) -> None:
         super().__init__()
@@ -123,7 +123,7 @@ class Dropout(nn.Module):
 class Mask(nn.Module):
     """Multiplies by a fixed mask, in place of a dropout that cannot be folded into weights."""
 
-    watched = False  # as of `Dropout`
+    watched = False  # as in `Dropout`
 
     def __init__(self, mask: Tensor) -> None:
         super().__init__()
@@ -148,8 +148,8 @@ def sample_masks(
 ) -> dict[str, Tensor]:
     """Returns the masks of thinned network `sample`: one per `Dropout` of the net that acts, by module name.
 
-    They lie on the CPU and depend on (seed, sample, module name, p) alone, so every device sees the same network, and
-    `dtype` changes nothing of what is dropped. The chosen sites drop, or all; `scale` is a factor on each rate.
+    They lie on the CPU. What is dropped depends on (seed, sample, module name, p) alone, so the network is the same on
+    every device and in every `dtype`. Only `sites` drop, or all if None; `scale` multiplies each rate.
     """
     chosen = SITES if sites is None else check_sites(sites)
     masks = {}
@@ -165,8 +165,8 @@ def sample_masks(
 def watched(net: nn.Module, see: Callable[[str, nn.Module, Tensor, Tensor], None]) -> Iterator[None]:
     """Calls `see(name, module, before, after)` in each pass within the block, for each dropout and mask that acts.
 
-    Attention takes the path on which its probabilities exist, also on CUDA. Nothing is drawn, and nothing else changes.
-    Compiled nets may pass by unseen.
+    Attention computes its probabilities, even on CUDA, where a fused kernel hides them. No random number is drawn, and
+    nothing else changes. Compiled nets may show nothing.
     """
 
     @torch.no_grad()

@@ -1,6 +1,6 @@
-"""GPT: a causal transformer in one file (Radford et al. 2019, GPT-2; Vaswani et al. 2017), and its thinned networks.
+"""Defines the GPT, a causal transformer (Radford et al. 2019, GPT-2; Vaswani et al. 2017), and its thinned networks.
 
-Learned positions, layer norm before each sub-layer, fused query-key-value projection, head tied to the embedding.
+It has learned positions, layer norm before each sub-layer, one query-key-value projection, and tied embeddings.
 
 Shapes: B batch, T time (tokens), P positions (the context length), C width, H heads, D = C / H, V vocabulary.
 """
@@ -17,18 +17,18 @@ from torch.utils.checkpoint import checkpoint
 from thinned.models.dropout import Dropout, DropoutRates, Mask, sample_masks
 from thinned.models.thinning import kept_units, replace_modules, thin_linear
 
-LOGITS_AT_ONCE = 2**24  # the loss holds no more of them: 64 MiB in fp32
+LOGITS_AT_ONCE = 2**24  # the most that the loss holds: 64 MiB in fp32
 
 
 class KVCache:
-    """Keys and values of the tokens seen so far, so that a forward pass takes only the new ones."""
+    """Holds keys and values of the tokens seen so far, so that a forward pass takes only the new ones."""
 
     def __init__(self) -> None:
         self.length = 0
         self._layers: dict[nn.Module, Tensor] = {}
 
     def extend(self, layer: nn.Module, new: Tensor, capacity: int) -> Tensor:
-        """Adds a layer's keys and values (2, B, H, T, D) and returns all of the layer's, (2, B, H, length + T, D)."""
+        """Adds a layer's keys and values (2, B, H, T, D) and returns all that it has, (2, B, H, length + T, D)."""
         if layer not in self._layers:
             self._layers[layer] = new.new_empty((*new.shape[:3], capacity, new.shape[4]))
         end = self.length + new.shape[3]
@@ -46,7 +46,7 @@ class AttentionMask(Mask):
 
 
 class Attention(nn.Module):
-    """Causal self-attention: dropout on the probabilities, after the softmax, and on the projected output."""
+    """Attends to earlier tokens, with dropout on the probabilities, after the softmax, and on the projected output."""
 
     def __init__(self, width: int, num_heads: int, context_length: int, bias: bool, dropout: DropoutRates) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ class Attention(nn.Module):
         return probs.to(value.dtype) @ value
 
     def thin(self, masks: dict[str, Tensor], path: str) -> "Attention":
-        """Returns this layer, at `path`, under its masks: (H, P, P) stays; its scale and (C,) go into weights."""
+        """Returns this layer, at `path`, under its masks: (H, P, P) stays a mask; its scale and (C,) scale weights."""
         qkv: nn.Linear = self.qkv
         drop: nn.Module = nn.Identity()
         attention = masks.get(f"{path}.attention_dropout")
@@ -95,7 +95,7 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Two linear layers with a GELU, on each token alone: dropout after the GELU, and on the output."""
+    """Applies two linear layers with a GELU to each token, with dropout after the GELU and on the output."""
 
     def __init__(self, width: int, bias: bool, gelu: str, dropout: DropoutRates) -> None:
         super().__init__()
@@ -118,7 +118,7 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
+    """Computes x + attention(norm(x)), then x + mlp(norm(x))."""
 
     def __init__(
         self, width: int, num_heads: int, context_length: int, bias: bool, gelu: str, dropout: DropoutRates
@@ -139,10 +139,10 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """A causal language model. Logits carry no dropout.
+    """Predicts the next token at every position. Logits carry no dropout.
 
     Args:
-        vocab_size: V, filled up inside to a multiple of 64 for fast matrix products; null takes it from the data.
+        vocab_size: V, padded inside to a multiple of 64 for fast matrix products; null takes it from the data.
         context_length: P, the number of positions; null takes it from the data.
         num_layers: Number of blocks.
         num_heads: H, which divides the width.
@@ -196,7 +196,7 @@ class GPT(nn.Module):
         self.initialise()
 
     def initialise(self) -> None:
-        """GPT-2's initial weights: N(0, 0.02), less by 1 / sqrt(2 layers) where a sub-layer meets the residual."""
+        """Draws GPT-2's initial weights: N(0, 0.02), divided by sqrt(2 layers) where a sub-layer meets the residual."""
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
                 depth = 2 * len(self.blocks) if name.endswith(("projection.weight", "down.weight")) else 1
@@ -205,7 +205,7 @@ class GPT(nn.Module):
                 nn.init.zeros_(parameter)
 
     def features(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
-        """Returns what the head reads of tokens (B, T): (B, T, C)."""
+        """Returns the head's input (B, T, C) for tokens (B, T)."""
         start = 0 if cache is None else cache.length
         end = start + tokens.shape[1]
         if end > self.context_length:
@@ -226,16 +226,16 @@ class GPT(nn.Module):
         return self.norm(x)
 
     def logits(self, features: Tensor) -> Tensor:
-        """Returns the logits (..., V) of features (..., C), without those of the rows that fill up the vocabulary."""
+        """Returns the logits (..., V) of features (..., C), without the rows that pad the vocabulary."""
         return self.head(features)[..., : self.vocab_size]
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
-        """Returns the logits (B, T, V), or with targets their negative log-likelihoods (B, T) in nats, 0 for -100.
+        """Returns the logits (B, T, V), or with targets their negative log-likelihoods (B, T) in nats; -100 gives 0.
 
         Args:
             tokens: (B, T) int64.
             targets: (B, T) int64, the token after each, or -100 if there is none.
-            cache: Keys and values of the tokens before these, which are added to it.
+            cache: Keys and values of the tokens before these; those of `tokens` are added.
 
         Raises:
             ValueError: More tokens than positions; on the CPU, a token outside the vocabulary.
@@ -258,7 +258,7 @@ class GPT(nn.Module):
     def flops_per_token(self) -> int:
         """Returns the floating point operations of a training step, per token (Chowdhery et al. 2022, appendix B).
 
-        They are 6 per weight, except those of positions, and 12 C P for attention in each block: at the full context.
+        They are 6 per weight, positions excepted, and 12 C P per block for attention over the full context.
         """
         weights = sum(p.numel() for p in self.parameters()) - self.position_embedding.weight.numel()
         return 6 * weights + 12 * len(self.blocks) * self.norm.normalized_shape[0] * self.context_length

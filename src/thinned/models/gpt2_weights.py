@@ -1,4 +1,4 @@
-"""GPT-2's published weights (Radford et al. 2019), as `transformers` reads them, in a `GPT`."""
+"""Copies GPT-2's published weights (Radford et al. 2019), as `transformers` reads them, into a `GPT`."""
 
 from typing import Any
 
@@ -28,7 +28,7 @@ def load_gpt2(net: nn.Module, path: str) -> None:
         raise ValueError(f"Expected the package transformers for model.init_from: {remedy}") from error
     try:
         source = GPT2LMHeadModel.from_pretrained(path, weights_only=True)
-    except Exception as error:  # what is missing, cut off or no weights at all fails in many ways
+    except Exception as error:  # missing, truncated and foreign files fail in many ways
         got = f"{path!r} ({type(error).__name__})"
         raise ValueError(f"Expected model.init_from to be a GPT-2 of the hub or a folder, but got {got}") from error
     copy_gpt2(source, net)
@@ -55,5 +55,5 @@ def copy_gpt2(source: nn.Module, net: nn.Module) -> None:
         for ours, its in NAMES.items():
             name = name.replace(ours, its)
         weight = state[name].t() if name.startswith("h.") else state[name]  # its linear layers are stored (in, out)
-        rows = min(len(parameter), len(weight))  # our vocabulary is filled up, and our positions may be fewer
+        rows = min(len(parameter), len(weight))  # our vocabulary is padded, and our positions may be fewer
         parameter[:rows] = weight[:rows]

@@ -1,4 +1,4 @@
-"""A multi-layer perceptron with up to four dropout sites, and its thinned networks.
+"""Defines a multi-layer perceptron with up to four dropout sites, and its thinned networks.
 
 The plain network is Srivastava et al. 2014 (sections 4 to 6 and appendix A); residual blocks are the transformer's
 (Vaswani et al. 2017) without its attention; attention pooling is a softmax over image patches for one learned query.
@@ -26,7 +26,7 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 
 
 class PatchEmbedding(nn.Module):
-    """Non-overlapping square patches, each projected to the width E, plus a learned position. Out: (B, P, E)."""
+    """Projects square patches, which do not overlap, to the width E and adds learned positions. Out: (B, P, E)."""
 
     def __init__(self, input_shape: Sequence[int], patch_size: int, width: int) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class PatchEmbedding(nn.Module):
 
 
 class AttentionPooling(nn.Module):
-    """One learned query attends over the patches: softmax(q k / sqrt(E)), dropout, then the values. Out: (B, E)."""
+    """Attends over patches with one learned query: softmax(q k / sqrt(E)), dropout, then the values. Out: (B, E)."""
 
     def __init__(self, query: nn.Parameter, key_value: nn.Linear, attention_dropout: nn.Module) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ class AttentionPooling(nn.Module):
 
 
 class Residual(nn.Module):
-    """x + sublayer(x)."""
+    """Computes x + sublayer(x)."""
 
     def __init__(self, sublayer: nn.Module) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ class Residual(nn.Module):
 
 
 class MLP(nn.Module):
-    """A classifier for images or feature vectors. Logits carry no dropout.
+    """Classifies images or feature vectors. Logits carry no dropout.
 
     Args:
         input_shape: Shape of one example, (C, H, W) for images or (D,) for features; null takes it from the data.
@@ -160,11 +160,10 @@ class MLP(nn.Module):
         """Returns a thinned network: a module without dropout that equals this one under its `sample_masks`.
 
         All examples share the masks. Dropped hidden units are cut out; embedding and residual masks scale rows or
-        columns; masks on patches and on attention stay, since no weight can carry them. Layers that no mask touches are
-        shared, not copied.
+        columns; masks on patches and on attention stay, since no weight can carry them. Other layers are shared.
 
         >>> net = MLP((4,), 3, (100,), dropout=DropoutRates(mlp=0.5))
-        >>> net.thin(seed=0, sample=0).linear0  # 49 of 100 units are kept, filled up to a multiple of 16
+        >>> net.thin(seed=0, sample=0).linear0  # 49 of 100 units are kept, padded to a multiple of 16
         Linear(in_features=4, out_features=64, bias=True)
         """
         return _thin_chain(self.stages, "stages.", sample_masks(self, seed, sample, sites, scale))
@@ -225,7 +224,7 @@ def _thin_chain(chain: nn.Module, prefix: str, masks: dict[str, Tensor]) -> nn.S
 
 
 def _check(config: dict[str, Any]) -> None:
-    """Raises ValueError for a setting outside its range, and for a rate at a site that is not there."""
+    """Raises ValueError for a setting outside its range, and for a rate at a site that the net lacks."""
     given = config | {f"dropout.{site}": rate for site, rate in config["dropout"].items()}
     shape, hidden, width, patch, residual = (
         given[key] for key in ("input_shape", "hidden", "width", "patch_size", "residual")

@@ -1,4 +1,4 @@
-"""What a net may offer besides `forward`, and logits that are computed some rows at a time.
+"""Lists what a net may offer besides `forward`, and computes logits some rows at a time.
 
 Shapes: B batch, N targets, C features, K classes (for text the vocabulary V).
 """
@@ -16,7 +16,7 @@ LOGITS_AT_ONCE = 2**22  # 16 MiB in fp32, which stay in the cache
 
 
 class NetOffers(Protocol):
-    """Attributes of a net that others look for. All are optional: these are the defaults."""
+    """Lists the optional attributes of a net that others read, with their defaults."""
 
     init_args: dict[str, Any] | None = None  # of `__init__`, as primitives: a checkpoint rebuilds the net from them
     input_shape: tuple[int, ...] | None = None  # of one example: this and the next are compared with the data
@@ -41,10 +41,10 @@ def net_offers(net: object) -> NetOffers:
 
 
 class Logits:
-    """Unnormalised log-probabilities of N targets, computed when they are indexed.
+    """Computes the logits of N targets when they are indexed.
 
     Args:
-        x: Logits (N, K), or what the head reads: (N, C).
+        x: Logits (N, K), or the head's input (N, C).
         head: Maps (n, C) to logits (n, K).
         num_classes: K; None computes one row to see it.
     """
@@ -64,7 +64,7 @@ class Logits:
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def select(self, chosen: Tensor | slice) -> "Logits":
-        """Returns those at which a mask over the leading dimensions of `x` is true, or in a slice of the first."""
+        """Returns the logits that a mask over the leading dimensions of `x`, or a slice of the first, selects."""
         return Logits(self.x[chosen], self.head, self.num_classes)
 
     def log_probs(self) -> Iterator[tuple[slice, Tensor]]:
@@ -80,7 +80,7 @@ def logits_in(net: nn.Module, inputs: Any) -> Tensor:
     output, name = net(inputs), type(net).__name__
     logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", output)
     if isinstance(logits, tuple | list) and logits:
-        warnings.warn(f"The first of the {len(logits)} outputs of {name} is taken for the logits.", stacklevel=2)
+        warnings.warn(f"The first of the {len(logits)} outputs of {name} is used as the logits.", stacklevel=2)
         logits = logits[0]
     if not isinstance(logits, Tensor):
         expected = "a tensor of logits, `logits` in a dict or dataclass, or a tuple that begins with them"

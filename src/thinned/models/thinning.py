@@ -1,4 +1,4 @@
-"""How masks become a part of a network: in place of its dropout, or in its weights."""
+"""Puts masks into a network: in place of its dropout, or into its weights."""
 
 from typing import TypeVar
 
@@ -11,7 +11,7 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def with_masks(module: M, masks: dict[str, Tensor], prefix: str = "") -> M:
-    """Returns a copy of a module in which each dropout is a mask, by its name, or nothing. All else is shared."""
+    """Returns a copy in which a mask, by module name, or nothing replaces each dropout. All else is shared."""
     changed: dict[str, nn.Module] = {}
     for name, part in module.named_children():
         path = prefix + name
@@ -23,7 +23,7 @@ def with_masks(module: M, masks: dict[str, Tensor], prefix: str = "") -> M:
 
 
 def kept_units(mask: Tensor) -> Tensor:
-    """Returns the indices of the kept units, filled up with dropped ones (whose mask is 0) to a multiple of 16."""
+    """Returns the indices of the kept units, padded with dropped ones (whose mask is 0) to a multiple of 16."""
     kept, dropped = mask.nonzero().squeeze(1), (mask == 0).nonzero().squeeze(1)
     size = -(-max(len(kept), 1) // 16) * 16  # other sizes are slower, and torch warns of 0
     return torch.cat([kept, dropped])[:size]

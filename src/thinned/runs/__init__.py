@@ -1,4 +1,4 @@
-"""What keeps a run whole: its directory, record and checkpoints, signals, lost ranks, launchers and loggers."""
+"""Keeps a run whole: its directory, record and checkpoints, signals, lost ranks, launchers and loggers."""
 
 from thinned.runs.loggers import CSVLogger, WandbLogger
 

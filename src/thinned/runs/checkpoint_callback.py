@@ -1,4 +1,4 @@
-"""When a run writes `best.ckpt` and `last.ckpt`: at moments from which it resumes exactly.
+"""Writes `best.ckpt` and `last.ckpt` at moments from which a run resumes exactly.
 
 Lightning 2.6.6 resumes exactly from the end of a step, a validation or an epoch, with three exceptions: it skips a
 validation due after the step, loses the row logged after the checkpoint, and drops accumulated gradients.
@@ -27,11 +27,11 @@ from thinned.runs.loggers import ResumableLogger
 
 
 class Checkpoints(ModelCheckpoint):
-    """Lightning's `ModelCheckpoint`, from whose files a run resumes exactly, with logs without gap or repetition.
+    """Writes checkpoints from which a run resumes exactly, without gap or repetition in its logs.
 
-    Validations choose `best.ckpt` and write `last.ckpt`, better or not. In between, `last.ckpt` is written after so
-    many steps or so much time, after the last step, and on SIGTERM or Ctrl-C, which then end the run, even within an
-    epoch or a validation. A second Ctrl-C ends it at once. Nothing is written while gradients are being accumulated.
+    Each validation writes `last.ckpt`, and `best.ckpt` if its score is the best. `last.ckpt` is also written after
+    some steps or some time, after the last step, and on SIGTERM or Ctrl-C, which then end the run, even within an epoch
+    or a validation. A second Ctrl-C ends it at once. Nothing is written while gradients are being accumulated.
 
     Args:
         every_n_train_steps: Number of optimiser steps after which to write `last.ckpt` again.
@@ -53,19 +53,18 @@ class Checkpoints(ModelCheckpoint):
 
     @property
     def state_key(self) -> str:
-        """Always the same, so that a run which resumes with other settings finds its best score."""
+        """Returns a constant, so that a run which resumes with other settings finds its best score."""
         return type(self).__qualname__
 
     def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | {"mode": self.mode}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes what an earlier process remembers of the best checkpoints, for the folder in which they are now.
+        """Restores what an earlier process knew of the best checkpoints, in the folder where they are now.
 
-        The score to beat is the one that a `best.ckpt` in that folder remembers of itself. It may be newer than the
-        checkpoint from which the run resumes.
+        The score to beat is the one stored in `best.ckpt`, which may be newer than the checkpoint to resume from.
         """
-        best_path = Path(self.format_checkpoint_name({}))  # a filename with numbers in it names no file here
+        best_path = Path(self.format_checkpoint_name({}))  # if the name holds numbers, there is no such file
         with suppress(ValueError):  # it is missing or damaged
             callbacks = read_checkpoint(str(best_path), check=False).get("callbacks", {})
             of_best = deepcopy(callbacks.get(self.state_key, state_dict))  # its tensors are mapped from the file
@@ -132,7 +131,7 @@ class Checkpoints(ModelCheckpoint):
         if _in_training(trainer):
             batches = sum(trainer.num_val_batches)
             is_equal = batches == trainer.strategy.broadcast(batches) and batches < inf
-            self._equal_validation = trainer.strategy.reduce_boolean_decision(is_equal)  # so that all ranks ask
+            self._equal_validation = trainer.strategy.reduce_boolean_decision(is_equal)  # all ranks have to ask
             self._end_if_told(trainer)
 
     def on_validation_batch_end(self, trainer: Trainer, *_: Any) -> None:
@@ -148,7 +147,7 @@ class Checkpoints(ModelCheckpoint):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_epoch_end(trainer, pl_module)
         if any(isinstance(c, EarlyStopping) and internals.checks_at_epoch_end(c) for c in trainer.callbacks):  # type: ignore[attr-defined]
-            self._step_of_last = None  # what it has just counted is not in the checkpoint of the validation
+            self._step_of_last = None  # the validation's checkpoint lacks what was just counted
         due = self._due or internals.saves_best_at_epoch_end(self, trainer) or _is_last_epoch(trainer)
         if due and _is_epoch_complete(trainer):
             self._write_last(trainer)
@@ -168,7 +167,7 @@ class Checkpoints(ModelCheckpoint):
             exception.add_note(f"(last checkpoint: {path or 'none yet'})")
 
     def _is_due(self, trainer: Trainer) -> bool:
-        """Whether the number of steps or the time asks for a checkpoint; the same on all ranks."""
+        """Returns whether a checkpoint is due after these steps or this time; the same on all ranks."""
         if self.every_n_train_steps and trainer.global_step % self.every_n_train_steps == 0:
             return True
         if self.train_time_interval is None:
@@ -195,19 +194,16 @@ class Checkpoints(ModelCheckpoint):
 
 
 def _is_epoch_complete(trainer: Trainer) -> bool:
-    """Whether the epoch's last batch has been processed."""
     batches = trainer.fit_loop.epoch_loop.batch_progress.current.ready
     return batches == trainer.num_training_batches or trainer.is_last_batch
 
 
 def _is_last_epoch(trainer: Trainer) -> bool:
-    """Whether training ends with the epoch that ends."""
     epochs = vars(trainer.fit_loop.epoch_progress.current)["processed"]
     return trainer.should_stop or 0 < (trainer.max_epochs or 0) <= epochs
 
 
 def _in_training(trainer: Trainer) -> bool:
-    """Whether a validation is part of training."""
     return trainer.state.fn == "fit" and not trainer.sanity_checking
 
 
@@ -224,7 +220,7 @@ def _refuse_validation_within_a_step(trainer: Trainer) -> None:
 
 
 def _log_what_follows(trainer: Trainer) -> None:
-    """Logs the row, if any, that Lightning logs after the hook that writes a checkpoint; it is not logged twice."""
+    """Logs the row that Lightning would log after the checkpoint is written, if any; it is logged once."""
     loop = trainer.fit_loop
     epoch, batch = (vars(progress.current) for progress in (loop.epoch_progress, loop.epoch_loop.batch_progress))
     metrics: dict[str, float] = {}

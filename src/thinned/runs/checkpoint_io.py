@@ -1,4 +1,4 @@
-"""Checkpoints that the scripts are given, and those that a run writes and resumes from."""
+"""Reads the checkpoints given to the scripts, and writes those from which a run resumes."""
 
 import argparse
 from collections.abc import Sequence
@@ -18,14 +18,13 @@ from thinned.files import KEPT, checkpoint_file, read_checkpoint, whole_file
 def checkpoint_arguments(
     args: Sequence[str] | None = None, with_logger: bool = False
 ) -> tuple[dict[str, dict[str, Any]], list[str]]:
-    """Turns `--ckpt_path X [Y ...] [options]` into checkpoints by path, and into arguments, whose last ones win.
+    """Turns `--ckpt_path X [Y ...] [options]` into checkpoints by path, and into arguments: later ones win.
 
-    The arguments are the config of the first checkpoint and the options. The logger of the training is among them
-    `with_logger` alone.
+    The arguments are the config of the first checkpoint, then the options; `with_logger` keeps its logger.
     """
     epilog = "Every option of scripts/train.py may follow, and wins over what the checkpoint holds."
     options = argparse.ArgumentParser(epilog=epilog, allow_abbrev=False)
-    options.add_argument("--ckpt_path", nargs="+", help="Checkpoint of a run, or its folder, whose best one is taken.")
+    options.add_argument("--ckpt_path", nargs="+", help="Checkpoint of a run, or its folder for the best one.")
     found, rest = options.parse_known_args(args)
     if found.ckpt_path is None:
         raise ValueError("Expected --ckpt_path with the path of a checkpoint, but got none")
@@ -40,7 +39,7 @@ def checkpoint_arguments(
 
 
 def newest_checkpoint(directory: Path) -> Path | None:
-    """Returns the undamaged checkpoint with the most steps, `last.ckpt` of equal ones; warns of damaged ones."""
+    """Returns the intact checkpoint with the most steps, `last.ckpt` if two tie; warns of damaged ones."""
     steps = {}
     for path in directory.glob("[!.]*.ckpt"):
         try:
@@ -52,8 +51,8 @@ def newest_checkpoint(directory: Path) -> Path | None:
 
 def last_checkpoint(trainer: Trainer) -> str | Path | None:
     """Returns the path of this run's newest checkpoint, or else of the one that it resumed from."""
-    # Not what ModelCheckpoint remembers: a test loads its memory again from the checkpoint that is tested.
-    checkpoints = trainer.checkpoint_callbacks[-1:]  # a person's own come first
+    # ModelCheckpoint does not know it: a test loads its state from the tested checkpoint.
+    checkpoints = trainer.checkpoint_callbacks[-1:]  # the user's own come first
     dirpath = checkpoints[0].dirpath if checkpoints and isinstance(checkpoints[0], ModelCheckpoint) else None
     folder = Path(dirpath or trainer.default_root_dir)
     paths = sorted(folder.glob("[!.]*.ckpt"), key=lambda path: (path.stat().st_mtime_ns, path.name))
@@ -63,7 +62,7 @@ def last_checkpoint(trainer: Trainer) -> str | Path | None:
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes checkpoints that appear whole or not at all.
 
-    Lightning's goes through /tmp, from where a file is copied, not renamed, to another file system.
+    Lightning writes to /tmp first, from which a file is copied, not renamed, to another file system.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:

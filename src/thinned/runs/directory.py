@@ -1,4 +1,4 @@
-"""Run directories: runs/<experiment>/<run id>, of a new run or of one that resumes.
+"""Finds and claims the directory of a new or resumed run, runs/<experiment>/<run id>.
 
 At most one process at a time writes to a folder: the one that holds its claim, a lock on the file `.claim` in it. The
 system releases it when the process ends, however that ends.
@@ -21,12 +21,12 @@ from thinned.files import read_checkpoint
 from thinned.runs.checkpoint_io import newest_checkpoint
 
 CLAIM = ".claim"
-Purpose = Literal["", "predict", "evaluate"]  # training, and what is done with checkpoints
+Purpose = Literal["", "predict", "evaluate"]  # empty for training
 _held: dict[Path, FileLock] = {}  # claims of this process
 
 
 def find_run(directory: Path, run_id: str | None, resume: str | None, purpose: Purpose) -> tuple[Path, Path | None]:
-    """Returns the directory of a run, and the checkpoint from which it is to resume, if one is named.
+    """Returns the directory of a run, and the checkpoint to resume from, if one is named.
 
     Args:
         directory: Folder of the experiment, runs/<experiment>.
@@ -59,7 +59,7 @@ def find_run(directory: Path, run_id: str | None, resume: str | None, purpose: P
 
 
 def checkpoint_to_resume(run: Path) -> Path | None:
-    """Returns the newest checkpoint of a run, of which this process has the claim; None if it has none yet.
+    """Returns the newest checkpoint of a run that this process has claimed; None if it has none yet.
 
     Raises:
         ValueError: All checkpoints are damaged.
@@ -73,7 +73,7 @@ def checkpoint_to_resume(run: Path) -> Path | None:
 
 
 def run_of_checkpoint(path: str) -> tuple[str, str] | None:
-    """Returns experiment and run id of a checkpoint that lies in its run; None for another."""
+    """Returns experiment and run id of a checkpoint in the directory of its run; None for another."""
     folder = Path(path).absolute().parent
     return (folder.parents[1].name, folder.parent.name) if folder.name == "checkpoints" else None
 
@@ -94,7 +94,7 @@ def _latest(directory: Path, purpose: Purpose) -> Path:
 
 @rank_zero_only  # callbacks broadcast this rank's directory
 def enter_run(run: Path, new: bool) -> None:
-    """Claims the directory of a run until the process ends; a new run makes it, so that only one of its name begins.
+    """Claims the directory of a run until the process ends. A new run makes it, so no other one of its name begins.
 
     A directory that this process has made is deleted again at exit if the run has not started by then.
 
@@ -126,7 +126,7 @@ def _leave(run: Path, made: bool, parents: list[Path]) -> None:
 
 
 def link_for_leet(run: Path) -> None:
-    """Links W&B's files of the latest process of a run in `runs/wandb`: `wandb leet runs/wandb` shows each run once."""
+    """Links the newest W&B files of a run in `runs/wandb`, so that `wandb leet runs/wandb` shows each run once."""
     latest, links = run / "wandb/latest-run", run.parents[1] / "wandb"
     with suppress(OSError):  # no W&B, no links on this file system, or another run is at it
         target = Path("..", run.parent.name, run.name, "wandb", os.readlink(latest))
@@ -148,7 +148,7 @@ def files_of_run(run: Path) -> str:
 
 
 def claim(folder: Path) -> None:
-    """Takes the claim of a folder until it is released or the process ends, unless this process holds it already.
+    """Claims a folder until it is released or the process ends, unless this process holds the claim already.
 
     Raises:
         ValueError: Another process holds the claim.

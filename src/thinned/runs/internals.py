@@ -1,4 +1,4 @@
-"""The one file that relies on private names of Lightning and jsonargparse.
+"""Contains everything that relies on private names of Lightning and jsonargparse.
 
 Each function has a test in `tests/runs/test_internals.py` that fails if a release changes what it relies on.
 """
@@ -21,29 +21,29 @@ _discard = _typehints.discard_init_args_on_class_path_change
 
 
 def validation_follows(trainer: Trainer) -> bool:
-    """Whether Lightning validates after the training batch that ends."""
+    """Returns whether Lightning validates after the current training batch."""
     loop = trainer.fit_loop
     return loop.epoch_loop._should_check_val_fx(loop._data_fetcher)  # type: ignore[arg-type]
 
 
 def saves_best_at_epoch_end(checkpoints: ModelCheckpoint, trainer: Trainer) -> bool:
-    """Whether `ModelCheckpoint` saves the best model after an epoch, not after a validation."""
+    """Returns whether `ModelCheckpoint` saves the best model after an epoch, not after a validation."""
     return checkpoints._should_save_on_train_epoch_end(trainer)
 
 
 def save_best_after_validation(checkpoints: ModelCheckpoint, trainer: Trainer) -> None:
-    """Mends that `ModelCheckpoint` takes a validation after each batch (1) for one after each epoch (1.0)."""
+    """Corrects `ModelCheckpoint`, which takes a validation after each batch (1) for one after each epoch (1.0)."""
     if type(trainer.val_check_interval) is int and checkpoints._save_on_train_epoch_end is None:
         checkpoints._save_on_train_epoch_end = False if trainer.enable_validation else None
 
 
 def numbers_of_step(trainer: Trainer) -> dict[str, float]:
-    """Returns what Lightning is about to log after the batch that ends; empty if it logs nothing at this step."""
+    """Returns what Lightning will log after the current batch; empty if it logs nothing at this step."""
     return numbers_of_epoch(trainer) if trainer._logger_connector.should_update_logs else {}
 
 
 def numbers_of_epoch(trainer: Trainer) -> dict[str, float]:
-    """Returns what Lightning is about to log after the training epoch that ends."""
+    """Returns what Lightning will log after the current training epoch."""
     return {name: float(value) for name, value in trainer._logger_connector.metrics["log"].items()}
 
 
@@ -51,14 +51,14 @@ def repeat_unbegun_validation(trainer: Trainer, checkpoint: dict[str, Any]) -> N
     """Makes a run that resumes from this checkpoint repeat a validation that has not ended its first batch."""
     if trainer.validating and not trainer.fit_loop.epoch_loop.val_loop._has_run:
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]
-        for counts in ("total", "current"):  # as if the validation had been cut off in its first batch
+        for counts in ("total", "current"):  # as if the validation had been interrupted in its first batch
             progress[counts] |= {"ready": 1, "started": 1, "processed": 0, "completed": 0}
 
 
 def run_sanity_check(trainer: Trainer) -> None:
-    """Runs the sanity check, at the start of a training that resumes within an epoch, where Lightning leaves it out."""
+    """Runs the sanity check that Lightning skips when training resumes within an epoch."""
     loop = trainer.fit_loop.epoch_loop.val_loop
-    before = dict(vars(loop))  # where a validation that was broken off is to resume
+    before = dict(vars(loop))  # where an interrupted validation resumes
     loop.batch_progress, loop.restarting = type(loop.batch_progress)(), False
     with isolate_rng():
         trainer._run_sanity_check()
@@ -66,12 +66,12 @@ def run_sanity_check(trainer: Trainer) -> None:
 
 
 def checks_at_epoch_end(stopping: EarlyStopping) -> bool:
-    """Whether `EarlyStopping` checks after training epochs, when the checkpoint of the validation has been written."""
+    """Returns whether `EarlyStopping` checks after a training epoch, which is after the validation's checkpoint."""
     return bool(stopping._check_on_train_epoch_end)
 
 
 def forget_average(averaging: WeightAveraging) -> None:
-    """Makes a test load the average from a checkpoint, not the weights that were trained on."""
+    """Makes a test load the average from a checkpoint, not the weights of the last step."""
     averaging._average_model = None
 
 
@@ -86,7 +86,7 @@ def refuse_double_keys_in_yaml() -> None:
 
 
 def drop_settings_of_another_optimiser() -> None:
-    """Makes jsonargparse drop, and say, all settings of an optimiser whose class a later config or option replaces."""
+    """Makes jsonargparse drop all settings of an optimiser if a later config or option replaces its class."""
     said: set[str] = set()
 
     def discard(parser_or_action: Any, before: Any, now: Any) -> None:

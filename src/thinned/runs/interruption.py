@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C end training at the next moment from which it can resume; a rank ends with its launcher."""
+"""Ends training on SIGTERM or Ctrl-C at the next moment from which it can resume, and a rank with its launcher."""
 
 import os
 import signal
@@ -15,8 +15,8 @@ from thinned.messages import EXIT_STATUS
 from thinned.runs.checkpoint_io import last_checkpoint
 
 PATIENCE = 25  # seconds from the signal to the checkpoint; a call into C or CUDA delays the signal
-INTERVAL = 2.0  # seconds between looks at the launcher
-FINISH = 5  # seconds at least from the checkpoint to the end of the process; `wandb sync` sends what is left then
+INTERVAL = 2.0  # seconds between checks of the launcher
+FINISH = 5  # least seconds from the checkpoint to the end of the process; `wandb sync` sends the rest
 
 
 class Interruption:
@@ -35,7 +35,7 @@ class Interruption:
         self._trainer, self.graceful = trainer, graceful
 
     def listen(self) -> None:
-        """Replaces Lightning's handlers, which communicate; to be called once these are set."""
+        """Replaces Lightning's handlers, which communicate between ranks. Call it once these are set."""
         if threading.current_thread() is threading.main_thread():
             for signum in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(signum, self._handle)
@@ -47,7 +47,7 @@ class Interruption:
             return  # a launcher repeats SIGTERM while its workers end
         self.received, self._deadline = signal.Signals(signum), time.monotonic() + PATIENCE
         if self.graceful:
-            self._give_up_after(PATIENCE, f"no step ended within {PATIENCE} s: checkpoints stay as they are")
+            self._give_up_after(PATIENCE, f"no step ended within {PATIENCE} s: checkpoints are unchanged")
         else:
             self._give_up_after(PATIENCE)
             launcher = self._trainer.strategy.launcher
@@ -75,7 +75,7 @@ class Interruption:
             self._timer.cancel()
 
     def told(self, trainer: Trainer) -> signal.Signals | None:
-        """Returns the signal that any rank has received; all ranks must ask at the same step."""
+        """Returns the signal that any rank has received. All ranks must call it at the same step."""
         if trainer.world_size == 1:
             return self.received
         own = torch.tensor(self.received or 0, device=trainer.strategy.root_device)

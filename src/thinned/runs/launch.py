@@ -1,6 +1,6 @@
 """Tells Lightning how many devices and nodes a launcher, torchrun or srun, has started processes for.
 
-Told other numbers, Lightning 2.6.6 trains several separate runs or waits for processes that nobody has started.
+With other numbers, Lightning 2.6.6 trains separate runs, or waits for processes that nobody has started.
 """
 
 import os
@@ -11,10 +11,10 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 
 
 def fill_in_from_launcher(trainer: Any) -> None:
-    """Sets `devices` (if auto) and `num_nodes` (if 1) of a Trainer's config to what was started.
+    """Sets `devices` (if auto) and `num_nodes` (if 1) of a Trainer's config to what the launcher started.
 
     Raises:
-        ValueError: The config says otherwise, or names several nodes, on which nothing has started processes.
+        ValueError: The config says otherwise, or names several nodes without a launcher.
     """
     if torch.distributed.is_available() and torch.distributed.is_torchelastic_launched():
         launcher, processes = "torchrun", int(os.environ["WORLD_SIZE"])
@@ -44,7 +44,7 @@ def fill_in_from_launcher(trainer: Any) -> None:
 
 
 def _count(devices: Any) -> int:
-    """Counts devices given as a number or a list, either of them perhaps as text."""
+    """Counts devices given as a number or a list, either perhaps as text."""
     if isinstance(devices, str):
         return len(devices.strip(",").split(",")) if "," in devices else int(devices)
     return devices if isinstance(devices, int) else len(devices)

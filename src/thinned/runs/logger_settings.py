@@ -1,4 +1,4 @@
-"""The loggers of a run: as a person chose them, with all their files in the directory of the run."""
+"""Configures the loggers that the user chose, so that all their files are in the directory of the run."""
 
 import inspect
 import os
@@ -19,7 +19,7 @@ from thinned.runs.loggers import CSVLogger, WandbLogger
 
 # Seconds between writes to W&B's file, 15 by default: a process that is killed loses the rest, first of all its config.
 WRITTEN_AT_ONCE = {"x_transaction_log_flush_interval": 1.0}
-FINISH_SECONDS = 120  # for uploads at the end of a run; `wandb sync --no-skip-online` sends what is left then
+FINISH_SECONDS = 120  # for uploads at the end of a run; `wandb sync --no-skip-online` sends the rest
 PLACES = ("save_dir", "dir", "root_dir", "id", "version", "name")  # what a logger takes from its run
 
 
@@ -31,15 +31,15 @@ def fill_in_loggers(
     trained: Sequence[tuple[str, str] | None] = (),
     config: Mapping[str, Any] | None = None,
 ) -> Any:
-    """Fills in what loggers take from their run: the directory, W&B's name, id and group, and whether it is reached.
+    """Fills in what loggers take from their run: the directory, W&B's name, id and group, and offline if need be.
 
     Args:
         given: `trainer.logger` of the config, which is not changed; true and null stand for a `CSVLogger`.
         run: Directory of the run.
         experiment: Its experiment.
         purpose: W&B's `job_type`; empty for train.
-        trained: Experiment and run id of each training from which it has checkpoints.
-        config: Of the run, for the first record of W&B's file.
+        trained: Experiment and run id of each training whose checkpoints the run reads.
+        config: Config of the run, for the first record of W&B's file.
 
     Raises:
         ValueError: A logger is given a place of its own, or two would write the same files.
@@ -72,7 +72,7 @@ def fill_in_loggers(
 
 
 def compared_by(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns settings by which runs are compared, under short keys, from the config of a run.
+    """Returns the settings in a config by which runs are compared, under short keys.
 
     >>> net = {"class_path": "torch.nn.Sequential", "init_args": {"dropout": {"mlp": 0.2}}}
     >>> data = {"init_args": {"path": "owner/pictures"}}
@@ -91,7 +91,7 @@ def _placed(logger: Namespace, run: Path, experiment: str) -> Namespace:
     """Returns the config of one logger with the places of its run."""
     logger_class = cast(type, locate(logger.class_path))
     for ours in (CSVLogger, WandbLogger):
-        if logger_class is getattr(lightning_loggers, ours.__name__):  # which begins anew when a run resumes
+        if logger_class is getattr(lightning_loggers, ours.__name__):  # Lightning's begins anew when a run resumes
             logger_class, logger.class_path = ours, f"thinned.runs.{ours.__name__}"
     parameters = inspect.signature(logger_class).parameters
     is_wandb = issubclass(logger_class, WandbLogger)
@@ -114,7 +114,7 @@ def _placed(logger: Namespace, run: Path, experiment: str) -> Namespace:
 
 
 def wandb_id(experiment: str, run: str) -> str:
-    """Returns an id that no other run of the project has, of characters that W&B takes.
+    """Returns an id that is unique in the project, in characters that W&B accepts.
 
     >>> wandb_id("digits", "20260101-120000-ab12"), wandb_id("a.b", "c"), wandb_id("a", "b.c")
     ('digits.20260101-120000-ab12', 'a=2e=b.c', 'a.b=2e=c')
@@ -124,7 +124,7 @@ def wandb_id(experiment: str, run: str) -> str:
 
 def wandb_offline_reason() -> str | None:
     """Returns, after 10 seconds at most, why to log offline; None if the server accepts the API key."""
-    # wandb reads it when its service starts, and by default waits for ever.
+    # wandb reads this when its service starts; the default is to wait for ever.
     os.environ.setdefault("WANDB_FINISH_TIMEOUT", str(FINISH_SECONDS))
     try:
         return None if wandb.login(prompt=False) else "no API key is configured"

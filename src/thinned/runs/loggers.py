@@ -1,4 +1,4 @@
-"""Loggers that record each step once, however often the run was killed and resumed."""
+"""Records each step once, however often the run was killed and resumed."""
 
 import csv
 from collections.abc import Mapping, Sequence
@@ -18,18 +18,18 @@ BEST = {"fit/nll": "min", "val/nll": "min", "val/mc_nll": "min", "fit/accuracy":
 
 
 class ResumableLogger:
-    """A logger that writes `metrics.csv`, and has to know from which step a run resumes."""
+    """Writes `metrics.csv`, and has to know from which step a run resumes."""
 
     _first_step: int | None = None  # None for a new run
     has_curves = True  # False for the numbers of a test or a prediction: one each
 
     def resume_from(self, step: int) -> None:
-        """Keeps what has been logged of the steps before this one."""
+        """Keeps the rows of the steps before this one."""
         self._first_step = step
 
 
 class CSVLogger(loggers.CSVLogger, ResumableLogger):
-    """Lightning's `CSVLogger`, whose file keeps its rows when the run resumes."""
+    """Logs as Lightning's `CSVLogger` does, but keeps the rows of its file when the run resumes."""
 
     _experiment: "_MetricsWriter | None"
 
@@ -42,19 +42,19 @@ class CSVLogger(loggers.CSVLogger, ResumableLogger):
 
 
 class WandbLogger(loggers.WandbLogger, ResumableLogger):
-    """Lightning's `WandbLogger`, with a `metrics.csv` beside it, since W&B loses rows if the process is killed.
+    """Logs to W&B, and to `metrics.csv`, since W&B loses rows if the process is killed.
 
-    A run that resumes first logs what W&B lacks of `metrics.csv`. Offline, each process has a W&B file of its own. It
-    gets all rows, so the newest file holds the whole run, and syncing all of them repeats points at their places.
-    Online, the server tells how many rows it has, and those that come again are left out. The numbers and tables
-    of a test or a prediction stand in the summary alone: a chart of one point shows nothing.
+    A run that resumes first logs the rows of `metrics.csv` that W&B lacks. Offline, each process writes a W&B file of
+    its own with all rows, so the newest file holds the whole run, and syncing all is safe. Online, the server tells how
+    many rows it has, and these are not logged again. The numbers and tables of a test or a prediction are in
+    the summary alone: a chart of one point shows nothing.
     """
 
     _writer: "_MetricsWriter | None" = None
 
     @rank_zero_only
     def log_hyperparams(self, params: dict[str, Any]) -> None:  # type: ignore[override]  # as a config is one
-        """Logs what the first record of the run does not hold."""
+        """Logs the parameters that the first record of the run lacks."""
         super().log_hyperparams({k: v for k, v in params.items() if self.experiment.config.get(k) != v})
 
     @rank_zero_only
@@ -73,10 +73,10 @@ class WandbLogger(loggers.WandbLogger, ResumableLogger):
 
     @rank_zero_only
     def log_table(self, key: str, *args: Any, **options: Any) -> None:
-        """Logs a table; the run continues without it if the server, which must name a place for it, fails."""
+        """Logs a table; if the server fails, the run continues without it."""
         try:
             super().log_table(key, *args, **options)
-        except Exception as error:  # whatever a server does wrong
+        except Exception as error:  # a server can fail in many ways
             rank_zero_info(f"W&B: {' '.join(str(error).split())}; the run continues without the table {key}.")
 
     def _log(self, row: Mapping[str, Any], step: int | None) -> None:
@@ -105,7 +105,7 @@ class WandbLogger(loggers.WandbLogger, ResumableLogger):
 
 
 class _MetricsWriter(ExperimentWriter):
-    """Appends to `metrics.csv`, from which a crash takes no row but those to be computed again."""
+    """Appends to `metrics.csv`; a crash loses only rows that will be computed again."""
 
     def __init__(self, log_dir: str, first_step: int) -> None:
         # Not Lightning's constructor, which deletes the file of a run that resumes.
@@ -116,13 +116,13 @@ class _MetricsWriter(ExperimentWriter):
         kept = [row for row in before if int(row["step"]) < first_step]
         if before:
             self._rewrite(kept)
-        # Of the step before, a run that resumes may log again what an earlier process has logged.
+        # A run that resumes may log the step before it again.
         self._step: int | None = first_step - 1
         self._earlier = {key for row in kept if int(row["step"]) == self._step for key in row}
-        self._numbers: dict[str, str] = {}  # of the latest step, as text, in which NaN equals NaN
+        self._numbers: dict[str, str] = {}  # of the latest step, as text, since NaN equals NaN there
 
     def add(self, row: Mapping[str, Any], step: int | None) -> dict[str, Any]:
-        """Records the numbers of a row and returns the row, both without what has been recorded at this step.
+        """Records a row and returns it, both without the numbers that this step has already.
 
         Lightning logs the learning rate of each batch whose gradients are accumulated, and `Checkpoints` logs a row
         before Lightning does. The epoch is in every row.
@@ -143,7 +143,7 @@ class _MetricsWriter(ExperimentWriter):
         self.add(metrics_dict, step)
 
     def save(self) -> None:
-        """Appends the recorded rows; a new column means that the file is written again."""
+        """Appends the recorded rows; if there is a new column, it writes the whole file again."""
         if not self.metrics:
             return
         if not self.path.exists() or any(row.keys() - set(self.metrics_keys) for row in self.metrics):
@@ -164,6 +164,6 @@ class _MetricsWriter(ExperimentWriter):
 def _read_rows(path: Path) -> list[dict[str, str]]:
     """Returns the complete rows of a metrics file, without empty values."""
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    whole = [line for line in lines if line.endswith("\n")]  # the last is not if the process was killed in it
+    whole = [line for line in lines if line.endswith("\n")]  # the last one may be cut off
     rows = [{key: value for key, value in row.items() if value} for row in csv.DictReader(whole)]
     return [row for row in rows if "step" in row]

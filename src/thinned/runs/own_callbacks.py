@@ -1,4 +1,4 @@
-"""Callbacks that a person adds: They change nothing of what is tested and resumed, or are refused before training."""
+"""Makes the user's own callbacks resume exactly, or refuses them before training."""
 
 from pathlib import Path
 from typing import Any
@@ -31,9 +31,8 @@ REFUSED: dict[type[Callback], str] = {
 class OwnCallbacks(Callback):
     """Makes callbacks of Lightning resume exactly, and refuses a monitor that nothing logs.
 
-    Only a validation tells what is logged, so each run begins with a sanity check of at least one batch, also one that
-    resumes. A run that `EarlyStopping` has stopped stays stopped when it resumes, until it is left out or has more
-    patience.
+    Only a validation shows what is logged, so each run, new or resumed, begins with a sanity check of at least one
+    batch. A run that `EarlyStopping` stopped stays stopped on resume, until that is left out or has more patience.
     """
 
     def __init__(self) -> None:
@@ -51,7 +50,7 @@ class OwnCallbacks(Callback):
             trainer.num_sanity_val_steps = max(1, trainer.num_sanity_val_steps)
 
     def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Raises a ValueError for a monitor that the validation does not log, and training surely neither."""
+        """Raises a ValueError for a monitor that neither validation nor training logs."""
         self._sanity_checked = True
         logged = sorted(trainer.callback_metrics)
         foreign = not type(pl_module).__module__.startswith("thinned.")  # may log anything in training
@@ -107,7 +106,7 @@ def _key(callback: Callback) -> str:
 
 
 def prepare_own_callbacks(trainer: Trainer, run: Path) -> None:
-    """Keeps the files of callbacks apart, in the directory of the run.
+    """Gives each callback its own files in the directory of the run.
 
     Raises:
         ValueError: The effect of a callback would be lost, or a mode does not fit what it monitors.

@@ -1,4 +1,4 @@
-"""The parser of configs and options, whose errors are one line, and whose help shows the values of a config."""
+"""Parses configs and options: its errors are one line, and its help shows the values of a config."""
 
 import inspect
 import json
@@ -25,7 +25,7 @@ CHOSEN = (Callback, Logger, LightningDataModule, LightningModule, nn.Module, Opt
 
 
 class Parser(LightningArgumentParser):
-    """Raises ValueError with one line for input that does not parse, and names the key nearest to an unknown one.
+    """Raises a ValueError of one line for input that does not parse, with the key nearest to an unknown one.
 
     It takes no abbreviated option, no key twice, and no setting of an optimiser for one of another class.
     """
@@ -36,7 +36,7 @@ class Parser(LightningArgumentParser):
         internals.drop_settings_of_another_optimiser()
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        if not self.exit_on_error:  # an inner parser, whose error the outer one reports
+        if not self.exit_on_error:  # the outer parser reports the error of an inner one
             super().error(message, ex)
         message = plain(message)
         wrong_class = re.search(
@@ -61,10 +61,7 @@ def parse_or_help(
 ) -> Namespace:
     """Parses a command line. `--help` prints some settings with their values instead, `--help_all` all options.
 
-    Args:
-        parser: The parser.
-        args: The command line.
-        classes: Keys of the settings that `--help` prints, and the class of each; None if the config names it.
+    `classes` has the keys of the settings that `--help` prints, with the class of each; None if the config names it.
     """
     asked = {"-h", "--help", "--help_all"} & set(args)
     if "--help_all" in asked:
@@ -79,7 +76,7 @@ def parse_or_help(
 
 
 def _lines(setting: Any, key: str, said: str = "", of: type | None = None) -> Iterator[str]:
-    """Yields a line for each setting below a key: its value and what the docstring of its class says."""
+    """Yields an option for each setting below a key, with its value and its description."""
     comment = f"  # {said}" if said else ""
     if not isinstance(setting, Namespace):
         yield f"--{key} {setting if isinstance(setting, str) else json.dumps(setting, default=str)}{comment}"
@@ -93,7 +90,7 @@ def _lines(setting: Any, key: str, said: str = "", of: type | None = None) -> It
 
 
 def _descriptions(of: type) -> dict[str, str]:
-    """Returns the first sentence of what the docstrings of a class and its bases say of each parameter."""
+    """Returns the first sentence about each parameter in the docstrings of a class and its bases."""
     docs: dict[str, str] = {}
     for each in reversed(of.__mro__):
         for parameter in docstring_parser.parse(each.__doc__ or "").params:

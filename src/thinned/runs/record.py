@@ -1,4 +1,4 @@
-"""The config of a run: kept wherever someone may look for it, and compared when the run resumes."""
+"""Records the config of a run in files and loggers, and compares it when the run resumes."""
 
 from functools import cached_property
 from pathlib import Path
@@ -25,7 +25,7 @@ class RunRecord(SaveConfigCallback):
         return yaml.safe_load(self.text)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Writes nothing yet, since the data may still turn out not to fit."""
+        """Writes nothing yet, since the data may not fit the net."""
 
     def _record(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.already_saved or not trainer.is_global_zero:
@@ -59,7 +59,7 @@ class RunRecord(SaveConfigCallback):
 
 
 def refuse_other_data(before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Raises a ValueError if a run that resumes would see its examples in another order or split."""
+    """Raises a ValueError if a resumed run would see its examples in another order or split."""
     for key in ("batch_size", "seed", "split_seed", "val_fraction", "test_fraction", "leave_out"):
         then, given = (data.get("init_args", {}).get(key) for data in (before, now))
         if then != given:
@@ -67,7 +67,7 @@ def refuse_other_data(before: dict[str, Any], now: dict[str, Any]) -> None:
 
 
 def refuse_change_without_steps(checkpoint: dict[str, Any], model: dict[str, Any], trainer: Trainer) -> None:
-    """Raises a ValueError if a run that has ended resumes with another model, which no step would train."""
+    """Raises a ValueError if a finished run resumes with another model: no step would train it."""
     epochs, steps = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"], checkpoint["global_step"]
     has_ended = 0 <= (trainer.max_epochs or 0) <= epochs or 0 <= trainer.max_steps <= steps
     if has_ended and (changed := _differences(checkpoint["config"]["model"], model, "model")):

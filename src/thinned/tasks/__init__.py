@@ -1,4 +1,4 @@
-"""LightningModules, and the callbacks that act while they train."""
+"""Defines LightningModules, and callbacks that act while they train."""
 
 from thinned.tasks.classification import ClassificationTask
 from thinned.tasks.dropout_monitor import DropoutMonitor

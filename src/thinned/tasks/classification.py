@@ -1,4 +1,4 @@
-"""Classification: cross-entropy for training; accuracy, NLL, Brier score and calibration error for evaluation."""
+"""Trains classifiers by cross-entropy, and scores them by accuracy, NLL, Brier score and calibration error."""
 
 from typing import Any, ClassVar
 

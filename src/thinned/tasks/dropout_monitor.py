@@ -20,17 +20,17 @@ class DropoutMonitor(Callback):
 
     `dropout/dropped/<site>` is the share of the units other than 0 that a site has dropped. A row of attention with t
     probabilities above 0 loses them all with probability p^t. `dropout/empty_rows/layer<l>_head<h>` is the share of
-    such rows, and `dropout/empty_rows/expected` what p^t says of all heads. They are of the first four examples of each
-    process.
+    such rows, and `dropout/empty_rows/expected` the one that p^t predicts for all heads. Each process watches the first
+    four examples of its batch.
 
-    On a CPU they are of the training pass itself. Fused attention and compiled nets show no mask: there the examples
-    pass through the net once more, without gradients, at every tenth of those steps, with dropout alone in training
-    mode and a random state of their own. Training is the same, bit by bit, as without this callback.
+    On a CPU it watches the training pass itself. Fused attention and compiled nets show no mask. At every tenth logged
+    step, it then runs the examples once more: without gradients, with only dropout in training mode, and with a random
+    state of their own. This callback does not change the training by one bit.
     """
 
     def __init__(self) -> None:
         self._watch = ExitStack()
-        self._counts: dict[str, Tensor] = {}  # dropped and all, by site; rows of attention, by name
+        self._counts: dict[str, Tensor] = {}  # numbers of units dropped and of all, by site; of rows, by name
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         net = task_offers(pl_module).net
@@ -99,10 +99,10 @@ class DropoutMonitor(Callback):
 
 
 def empty_rows(before: Tensor, after: Tensor, p: float) -> Tensor:
-    """Returns for each head how many rows of attention lost all that they had, how many should have, and all: (H, 3).
+    """Returns the numbers of rows of each head that lost everything, that should have, and of all rows: (H, 3).
 
     Args:
-        before: Attention probabilities or ones before dropout, (B, H, T, S), or (B, S) for one head.
+        before: Attention probabilities, or ones, before dropout: (B, H, T, S), or (B, S) for one head.
         after: The same after dropout.
         p: The rate.
 

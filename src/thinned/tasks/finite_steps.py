@@ -16,8 +16,8 @@ from thinned.tasks.throughput import is_logged
 class FiniteSteps(Callback):
     """Stops the run, or skips the step, if the gradients of an optimiser step are not finite.
 
-    The check takes the norm of the gradients before they are clipped, when they have been reduced over all ranks: all
-    ranks decide alike. In fp16-mixed, infinite gradients are left to the scaler unless a loss is not finite either.
+    The check takes the norm of the gradients after they are reduced over all ranks, so that these decide alike, and
+    before they are clipped. In fp16-mixed, the scaler handles infinite gradients unless a loss is not finite either.
 
     Args:
         on_nonfinite: `stop` raises ValueError on all ranks before the step is taken. `skip` leaves weights, momentum
@@ -70,7 +70,7 @@ class FiniteSteps(Callback):
 
 
 def _described(rank: int, batch_idx: int, batch: Any, loss: Tensor) -> str:
-    """Names a batch with a loss that is not finite, and its first examples if it tells their indices."""
+    """Names a batch with a loss that is not finite, and its first examples if it has their indices."""
     has_index = isinstance(batch, tuple | list) and len(batch) > 2
     examples = f" (examples {batch[2][:8].tolist()} of {len(batch[2])})" if has_index else ""
     return f"{loss.item()} in batch {batch_idx}{examples} of rank {rank}"

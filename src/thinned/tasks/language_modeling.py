@@ -1,4 +1,4 @@
-"""Language modelling: the loss of the next token, over all tokens of a split."""
+"""Trains language models on the next token, and scores them over all tokens of a split."""
 
 import math
 from typing import Any, ClassVar

@@ -1,4 +1,4 @@
-"""What all tasks share: the net, its optimiser with decay groups, a learning rate by step, scores of whole splits."""
+"""Defines what all tasks share: net, optimiser with decay groups, learning rate by step, scores of whole splits."""
 
 import inspect
 import json
@@ -23,15 +23,14 @@ from thinned.data.module import data_offers
 from thinned.models.net import logits_in, net_offers
 from thinned.tasks.throughput import is_logged
 
-FIT_SCORES = ("nll", "accuracy")  # logged of training examples too, to be compared with those of validation
+FIT_SCORES = ("nll", "accuracy")  # logged for training examples too, to compare with validation
 
 
 def warmup_cosine(step: int, warmup_steps: int, total_steps: float, final_fraction: float) -> float:
     """Returns the learning rate at a step, as a fraction of its peak.
 
     It rises linearly from 1 / (warmup_steps + 1) at step 0 to 1 at step `warmup_steps`, falls by half a cosine
-    (Loshchilov and Hutter 2017) to `final_fraction` at `total_steps`, and stays there. If `total_steps` is inf, it
-    stays at 1.
+    (Loshchilov and Hutter 2017) to `final_fraction` at `total_steps`, or never if that is inf, and stays there.
     """
     if step < warmup_steps:
         return (step + 1) / (warmup_steps + 1)
@@ -44,7 +43,7 @@ def total_steps(trainer: Trainer) -> float:
     epochs, batches = trainer.max_epochs or 0, trainer.num_training_batches
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, GradientAccumulationScheduler) and epochs > 0 and batches < math.inf:
-            # Lightning 2.6.6 takes the accumulation of the epoch at hand for all epochs.
+            # Lightning 2.6.6 takes the accumulation of the current epoch for all epochs.
             steps = sum(math.ceil(batches / callback.get_accumulate_grad_batches(epoch)) for epoch in range(epochs))
             return steps if trainer.max_steps < 0 else min(steps, trainer.max_steps)
     return trainer.estimated_stepping_batches
@@ -75,14 +74,14 @@ def class_spec(cls: type, init_args: dict[str, Any] | None) -> dict[str, Any] | 
 
 
 def optimizer_spec(optimizer: OptimizerCallable) -> dict[str, Any] | None:
-    """Describes the optimiser that a function makes, with all its settings."""
+    """Describes the optimiser that a callable makes, with all its settings."""
     made = optimizer([{"params": [nn.Parameter(torch.zeros(1, 1))]}])
     names = inspect.signature(type(made)).parameters
     return class_spec(type(made), {key: value for key, value in made.defaults.items() if key in names})
 
 
 def of_all_ranks(own: Any) -> list[Any]:
-    """Returns what each rank passes in, by rank."""
+    """Returns the values of all ranks, by rank."""
     if not torch.distributed.is_initialized():
         return [own]
     objects: list[Any] = [None] * torch.distributed.get_world_size()
@@ -91,19 +90,19 @@ def of_all_ranks(own: Any) -> list[Any]:
 
 
 class Task(LightningModule):
-    """A net with its optimiser and schedule. Subclasses add `training_step`, `test_step`, `keep` and `scores`.
+    """Trains a net with an optimiser and a schedule. Subclasses add `training_step`, `test_step`, `keep` and `scores`.
 
-    Steps of validation and test `keep` numbers of their batch. From those of all batches and processes, `scores`
-    computes what is logged of the whole split. A validation within a training scores as many batches of training
-    examples in the same way if the data module offers them (`DataOffers.fit_dataloader`): `fit/nll` and `fit/accuracy`
-    differ from `val/nll` and `val/accuracy` by what was learned by heart. `train/lr` is the rate of the first group.
+    Validation and test steps `keep` numbers of their batch. `scores` turns those of all batches and processes into the
+    scores of the whole split, which are logged. A validation in training also scores as many batches of training
+    examples if the data module offers them (`DataOffers.fit_dataloader`): the gap between `fit/nll` and `val/nll`, or
+    their accuracies, shows what was learned by heart. `train/lr` is the rate of the first group.
 
-    `load_from_checkpoint(path, weights_only=True)` builds the task again from its `hparams`, which hold primitives
-    alone. A subclass adds its own arguments in `__init__`: `self.hparams.update(margin=margin)`. Unless the command
-    line built the task, it needs `net=` for a net without `init_args`, and `optimizer=` if settings are no primitives.
+    `load_from_checkpoint(path, weights_only=True)` rebuilds the task from its `hparams`, which are primitives. A
+    subclass adds its own arguments in `__init__`: `self.hparams.update(margin=margin)`. Unless the command line built
+    the task, it needs `net=` for a net without `init_args`, and `optimizer=` if settings are not primitives.
 
-    `test_step` may return the `Logits` of its batch, (B, K) or (B, T, V), from which evaluation takes the deterministic
-    prediction. If it returns None, evaluation runs the net again.
+    `test_step` may return the `Logits` of its batch, (B, K) or (B, T, V): evaluation takes the deterministic prediction
+    from them. If it returns None, evaluation runs the net again.
 
     Args:
         net: Maps inputs to logits. Its `constrain_max_norm_`, if it has one, runs after each step.
@@ -142,20 +141,19 @@ class Task(LightningModule):
         self._given: list[dict[str, Any]] = []  # settings of the optimiser's groups, as configured
 
     def forward(self, inputs: Any) -> Tensor:
-        """Returns the logits."""
         return logits_in(self.net, inputs)
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Returns the logits of the deterministic network, or nothing if neither a writer nor the caller takes them."""
+        """Returns the logits of the deterministic network, or an empty tensor if nothing uses them."""
         writers = any(isinstance(callback, BasePredictionWriter) for callback in self.trainer.callbacks)  # type: ignore[attr-defined]
         inputs: Tensor = batch if isinstance(batch, Tensor) else batch[0]
         return self(inputs) if writers or self.trainer.predict_loop.return_predictions else inputs.new_empty(0)
 
     def keep(self, batch: Any) -> Any:
-        """Appends numbers of the examples of a batch to `kept`: a tensor (M, n). A subclass defines it."""
+        """Appends M numbers for each example of a batch to `kept`: a tensor (M, n). A subclass defines it."""
 
     def scores(self, kept: Tensor) -> dict[str, Any]:
-        """Returns the scores of a split, by name, from all numbers that were kept, (M, N). A subclass defines them."""
+        """Returns the scores of a split, by name, from all kept numbers, (M, N). A subclass defines them."""
         return {}
 
     def on_validation_epoch_start(self) -> None:
@@ -164,7 +162,7 @@ class Task(LightningModule):
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         self.keep(batch)
-        # Here, since WeightAveraging has its average in the net.
+        # Here WeightAveraging has its average in the net.
         if (batch := next(self._fit_batches, None)) is not None:
             batch = self.trainer.precision_plugin.convert_input(batch)
             of_validation, self.kept = self.kept, self._kept_of_fit
@@ -244,7 +242,7 @@ class Task(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_train_start(self) -> None:
-        """Gives the optimiser of a resumed run the settings of now; Lightning has loaded those of the checkpoint."""
+        """Gives the optimiser of a resumed run its new settings: Lightning has loaded those of the checkpoint."""
         if not self._given:  # a subclass configures its optimisers itself
             return
         (optimizer,), scheduler = self.trainer.optimizers, self.trainer.lr_scheduler_configs[0].scheduler

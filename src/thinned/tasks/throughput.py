@@ -16,7 +16,7 @@ DTYPES = {"32": torch.float32, "bf16": torch.bfloat16, "16": torch.float16}  # b
 
 
 def is_logged(trainer: Trainer, step: int) -> bool:
-    """Returns whether Lightning logs an optimiser step; the first has the number 1."""
+    """Returns whether Lightning logs this optimiser step, counted from 1."""
     every = trainer.log_every_n_steps  # type: ignore[attr-defined]
     return every > 0 and (step % every == 0 or trainer.should_stop)
 
@@ -24,7 +24,7 @@ def is_logged(trainer: Trainer, step: int) -> bool:
 class Throughput(Callback):
     """Logs the speed since the last logged step, without validation.
 
-    Logs `throughput/tokens_per_second` of all devices (`examples_per_second` if batches are no text),
+    Logs `throughput/tokens_per_second` of all devices (`examples_per_second` unless batches are text),
     `throughput/step_ms` per optimiser step, `throughput/peak_memory_mib` of this process's device and, if the net has
     `flops_per_token` and the device's peak is known, `throughput/mfu` (Chowdhery et al. 2022, appendix B).
     """

@@ -1,4 +1,4 @@
-"""Monte-Carlo dropout in pure torch: sampled networks, streaming statistics, scores, and the choice of sites."""
+"""Predicts with Monte-Carlo dropout, in pure torch: sampled networks, streaming statistics, scores, choice of sites."""
 
 from thinned.uncertainty.kept_networks import KeptNetworks
 from thinned.uncertainty.monte_carlo import mc_predict, mc_samples

@@ -1,4 +1,4 @@
-"""Passes of a net in which dropout acts and nothing else does, with a given random state."""
+"""Runs a net with only dropout in training mode, and with a given random state."""
 
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
@@ -15,14 +15,14 @@ Output = TypeVar("Output")
 
 
 def of_our_make(net: nn.Module) -> bool:
-    """Returns whether a net, or the `net` of a sharded task, can be thinned: its dropout is in `Dropout` alone."""
+    """Returns whether a net, or the `net` of a sharded task, can be thinned: all its dropout is `Dropout`."""
     return any(net_offers(each).thin is not None for each in (net, task_offers(net).net))
 
 
 def acting_sites(net: nn.Module, sites: Collection[str] | None = None) -> tuple[str, ...]:
-    """Returns those of the sites, or of all, at which a net has a rate above 0: none if all rates are 0.
+    """Returns the given sites, or all, at which a net has a rate above 0: none if all rates are 0.
 
-    A ValueError says that no sites are given, that the net lacks one of them, or that it has no dropout.
+    Raises a ValueError if `sites` is empty or names one that the net lacks, or if the net has no dropout.
     """
     of_net = check_sites({module.site for module in net.modules() if isinstance(module, Dropout)})
     if sites is not None and (not sites or set(check_sites(sites)) - set(of_net)):
@@ -35,8 +35,8 @@ def acting_sites(net: nn.Module, sites: Collection[str] | None = None) -> tuple[
 def is_dropout(module: nn.Module) -> bool:
     """Returns whether a module drops in training mode and does nothing else.
 
-    Those of torch are known, and others by their names, such as `DropPath` or `StochasticDepth`. A module with
-    submodules is none by its name: a whole net may be called `DropoutNet`.
+    It knows those of torch, and others by their names, such as `DropPath` or `StochasticDepth`. A name does not count
+    for a module with submodules: a whole net may be called `DropoutNet`.
     """
     if isinstance(module, nn.RNNBase) or type(module) is nn.MultiheadAttention:
         return True
@@ -46,7 +46,7 @@ def is_dropout(module: nn.Module) -> bool:
 
 @contextmanager
 def restored(net: nn.Module) -> Iterator[list[str]]:
-    """Restores modes, buffers, and numbers and tensors that are attributes; then lists the buffers that had changed."""
+    """Restores modes, buffers, and attributes that are numbers or tensors; then lists the buffers that had changed."""
     modes = {module: module.training for module in net.modules()}
     attributes = {m: {k: v for k, v in vars(m).items() if isinstance(v, int | float | Tensor)} for m in modes}
     buffers = [
@@ -67,28 +67,28 @@ def restored(net: nn.Module) -> Iterator[list[str]]:
                 changed.append(path)
                 with torch.no_grad():
                     buffer.copy_(copied)
-                setattr(module, name, buffer)  # another one after `self.average = 0.9 * self.average + ...`
+                setattr(module, name, buffer)  # `self.average = ...` has replaced the buffer
 
 
 @contextmanager
 def only_dropout_active(
     net: nn.Module, sites: Collection[str] | None = None, scale: float = 1.0, owners: Collection[nn.Module] = ()
 ) -> Iterator[None]:
-    """Within the block dropout and nothing else is in training mode. On the way out all is as it was.
+    """Puts only dropout into training mode within the block, and restores everything after it.
 
-    A buffer that changed inside raises a ValueError, since such a prediction would depend on its batch.
+    Raises a ValueError if a buffer changed inside, since such a prediction would depend on its batch.
 
     Args:
         net: The net.
-        sites: Those of `Dropout` that act; None is every dropout module.
+        sites: Sites of `Dropout` that act; None is every dropout module.
         scale: Factor on the rates of each `Dropout` that acts.
-        owners: More modules that go into training mode, see `FoundDropout`.
+        owners: More modules to put into training mode, see `FoundDropout`.
     """
     with restored(net) as changed, ExitStack() as stack:
         stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
-        torch.backends.mha.set_fastpath_enabled(False)  # it would leave out the dropout modules of a layer
+        torch.backends.mha.set_fastpath_enabled(False)  # it would skip the dropout modules of a layer
         if any(isinstance(module, nn.RNNBase) for module in net.modules()):
-            stack.enter_context(torch.backends.cudnn.flags(enabled=False))  # it would seed its dropout but once
+            stack.enter_context(torch.backends.cudnn.flags(enabled=False))  # it would seed its dropout only once
         for module in net.modules():
             if sites is None:
                 module.training = module in owners or is_dropout(module)
@@ -103,7 +103,7 @@ def only_dropout_active(
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Within the block, the random state of torch, on the CPU and on the current GPU, begins with a seed."""
+    """Seeds torch's random state, on the CPU and the current GPU, within the block, and restores it after."""
     gpus = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.random.fork_rng(gpus):
         torch.default_generator.manual_seed(seed)  # `torch.manual_seed` would reach all GPUs
@@ -123,7 +123,7 @@ def seeded_output(net: nn.Module, evaluate: Callable[[nn.Module], Output], seed:
 
 
 def random_state() -> Tensor:
-    """Returns torch's random state, of the CPU and of the current GPU: it changes if something is drawn."""
+    """Returns torch's random state on the CPU and the current GPU: it changes if something is drawn."""
     return torch.cat([torch.get_rng_state(), *([torch.cuda.get_rng_state()] if torch.cuda.is_available() else [])])
 
 

@@ -1,7 +1,7 @@
-"""Calibration: whether of the predictions that are 90 % sure, 90 % are right.
+"""Measures calibration: whether 90 % of the predictions that are 90 % sure are right.
 
-The errors are of the top label: confidence is the probability of the predicted class. They are biased upwards, since a
-sample of a calibrated net has errors too. Shapes: N predictions, K classes. Weights are None or (N,).
+The errors are those of the top label: confidence is the probability of the predicted class. They are biased upwards,
+since a sample of a calibrated net has errors too. Shapes: N predictions, K classes. Weights are None or (N,).
 """
 
 import math
@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from thinned.uncertainty.weighting import curves, interpolated, last_of_ties, mean, totals, weights_of
 
 ECE_BINS = 15
-CELLS = 512  # of [0, 1], in which smooth ECE gathers confidences
+CELLS = 512  # in [0, 1], in which smooth ECE gathers confidences
 
 
 def ece(confidence: Tensor, correct: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -32,7 +32,7 @@ def ece(confidence: Tensor, correct: Tensor, weights: Tensor | None = None) -> T
 def adaptive_ece(confidence: Tensor, correct: Tensor, weights: Tensor | None = None) -> Tensor:
     """Returns the expected calibration error in 15 bins of equal weight (Nixon et al. 2019), ().
 
-    A prediction on the border of two bins counts in each by its share, and so do those of equal confidence together.
+    A prediction on the border of two bins counts in each by its share. Predictions of equal confidence are split alike.
 
     >>> adaptive_ece(torch.full((4,), 0.7), torch.tensor([True, False, True, True])).item()  # 3/4 are right
     0.0500...
@@ -64,9 +64,9 @@ def equal_mass_bins(confidence: Tensor) -> list[Tensor]:
 def smooth_ece(confidence: Tensor, correct: Tensor, weights: Tensor | None = None) -> Tensor:
     """Returns the smooth expected calibration error (Błasiok and Nakkiran 2023, algorithm 1), ().
 
-    It is the integral of |r_s(t)| over confidences t in [0, 1]: The residuals, right (1) or wrong (0) minus confidence,
-    smoothed by a Gaussian whose width s is equal to the integral. The Gaussian is reflected at 0 and 1, and cut at
-    distance 1/2 as in the authors' package `relplot`. Confidences are gathered in 512 cells. Such a smoothing is a
+    It is the integral of |r_s(t)| over confidences t in [0, 1]. Here r_s is the residual, right (1) or wrong (0) minus
+    confidence, smoothed by a Gaussian whose width s equals the integral. The Gaussian is reflected at 0 and 1, and cut
+    at distance 1/2 as in the authors' package `relplot`. Confidences are gathered in 512 cells, so that smoothing is a
     product in the cosine series.
 
     >>> round(smooth_ece(torch.tensor([0.8, 0.8]), torch.tensor([True, True])).item(), 6)
@@ -101,7 +101,7 @@ def brier_uncertainty(target: Tensor, probs: Tensor, weights: Tensor | None = No
 
 
 def brier_discrimination(target: Tensor, probs: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Returns DSC, by how much recalibrated probabilities beat the base rates in Brier score, ().
+    """Returns DSC, the gain in Brier score of recalibrated probabilities over the base rates, ().
 
     The decomposition MCB - DSC + UNC of the Brier score is that of Dimitriadis, Gneiting and Jordan (2021), here
     summed over classes, one versus the rest. A class's probabilities are recalibrated by isotonic regression. Thus DSC
@@ -120,6 +120,6 @@ def brier_discrimination(target: Tensor, probs: Tensor, weights: Tensor | None =
 
 
 def brier_miscalibration(target: Tensor, probs: Tensor, brier: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Returns MCB, by how much recalibration would lower the Brier score (see `brier_discrimination`), ()."""
+    """Returns MCB, the gain in Brier score by recalibration (see `brier_discrimination`), ()."""
     recalibrated = brier_uncertainty(target, probs, weights) - brier_discrimination(target, probs, weights)
     return mean(brier, weights) - recalibrated

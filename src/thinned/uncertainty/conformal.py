@@ -1,8 +1,8 @@
-"""Split conformal prediction: sets of classes that contain the true one with a chosen probability.
+"""Predicts sets of classes that contain the true one with a chosen probability, by split conformal prediction.
 
-Each calibration example gives a score, of its true class. The set of another example holds the classes whose scores are
-at most a quantile of these. If the examples are exchangeable and the net was not fitted on them, sets contain the true
-class with at least the chosen probability, however wrong the predicted distributions are. Without ties of scores, the
+Each calibration example gives a score, that of its true class. The set of another example holds the classes with
+scores of at most a quantile of these. If the examples are exchangeable and the net was not fitted on them, sets contain
+the true class with at least the chosen probability, however wrong the predicted distributions are. Without ties, the
 excess is at most 1 / (n + 1) (Vovk et al. 2005; Lei et al. 2018). This is an average over all classes and examples.
 
 The score of the class at rank r of a distribution p, with u uniform in [0, 1), one for each example:
@@ -33,7 +33,7 @@ LAMBDA, K_REG = 0.1, 1
 
 
 def uniforms(seed: int, index: Tensor) -> Tensor:
-    """Returns a number in [0, 1) for each example, (N,) float64, which depends on the seed and its index alone.
+    """Returns a number in [0, 1) for each example, (N,) float64, a function of the seed and its index alone.
 
     They are the outputs of SplitMix64 (Steele, Lea and Flood 2014) at the places `index`, (N,) of integers.
     """
@@ -55,7 +55,7 @@ def class_scores(probs: Tensor, u: Tensor) -> dict[Kind, Tensor]:
     tensor([[0.9500, 0.3000, 0.7500]], dtype=torch.float64)
     """
     p = probs.double()
-    ranked, order = p.sort(dim=-1, descending=True, stable=True)  # of equal classes the first one comes first
+    ranked, order = p.sort(dim=-1, descending=True, stable=True)  # ties keep the order of the classes
     # Summed from the smallest on: all classes of probability 0 have a score of exactly 1.
     rest = ranked.flip(-1).cumsum(-1).flip(-1)  # the sum of each class and all after it
     aps = 1 - (rest - u[:, None] * ranked) / rest[:, :1]
@@ -78,8 +78,8 @@ def conformity(probs: Tensor, targets: Tensor, u: Tensor) -> dict[Kind, Tensor]:
 def threshold(scores: Tensor, coverage: float) -> float:
     """Returns the ceil((n + 1) coverage)-th smallest of n calibration scores, (n,).
 
-    With at least the probability `coverage`, in (0, 1), sets then contain the true class. There have to be
-    coverage / (1 - coverage) scores; else a ValueError.
+    Sets then contain the true class with at least the probability `coverage`, in (0, 1). Raises a ValueError for fewer
+    than coverage / (1 - coverage) scores.
 
     >>> threshold(torch.arange(1, 20), 0.9)
     18.0

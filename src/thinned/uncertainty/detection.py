@@ -1,16 +1,15 @@
-"""Does uncertainty tell foreign examples, which belong to no class or are of other text, from known ones?
+"""Scores how well uncertainty tells foreign examples, of no known class or of other text, from known ones.
 
 Foreign examples are the positives of all scores, as in Hendrycks, Mazeika and Dietterich (2019, section 4.1). The
 uncertainty of an example is one minus its maximum probability (Hendrycks and Gimpel 2017), its predictive entropy or,
-of sampled networks, its mutual information. For a sequence, each is the mean over its tokens.
+for sampled networks, its mutual information. For a sequence, each is the mean over its tokens.
 
-A net that rejects what it is uncertain of should reject foreign examples and its own errors alike (selective
-classification in the presence of foreign data, SCOD: Xia and Bouganis 2022). There, failures are the errors among known
-examples and all foreign ones, and scores are AUROC and the area under the risk-coverage curve of failures (Jaeger et
-al. 2023).
+A net that rejects uncertain examples should reject both foreign ones and its own errors (selective classification with
+out-of-distribution data, SCOD: Xia and Bouganis 2022). Then all foreign examples and the errors among known ones are
+failures. Their scores are AUROC and the area under the risk-coverage curve (Jaeger et al. 2023).
 
-Shapes: N examples, known and foreign ones. How many of them are foreign is a choice, not a sample, so weights count as
-if each of the two kinds had the total that it has in the data.
+Shapes: N examples, known and foreign ones. The share of foreign ones is a choice, not a sample, so weights keep the
+totals of both kinds as in the data.
 """
 
 import math
@@ -49,13 +48,13 @@ def fpr_at_95_tpr(known: Tensor, uncertainty: Tensor, weights: Tensor | None = N
 
 
 def balanced(known: Tensor, weights: Tensor | None) -> Tensor:
-    """Returns weights whose totals over known and over foreign examples are their numbers, (N,) float64."""
+    """Returns weights that sum to the number of known and of foreign examples, (N,) float64."""
     w = weights_of(known, weights)
     return sum((w * kind * (kind.sum() / (w @ kind)) for kind in (known.double(), (~known).double())), 0 * w)
 
 
 def scod_auroc(known: Tensor, correct: Tensor, uncertainty: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Returns the probability that a failure is more uncertain than a success, a tie counting half, ()."""
+    """Returns the probability that a failure (a foreign example or an error) is more uncertain than a success, ()."""
     return auroc_error(known & correct, uncertainty, balanced(known, weights))
 
 
@@ -65,7 +64,7 @@ def scod_aurc(known: Tensor, correct: Tensor, uncertainty: Tensor, weights: Tens
 
 
 def _scores_of(measure: str, label: str) -> dict[str, Score]:
-    """Returns the scores that one measure of uncertainty has, by their names."""
+    """Returns all detection scores that are based on one measure of uncertainty, by name."""
     two, three = ("known", f"uncertainty_{measure}"), ("known", "correct", f"uncertainty_{measure}")
     return {
         f"foreign_auroc_{measure}": Score(f"AUROC, {label} ↑", auroc_error, two, most=1),
@@ -91,7 +90,7 @@ def detection_intervals(
     baseline: str,
     groups: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[dict[str, dict[str, Interval]], dict[str, dict[str, Difference]]]:
-    """Returns what `score_intervals` does, of the scores in `DETECTION`.
+    """Returns intervals and differences of the scores in `DETECTION`, as `score_intervals` does.
 
     Args:
         known: Columns of known examples by way: measures, and `correct`.

@@ -1,15 +1,15 @@
-"""Scores with their sampling errors, by which intervals are made and ways are compared.
+"""Estimates scores with their sampling errors, to make intervals and to compare ways.
 
-A proportion has Wilson's interval (1927). Any smooth score is linear in the weights of its examples, but for small
-terms, and its variance is that of its gradient (the infinitesimal jackknife, Efron 1982, chapter 6; for AUROC it is
-DeLong et al. 1988). Where few examples carry a score, such as the errors of an accurate net, two things keep its
-interval honest. Hall's transformation (1992, J. R. Stat. Soc. B 54) takes their skewness into account. And one
-hypothetical error joins the examples, with the scores that the probabilities themselves expect, so that data without an
-error do not promise that there is none. Two ways are compared on the same examples and the same hypothetical error.
+A proportion has Wilson's interval (1927). A smooth score is nearly linear in the weights of its examples, so its
+variance is that of its gradient (the infinitesimal jackknife, Efron 1982, chapter 6; for AUROC, DeLong et al. 1988). If
+few examples carry a score, such as the errors of an accurate net, two corrections keep its interval honest. Hall's
+transformation (1992, J. R. Stat. Soc. B 54) corrects for skewness. And one hypothetical error joins the examples, with
+the scores that the probabilities expect of it: data without an error do not promise that there is none. Two ways are
+compared on the same examples and the same hypothetical error.
 
-What has no gradient is resampled. Its interval is normal, without the bias that resampling shows; for a calibration
-error it is one of the square, to which noise adds its variance. In a difference the biases cancel. Resamples in which a
-score is undefined are left out.
+A score without a gradient is resampled. Its interval is normal, minus the bias that resampling shows. For a calibration
+error it is an interval of the square, to which noise adds its variance. In a difference the biases cancel. Resamples in
+which a score is undefined are left out.
 
 Shapes: N predictions, G independent groups of them, E parts of the hypothetical error, R resamples.
 """
@@ -31,7 +31,7 @@ Z = 1.959964  # 95 % of a normal variable are in [-Z, Z]
 WEIGHTS_AT_ONCE = 2**20  # of float64
 HYPOTHETICAL = {"confidence", "predictive_entropy", "nll", "brier"}  # the columns that make the hypothetical error
 EMPTY = torch.empty(0)
-PARTS = 16  # of it, which differ in uncertainty
+PARTS = 16  # of the hypothetical error, which differ in uncertainty
 POISSON = np.searchsorted(  # the quantiles at 2^16 levels
     np.cumsum([math.exp(-1) / math.factorial(k) for k in range(10)]), (np.arange(2**16) + 0.5) / 2**16
 ).astype(np.uint8)
@@ -51,14 +51,14 @@ def wilson(successes: float, n: float) -> tuple[float, float]:
 
 
 def share_interval(column: Tensor, rows: Tensor, blocks: Tensor | None = None) -> tuple[float, float, float]:
-    """Returns in which share of some rows a bool column is true, and Wilson's 95 % interval.
+    """Returns the share of rows in which a bool column is true, and Wilson's 95 % interval.
 
-    Rows of a block depend on each other: they count as the number of independent ones with their variance.
+    Rows of a block depend on each other: they count as the number of independent rows with the same variance.
 
     Args:
         column: (N,) bool.
-        rows: Those that count, int64.
-        blocks: The block of each of all N, int64, if they are not independent.
+        rows: Indices of the rows that count, int64.
+        blocks: The block of each of the N rows, int64, if they depend on each other.
 
     >>> share_interval(torch.tensor([True, False, True]), torch.tensor([0, 1]))[0]
     0.5
@@ -85,17 +85,17 @@ def resample_weights(num_groups: int, resamples: range, seed: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A score with its sampling error.
+    """Holds a score with its sampling error.
 
     Attributes:
-        score: What is estimated.
-        value: The score of the predictions.
+        score: The score that is estimated.
+        value: Its value on the predictions.
         n: N.
         why: Why there is no interval, in a few words; None if there is one.
-        at: The score with the hypothetical error.
-        moves: The gradient of a smooth score in the weights of groups and of the parts of the error, (G + E,); the
-            values in resamples of another, (R,).
-        weights: 1 for groups, less for parts, (G + E,). The error has no parts in a proportion.
+        at: Its value with the hypothetical error.
+        moves: For a smooth score, its gradient in the weights of groups and of parts of the error, (G + E,); for a
+            resampled one, its values, (R,).
+        weights: 1 for groups, less for parts, (G + E,). In a proportion, the error has no parts.
     """
 
     score: Score
@@ -108,7 +108,7 @@ class Estimate:
 
     @classmethod
     def mean(cls, runs: "Sequence[Estimate]") -> "Estimate":
-        """Returns the mean of a score over runs on the same examples; undefined if that of one run is."""
+        """Returns the mean of a score over runs on the same examples; undefined if it is undefined for one run."""
         value, why = fmean(run.value for run in runs), next((run.why for run in runs if run.why), None)
         if why is not None:
             return cls(runs[0].score, value, runs[0].n, why)
@@ -116,7 +116,7 @@ class Estimate:
         return replace(runs[0], value=value, at=at, moves=moves)
 
     def bounds(self) -> tuple[float, float]:
-        """Returns the 95 % interval: normal; Wilson's for as many examples as have this variance; or Hall's."""
+        """Returns the 95 % interval: Wilson's for a proportion, normal for a resampled score, else Hall's."""
         if self.score.resampled:
             power = 2 if self.score.kind == "calibration" else 1  # the one that is unbiased
             powers = replace(self, moves=self.moves**power)
@@ -134,16 +134,16 @@ class Estimate:
         return max(0.0, min(low, self.value)), min(self.score.most, max(high, self.value))
 
     def above(self, other: "Estimate") -> tuple[float, float, float]:
-        """Returns the 95 % interval of the difference to another way, and the p-value of none."""
+        """Returns the 95 % interval of the difference to another way, and the p-value of no difference."""
         value, moves, weights = self.value - other.value, self.moves - other.moves, self.weights
         at = value if self.score.resampled else self.at - other.at
-        if self.score.kind == "proportion":  # half an example that one way has right, half one of the other
+        if self.score.kind == "proportion":  # adds half an example that only one way has right, for each
             moves = torch.cat([moves, moves.new_tensor([1, -1]) / self.n])
             weights = torch.cat([weights, weights.new_full((2,), 0.5)])
         error, skewness = replace(self, moves=moves, weights=weights)._error_and_skewness()
         if error == 0:
             return value, value, float(value == 0)
-        # The skewness of a few differences is itself noise: It may widen an interval, and not move it.
+        # The skewness of a few differences is itself noise: it may widen an interval, but not move it.
         skews = (0.0, skewness if self.score.kind == "smooth" else 0.0)
         low = min(at - error * _inverse_hall(Z, skew) for skew in skews)
         high = max(at - error * _inverse_hall(-Z, skew) for skew in skews)
@@ -166,15 +166,10 @@ def estimated(
     num_resamples: int,
     seed: int,
 ) -> Estimate:
-    """Returns a score with its sampling error.
+    """Returns a score of columns (N, ...) with its sampling error.
 
-    Args:
-        score: The score.
-        columns: Those that it reads, (N, ...).
-        hypothetical: What `hypothetical_error` returns. It joins the columns, if it has all that the score reads.
-        group: The group of each prediction, from 0 on, (N,) int64.
-        num_resamples: R.
-        seed: Of the resamples.
+    `hypothetical` is the result of `hypothetical_error`: it joins the columns if it has all that the score reads.
+    `group` is the group of each prediction, from 0 on, (N,) int64.
     """
     n, num_groups = len(group), int(group.max()) + 1
     estimate = Estimate(score, score.of(*columns.values(), weights=None).item(), n)
@@ -201,7 +196,7 @@ def estimated(
 
 
 def why_undefined(columns: Mapping[str, Tensor]) -> str:
-    """Says in a few words why a score of columns is NaN.
+    """Says in a few words why a score of these columns is NaN.
 
     >>> why_undefined({"correct": torch.tensor([True]), "predictive_entropy": torch.tensor([0.1])})
     'no prediction is wrong'
@@ -213,7 +208,7 @@ def why_undefined(columns: Mapping[str, Tensor]) -> str:
 
 
 def hypothetical_error(rows: Mapping[str, Tensor], doubt: Tensor) -> dict[str, Tensor]:
-    """Returns the columns of one error in parts, (E,), which is at row i with probability doubt_i / sum_j doubt_j.
+    """Returns the columns of one error in E parts, (E,): it is at row i with probability doubt_i / sum_j doubt_j.
 
     Given an error, a row p with confidence c expects an NLL of (H[p] + c log c) / (1 - c), and a Brier score of
     sum_k p_k^2 + 1 - 2 (sum_k p_k^2 - c^2) / (1 - c). Rows are columns (N,), and the doubt (N,) is that of all ways.
@@ -221,7 +216,7 @@ def hypothetical_error(rows: Mapping[str, Tensor], doubt: Tensor) -> dict[str, T
     tiny = torch.finfo(torch.float32).eps
     doubt, wrong = doubt.clamp_min(tiny), (1 - rows["confidence"].double()).clamp_min(tiny)
     entropy, nll = rows["predictive_entropy"].double(), rows["nll"].double()
-    # The bounds matter where a confidence near 1 was rounded.
+    # The bounds matter if a confidence near 1 was rounded.
     expected = {"nll": torch.maximum((entropy - torch.special.entr(1 - wrong)) / wrong, -wrong.log())}
     if "brier" in rows:
         squares = rows["brier"].double() - 1 + 2 * torch.exp(-nll)
@@ -234,10 +229,9 @@ def hypothetical_error(rows: Mapping[str, Tensor], doubt: Tensor) -> dict[str, T
 
 
 def _hall(t: float, skewness: float) -> float:
-    """Returns the normal variable that a studentized one of this skewness stands for (Hall 1992)."""
+    """Returns the normal variable for a studentized one of this skewness (Hall 1992)."""
     return t + skewness * t**2 / 3 + skewness**2 * t**3 / 27 + skewness / 6
 
 
 def _inverse_hall(z: float, skewness: float) -> float:
-    """Returns the t that `_hall` maps to z."""
     return 3 * (float(np.cbrt(1 + skewness * (z - skewness / 6))) - 1) / skewness if abs(skewness) > 1e-6 else z

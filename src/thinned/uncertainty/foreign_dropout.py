@@ -1,8 +1,8 @@
-"""Finds which modules of a net of another make go into training mode, so that its dropout acts and nothing else does.
+"""Finds the modules of a foreign net to put into training mode, so that its dropout acts and nothing else does.
 
-Modules of dropout are known, see `is_dropout`. Others call a function of dropout (`F.dropout`, attention with a rate)
-or, in training mode alone, a module of dropout. A pass in training mode finds them: a `TorchFunctionMode` sees such
-calls, and keeps them from dropping. In that mode they may do nothing else, which another pass checks.
+`is_dropout` knows modules of dropout. Other modules call a dropout function (`F.dropout`, attention with a rate) or, in
+training mode alone, a dropout module. A pass in training mode finds them: a `TorchFunctionMode` sees such calls, and
+keeps them from dropping. Another pass checks that these modules do nothing else in training mode.
 """
 
 import inspect
@@ -22,7 +22,7 @@ from thinned.uncertainty.acting_dropout import is_dropout, random_state, restore
 Output = TypeVar("Output")
 Function = Callable[..., Any]
 
-ATTEMPTS = 20  # to see all layers of a net that leaves out some of them at random in training mode
+ATTEMPTS = 20  # to see all layers of a net that skips some at random in training mode
 _IN_PYTHON: tuple[Function, ...] = (
     F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout,
     F.multi_head_attention_forward,
@@ -37,13 +37,13 @@ PARAMETERS: dict[Function, tuple[str, ...]] = {  # in their order; functions in 
 
 @dataclass(frozen=True)
 class FoundDropout:
-    """What has to be done for the dropout of a net to act.
+    """Says which modules have to be in training mode for the dropout of a net to act.
 
     Attributes:
-        owners: Modules that go into training mode, each alone, beside those that are dropout.
-        off: Whether there is dropout, and all of its rates are 0: every sampled network is the deterministic one.
-        resting: Modules that draw in training mode and are not known as dropout, or drop in a part of the net that runs
-            in that mode alone. They stay off.
+        owners: Modules to put into training mode, each without its submodules, beside those that are dropout.
+        off: Whether there is dropout but all of its rates are 0: every sampled network is the deterministic one.
+        resting: Modules that stay off: they draw in training mode but are not known as dropout, or drop in a part that
+            runs in that mode alone.
     """
 
     owners: frozenset[nn.Module]
@@ -52,7 +52,7 @@ class FoundDropout:
 
 
 class _Watch(TorchFunctionMode):
-    """Keeps functions from dropping, and collects in all passes what runs, what draws, and calls of dropout."""
+    """Keeps functions from dropping, and collects what runs, what draws, and calls of dropout."""
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
@@ -121,12 +121,9 @@ def deterministic_output(net: nn.Module, evaluate: Callable[[nn.Module], Output]
 def find_dropout(net: nn.Module, evaluate: Callable[[nn.Module], Any]) -> FoundDropout:
     """Finds the dropout of a net by two passes, and checks it by a third if some of it is called by other modules.
 
-    A net that leaves out layers at random runs in training mode until each has run, `ATTEMPTS` times at most. Modes,
-    buffers, numbers and tensors that are attributes, and the random state are restored.
-
-    Args:
-        net: The net.
-        evaluate: Runs the net on a batch, and returns a tensor.
+    `evaluate` runs the net on a batch and returns a tensor. If the net skips layers at random, it runs in training mode
+    until each has run, at most `ATTEMPTS` times. It restores modes, buffers, attributes that are numbers or
+    tensors, and the random state.
 
     Raises:
         ValueError: The net draws in evaluation mode; it cannot run in training mode; or a module that calls dropout

@@ -1,4 +1,4 @@
-"""95 % intervals of scores, and paired differences between ways to predict or between runs.
+"""Computes 95 % intervals of scores, and paired differences between ways to predict or between runs.
 
 Shapes: N predictions, G independent groups of them (each its own, if none are given).
 """
@@ -19,14 +19,14 @@ Columns = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Interval:
-    """A score with its 95 % interval.
+    """Holds a score with its 95 % interval.
 
     Attributes:
-        value: The score. A calibration error may be above its interval, from which its bias is taken.
+        value: The score. A calibration error may be above its interval, which is corrected for bias.
         low, high: NaN if the score is undefined, or if no interval can be trusted.
         n: Number of predictions, or of seeds.
         why: Why something is NaN, in a few words.
-        runs: The score of each run, of which `value` is the mean, if there are several.
+        runs: The score of each run if there are several; `value` is their mean.
     """
 
     value: float
@@ -39,10 +39,10 @@ class Interval:
 
 @dataclass(frozen=True)
 class Difference:
-    """By how much a score is above that of the baseline on the same examples, with its 95 % interval.
+    """Holds how much a score is above the baseline's on the same examples, with the 95 % interval.
 
     Attributes:
-        p: Probability of a difference at least as large if there is none in truth, after Holm's correction for the
+        p: Probability of a difference at least as large if there is none, after Holm's correction for the
             number of ways. The interval is that of one difference, without correction.
         told_apart: Whether p < 0.05.
     """
@@ -87,7 +87,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-@torch.inference_mode(False)  # in which there are no gradients
+@torch.inference_mode(False)  # inference mode has no gradients
 @torch.enable_grad()
 def score_intervals(
     ways: Mapping[str, Columns | Sequence[Columns]],
@@ -97,19 +97,19 @@ def score_intervals(
     seed: int = 0,
     table: Mapping[str, Score] | None = None,
 ) -> tuple[dict[str, dict[str, Interval]], dict[str, dict[str, Difference]]]:
-    """Returns by way, then by score the intervals, and the differences of each other way to the baseline.
+    """Returns the intervals by way, then by score, and likewise the differences of the other ways to the baseline.
 
     Args:
-        ways: The columns of each way, (N, ...), by its name; or those of several runs, whose mean score is taken. Those
-            of one way at a time are read and held.
+        ways: The columns of each way, (N, ...), by its name; or those of several runs, whose mean score is taken. The
+            columns of one way at a time are in memory.
         baseline: The way with which the others are compared, if any.
-        groups: The group of each prediction, (N,) int64, if those of one group depend on each other, as tokens do.
-        num_resamples: Serves a mean and a variance, and so need not grow with the number of ways.
+        groups: The group of each prediction, (N,) int64, if predictions of a group depend on each other, as tokens do.
+        num_resamples: Number of resamples, for a mean and a variance: more ways need no more.
         seed: Seed of the resamples.
-        table: The scores by their names; those in `SCORES` if None.
+        table: The scores by their names; None takes `SCORES`.
 
     Raises:
-        ValueError: There are fewer than two predictions or groups, ways differ in length, or the baseline is no way.
+        ValueError: There are fewer than two predictions or groups, ways differ in length, or lack the baseline.
 
     >>> way = {"correct": torch.tensor([True] * 8 + [False] * 2), "confidence": torch.full((10,), 0.8)}
     >>> accuracy = score_intervals({"mc_dropout": way})[0]["mc_dropout"]["accuracy"]  # Wilson's interval of 8 in 10
@@ -160,7 +160,7 @@ def score_intervals(
 def _estimates(
     way: Columns, table: Mapping[str, Score], doubt: Tensor, group: Tensor, num_resamples: int, seed: int
 ) -> dict[str, Estimate]:
-    """Returns all scores that the columns of a way allow."""
+    """Returns all scores for which a way has the columns."""
     read = HYPOTHETICAL.union(*(score.needs for score in table.values())) & set(way)
     rows = {column: way[column].clone() for column in read}
     hypothetical = hypothetical_error(rows, doubt) if "nll" in rows else {}

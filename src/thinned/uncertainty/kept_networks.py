@@ -1,4 +1,4 @@
-"""The thinned networks of a net, one by one or many in a stack, kept from one batch to the next."""
+"""Makes the thinned networks of a net, one by one or many in a stack, and keeps them for the next batches."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -14,19 +14,19 @@ KEPT_BYTES = 2**29  # 512 MiB: 50 networks of 784-1024-1024-1024-10 take 182 MiB
 # 0.5, and below 25 if networks are kept; at a rate of 0.1 below more than 128, and about 130.
 STACKED_INPUTS = 64
 ROWS_AT_ONCE = 512  # networks times inputs in a stack: their activations stay in the cache
-# On an H200, where cutting 50 networks takes 69 ms, and a pass through kept ones 15 ms: a stack takes 1 ms for 128
+# On an H200, cutting 50 networks takes 69 ms, and a pass through kept ones 15 ms. A stack takes 1 ms for 128
 # inputs, 6 for 1,000, 24 for 4,000 and 67 for 10,000.
 STACKED_INPUTS_ON_GPU = 4096
 ROWS_AT_ONCE_ON_GPU = 2**15
 
 
 def rows_at_once(device: torch.device) -> int:
-    """Returns how many rows of activations, networks times inputs, are computed with at once."""
+    """Returns how many rows of activations, networks times inputs, are computed at once."""
     return ROWS_AT_ONCE if device.type == "cpu" else ROWS_AT_ONCE_ON_GPU
 
 
 def stacked_at_once(num_inputs: int, device: torch.device) -> int:
-    """Returns how many networks go into a stack for so many inputs; 0 if one after the other is cheaper."""
+    """Returns how many networks to stack for this number of inputs; 0 if it is cheaper to run one after the other."""
     most = STACKED_INPUTS if device.type == "cpu" else STACKED_INPUTS_ON_GPU
     return rows_at_once(device) // max(num_inputs, 1) if num_inputs <= most else 0
 
@@ -34,11 +34,11 @@ def stacked_at_once(num_inputs: int, device: torch.device) -> int:
 class KeptNetworks:
     """Makes the thinned networks of a net, and keeps them for the batches to come.
 
-    They depend on the net, its rates, its weights and the settings. All are compared before any is used again: the
-    weights element by element if networks were cut from them, since their versions miss some changes.
+    They are used again only if the net, its rates, its weights and the settings are the same. Weights from which
+    networks were cut are compared element by element, since their versions miss some changes.
 
     Args:
-        max_bytes: What is kept takes no more, beside a copy of the weights. Networks beyond it are made in each pass.
+        max_bytes: Memory for networks, beside a copy of the weights. Networks that do not fit are made in each pass.
     """
 
     def __init__(self, max_bytes: int = KEPT_BYTES) -> None:
@@ -51,7 +51,7 @@ class KeptNetworks:
     def networks(
         self, net: nn.Module, num_samples: int, at_once: int, seed: int, sites: Sequence[str] | None, scale: float
     ) -> Iterator[nn.Module]:
-        """Yields S networks one by one (`net.thin`), or if `at_once` is above 0, so many in a stack (`net.stack`)."""
+        """Yields S networks one by one (`net.thin`), or in stacks of `at_once` (`net.stack`) if that is above 0."""
         weights = [*net.parameters(), *net.buffers()]
         make: Any = net_offers(net).stack if at_once else net_offers(net).thin
         rates = [module.p for module in net.modules() if isinstance(module, Dropout)]

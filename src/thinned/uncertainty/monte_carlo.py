@@ -1,10 +1,10 @@
-"""Monte-Carlo dropout (Gal and Ghahramani 2016): the predictions of S networks sampled by dropout.
+"""Predicts with S networks sampled by dropout: Monte-Carlo dropout (Gal and Ghahramani 2016).
 
 `shared` masks sample a network and evaluate it on every input. `independent` masks are drawn for every input and
 element, by whatever dropout the net contains.
 
-Few inputs pass once through all weights for many networks, with their shared masks on the activations (`net.stack`).
-Many inputs pass through the smaller weights of one network after the other (`net.thin`), which repays the cutting.
+Few inputs pass once through the whole weights for many networks, with shared masks on the activations (`net.stack`).
+Many inputs pass through one smaller network after the other (`net.thin`): the speed repays the cutting.
 
 Shapes: B inputs, S samples, n of them at once, K classes.
 """
@@ -43,20 +43,20 @@ def mc_predict(
     """Predicts with S networks sampled by dropout and says how much they differ.
 
     Args:
-        net: Maps inputs to logits (B, K); of a dict or dataclass `logits` is taken, of a tuple the first element. Any
-            module will do, whose dropout is found by two or three passes more: see `foreign_dropout`. Nothing but
-            dropout is in training mode, and all modes are restored.
-        inputs: The net is called with them.
+        net: Maps inputs to logits (B, K), to a dict or dataclass with `logits`, or to a tuple that begins with them.
+            Any module will do: two or three more passes find its dropout, see `foreign_dropout`. Only dropout is in
+            training mode, and all modes are restored.
+        inputs: Argument of the net.
         num_samples: S, at least 2.
         masks: Shared by all inputs (a thinned network), independent per element, or auto: shared if the net has `thin`.
-        seed: Of the ensemble. The global random state is left as it was.
-        sites: Those at which dropout acts; None for all. Only for nets built from `thinned.models.Dropout`.
+        seed: Seed of the ensemble. The global random state is left as it was.
+        sites: Sites at which dropout acts; None for all. Only for nets built from `thinned.models.Dropout`.
         scale: Multiplies the rates of `thinned.models.Dropout`.
         kept: Keeps the thinned networks of shared masks for the next call. None keeps nothing.
 
     Raises:
-        ValueError: S below 2, unknown site, no dropout, dropout with a rate that never draws, a net of which dropout
-            cannot act alone, or outputs that are no logits.
+        ValueError: S below 2, unknown site, no dropout, dropout with a rate that never draws, dropout that cannot act
+            alone, or outputs that are no logits.
 
     >>> net = nn.Sequential(nn.Dropout(0.5), nn.Linear(1, 2, bias=False))
     >>> net[1].weight.data = torch.tensor([[1.0], [0.0]])
@@ -73,7 +73,7 @@ def mc_predict(
 
 
 def mc_samples(net: nn.Module, inputs: Any, **settings: Any) -> Generator[Tensor, None, None]:
-    """Yields the S sampled predictive distributions: softmax of the logits, (B, K). See `mc_predict`."""
+    """Yields the S sampled predictive distributions, softmax of the logits, (B, K). See `mc_predict`."""
     with closing(sampled_logits(net, inputs, **settings)) as sampled:
         for logits in sampled:
             yield from _probabilities(logits)
@@ -86,7 +86,7 @@ def _probabilities(logits: Tensor) -> Tensor:
 def sampled_logits(
     net: nn.Module, inputs: Any, masks: Masks = "auto", sites: Collection[str] | None = None, **settings: Any
 ) -> Generator[Tensor, None, None]:
-    """Yields the logits of S sampled networks, (n, B, K) for the next n of them. See `sampled_outputs`."""
+    """Yields the logits of S sampled networks, n at a time: (n, B, K). See `sampled_outputs`."""
     at_once = 0  # networks in a stack; 0 without stacks
     if resolve_masks(net, masks) == "shared" and net_offers(net).stack is not None and acting_sites(net, sites):
         at_once = stacked_at_once(len(inputs), inputs.device)
@@ -113,12 +113,12 @@ def sampled_outputs(
     kept: KeptNetworks | None = None,
     at_once: int = 0,
 ) -> Generator[Output, None, None]:
-    """Yields what `evaluate` returns for each of the S sampled networks, or if `at_once` is above 0, stacks of so many.
+    """Yields what `evaluate` returns for each of S sampled networks, or for stacks of `at_once` if that is above 0.
 
     Shared masks depend on (seed, sample) alone: the same networks whatever the inputs, the batch or the device.
     Independent masks depend on the shape of the inputs too. If all rates are 0, the deterministic network is evaluated
-    once, and yielded S times. `found` is what `find_dropout` says of a net of another make; it is asked if None. The
-    modes are restored when the generator is closed. Other Args and Raises: see `mc_predict`.
+    once, and yielded S times. `found` is what `find_dropout` returns for a foreign net; None calls it. The modes are
+    restored when the generator is closed. For other arguments and errors see `mc_predict`.
     """
     if num_samples < 2:
         raise ValueError(f"Expected num_samples to be at least 2, but got {num_samples}")

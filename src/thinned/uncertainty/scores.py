@@ -1,4 +1,4 @@
-"""Scores of predictions, and of how well an uncertainty tells errors from hits.
+"""Scores predictions, and how well an uncertainty tells errors from hits.
 
 Each is a function of columns and of weights, None or (N,); a weight w stands for w copies of a row. Tied uncertainties
 enter together, so the order of the rows does not matter. Shapes: N predictions, K classes.
@@ -40,7 +40,7 @@ def brier(probs: Tensor, targets: Tensor) -> Tensor:
 
 
 def prediction_columns(probs: Tensor, targets: Tensor | None) -> dict[str, Tensor]:
-    """Returns what distributions (N, K) say of themselves and, unless they are None, of targets (N,): columns, (N,).
+    """Returns columns (N,) computed from distributions (N, K) and, unless None, from targets (N,).
 
     The rank is 1 if the target is the most probable class.
     """
@@ -55,7 +55,7 @@ def prediction_columns(probs: Tensor, targets: Tensor | None) -> dict[str, Tenso
 def auroc_error(correct: Tensor, uncertainty: Tensor, weights: Tensor | None = None) -> Tensor:
     """Returns the probability that an error is more uncertain than a hit, a tie counting half, ().
 
-    It is NaN if all are errors, or none is.
+    It is NaN if all predictions are errors, or none is.
 
     >>> auroc_error(torch.tensor([True, False, True]), torch.tensor([0.1, 0.2, 0.2])).item()
     0.75
@@ -68,9 +68,9 @@ def auroc_error(correct: Tensor, uncertainty: Tensor, weights: Tensor | None = N
 def aurc(errors: Tensor, uncertainty: Tensor, weights: Tensor | None = None) -> Tensor:
     """Returns the area under the risk-coverage curve (Geifman and El-Yaniv 2017), (); 0 is perfect.
 
-    It is the mean, over n = 1 .. N, of the risk (the mean error) among the n least uncertain predictions, and over all
-    orders of tied ones. It alone depends on the scale of the weights, as it does on N. Errors (N,) are bool, or any
-    loss, and the uncertainty (N,) is any number that should be higher for them.
+    It is the mean, over n = 1 .. N, of the risk (the mean error) among the n least uncertain predictions, averaged over
+    all orders of tied ones. Unlike other scores it depends on the scale of the weights, as it does on N. `errors` (N,)
+    are bool, or any loss; `uncertainty` (N,) should be higher for larger ones.
 
     >>> aurc(torch.tensor([False, True]), torch.tensor([0.1, 0.1])).item()  # mean of (0 + 1/2) / 2 and (1 + 1/2) / 2
     0.5
@@ -98,7 +98,7 @@ def augrc(errors: Tensor, uncertainty: Tensor, weights: Tensor | None = None) ->
 
 
 def coverage_at_5_risk(errors: Tensor, uncertainty: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Returns the largest coverage with a risk of at most 5 % (Geifman and El-Yaniv 2017), (); 0 if none has.
+    """Returns the largest coverage with a risk of at most 5 % (Geifman and El-Yaniv 2017), (); 0 if there is none.
 
     Tied predictions pass a threshold on their uncertainty together. Arguments are those of `aurc`.
 
@@ -113,7 +113,7 @@ def coverage_at_5_risk(errors: Tensor, uncertainty: Tensor, weights: Tensor | No
 def risk_at_80_coverage(errors: Tensor, uncertainty: Tensor, weights: Tensor | None = None) -> Tensor:
     """Returns the risk of the least uncertain 80 % of predictions, ().
 
-    The one on the border counts by its share, tied ones by their mean. Arguments are those of `aurc`.
+    The prediction on the border counts by its share, and tied ones by their mean. Arguments are those of `aurc`.
 
     >>> risk_at_80_coverage(torch.tensor([0, 0, 0, 0, 1]), torch.arange(5)).item()  # the last one is left out
     0.0
@@ -125,18 +125,18 @@ def risk_at_80_coverage(errors: Tensor, uncertainty: Tensor, weights: Tensor | N
 
 @dataclass(frozen=True)
 class Score:
-    """A number that says how good N predictions are.
+    """Defines a number that says how good N predictions are.
 
     Args:
         label: For tables, with the better direction and the unit.
         of: Maps the columns, (N,) each or probs (N, K), and `weights`, None or (N,), to () float64; NaN if undefined.
         columns: Names of the columns.
-        kind: What its interval is made of. A proportion is a mean of a bool column, or of such means. A smooth score
-            has a gradient in the weights. A calibration error is a sum of absolute values, which noise makes larger.
-            Other scores are resampled; or descriptive, if that would not help.
+        kind: Decides how its interval is made. A proportion is a mean of a bool column, or of such means. A smooth
+            score has a gradient in the weights. A calibration error is a sum of absolute values, which noise makes
+            larger. Other scores are resampled, or descriptive (no interval) if that would not help.
         headline: Whether it is among the few that are shown first.
         most: The largest possible value, at which an interval ends.
-        beside: A column that has to be there too: tokens alone have a `position`, and examples a `brier`.
+        beside: A column that has to exist too: only tokens have a `position`, and only examples a `brier`.
     """
 
     label: str
@@ -149,17 +149,17 @@ class Score:
 
     @property
     def resampled(self) -> bool:
-        """Whether its interval is made of its values in resamples."""
+        """Whether its interval comes from resamples."""
         return self.kind in ("calibration", "resampled")
 
     @property
     def needs(self) -> set[str]:
-        """The names of all columns without which there is no such score."""
+        """Names of all columns that the score needs."""
         return {*self.columns, *filter(None, [self.beside])}
 
 
 def of_correct(score: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Returns a score of errors as a function of which predictions are correct."""
+    """Turns a score of errors into one of `correct`, which is true for the other predictions."""
     return lambda correct, uncertainty, weights=None: score(1 - correct.double(), uncertainty, weights)
 
 
@@ -180,7 +180,7 @@ def bits_per_byte(nll: Tensor, bytes: Tensor, weights: Tensor | None = None) -> 
 
 ERRORS = ("correct", "predictive_entropy")
 CONFIDENCE = ("confidence", "correct")
-# By their names in metrics.json, in metric keys and in this order in tables. An entry here adds a score.
+# By name, as in metrics.json and metric keys, and in the order of tables. An entry here adds a score.
 SCORES = {
     "accuracy": Score("accuracy ↑", mean, ("correct",), "proportion", headline=True),
     "balanced_accuracy": Score(

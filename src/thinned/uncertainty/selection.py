@@ -1,4 +1,4 @@
-"""At which sites, and at which of their rates, dropout should act at prediction."""
+"""Selects the sites, and the scale of their rates, at which dropout should act at prediction."""
 
 from collections.abc import Callable
 from itertools import combinations
@@ -13,7 +13,7 @@ SCALES = (0.25, 0.5, 2.0)  # of the rates, tried by `select_sites`
 
 
 class Acting(NamedTuple):
-    """Where dropout acts at prediction, and by what its rates are multiplied."""
+    """Holds the sites at which dropout acts at prediction, and the factor of its rates."""
 
     sites: tuple[str, ...]
     scale: float = 1.0

@@ -1,8 +1,8 @@
-"""Statistics of S sampled predictive distributions, accumulated one sample at a time.
+"""Accumulates statistics of S sampled predictive distributions, one sample at a time.
 
-Mean and variance by Welford (1962), and for several samples at once by Chan, Golub and LeVeque (1983); entropies as in
-Gal (2016, section 3.3) and Smith and Gal (2018). Memory does not grow with S. Shapes: B examples (any leading shape),
-K classes. Units: nats.
+Mean and variance follow Welford (1962), and for several samples at once Chan, Golub and LeVeque (1983). Entropies are
+those of Gal (2016, section 3.3) and Smith and Gal (2018). Memory does not grow with S. Shapes: B examples (any leading
+shape), K classes. Units: nats.
 """
 
 from collections.abc import Sequence
@@ -14,15 +14,15 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class MCPrediction:
-    """What S samples p_1 .. p_S of a predictive distribution say of each example.
+    """Holds what S samples p_1 .. p_S of a predictive distribution say about each example.
 
     Attributes:
         mean: (B, K), the prediction: p = 1/S sum_s p_s.
         variance: (B, K), of each class's probability: 1/(S - 1) sum_s (p_s - p)^2.
         predictive_entropy: (B,), H[p]: the total uncertainty, in nats.
-        expected_entropy: (B,), 1/S sum_s H[p_s]: what every sample is unsure of (aleatoric), in nats.
-        mutual_information: (B,), H[p] - 1/S sum_s H[p_s] >= 0: what the samples disagree on (epistemic), in nats.
-            Never above log S, and too small by about the factor 1 - 1/S.
+        expected_entropy: (B,), 1/S sum_s H[p_s]: the uncertainty within each sample (aleatoric), in nats.
+        mutual_information: (B,), H[p] - 1/S sum_s H[p_s] >= 0: the disagreement of the samples (epistemic), in
+            nats. It is never above log S, and too small by about the factor 1 - 1/S.
         variation_ratio: (B,), the share of samples whose most probable class is not the most voted one.
         num_samples: S.
     """
@@ -46,9 +46,9 @@ def entropy(probs: Tensor) -> Tensor:
 
 
 def disagreement(of_mean: Tensor, mean: Tensor) -> Tensor:
-    """Returns the mutual information H[p] - 1/S sum_s H[p_s], in nats; 0 if it is no more than rounding.
+    """Returns the mutual information H[p] - 1/S sum_s H[p_s], in nats; 0 if it is only rounding.
 
-    Otherwise equal samples would be ranked by noise.
+    Otherwise noise would rank equal samples.
 
     >>> disagreement(torch.tensor([0.7, 0.5]), torch.tensor([0.2, 0.5 - 1e-7]))
     tensor([0.5000, 0.0000])
@@ -66,7 +66,7 @@ class MCStatistics:
 
     Attributes:
         nll_at: NLL of the mean of the first s samples, (B,) in nats, by s = 1, 2, 4, ...; empty without a target.
-        members: Of an ensemble, the statistics of each member, with equally many samples; else empty.
+        members: The statistics of each member of an ensemble, with equally many samples; else empty.
 
     >>> statistics = MCStatistics()
     >>> statistics.update_all(torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]]]))  # two samples of one example
@@ -132,7 +132,7 @@ class MCStatistics:
         return torch.stack([member._squares for member in self.members]).sum(0) / self.num_samples
 
     def information_between(self) -> Tensor:
-        """Returns what the members disagree on, (B,) in nats: H[p] - 1/M sum_m H[p_m]."""
+        """Returns the disagreement of the members, (B,) in nats: H[p] - 1/M sum_m H[p_m]."""
         return disagreement(entropy(self.mean), torch.stack([entropy(m.mean) for m in self.members]).mean(0))
 
     def compute(self) -> MCPrediction:

@@ -1,4 +1,4 @@
-"""Temperature scaling of predicted distributions (Guo et al. 2017), of a net or of the mean of many.
+"""Scales predicted distributions by a temperature (Guo et al. 2017), for a net or for the mean of many.
 
 q_k = p_k^(1/T) / sum_j p_j^(1/T): T > 1 makes predictions less confident, T < 1 more, and their order stays. The
 negative log-likelihood is convex in 1/T, so its minimum lies between the neighbours of the best temperature of a grid.
@@ -35,7 +35,7 @@ def tempered(probs: Tensor, temperature: float) -> Tensor:
 def nll_at(probs: Tensor, targets: Tensor, temperatures: Sequence[float]) -> Tensor:
     """Returns - log q[target] of distributions (N, K) and targets (N,) at each temperature, in nats, (N, G).
 
-    No temperature changes a probability of 0: such a target counts like the smallest normal number, as in `nll`.
+    No temperature changes a probability of 0: such a target counts as the smallest normal number, like in `nll`.
 
     >>> nll_at(torch.tensor([[0.8, 0.2]]), torch.tensor([0]), [1, 0.5])
     tensor([[0.2231, 0.0606]])
@@ -46,7 +46,7 @@ def nll_at(probs: Tensor, targets: Tensor, temperatures: Sequence[float]) -> Ten
         log_target = log_probs.gather(-1, targets[rows, None]).squeeze(-1)
         powers = torch.empty_like(log_probs)
         for g, temperature in enumerate(temperatures):
-            # The largest power is 1, to which e^-80 adds nothing. Subnormal ones would cost 30 times as much.
+            # The largest power is 1, and e^-80 adds nothing to it. Subnormal numbers would cost 30 times as much.
             torch.mul(log_probs, 1 / temperature, out=powers).clamp_min_(-80).exp_()
             nll[rows, g] = powers.sum(-1).log() - log_target / temperature
     return nll.masked_fill_(nll == math.inf, -math.log(torch.finfo(dtype).tiny))
@@ -78,5 +78,5 @@ def fit_temperature(mean_nll: Callable[[Sequence[float]], Tensor]) -> float:
 
 
 def _lowest(nll: dict[float, float]) -> float:
-    """Returns the temperature with the lowest value, of equal ones the closest to 1."""
+    """Returns the temperature with the lowest value; of equal ones, the closest to 1."""
     return min(sorted(nll, key=lambda temperature: abs(math.log(temperature))), key=lambda t: nll[t])

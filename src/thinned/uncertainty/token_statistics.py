@@ -1,8 +1,8 @@
-"""Statistics of S sampled next-token distributions, accumulated one sample at a time.
+"""Accumulates statistics of S sampled next-token distributions, one sample at a time.
 
-Of each token the mean distribution is held, and of each sequence sums: memory does not grow with S. Nor do all logits
-of a sample exist at once (see `thinned.models.net.Logits`). Malinin and Gales (2021) compare the likelihoods of a
-sequence. Shapes: N tokens, B sequences, V vocabulary. Units: nats.
+It holds the mean distribution of each token, and sums for each sequence: memory does not grow with S. Not all logits of
+a sample exist at once (see `thinned.models.net.Logits`). Malinin and Gales (2021) compare likelihoods of sequences.
+Shapes: N tokens, B sequences, V vocabulary. Units: nats.
 """
 
 import math
@@ -18,7 +18,7 @@ from thinned.uncertainty.statistics import disagreement, entropy
 
 
 class TokenStatistics:
-    """Accumulates sampled distributions of N tokens: `target` (N,) came, in the sequences (N,) from 0 to B - 1."""
+    """Accumulates sampled distributions of N tokens, with targets (N,) in sequences (N,) numbered from 0 to B - 1."""
 
     def __init__(self, target: Tensor, sequence: Tensor, num_sequences: int) -> None:
         self.target, self.sequence, self.num_sequences = target, sequence, num_sequences
@@ -32,7 +32,7 @@ class TokenStatistics:
 
     @classmethod
     def of_ensemble(cls, members: "Sequence[TokenStatistics]") -> "TokenStatistics":
-        """Returns the statistics of the samples of all members, which have equally many, together."""
+        """Returns the statistics of all samples of the members, which have equally many."""
         joined = cls(members[0].target, members[0].sequence, members[0].num_sequences)
         joined.members, joined.mean = members, torch.zeros_like(members[0].mean)
         for member in members:
@@ -55,7 +55,7 @@ class TokenStatistics:
             plogp = probs.mul_(log_probs.clamp_min_(torch.finfo(log_probs.dtype).min))
             self._entropy[rows] -= (plogp.sum(-1) + self._entropy[rows]) / (
                 self.num_samples + 1
-            )  # of equal ones, exact
+            )  # exact for equal ones
         log_likelihood = self._by_sequence(log_target)
         self._sum += log_likelihood
         self._log_sum = torch.logaddexp(self._log_sum, log_likelihood)
@@ -68,11 +68,11 @@ class TokenStatistics:
         return column.new_zeros(self.num_sequences).index_add_(0, self.sequence, column)
 
     def _few(self, rows: Tensor) -> Sequence[Tensor]:
-        """Splits rows so that few distributions over the vocabulary are computed with at once."""
+        """Splits rows so that only a few distributions over the vocabulary are in memory at once."""
         return torch.split(rows, max(1, net.LOGITS_AT_ONCE // self.mean.shape[-1]))
 
     def tokens(self) -> dict[str, Tensor]:
-        """Returns the columns of the mean prediction, (N,) each; with two samples or more, of their spread too."""
+        """Returns the columns of the mean prediction, (N,) each; with two samples or more, also of their spread."""
         parts = [prediction_columns(*part) for part in zip(self._few(self.mean), self._few(self.target), strict=True)]
         columns = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         if self.num_samples > 1:
@@ -86,10 +86,7 @@ class TokenStatistics:
         return columns
 
     def sequences(self, tokens: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Returns the columns of the sequences, (B,) each.
-
-        Args:
-            tokens: What `tokens` returned.
+        """Returns the columns of the sequences, (B,) each, from the result of `tokens`.
 
         Returns:
             log_likelihood: sum over tokens of the log of the mean probability. With two samples or more also

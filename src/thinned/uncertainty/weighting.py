@@ -1,7 +1,7 @@
-"""Sums of rows under weights.
+"""Sums rows under weights.
 
-A weight w stands for w copies of its row, so the multiplicities of a bootstrap resample are weights. Scores are
-functions of weights (N,), of which `torch.vmap` makes functions of many resamples.
+A weight w stands for w copies of its row, so the multiplicities of a bootstrap resample are weights. `torch.vmap` turns
+a score, a function of weights (N,), into one of many resamples.
 
 Shapes: N rows, G groups of rows or distinct values, Q places on a curve.
 """
@@ -37,7 +37,7 @@ def last_of_ties(ordered: Tensor) -> Tensor:
 
 
 def curves(by: Tensor, values: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Returns the weight of the rows up to each distinct value of `by`, and the weighted sum of their values, (G + 1,).
+    """Returns the weight of the rows up to each distinct value of `by`, and their weighted sum of values, (G + 1,).
 
     Both begin with 0. Rows that are equal in `by` enter together, so the order of the rows does not matter.
 
@@ -52,7 +52,7 @@ def curves(by: Tensor, values: Tensor, weights: Tensor | None = None) -> tuple[T
 
 
 def interpolated(at: Tensor, weight: Tensor, total: Tensor) -> Tensor:
-    """Returns the sum of values of the first rows whose weight is `at`, (Q,), linear between two points of `curves`.
+    """Returns the sum of values of the first rows of weight `at`, (Q,), linear between two points of `curves`.
 
     It is the mean over the random orders of tied rows.
     """
