@@ -30,14 +30,14 @@ class Ensemble(Way):
         self.name, self.label, self.checkpoints = name, label, list(checkpoints)
 
     def bind(self, trained: nn.Module) -> None:
-        """Its members have the networks."""
+        """Leaves the networks to its members."""
 
     def stream(self, batch: Batch) -> Generator[Logits, None, None]:
         for member in self.members:
             yield from member.stream(batch)
 
     def statistics_of(self, batch: Batch) -> MCStatistics | TokenStatistics:
-        """Returns the statistics of all members, each of which is asked once if it is reported by itself too."""
+        """Returns the statistics of all members; each is asked once, even if it is reported by itself too."""
         of_members: Sequence[Any] = [batch.statistics(member) for member in self.members]
         return type(of_members[0]).of_ensemble(of_members)
 

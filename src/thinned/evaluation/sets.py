@@ -1,4 +1,4 @@
-"""More sets to evaluate on than the test: shifted data, each at several severities, and foreign data.
+"""Evaluates on more sets than the test: shifted data, each at several severities, and foreign data.
 
 A set is an entry of a yaml, settings of the data module that replace those of the test:
 

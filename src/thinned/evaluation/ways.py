@@ -230,7 +230,7 @@ class Tempered(Way):
         self.temperature = temperature
 
     def bind(self, trained: nn.Module) -> None:
-        """Its networks are those of the other way."""
+        """Leaves the networks to the other way."""
 
     def fit(self, validation: Validation) -> None:
         """Fits the temperature. Without an error in validation, any lower one would be better: then it stays 1."""
