@@ -9,7 +9,15 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted([*ROOT.glob("src/**/*.py"), *ROOT.glob("scripts/**/*.py")])
-TEXTS = sorted([*SOURCES, *ROOT.glob("configs/**/*.yaml"), *ROOT.glob("*.md"), *ROOT.glob("[.cst]*/**/*.md")])
+TEXTS = sorted(
+    [
+        *SOURCES,
+        *ROOT.glob("configs/**/*.yaml"),
+        *ROOT.glob("*.md"),
+        *ROOT.glob("[cst]*/**/*.md"),
+        *ROOT.glob(".github/*.md"),
+    ]
+)
 BANNED = re.compile(
     r"\b(?:goes on|go on|went on|of which|lest|for want of|whereof|thereof|hereby|albeit|somebody's|anyone's)\b"
     r"|``|(?<!`)\bNone where\b",
