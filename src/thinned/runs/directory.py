@@ -138,10 +138,13 @@ def link_for_leet(run: Path) -> None:
 
 
 def files_of_run(run: Path) -> str:
-    """Lists the files of a run, one a line; W&B's as the command that shows them."""
-    paths = [path.relative_to(run) for path in sorted(run.rglob("*")) if path.is_file()]
-    lines = [f"Run: {run}", *(f"  {path}" for path in paths if path.parts[0] not in ("wandb", CLAIM))]
-    if any(path.parts[0] == "wandb" for path in paths):
+    """Lists what lies in a run, and the command that shows what W&B has logged."""
+    lines = [f"Run: {run}"]
+    for path in sorted(run.iterdir()):
+        if path.name not in ("wandb", CLAIM):
+            files = f"/ ({sum(below.is_file() for below in path.rglob('*'))} files)" if path.is_dir() else ""
+            lines.append(f"  {path.name}{files}")
+    if (run / "wandb").exists():
         ours, all_runs = (shlex.quote(str(folder / "wandb")) for folder in (run, run.parents[1]))
         lines += [f"Dashboard: wandb leet {ours}", f"All runs: wandb leet {all_runs}"]
     return "\n".join(lines)
