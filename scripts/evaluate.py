@@ -30,7 +30,7 @@ def main(args: Sequence[str] | None = None) -> None:
         predictor = cli.config_init.mc_dropout
         left_out = evaluate_sets(cli.trainer, cli.model, predictor, cli.sets, cli.data_of)
         cli.print_results()
-        if left_out:
+        if left_out and cli.trainer.is_global_zero:  # others end in peace: Lightning kills this process if one fails
             raise ValueError(f"Expected sets that this network can predict, but left out {'; '.join(left_out)}")
 
 
