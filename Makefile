@@ -77,7 +77,7 @@ clean: ## Remove .venv and caches; runs/ stays
 	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache
 	find src scripts tests -name __pycache__ -prune -exec rm -rf {} +
 
-# Made anew when it is missing, unfinished, moved, or of another Python.
+# Made again if it is missing, unfinished, moved, or of another Python.
 .venv/made-with: FORCE
 	@owner=$$("$(PYTHON)" -c '$(OWNER)' 2>/dev/null) || { \
 	    echo "Expected Python 3.11 to 3.13 with venv, but got $(PYTHON):" \

@@ -4,7 +4,7 @@
 python scripts/masks.py --ckpt_path runs/<experiment>/<run id> [--index 7 | --prompt "The yield statement"]
 
 The masks of a network depend on --seed and its number alone. Beside them it shows the masks of training,
-which are drawn anew for each example or token.
+which are drawn again for each example or token.
 """
 
 import argparse

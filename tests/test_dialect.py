@@ -19,7 +19,7 @@ TEXTS = sorted(
     ]
 )
 BANNED = re.compile(
-    r"\b(?:goes on|go on|went on|of which|lest|for want of|whereof|thereof|hereby|albeit|somebody's|anyone's)\b"
+    r"\b(?:goes on|go on|went on|of which|lest|for want of|whereof|thereof|hereby|albeit|anew|somebody's|anyone's)\b"
     r"|``|(?<!`)\bNone where\b",
     re.IGNORECASE,
 )

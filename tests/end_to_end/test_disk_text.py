@@ -138,6 +138,6 @@ class TestVanishedData:
         (file,) = (tmp_path / "data").glob("*/*.bin")
         finished = run_script("train", *text, *cache, *vanishing(file, cut=True), "--data.num_workers", workers)
         error = error_of(finished)
-        assert f"but got a shorter file {file}: start again to have them made anew" in error
+        assert f"but got a shorter file {file}: start again to make them again" in error
         assert run_script("train", *text, *cache).status == 0  # it looks at the size before it trains
         assert file.stat().st_size

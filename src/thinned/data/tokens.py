@@ -49,7 +49,7 @@ class Tokens:
         if self._content.size() < (self.start + stop) * width:  # reading it would kill the process with a bus error
             raise ValueError(
                 f"Expected the tokens that were written to data.cache_dir, but got a shorter file {self.path}: start "
-                "again to have them made anew"
+                "again to make them again"
             )
         return np.frombuffer(self._content, self.dtype, stop - start, (self.start + start) * width).astype(np.int64)
 

@@ -91,7 +91,7 @@ def _placed(logger: Namespace, run: Path, experiment: str) -> Namespace:
     """Returns the config of one logger with the places of its run."""
     logger_class = cast(type, locate(logger.class_path))
     for ours in (CSVLogger, WandbLogger):
-        if logger_class is getattr(lightning_loggers, ours.__name__):  # Lightning's begins anew when a run resumes
+        if logger_class is getattr(lightning_loggers, ours.__name__):  # Lightning's begins again when a run resumes
             logger_class, logger.class_path = ours, f"thinned.runs.{ours.__name__}"
     parameters = inspect.signature(logger_class).parameters
     is_wandb = issubclass(logger_class, WandbLogger)
