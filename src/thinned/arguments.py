@@ -60,9 +60,10 @@ def list_of_configs() -> str:
         lines.append(f"{title}:")
         for path in sorted(paths):
             first, *_ = path.read_text(encoding="utf-8").splitlines() or [""]
-            lines.append(f"  {os.path.relpath(path):<38} {first.lstrip('# ')}")
-    columns = shutil.get_terminal_size().columns - 1
-    return "\n".join(line if len(line) <= columns else f"{line[: columns - 3]}..." for line in lines)
+            start, said = f"  {os.path.relpath(path):<38} ", first.lstrip("# ")
+            room = max(3, shutil.get_terminal_size().columns - 1 - len(start))
+            lines.append(start + (said if len(said) <= room else f"{said[: room - 3]}..."))
+    return "\n".join(lines)
 
 
 def did_you_mean(wrong: str, known: Iterable[str]) -> str:

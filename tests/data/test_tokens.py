@@ -96,7 +96,7 @@ class TestReading:
         tokens = build(train=["abcdef"])["train"]
         os.truncate(tokens.path, 6)
         assert tokens.read(0, 3).tolist() == [1, 2, 3]
-        with pytest.raises(ValueError, match=rf"but got a shorter file {tokens.path}: start again to have"):
+        with pytest.raises(ValueError, match=rf"but got a shorter file {tokens.path}: start again to make"):
             tokens.read(2, 4)
 
     def test_pickles_where_the_tokens_are_and_not_what_they_are(self, build: Build) -> None:

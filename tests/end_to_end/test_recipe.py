@@ -30,15 +30,14 @@ def code(language: str, containing: str) -> str:
     return str(block)
 
 
-RECIPES = [line for line in code("sh", "thinned.my.ConvNet").splitlines() if line]
+RECIPES = [line for line in code("sh", "my.ConvNet").splitlines() if line]
 
 
 @pytest.fixture
 def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Path]]:
     """Runs a command of the README for a few batches, beside the module that the README writes; returns the run."""
     (tmp_path / "my.py").write_text(code("python", "class ConvNet"))
-    package = importlib.import_module(ClassificationTask.__module__.partition(".")[0])
-    monkeypatch.setattr(package, "__path__", [*package.__path__, str(tmp_path)])
+    monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.chdir(tmp_path)
     spec = importlib.util.spec_from_file_location("train", ROOT / "scripts" / "train.py")
     assert spec is not None
@@ -54,8 +53,8 @@ def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[
         (directory,) = (tmp_path / "runs" / "mlp_digits").iterdir()
         return directory
 
-    if "thinned.my" in sys.modules:  # It stays there: jsonargparse imports the module of each subclass that it finds.
-        importlib.reload(sys.modules["thinned.my"])
+    if "my" in sys.modules:  # It stays there: jsonargparse imports the module of each subclass that it finds.
+        importlib.reload(sys.modules["my"])
     yield run
     SCORES.pop("mean_confidence", None)
 
@@ -88,7 +87,7 @@ def test_data(train: Callable[[str], Path]) -> None:
 
 
 def test_a_loss(train: Callable[[str], Path]) -> None:
-    assert checkpoint_of(train(RECIPES[2]))["config"]["model"]["class_path"] == "thinned.my.HingeTask"
+    assert checkpoint_of(train(RECIPES[2]))["config"]["model"]["class_path"] == "my.HingeTask"
 
 
 def test_a_way(train: Callable[[str], Path]) -> None:
