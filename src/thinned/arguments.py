@@ -105,7 +105,7 @@ def refuse_double_keys(text: str, where: str = "the yaml") -> None:
 
 def _read_config(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        known = {os.path.relpath(config): config for config in CONFIGS.rglob("*.yaml")}
+        known = [str(config.relative_to(CONFIGS.parent)) for config in CONFIGS.rglob("*.yaml")]
         raise ValueError(f"Expected --config with the path of a yaml, but got {path}{did_you_mean(str(path), known)}")
     try:
         text = path.read_text(encoding="utf-8")
