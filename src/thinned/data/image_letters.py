@@ -26,7 +26,7 @@ ZOOM = 4  # letters are drawn so many times larger, then averaged
 
 
 def read_letters(height: int, width: int) -> datasets.Dataset:
-    """Returns 1,000 letters, white on black, without labels; the row decides font, size, rotation and place."""
+    """Returns 1,000 images of letters, white on black, without labels. The index of an image decides all of it."""
     import matplotlib  # takes a while
 
     fonts = Path(matplotlib.get_data_path(), "fonts/ttf")

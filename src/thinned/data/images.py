@@ -38,11 +38,11 @@ class ImageDataModule(SplitDataModule):
     """Reads images and classes in standardised batches, divided among the processes.
 
     Stored splits are used unchanged: "train", "validation" (valid, val, dev, eval) and "test" (testing). Without a
-    stored test, the stored validation is the test. A split that is still missing is taken from "train" by the content
-    of the examples: a set can grow without moving any of them, and duplicates are on one side.
+    stored test, the stored validation is the test, and validation is missing. A missing split is taken from "train" by
+    the content of the examples: a set can grow without moving any of them, and duplicates are in the same split.
 
-    With a checkpoint's state, the same data are split as in training, whatever the options say, and other data are
-    predicted as a whole. Classes are matched by name.
+    With a checkpoint's state, the same data are split as in training, whatever the arguments say, and all examples of
+    other data are predicted. Classes are matched by name.
 
     Args:
         path: "digits" for scikit-learn's, "letters" for A to J in several fonts, a folder of images (in folders by

@@ -1,4 +1,4 @@
-"""Reads classes by name: labels of any type become names, and names become the classes of a run.
+"""Turns labels of any type into names of classes, and names into indices from 0 to K - 1.
 
 Shapes: N examples, K classes.
 """

@@ -86,7 +86,7 @@ class SplitDataModule(LightningDataModule, ABC):
         """Returns the number of examples in a split, after setup."""
 
     def provenance(self, split: Split, limit_batches: float) -> dict[str, Any]:
-        """Returns the settings that decide which examples are evaluated, and their number.
+        """Returns the settings that decide which examples are evaluated, and the number of examples.
 
         `limit_batches` is a number of batches, or a float for a fraction of them, as in the Trainer.
         """

@@ -17,12 +17,13 @@ Split = Literal["train", "val", "test"]
 class EpochBatchSampler(DistributedSampler[tuple[int, list[int]]]):
     """Yields (epoch, indices) for this rank, a function of (seed, epoch, rank).
 
-    Global batch i is examples i * B to (i + 1) * B in the order of the epoch; rank r of R takes every R-th of them from
-    the r-th on. The epoch comes with the indices, because `set_epoch` does not reach persistent workers.
+    Global batch i is examples i * B to (i + 1) * B in the order of the epoch. Of its examples, rank r of R takes every
+    R-th, beginning with the r-th. The epoch comes with the indices, because `set_epoch` does not reach persistent
+    workers.
 
     - Training: all ranks take the same number of steps, with the same number of examples in each. Examples that cannot
       be divided evenly are left out of the epoch.
-    - Evaluation: dataset order, every example exactly once. If there is an example for each rank, all ranks take the
+    - Evaluation: dataset order, every example exactly once. If there are R examples or more, all ranks take the
       same number of steps; for this, a last batch of fewer than R examples joins the one before.
 
     It is a `DistributedSampler` because Lightning would wrap any other sampler in one and shard the data twice.

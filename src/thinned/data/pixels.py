@@ -43,7 +43,11 @@ def depth_of(image: Image) -> int:
 
 
 def scale_of(headers: np.ndarray, scale: str | None = None) -> str:
-    """Returns the one of `SCALES` in the headers of a set, (N,); ValueError for several, or if another is given."""
+    """Returns the scale of all images of a set, one of `SCALES`, from the headers of its N images.
+
+    Raises:
+        ValueError: If the images have several scales, or not the one that `scale` names.
+    """
     scales = sorted({SCALES[depth] for depth in np.unique(headers & DEPTH)})
     scale = scale or scales[0]
     if scales != [scale]:

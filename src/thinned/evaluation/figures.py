@@ -52,7 +52,7 @@ Point = tuple[float, float, float]  # a value with its 95 % interval
 
 
 def figures(rows: Rows, evaluation: Evaluation, images: Images | None, names: list[str] | None) -> dict[str, Figure]:
-    """Draws all that the rows of a test allow, by name; `names` of the classes are None for tokens."""
+    """Returns every figure that the rows of a test allow, by name; `names` are those of classes, None for tokens."""
     drawn = {"reliability": reliability(rows, evaluation), "risk_coverage": risk_coverage(rows, evaluation)}
     drawn |= uncertainty_histograms(rows, evaluation, {})
     has_interval = evaluation["ways"][evaluation["baseline"]]["scores"]["nll"]["low"] is not None

@@ -37,10 +37,10 @@ SMALL: dict[str, Any] = {"fontsize": 7}
 
 
 def mask_figures(net: nn.Module, seed: int = 0, samples: tuple[int, int] = (0, 1), draws: int = 2) -> dict[str, Figure]:
-    """Draws the masks of two networks, what they share, and masks as training draws them for each example or token.
+    """Plots the masks of two thinned networks, what they share, and masks as training samples them.
 
-    Each layer of causal attention has a figure, its heads side by side and the causal half alone, and so has each site
-    of units.
+    There is a figure for each layer of causal attention, with its heads side by side and the causal half alone, and one
+    for each other site.
     """
     figures: dict[str, Figure] = {}
     units: dict[str, dict[str, Tensor]] = {}

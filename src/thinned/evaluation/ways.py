@@ -219,9 +219,10 @@ class SampledNetworks(Way):
 
 
 class Tempered(Way):
-    """Predicts as another way does, at the temperature T with the lowest NLL on validation (Guo et al. 2017).
+    """Sharpens or softens another way to predict by a temperature T (Guo et al. 2017).
 
-    Its prediction is p ** (1 / T), normalised, of the other way's mean p.
+    If p is the mean of the distributions that the other way streams, it predicts p ** (1 / T), normalised. T has the
+    lowest NLL on validation.
     """
 
     def __init__(self, way: Way, temperature: float = 1.0) -> None:

@@ -265,10 +265,11 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def thin(self, seed: int, sample: int, sites: Collection[str] | None = None, scale: float = 1.0) -> "GPT":
-        """Returns a thinned network: a GPT without dropout that equals this one under its `sample_masks`.
+        """Returns a thinned network: a GPT without dropout that computes what this one does under `sample_masks`.
 
-        All sequences share the masks. Dropped hidden units are cut out; embedding and residual masks scale columns and
-        rows; attention alone keeps a mask. Weights that no mask touches are shared, not copied.
+        The same masks act on all sequences. Dropped hidden units are cut out of the weights; masks of embedding and
+        residual scale columns and rows of them; attention alone keeps a mask. Weights that no mask touches are shared,
+        not copied.
         """
         masks = sample_masks(self, seed, sample, sites, scale, self.norm.weight.dtype)
         blocks = [cast(Block, block).thin(masks, f"blocks.{i}") for i, block in enumerate(self.blocks)]

@@ -101,11 +101,11 @@ def brier_uncertainty(target: Tensor, probs: Tensor, weights: Tensor | None = No
 
 
 def brier_discrimination(target: Tensor, probs: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Returns DSC, the gain in Brier score of recalibrated probabilities over the base rates, ().
+    """Returns the discrimination DSC, a scalar: by how much recalibrated probabilities beat the base rates.
 
-    The decomposition MCB - DSC + UNC of the Brier score is that of Dimitriadis, Gneiting and Jordan (2021), here
-    summed over classes, one versus the rest. A class's probabilities are recalibrated by isotonic regression. Thus DSC
-    is the sum of the variances of recalibrated probabilities.
+    Dimitriadis, Gneiting and Jordan (2021) decompose the Brier score into miscalibration - discrimination +
+    uncertainty, MCB - DSC + UNC; here each is summed over classes, one versus the rest. Isotonic regression
+    recalibrates the probabilities of a class. DSC is the sum over classes of the variance of the recalibrated probabilities.
     """
     from scipy.optimize import isotonic_regression  # takes a while to import
 

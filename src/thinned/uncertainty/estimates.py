@@ -53,7 +53,8 @@ def wilson(successes: float, n: float) -> tuple[float, float]:
 def share_interval(column: Tensor, rows: Tensor, blocks: Tensor | None = None) -> tuple[float, float, float]:
     """Returns the share of rows in which a bool column is true, and Wilson's 95 % interval.
 
-    Rows of a block depend on each other: they count as the number of independent rows with the same variance.
+    Rows of one block depend on each other. The interval is then that of as many independent rows as give the share
+    the same variance.
 
     Args:
         column: (N,) bool.

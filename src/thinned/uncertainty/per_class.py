@@ -9,7 +9,7 @@ from thinned.uncertainty.weighting import totals, weights_of
 def recall_per_class(
     target: Tensor, correct: Tensor, num_classes: int, weights: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Returns the recall of each class, and the number of its examples, whatever the weights.
+    """Returns the weighted recall of each class, and the unweighted number of its examples.
 
     Targets and `correct` are (N,). Recalls are (K,) float64, NaN for a class without weight, and numbers (K,) int64.
 
