@@ -105,7 +105,7 @@ def brier_discrimination(target: Tensor, probs: Tensor, weights: Tensor | None =
 
     Dimitriadis, Gneiting and Jordan (2021) decompose the Brier score into miscalibration - discrimination +
     uncertainty, MCB - DSC + UNC; here each is summed over classes, one versus the rest. Isotonic regression
-    recalibrates the probabilities of a class. DSC is the sum over classes of the variance of the recalibrated probabilities.
+    recalibrates the probabilities of a class. DSC is the sum over classes of the variance of what it returns.
     """
     from scipy.optimize import isotonic_regression  # takes a while to import
 
