@@ -42,7 +42,8 @@ from thinned.runs.logger_settings import fill_in_loggers
 from thinned.runs.loggers import ResumableLogger
 from thinned.runs.own_callbacks import OwnCallbacks, prepare_own_callbacks
 from thinned.runs.parser import Parser, parse_or_help
-from thinned.runs.record import RunRecord, refuse_change_without_steps, refuse_other_data
+from thinned.runs.record import RunRecord
+from thinned.runs.resumed_settings import ResumedOptimizer, refuse_change_without_steps, refuse_other_data
 from thinned.tasks import DropoutMonitor, FiniteSteps, StepSeed, Throughput
 from thinned.tasks.task import Task
 
@@ -77,7 +78,14 @@ class ThinnedCLI(LightningCLI):
             seed_everything_default=0,
             trainer_defaults={
                 "use_distributed_sampler": False,
-                "callbacks": [Throughput(), DropoutMonitor(), LostRanks(), OwnCallbacks(), LearningCurves()],
+                "callbacks": [
+                    Throughput(),
+                    DropoutMonitor(),
+                    LearningCurves(),
+                    ResumedOptimizer(),
+                    OwnCallbacks(),
+                    LostRanks(),
+                ],
             },
             args=list(sys.argv[1:] if args is None else args),
             run=False,

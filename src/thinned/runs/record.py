@@ -1,4 +1,4 @@
-"""Records the config of a run in files and loggers, and compares it when the run resumes."""
+"""Records the config of a run in its files and loggers."""
 
 from functools import cached_property
 from pathlib import Path
@@ -56,29 +56,3 @@ class RunRecord(SaveConfigCallback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if isinstance(exception, OSError) and exception.errno and not exception.filename:  # such as a full disk
             exception.add_note(f"in {trainer.default_root_dir}")
-
-
-def refuse_other_data(before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Raises a ValueError if a resumed run would see its examples in another order or split."""
-    for key in ("batch_size", "seed", "split_seed", "val_fraction", "test_fraction", "leave_out"):
-        then, given = (data.get("init_args", {}).get(key) for data in (before, now))
-        if then != given:
-            raise ValueError(f"Expected data.{key} {then}, as in the run that resumes, but got {given}")
-
-
-def refuse_change_without_steps(checkpoint: dict[str, Any], model: dict[str, Any], trainer: Trainer) -> None:
-    """Raises a ValueError if a finished run resumes with another model: no step would train it."""
-    epochs, steps = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"], checkpoint["global_step"]
-    has_ended = 0 <= (trainer.max_epochs or 0) <= epochs or 0 <= trainer.max_steps <= steps
-    if has_ended and (changed := _differences(checkpoint["config"]["model"], model, "model")):
-        raise ValueError(
-            f"Expected steps left for another {', '.join(changed)}, but got a run that has ended after epoch {epochs} "
-            f"and step {steps}: raise trainer.max_epochs or trainer.max_steps"
-        )
-
-
-def _differences(before: Any, now: Any, key: str) -> list[str]:
-    """Names the settings that differ, as options of the command line."""
-    if not (isinstance(before, dict) and isinstance(now, dict)):
-        return [] if before == now else [key.replace(".init_args", "")]
-    return [name for k in before | now for name in _differences(before.get(k), now.get(k), f"{key}.{k}")]

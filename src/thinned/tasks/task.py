@@ -138,7 +138,6 @@ class Task(LightningModule):
         self.kept: list[Tensor] = []
         self._kept_of_fit: list[Tensor] = []
         self._fit_batches: Iterator[Any] = iter(())
-        self._given: list[dict[str, Any]] = []  # settings of the optimiser's groups, as configured
 
     def forward(self, inputs: Any) -> Tensor:
         return logits_in(self.net, inputs)
@@ -224,8 +223,6 @@ class Task(LightningModule):
         sizes = [f"{len(group)} tensors with {sum(p.numel() for p in group):,}" for group in (decay, no_decay)]
         rank_zero_info(f"Weight decay on {sizes[0]} weights, none on {sizes[1]}.")
         optimizer = self.optimizer([{"params": decay}, {"params": no_decay, "weight_decay": 0.0}])
-        self._given = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-        optimizer.register_load_state_dict_pre_hook(_refuse_state_of_another_class)
         if (constrain := net_offers(self.net).constrain_max_norm_) is not None:
             optimizer.register_step_post_hook(lambda *_: constrain())
 
@@ -240,27 +237,3 @@ class Task(LightningModule):
 
         scheduler = LambdaLR(optimizer, fraction)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-    def on_train_start(self) -> None:
-        """Gives the optimiser of a resumed run its new settings: Lightning has loaded those of the checkpoint."""
-        if not self._given:  # a subclass configures its optimisers itself
-            return
-        (optimizer,), scheduler = self.trainer.optimizers, self.trainer.lr_scheduler_configs[0].scheduler
-        assert isinstance(scheduler, LambdaLR)
-        changes: dict[str, str] = {}
-        for group, given, fraction in zip(optimizer.param_groups, self._given, scheduler.lr_lambdas, strict=True):
-            rate = given["lr"] * fraction(scheduler.last_epoch)
-            before = group | {"lr": group["initial_lr"], "learning rate of the next step": group["lr"]}
-            for key, now in (given | {"learning rate of the next step": rate}).items():
-                if before[key] != now:
-                    changes.setdefault(key, f"{key} {now} (was {before[key]})")
-            group.update(given, lr=rate, initial_lr=given["lr"])
-        scheduler.base_lrs = [given["lr"] for given in self._given]
-        if changes:
-            rank_zero_info(f"The optimiser resumes with other settings: {', '.join(changes.values())}.")
-
-
-def _refuse_state_of_another_class(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
-    if (optimizer.param_groups[0].keys() ^ state_dict["param_groups"][0].keys()) - {"initial_lr"}:
-        expected = "model.optimizer of the class that the checkpoint was trained with"
-        raise ValueError(f"Expected {expected}, but got {type(optimizer).__name__}")
