@@ -161,7 +161,8 @@ def test_predicting_with_another_net(trained: Any, run_script: Script) -> None:
 def test_resuming_another_net(trained: Any, run_script: Script, tmp_path: Path) -> None:
     run = shutil.copytree(trained.run, tmp_path / "runs/mlp_digits/before")
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
-    error = run_script("train", *BASE, "--resume", run / "checkpoints/last.ckpt", "--model.net.hidden", "[5]").error
+    resume = ("--resume", run / "checkpoints/last.ckpt", "--data.test_fraction", 0.2)
+    error = run_script("train", *BASE, *resume, "--model.net.hidden", "[5]").error
     assert "Expected a model that fits the checkpoint" in error
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
 

@@ -234,7 +234,8 @@ def test_checkpoint_and_code_are_artifacts_if_asked_for(start_script: Script, tm
 
 def test_csv_has_the_same_keys_and_steps(run_script: Script) -> None:
     configs = ("--config", CONFIGS / "mlp_digits.yaml", "--config", CONFIGS / "logger/csv.yaml")
-    run = run_script("train", *configs, "--trainer.max_epochs", 3, "--trainer.accelerator", "cpu").run
+    sizes = ("--data.test_fraction", 0.2, "--trainer.max_epochs", 3)
+    run = run_script("train", *configs, *sizes, "--trainer.accelerator", "cpu").run
     rows = metrics_csv(run)
     assert set(rows[0]) == (CURVES | TESTED | {"step"}) - {"dropout/dropped/embedding"}  # whose rate is 0
     scalars = {key: steps for key, steps in STEPS.items() if key not in PICTURES} | {"test/nll": [57], "mc/nll": [57]}
