@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.console import Console
 
 from thinned.evaluation.comparison import compared
-from thinned.evaluation.score_tables import score_tables, verdicts
+from thinned.evaluation.score_tables import print_evaluation
 from thinned.files import whole_file
 from thinned.messages import one_message, restart_in_utf8
 
@@ -33,8 +33,7 @@ def main(args: Sequence[str] | None = None) -> None:
         console = Console()
         for way, comparison in comparisons.items():
             console.rule(way, align="left")
-            console.print(*score_tables(comparison, console.width), sep="\n")
-            console.print(*verdicts(comparison), sep="\n", highlight=False, markup=False)
+            print_evaluation(console, comparison)
 
 
 if __name__ == "__main__":

@@ -23,13 +23,7 @@ from thinned.evaluation import MCDropout
 from thinned.evaluation.ensembles import evaluation_ways
 from thinned.evaluation.html_report import write_html_report
 from thinned.evaluation.learning_curves import LearningCurves
-from thinned.evaluation.score_tables import (
-    further_set_tables,
-    missed_classes,
-    prediction_set_table,
-    score_tables,
-    verdicts,
-)
+from thinned.evaluation.score_tables import print_evaluation
 from thinned.evaluation.sets import EvaluationSet, sets_of
 from thinned.files import read_checkpoint
 from thinned.offers import Offers
@@ -213,11 +207,7 @@ class ThinnedCLI(LightningCLI):
             wandb.finish()  # before the table, which should stand last
         console = Console()
         if evaluation := self.config_init.mc_dropout.evaluation:
-            console.print(*score_tables(evaluation, console.width), sep="\n")
-            console.print(*verdicts(evaluation), sep="\n", highlight=False, markup=False)
-            if table := prediction_set_table(evaluation):
-                console.print(table, *missed_classes(evaluation), sep="\n", highlight=False, markup=False)
-            console.print(*further_set_tables(evaluation, console.width), sep="\n")
+            print_evaluation(console, evaluation)
             try:
                 write_html_report(self.trainer, self.run_dir, self.config_init.mc_dropout.directory, evaluation)
             except (OSError, ValueError) as error:  # the rest is kept

@@ -117,6 +117,7 @@ def _comparison(way: str, groups: Mapping[str, Sequence[EvaluatedRun]], first: E
             "details": f"{len(runs)} run{'s' * (len(runs) > 1)}",
             "settings": {"runs": [str(run.path) for run in runs]},
             "recall": {},
+            "coverage": {},
             "scores": {
                 key: score | {"seeds": as_json(_of_seeds(intervals[group][key], SCORES[key]))}
                 for key, score in scored(intervals[group], differences.get(group, {})).items()

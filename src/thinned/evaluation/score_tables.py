@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from rich import box
+from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
@@ -22,6 +23,15 @@ SET_NAME = 14  # characters of the first column of further sets, or less
 WORST_CLASSES = 3
 ENOUGH_SEEDS = 5
 Evaluation = Mapping[str, Any]
+
+
+def print_evaluation(console: Console, evaluation: Evaluation) -> None:
+    """Prints the scores of each way, what they tell, its prediction sets, and the scores of further sets."""
+    console.print(*score_tables(evaluation, console.width), sep="\n")
+    console.print(*verdicts(evaluation), sep="\n", highlight=False, markup=False)
+    if table := prediction_set_table(evaluation):
+        console.print(table, *missed_classes(evaluation), sep="\n", highlight=False, markup=False)
+    console.print(*further_set_tables(evaluation, console.width), sep="\n")
 
 
 def score_tables(evaluation: Evaluation, width: int = 80) -> list[Table]:
