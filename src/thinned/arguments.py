@@ -76,6 +76,12 @@ def did_you_mean(wrong: str, known: Iterable[str]) -> str:
     return f" (did you mean {nearest[0]}?)" if nearest else ""
 
 
+def no_such_yaml(option: str, path: str) -> ValueError:
+    """Returns the error for a path without a file; it names the config nearest to it."""
+    known = [str(config.relative_to(CONFIGS.parent)) for config in CONFIGS.rglob("*.yaml")]
+    return ValueError(f"Expected --{option} with the path of a yaml, but got {path}{did_you_mean(path, known)}")
+
+
 def refuse_double_keys(text: str, where: str = "the yaml") -> None:
     r"""Raises a ValueError if a mapping has a key twice: PyYAML would take the last one in silence.
 
@@ -105,8 +111,7 @@ def refuse_double_keys(text: str, where: str = "the yaml") -> None:
 
 def _read_config(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        known = [str(config.relative_to(CONFIGS.parent)) for config in CONFIGS.rglob("*.yaml")]
-        raise ValueError(f"Expected --config with the path of a yaml, but got {path}{did_you_mean(str(path), known)}")
+        raise no_such_yaml("config", str(path))
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

@@ -205,6 +205,13 @@ def test_wrong_entry_is_refused_before_anything_is_predicted(
     assert said in done.error
 
 
+def test_missing_yaml_of_sets_gets_the_nearest_one(trained: Any, run_script: Script) -> None:
+    wrong = "configs/evaluation/images_shifts.yaml"
+    error = run_script("evaluate", "--ckpt_path", trained.run, "--sets", wrong).error
+    nearest = "configs/evaluation/image_shifts.yaml"
+    assert error == f"error: Expected --sets with the path of a yaml, but got {wrong} (did you mean {nearest}?)"
+
+
 def test_set_that_cannot_be_predicted_is_left_out(
     trained: Any, hub_images: Path, run_script: Script, tmp_path: Path
 ) -> None:

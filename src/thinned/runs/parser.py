@@ -17,7 +17,7 @@ from lightning.pytorch.loggers import Logger
 from torch import nn
 from torch.optim import Optimizer
 
-from thinned.arguments import did_you_mean
+from thinned.arguments import did_you_mean, no_such_yaml
 from thinned.messages import plain
 from thinned.runs import internals
 
@@ -39,6 +39,8 @@ class Parser(LightningArgumentParser):
         if not self.exit_on_error:  # the outer parser reports the error of an inner one
             super().error(message, ex)
         message = plain(message)
+        if wrong_path := re.match(r'Parser key "([\w.]+)": Expected a path but (.+?) either not accessible', message):
+            raise no_such_yaml(*wrong_path.groups()) from ex
         wrong_class = re.search(
             r"class_path '([\w.]+)': (?:module|No module)|Expected a dot import path string: ([\w.]+)", message
         )
