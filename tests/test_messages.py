@@ -1,11 +1,13 @@
 """Errors as one line, whatever they are and whatever the screen can show."""
 
 import io
+import logging
 import sys
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader, Dataset
 
 from thinned.messages import one_message
@@ -63,7 +65,7 @@ def test_other_errors_say_where_they_are_from(error: Exception, start: str, caps
 def test_data_is_named_by_its_line(num_workers: int, capsys: pytest.CaptureFixture[str]) -> None:
     line = said(capsys, lambda: list(DataLoader(Broken(), num_workers=num_workers)))
     assert line.startswith("error: KeyError: 2 (")
-    assert "test_messages.py, line 23" in line
+    assert "test_messages.py, line 25" in line
 
 
 def test_what_the_screen_cannot_encode_is_shown_as_well_as_it_goes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,6 +75,18 @@ def test_what_the_screen_cannot_encode_is_shown_as_well_as_it_goes(monkeypatch: 
         print("Käse № 3")
         sys.stdout.flush()
     assert screen.getvalue() == b"K\\xe4se \\u2116 3\n"
+
+
+def test_other_packages_are_not_advertised(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logging.getLogger("lightning.pytorch.utilities.rank_zero"), "filters", [])
+    with caplog.at_level("INFO"):
+        Trainer(logger=False, accelerator="cpu")
+        assert "litlogger" in caplog.text  # else the filter has nothing to do any more
+        caplog.clear()
+        with one_message():
+            Trainer(logger=False, accelerator="cpu")
+    assert "GPU available" in caplog.text
+    assert "litlogger" not in caplog.text
 
 
 # gpt only: begin

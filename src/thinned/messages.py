@@ -1,6 +1,7 @@
 """Shortens errors to one line that says what to change. This module does not import torch."""
 
 import io
+import logging
 import os
 import re
 import signal
@@ -44,6 +45,7 @@ def one_message() -> Iterator[None]:
             stream.reconfigure(errors="backslashreplace")
     for warning in NOT_SAID:
         warnings.filterwarnings("ignore", message=warning)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advertisement)
     try:
         with ended_by_sigterm():
             yield
@@ -95,6 +97,10 @@ def plain(message: str) -> str:
     if value and not value.startswith(("Namespace(", "NestedArg(")):
         lines.append(f"(got {value})")
     return " ".join(line for line in lines if line)
+
+
+def _is_no_advertisement(record: logging.LogRecord) -> bool:
+    return "litlogger" not in record.getMessage()  # Lightning 2.6.6 recommends it in each run
 
 
 def _one_line(error: Exception) -> str:
