@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
+from pathlib import Path  # mlp only
 from typing import Any
 from unittest import mock
 
