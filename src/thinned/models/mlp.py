@@ -14,8 +14,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from thinned.models.dropout import Dropout, DropoutRates, Mask, sample_masks
-from thinned.models.thinning import kept_units, thin_linear, with_masks
+from thinned.models.dropout import Dropout, DropoutRates, sample_masks
+from thinned.models.thinning import thin_modules, with_masks
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "relu": lambda: nn.ReLU(inplace=True),  # nothing else reads its input, and fresh memory is slow
@@ -157,16 +157,15 @@ class MLP(nn.Module):
 
     @torch.no_grad()
     def thin(self, seed: int, sample: int, sites: Collection[str] | None = None, scale: float = 1.0) -> nn.Sequential:
-        """Returns a thinned network: a module without dropout that equals this one under its `sample_masks`.
+        """Returns a thinned network: layers without dropout that compute what this net does under `sample_masks`.
 
-        All examples share the masks. Dropped hidden units are cut out; embedding and residual masks scale rows or
-        columns; masks on patches and on attention stay, since no weight can carry them. Other layers are shared.
+        All examples share the masks. Those of patches and of attention stay, the others go into the weights.
 
         >>> net = MLP((4,), 3, (100,), dropout=DropoutRates(mlp=0.5))
         >>> net.thin(seed=0, sample=0).linear0  # 49 of 100 units are kept, padded to a multiple of 16
         Linear(in_features=4, out_features=64, bias=True)
         """
-        return _thin_chain(self.stages, "stages.", sample_masks(self, seed, sample, sites, scale))
+        return thin_modules(self, sample_masks(self, seed, sample, sites, scale)).stages
 
     def stack(
         self, seed: int, samples: Sequence[int], sites: Collection[str] | None = None, scale: float = 1.0
@@ -192,35 +191,6 @@ def _residual_sublayer(size: int, units: int, activation: str, layer_norm: bool,
     stages["down"] = nn.Linear(units, size)
     stages["residual_dropout"] = Dropout(dropout.residual, "residual", (size,))
     return nn.Sequential(stages)
-
-
-def _thin_chain(chain: nn.Module, prefix: str, masks: dict[str, Tensor]) -> nn.Sequential:
-    """Returns the chain without dropout, each mask folded into a linear layer before or after it if there is one."""
-    names, modules = zip(*chain.named_children(), strict=True)
-    weights = next(chain.parameters())
-    pending = {i: masks[prefix + name] for i, name in enumerate(names) if prefix + name in masks}
-    thinned: OrderedDict[str, nn.Module] = OrderedDict()
-    kept: Tensor | None = None  # hidden units that the last linear layer still has; None for all
-    for i, (name, module) in enumerate(zip(names, modules, strict=True)):
-        if isinstance(module, nn.Linear):
-            scale_out = pending.pop(i + 1, None)  # a dropout right behind this layer scales its rows
-            hidden = pending.get(i + 2)  # one behind its activation cuts rows here, and columns of the next layer
-            kept_out = None if hidden is None else kept_units(hidden)
-            mask_in = pending.get(i - 1)
-            thinned[name] = thin_linear(module, kept_in=kept, mask_in=mask_in, kept_out=kept_out, scale_out=scale_out)
-            kept = kept_out
-        elif isinstance(module, Dropout):
-            if i in pending and not isinstance(modules[i + 1], nn.Linear):
-                thinned[name] = Mask(pending[i].to(weights))
-        elif isinstance(module, Residual):
-            thinned[name] = Residual(_thin_chain(module.sublayer, f"{prefix}{name}.sublayer.", masks))
-        elif isinstance(module, AttentionPooling):
-            mask = masks.get(f"{prefix}{name}.attention_dropout")
-            attention_dropout = nn.Identity() if mask is None else Mask(mask.to(weights))
-            thinned[name] = AttentionPooling(module.query, module.key_value, attention_dropout)
-        else:
-            thinned[name] = module
-    return nn.Sequential(thinned)
 
 
 def _check(config: dict[str, Any]) -> None:
