@@ -15,9 +15,8 @@ from torch.nn import functional as F
 
 from thinned.uncertainty import calibration
 from thinned.uncertainty.conformal import KINDS
-from thinned.uncertainty.per_class import balanced_accuracy
 from thinned.uncertainty.statistics import entropy
-from thinned.uncertainty.weighting import curves, interpolated, mean
+from thinned.uncertainty.weighting import curves, interpolated, mean, totals, weights_of
 
 
 def nll(probs: Tensor, targets: Tensor) -> Tensor:
@@ -50,6 +49,31 @@ def prediction_columns(probs: Tensor, targets: Tensor | None) -> dict[str, Tenso
         rank = 1 + (probs > probs.gather(-1, targets[:, None])).sum(-1)
         columns |= {"nll": nll(probs, targets), "correct": prediction == targets, "rank": rank}
     return columns
+
+
+def recall_per_class(
+    target: Tensor, correct: Tensor, num_classes: int, weights: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Returns the weighted recall of each class, and the unweighted number of its examples.
+
+    Targets and `correct` are (N,). Recalls are (K,) float64, NaN for a class without weight, and numbers (K,) int64.
+
+    >>> recall_per_class(torch.tensor([0, 0, 1]), torch.tensor([True, False, True]), 2)
+    (tensor([0.5000, 1.0000], dtype=torch.float64), tensor([2, 1]))
+    """
+    w, target = weights_of(target, weights), target.long()
+    recall = totals(w * correct.double(), target, num_classes) / totals(w, target, num_classes)
+    return recall, torch.bincount(target, minlength=num_classes)
+
+
+def balanced_accuracy(target: Tensor, correct: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Returns the mean of the recalls of all classes that have weight (Brodersen et al. 2010), ().
+
+    >>> balanced_accuracy(torch.tensor([0, 0, 0, 2]), torch.tensor([True, True, True, False])).item()
+    0.5
+    """
+    num_classes = int(target.max()) + 1 if len(target) else 0
+    return recall_per_class(target, correct, num_classes, weights)[0].nanmean()
 
 
 def auroc_error(correct: Tensor, uncertainty: Tensor, weights: Tensor | None = None) -> Tensor:

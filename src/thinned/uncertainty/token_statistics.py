@@ -11,8 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from thinned.models import net
-from thinned.models.net import Logits
+from thinned.models.net import Logits, few_rows
 from thinned.uncertainty.scores import nll, prediction_columns
 from thinned.uncertainty.statistics import disagreement, entropy
 
@@ -53,9 +52,8 @@ class TokenStatistics:
             probs = log_probs.exp()
             self.mean[rows].lerp_(probs, 1 / (self.num_samples + 1))
             plogp = probs.mul_(log_probs.clamp_min_(torch.finfo(log_probs.dtype).min))
-            self._entropy[rows] -= (plogp.sum(-1) + self._entropy[rows]) / (
-                self.num_samples + 1
-            )  # exact for equal ones
+            mean = self._entropy[rows]
+            mean -= (plogp.sum(-1) + mean) / (self.num_samples + 1)  # of equal samples, exactly the sample's
         log_likelihood = self._by_sequence(log_target)
         self._sum += log_likelihood
         self._log_sum = torch.logaddexp(self._log_sum, log_likelihood)
@@ -67,13 +65,10 @@ class TokenStatistics:
         """Adds up the tokens of each sequence, (B,)."""
         return column.new_zeros(self.num_sequences).index_add_(0, self.sequence, column)
 
-    def _few(self, rows: Tensor) -> Sequence[Tensor]:
-        """Splits rows so that only a few distributions over the vocabulary are in memory at once."""
-        return torch.split(rows, max(1, net.LOGITS_AT_ONCE // self.mean.shape[-1]))
-
     def tokens(self) -> dict[str, Tensor]:
         """Returns the columns of the mean prediction, (N,) each; with two samples or more, also of their spread."""
-        parts = [prediction_columns(*part) for part in zip(self._few(self.mean), self._few(self.target), strict=True)]
+        few = [*few_rows(*self.mean.shape)]
+        parts = [prediction_columns(self.mean[rows], self.target[rows]) for rows in few]
         columns = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         if self.num_samples > 1:
             columns["expected_entropy"] = self._entropy
@@ -81,7 +76,7 @@ class TokenStatistics:
             if self.nll_at:
                 columns["nll_at"] = torch.stack(list(self.nll_at.values()), dim=-1)
         if self.members:
-            of_members = torch.stack([torch.cat([entropy(p) for p in m._few(m.mean)]) for m in self.members])
+            of_members = torch.stack([torch.cat([entropy(m.mean[rows]) for rows in few]) for m in self.members])
             columns["mutual_information_between"] = disagreement(columns["predictive_entropy"], of_members.mean(0))
         return columns
 
