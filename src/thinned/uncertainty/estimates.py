@@ -15,7 +15,7 @@ Shapes: N predictions, G independent groups of them, E parts of the hypothetical
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from thinned.models.dropout import derive_seed
-from thinned.uncertainty.scores import Score
+from thinned.uncertainty.scores import Columns, Score
 from thinned.uncertainty.weighting import totals
 
 Z = 1.959964  # 95 % of a normal variable are in [-Z, Z]
@@ -160,12 +160,7 @@ class Estimate:
 
 
 def estimated(
-    score: Score,
-    columns: dict[str, Tensor],
-    hypothetical: Mapping[str, Tensor],
-    group: Tensor,
-    num_resamples: int,
-    seed: int,
+    score: Score, columns: Columns, hypothetical: Columns, group: Tensor, num_resamples: int, seed: int
 ) -> Estimate:
     """Returns a score of columns (N, ...) with its sampling error.
 
@@ -173,7 +168,7 @@ def estimated(
     `group` is the group of each prediction, from 0 on, (N,) int64.
     """
     n, num_groups = len(group), int(group.max()) + 1
-    estimate = Estimate(score, score.of(*columns.values(), weights=None).item(), n)
+    estimate = Estimate(score, score.of(*columns.values()).item(), n)
     if math.isnan(estimate.value):
         return replace(estimate, why=why_undefined(columns))
     if score.kind == "descriptive":
@@ -196,7 +191,7 @@ def estimated(
     return replace(estimate, at=at.item(), moves=moves, weights=torch.cat([weights.new_ones(num_groups), weights[n:]]))
 
 
-def why_undefined(columns: Mapping[str, Tensor]) -> str:
+def why_undefined(columns: Columns) -> str:
     """Says in a few words why a score of these columns is NaN.
 
     >>> why_undefined({"correct": torch.tensor([True]), "predictive_entropy": torch.tensor([0.1])})
@@ -208,7 +203,7 @@ def why_undefined(columns: Mapping[str, Tensor]) -> str:
     return "the targets have no bytes" if "bytes" in columns else "a column is not a number"
 
 
-def hypothetical_error(rows: Mapping[str, Tensor], doubt: Tensor) -> dict[str, Tensor]:
+def hypothetical_error(rows: Columns, doubt: Tensor) -> dict[str, Tensor]:
     """Returns the columns of one error in E parts, (E,): it is at row i with probability doubt_i / sum_j doubt_j.
 
     Given an error, a row p with confidence c expects an NLL of (H[p] + c log c) / (1 - c), and a Brier score of

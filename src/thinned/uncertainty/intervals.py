@@ -12,9 +12,7 @@ import torch
 from torch import Tensor
 
 from thinned.uncertainty.estimates import HYPOTHETICAL, Estimate, estimated, hypothetical_error
-from thinned.uncertainty.scores import SCORES, Score
-
-Columns = Mapping[str, Tensor]
+from thinned.uncertainty.scores import SCORES, Columns, Score
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,8 @@ from thinned.uncertainty.conformal import KINDS
 from thinned.uncertainty.statistics import entropy
 from thinned.uncertainty.weighting import curves, interpolated, mean, totals, weights_of
 
+Columns = Mapping[str, Tensor]  # of N predictions: (N,), or probs (N, K)
+
 
 def nll(probs: Tensor, targets: Tensor) -> Tensor:
     """Returns - log p[target] in nats, (N,), bounded by the smallest normal number of the dtype.
@@ -235,13 +237,10 @@ SCORES = {
 }
 
 
-def scores(rows: Mapping[str, Tensor]) -> dict[str, float]:
+def scores(rows: Columns) -> dict[str, float]:
     """Returns all scores for which there are columns, by name."""
-    found = {}
-    for name, score in SCORES.items():
-        if all(column in rows for column in score.needs):
-            found[name] = score.of(*(rows[column] for column in score.columns), weights=None).item()
-    return found
+    found = {name: score for name, score in SCORES.items() if score.needs <= rows.keys()}
+    return {name: score.of(*(rows[column] for column in score.columns)).item() for name, score in found.items()}
 
 
 def classification_scores(probs: Tensor, targets: Tensor) -> dict[str, float]:
