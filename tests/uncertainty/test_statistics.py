@@ -10,8 +10,8 @@ from torch import Tensor
 
 from thinned.models.net import Logits
 from thinned.uncertainty import MCPrediction, MCStatistics
-from thinned.uncertainty.statistics import disagreement, entropy
-from thinned.uncertainty.token_statistics import TokenStatistics
+from thinned.uncertainty.scores import entropy
+from thinned.uncertainty.statistics import TokenStatistics, disagreement
 
 
 def accumulate(samples: Tensor) -> MCStatistics:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from thinned.models import net
 from thinned.models.net import Logits
-from thinned.uncertainty.token_statistics import TokenStatistics
+from thinned.uncertainty.statistics import TokenStatistics
 
 V = 11
 P = [[[0.5, 0.5], [0.8, 0.2], [0.1, 0.9]], [[0.1, 0.9], [0.4, 0.6], [0.3, 0.7]]]  # (S, N, V)

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from thinned.uncertainty.conformal import KINDS
-from thinned.uncertainty.scores import SCORES, brier, nll, recall_per_class, scores
-from thinned.uncertainty.statistics import entropy
+from thinned.uncertainty.scores import SCORES, brier, entropy, nll, recall_per_class, scores
 
 N, K = 60, 4
 

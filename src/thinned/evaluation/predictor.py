@@ -20,8 +20,8 @@ from thinned.files import checkpoint_file, read_checkpoint
 from thinned.models.dropout import sites_in
 from thinned.models.net import net_offers
 from thinned.offers import Offers, task_offers
-from thinned.uncertainty.statistics import entropy
-from thinned.uncertainty.token_statistics import TokenStatistics
+from thinned.uncertainty.scores import entropy
+from thinned.uncertainty.statistics import TokenStatistics
 
 TOKENS = 10  # the most probable ones, of a vocabulary of maybe 50,000
 AT_ONCE = 64  # inputs in a batch

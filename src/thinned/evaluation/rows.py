@@ -23,8 +23,7 @@ from thinned.evaluation.batch import Batch
 from thinned.evaluation.prediction_sets import PredictionSets
 from thinned.evaluation.ways import Way, learning_order
 from thinned.uncertainty.scores import brier, prediction_columns
-from thinned.uncertainty.statistics import MCStatistics
-from thinned.uncertainty.token_statistics import TokenStatistics
+from thinned.uncertainty.statistics import MCStatistics, TokenStatistics
 
 ROW_FORMAT = 3  # in the metadata of the files
 

@@ -22,9 +22,8 @@ from thinned.uncertainty.foreign_dropout import FoundDropout, deterministic_outp
 from thinned.uncertainty.kept_networks import KeptNetworks
 from thinned.uncertainty.monte_carlo import Masks, resolve_masks, sampled_logits, sampled_outputs
 from thinned.uncertainty.scores import nll
-from thinned.uncertainty.statistics import MCStatistics
+from thinned.uncertainty.statistics import MCStatistics, TokenStatistics
 from thinned.uncertainty.temperature import fit_temperature, nll_at, tempered
-from thinned.uncertainty.token_statistics import TokenStatistics
 
 Sites = Literal["all", "auto"] | list[str]
 SELECTION_TARGETS = 25_600  # of half of the validation split, for the choice of sites

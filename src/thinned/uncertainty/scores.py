@@ -15,7 +15,6 @@ from torch.nn import functional as F
 
 from thinned.uncertainty import calibration
 from thinned.uncertainty.conformal import KINDS
-from thinned.uncertainty.statistics import entropy
 from thinned.uncertainty.weighting import curves, interpolated, mean, totals, weights_of
 
 Columns = Mapping[str, Tensor]  # of N predictions: (N,), or probs (N, K)
@@ -38,6 +37,15 @@ def brier(probs: Tensor, targets: Tensor) -> Tensor:
     tensor([0.5000, 1.6200])
     """
     return (probs - F.one_hot(targets, probs.shape[-1])).square().sum(-1)
+
+
+def entropy(probs: Tensor) -> Tensor:
+    """Returns H[p] = - sum_k p_k log p_k over the last dimension, in nats, with 0 log 0 = 0.
+
+    >>> entropy(torch.tensor([[0.5, 0.5], [1.0, 0.0]]))
+    tensor([0.6931, 0.0000])
+    """
+    return torch.special.entr(probs).sum(-1)
 
 
 def prediction_columns(probs: Tensor, targets: Tensor | None) -> dict[str, Tensor]:
