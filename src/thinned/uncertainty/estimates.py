@@ -168,7 +168,7 @@ def estimated(
     `group` is the group of each prediction, from 0 on, (N,) int64.
     """
     n, num_groups = len(group), int(group.max()) + 1
-    estimate = Estimate(score, score.of(*columns.values()).item(), n)
+    estimate = Estimate(score, score.of(*columns.values(), weights=None).item(), n)
     if math.isnan(estimate.value):
         return replace(estimate, why=why_undefined(columns))
     if score.kind == "descriptive":

@@ -247,8 +247,11 @@ SCORES = {
 
 def scores(rows: Columns) -> dict[str, float]:
     """Returns all scores for which there are columns, by name."""
-    found = {name: score for name, score in SCORES.items() if score.needs <= rows.keys()}
-    return {name: score.of(*(rows[column] for column in score.columns)).item() for name, score in found.items()}
+    return {
+        name: score.of(*(rows[column] for column in score.columns), weights=None).item()
+        for name, score in SCORES.items()
+        if score.needs <= rows.keys()
+    }
 
 
 def classification_scores(probs: Tensor, targets: Tensor) -> dict[str, float]:
