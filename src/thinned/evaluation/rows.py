@@ -83,11 +83,9 @@ def example_columns(statistics: MCStatistics, targets: Tensor | None) -> Rows:
         if statistics.nll_at:
             columns["nll_at"] = torch.stack(list(statistics.nll_at.values()), dim=-1)
     if statistics.members:
-        columns |= {
-            "mutual_information_between": statistics.information_between(),
-            "variance_between": statistics.variance_between().gather(-1, prediction[:, None]).squeeze(-1),
-            "variance_within": statistics.variance_within().gather(-1, prediction[:, None]).squeeze(-1),
-        }
+        columns["mutual_information_between"] = statistics.information_between()
+        for name, variance in zip(("variance_between", "variance_within"), statistics.variances(), strict=True):
+            columns[name] = variance.gather(-1, prediction[:, None]).squeeze(-1)
     return columns | {"probs": probs}
 
 

@@ -78,12 +78,8 @@ class MCStatistics:
         self.mean = self._entropy = torch.empty(0)  # means over samples
         self._squares = self._votes = torch.empty(0)  # sums
 
-    def update(self, probs: Tensor) -> None:
-        """Adds one sample: probs (B, K), which sum to 1 over K. Half precisions are accumulated in fp32."""
-        self.update_all(probs[None])
-
     def update_all(self, probs: Tensor) -> None:
-        """Adds n samples at once: probs (n, B, K)."""
+        """Adds n samples: probs (n, B, K), which sum to 1 over K. Half precisions are accumulated in fp32."""
         probs = probs if probs.dtype == torch.float64 else probs.float()
         if self.num_samples == 0:
             self.mean, self._squares, self._votes = (torch.zeros_like(probs[0]) for _ in range(3))
@@ -113,19 +109,17 @@ class MCStatistics:
         joined.mean = torch.stack([member.mean for member in members]).mean(0)
         joined._entropy = torch.stack([member._entropy for member in members]).mean(0)
         joined._votes = torch.stack([member._votes for member in members]).sum(0)
-        joined._squares = joined.num_samples * (joined.variance_within() + joined.variance_between())
+        between, within = joined.variances()
+        joined._squares = joined.num_samples * (within + between)
         return joined
 
-    def variance_between(self) -> Tensor:
-        """Returns the variance of the members' means, (B, K): 1/M sum_m (p_m - p)^2."""
-        return torch.stack([member.mean for member in self.members]).var(0, correction=0)
+    def variances(self) -> tuple[Tensor, Tensor]:
+        """Returns the variance of the members' means, and the mean variance of a member's samples, (B, K) each.
 
-    def variance_within(self) -> Tensor:
-        """Returns the mean variance of a member's samples, (B, K): 1/M sum_m 1/S sum_s (p_ms - p_m)^2.
-
-        It and `variance_between` add up to the variance of all samples, 1/(M S) sum_ms (p_ms - p)^2.
+        1/M sum_m (p_m - p)^2 and 1/M sum_m 1/S sum_s (p_ms - p_m)^2 add up to 1/(M S) sum_ms (p_ms - p)^2.
         """
-        return torch.stack([member._squares for member in self.members]).sum(0) / self.num_samples
+        between = torch.stack([member.mean for member in self.members]).var(0, correction=0)
+        return between, torch.stack([member._squares for member in self.members]).sum(0) / self.num_samples
 
     def information_between(self) -> Tensor:
         """Returns the disagreement of the members, (B,) in nats: H[p] - 1/M sum_m H[p_m]."""
