@@ -7,13 +7,6 @@ from thinned.uncertainty.scores import augrc, aurc, classification_scores
 from thinned.uncertainty.statistics import MCPrediction, MCStatistics
 
 __all__ = [
-    "KeptNetworks",
-    "MCPrediction",
-    "MCStatistics",
-    "augrc",
-    "aurc",
-    "classification_scores",
-    "mc_predict",
-    "mc_samples",
-    "select_sites",
-]
+    "KeptNetworks", "MCPrediction", "MCStatistics", "augrc", "aurc", "classification_scores", "mc_predict",
+    "mc_samples", "select_sites",
+]  # fmt: skip

@@ -108,13 +108,8 @@ def only_dropout_active(
 ) -> Iterator[None]:
     """Puts only dropout into training mode within the block, and restores everything after it.
 
-    Raises a ValueError if a buffer changed inside, since such a prediction would depend on its batch.
-
-    Args:
-        net: The net.
-        sites: Sites of `Dropout` that act; None is every dropout module.
-        scale: Factor on the rates of each `Dropout` that acts.
-        owners: More modules to put into training mode, see `FoundDropout`.
+    `sites` are those of `Dropout` that act, at `scale` times their rates; None is every dropout module, and `owners`
+    (see `FoundDropout`). A changed buffer is a ValueError, since such a prediction would depend on its batch.
     """
     with restored(net) as changed, ExitStack() as stack:
         stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())

@@ -53,13 +53,8 @@ def wilson(successes: float, n: float) -> tuple[float, float]:
 def share_interval(column: Tensor, rows: Tensor, blocks: Tensor | None = None) -> tuple[float, float, float]:
     """Returns the share of rows in which a bool column is true, and Wilson's 95 % interval.
 
-    Rows of one block depend on each other. The interval is then that of as many independent rows as give the share
-    the same variance.
-
-    Args:
-        column: (N,) bool.
-        rows: Indices of the rows that count, int64.
-        blocks: The block of each of the N rows, int64, if they depend on each other.
+    The column is (N,), and `rows` are the indices of those that count. Rows of one block depend on each other, if
+    `blocks` (N,) are given. The interval is then that of as many independent rows as give the share the same variance.
 
     >>> share_interval(torch.tensor([True, False, True]), torch.tensor([0, 1]))[0]
     0.5

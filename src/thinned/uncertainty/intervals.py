@@ -119,9 +119,8 @@ def score_intervals(
         raise ValueError(f"Expected a baseline among {list(ways)}, but got {baseline}")
     runs = {name: [way] if isinstance(way, Mapping) else list(way) for name, way in ways.items()}
     doubts = [1 - run["confidence"].double() for of_way in runs.values() for run in of_way]
-    n = len(doubts[0])
-    if any(len(doubt) != n for doubt in doubts):
-        lengths = [len(doubt) for doubt in doubts]
+    n, *others = lengths = [len(doubt) for doubt in doubts]
+    if set(others) - {n}:
         raise ValueError(f"Expected ways with predictions of the same examples, but got numbers of them: {lengths}")
     group = torch.arange(n) if groups is None else torch.unique(groups, return_inverse=True)[1]
     if n == 0 or group.max() == 0:
