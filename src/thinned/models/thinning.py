@@ -31,8 +31,8 @@ def thin_modules(net: M, masks: dict[str, Tensor], **others: nn.Module) -> M:
     for i, (name, layer) in enumerate(layers):
         if not isinstance(layer, Dropout):
             continue
-        changed[name] = nn.Identity()
-        if (mask := masks.get(name)) is None:
+        changed[name], mask = nn.Identity(), masks.get(name)
+        if mask is None:
             continue
         foldable = mask.dim() == 1 and layer.site != "attention"
         if foldable and i - 1 in linears:
@@ -62,7 +62,7 @@ def thin_linear(
     kept_out: Tensor | None = None,
     scale_out: Tensor | None = None,
 ) -> nn.Linear:
-    """Returns the layer with rows and columns cut (indices) or scaled (masks); itself if nothing is given."""
+    """Returns a copy of the layer with rows and columns cut (indices) or scaled (masks)."""
     weight: Tensor = linear.weight
     bias: Tensor | None = linear.bias
     if kept_out is not None:
@@ -77,8 +77,6 @@ def thin_linear(
     if scale_out is not None:
         weight = torch.mul(weight, scale_out.to(weight)[:, None], out=None if weight is linear.weight else weight)
         bias = None if bias is None else bias * scale_out.to(bias)
-    if weight is linear.weight:
-        return linear
     thinned = replace_modules(linear)
     thinned.out_features, thinned.in_features = weight.shape
     thinned.weight = nn.Parameter(weight, requires_grad=False)
@@ -94,5 +92,5 @@ def replace_modules(module: M, **changed: nn.Module) -> M:
     for name, part in module.named_children():
         below = {path.removeprefix(f"{name}."): new for path, new in changed.items() if path.startswith(f"{name}.")}
         if name in changed or below:
-            setattr(copied, name, changed.get(name) or replace_modules(part, **below))
+            setattr(copied, name, changed[name] if name in changed else replace_modules(part, **below))
     return copied
