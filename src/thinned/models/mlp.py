@@ -127,7 +127,13 @@ class MLP(nn.Module):
             stages["pooling"] = AttentionPooling(query, key_value, attention_dropout)
         for i, units in enumerate(hidden):
             if residual:
-                stages[f"block{i}"] = Residual(_residual_sublayer(size, units, activation, layer_norm, dropout))
+                block = OrderedDict[str, nn.Module](norm=nn.LayerNorm(size)) if layer_norm else OrderedDict()
+                block["up"] = nn.Linear(size, units)
+                block["activation"] = ACTIVATIONS[activation]()
+                block["mlp_dropout"] = Dropout(dropout.mlp, "mlp", (units,))
+                block["down"] = nn.Linear(units, size)
+                block["residual_dropout"] = Dropout(dropout.residual, "residual", (size,))
+                stages[f"block{i}"] = Residual(nn.Sequential(block))
             else:
                 stages[f"linear{i}"] = nn.Linear(size, units)
                 if layer_norm:
@@ -183,22 +189,10 @@ class MLP(nn.Module):
         return with_masks(self, {name: masks.unsqueeze(1).to(weights) for name, masks in stacked.items()})
 
 
-def _residual_sublayer(size: int, units: int, activation: str, layer_norm: bool, dropout: DropoutRates) -> nn.Module:
-    stages: OrderedDict[str, nn.Module] = OrderedDict(norm=nn.LayerNorm(size)) if layer_norm else OrderedDict()
-    stages["up"] = nn.Linear(size, units)
-    stages["activation"] = ACTIVATIONS[activation]()
-    stages["mlp_dropout"] = Dropout(dropout.mlp, "mlp", (units,))
-    stages["down"] = nn.Linear(units, size)
-    stages["residual_dropout"] = Dropout(dropout.residual, "residual", (size,))
-    return nn.Sequential(stages)
-
-
 def _check(config: dict[str, Any]) -> None:
     """Raises ValueError for a setting outside its range, and for a rate at a site that the net lacks."""
     given = config | {f"dropout.{site}": rate for site, rate in config["dropout"].items()}
-    shape, hidden, width, patch, residual = (
-        given[key] for key in ("input_shape", "hidden", "width", "patch_size", "residual")
-    )
+    shape, hidden, width, patch = (given[key] for key in ("input_shape", "hidden", "width", "patch_size"))
     divides = patch is None or (patch >= 1 and len(shape) == 3 and not any(size % patch for size in shape[1:]))
     for key, valid, expected in (
         ("input_shape", min(shape, default=0) >= 1, "to hold positive sizes"),
@@ -206,11 +200,11 @@ def _check(config: dict[str, Any]) -> None:
         ("hidden", min(hidden, default=1) >= 1, "to hold positive widths"),
         ("activation", given["activation"] in ACTIVATIONS, f"to be one of {list(ACTIVATIONS)}"),
         ("width", width is None or width >= 1, "to be positive or null"),
-        ("width", width or not (residual or patch), "to be set if net.residual or net.patch_size is"),
+        ("width", width or not (given["residual"] or patch), "to be set if net.residual or net.patch_size is"),
         ("patch_size", divides, f"to divide the height and width of net.input_shape (C, H, W) {shape}"),
         ("max_norm", given["max_norm"] is None or given["max_norm"] > 0, "to be positive or null"),
         ("dropout.attention", patch or not given["dropout.attention"], "to be 0 without net.patch_size"),
-        ("dropout.residual", (residual and hidden) or not given["dropout.residual"],
+        ("dropout.residual", (given["residual"] and hidden) or not given["dropout.residual"],
          "to be 0 without net.residual and net.hidden"),
         ("dropout.mlp", hidden or not given["dropout.mlp"], "to be 0 without net.hidden"),
     ):  # fmt: skip

@@ -212,8 +212,7 @@ def bits_per_byte(nll: Tensor, bytes: Tensor, weights: Tensor | None = None) -> 
     return mean(nll, weights) / mean(bytes, weights) / math.log(2)
 
 
-ERRORS = ("correct", "predictive_entropy")
-CONFIDENCE = ("confidence", "correct")
+ERRORS, CONFIDENCE, CLASSES = ("correct", "predictive_entropy"), ("confidence", "correct"), ("target", "probs")
 # By name, as in metrics.json and metric keys, and in the order of tables. An entry here adds a score.
 SCORES = {
     "accuracy": Score("accuracy ↑", mean, ("correct",), "proportion", headline=True),
@@ -228,10 +227,8 @@ SCORES = {
     "brier_miscalibration": Score(
         "Brier: miscalibration ↓", calibration.brier_miscalibration, ("target", "probs", "brier"), "descriptive"
     ),
-    "brier_discrimination": Score(
-        "Brier: discrimination ↑", calibration.brier_discrimination, ("target", "probs"), "descriptive"
-    ),
-    "brier_uncertainty": Score("Brier: base rates", calibration.brier_uncertainty, ("target", "probs")),
+    "brier_discrimination": Score("Brier: discrimination ↑", calibration.brier_discrimination, CLASSES, "descriptive"),
+    "brier_uncertainty": Score("Brier: base rates", calibration.brier_uncertainty, CLASSES),
     "ece": Score("ECE ↓", calibration.ece, CONFIDENCE, "calibration", headline=True),
     "adaptive_ece": Score("adaptive ECE ↓", calibration.adaptive_ece, CONFIDENCE, "calibration"),
     "smooth_ece": Score("smooth ECE ↓", calibration.smooth_ece, CONFIDENCE, "calibration"),
