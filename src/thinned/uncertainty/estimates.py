@@ -67,7 +67,7 @@ def share_interval(column: Tensor, rows: Tensor, blocks: Tensor | None = None) -
     return share, *wilson(share * n, n)
 
 
-def resample_weights(num_groups: int, resamples: range, seed: int) -> Tensor:
+def resample_weights(num_groups: int, resamples: range, seed: int = 0) -> Tensor:
     """Returns how often each group is in each bootstrap resample, (R, G) uint8: Poisson variables of mean 1.
 
     They depend on (seed, resample, group) alone, so ways and runs on the same examples are resampled alike.
@@ -154,9 +154,7 @@ class Estimate:
         return math.sqrt(square * n / (n - 1)), cube / square**1.5 if square > 0 else 0.0
 
 
-def estimated(
-    score: Score, columns: Columns, hypothetical: Columns, group: Tensor, num_resamples: int, seed: int
-) -> Estimate:
+def estimated(score: Score, columns: Columns, hypothetical: Columns, group: Tensor, num_resamples: int) -> Estimate:
     """Returns a score of columns (N, ...) with its sampling error.
 
     `hypothetical` is the result of `hypothetical_error`: it joins the columns if it has all that the score reads.
@@ -172,7 +170,7 @@ def estimated(
         of_resamples = torch.vmap(lambda w: score.of(*columns.values(), weights=w[group]))
         at_once = max(8, WEIGHTS_AT_ONCE // n)
         parts = (range(start, min(start + at_once, num_resamples)) for start in range(0, num_resamples, at_once))
-        values = [of_resamples(resample_weights(num_groups, part, seed)) for part in parts]
+        values = [of_resamples(resample_weights(num_groups, part)) for part in parts]
         return replace(estimate, moves=torch.cat(values))
     weights = torch.ones(n, dtype=torch.float64)
     if score.kind == "smooth" and columns.keys() <= hypothetical.keys():
