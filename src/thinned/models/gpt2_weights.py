@@ -24,7 +24,8 @@ def load_gpt2(net: nn.Module, path: str) -> None:
     try:
         from transformers import GPT2LMHeadModel
     except ImportError as error:
-        raise ValueError("Expected the package transformers for model.init_from: pip install 'thinned[hf]'") from error
+        remedy = "pip install 'thinned[hf]'"
+        raise ValueError(f"Expected the package transformers for model.init_from: {remedy}") from error
     try:
         source = GPT2LMHeadModel.from_pretrained(path, weights_only=True)
     except Exception as error:  # missing, truncated and foreign files fail in many ways

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import combinations
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from thinned.models.dropout import Dropout, check_rate, check_sites, sites_in
 from thinned.models.net import net_offers
 from thinned.offers import task_offers
+
+Output = TypeVar("Output")
 
 SCALES = (0.25, 0.5, 2.0)  # of the rates, tried by `select_sites`
 
@@ -142,3 +144,13 @@ def seeded(seed: int) -> Iterator[None]:
         if gpus:
             torch.cuda.manual_seed(seed)
         yield
+
+
+def seeded_output(net: nn.Module, evaluate: Callable[[nn.Module], Output], seed: int) -> Output:
+    """Runs a pass with the random state of a seed; ValueError if it draws nothing."""
+    with seeded(seed):
+        before = random_state()
+        output = evaluate(net)
+        if torch.equal(before, random_state()):
+            raise nothing_drops(net)
+    return output

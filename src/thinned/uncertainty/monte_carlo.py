@@ -19,14 +19,7 @@ from torch import Tensor, nn
 
 from thinned.models.dropout import derive_seed
 from thinned.models.net import check_logits, logits_in, net_offers
-from thinned.uncertainty.acting_dropout import (
-    acting_sites,
-    nothing_drops,
-    of_our_make,
-    only_dropout_active,
-    random_state,
-    seeded,
-)
+from thinned.uncertainty.acting_dropout import acting_sites, of_our_make, only_dropout_active, seeded_output
 from thinned.uncertainty.foreign_dropout import FoundDropout, find_dropout
 from thinned.uncertainty.kept_networks import KeptNetworks, stacked_at_once
 from thinned.uncertainty.statistics import MCPrediction, MCStatistics
@@ -143,12 +136,7 @@ def sampled_outputs(
     else:
         with only_dropout_active(net, sites, scale, found.owners):
             for sample in range(num_samples):
-                with seeded(derive_seed(seed, sample)):
-                    before = random_state()
-                    output = evaluate(net)
-                    if torch.equal(before, random_state()):
-                        raise nothing_drops(net)
-                yield output
+                yield seeded_output(net, evaluate, derive_seed(seed, sample))
 
 
 def resolve_masks(net: nn.Module, masks: Masks) -> Literal["shared", "independent"]:
