@@ -41,7 +41,7 @@ def net_offers(net: object) -> NetOffers:
 
 
 def few_rows(num_rows: int, num_classes: int) -> Iterator[slice]:
-    """Yields slices of rows of so few that their logits over K classes stay in the cache."""
+    """Yields slices of a few rows each, whose logits over K classes stay in the cache."""
     at_once = max(1, LOGITS_AT_ONCE // num_classes)
     for start in range(0, max(1, num_rows), at_once):
         yield slice(start, start + at_once)
