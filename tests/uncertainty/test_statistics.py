@@ -171,4 +171,4 @@ def test_equal_samples_do_not_disagree(classes: int) -> None:
         of_examples.update_all(probs[None])
         of_tokens.update(Logits(probs.log()))
     assert (of_examples.compute().mutual_information == 0).all()
-    assert (of_tokens.tokens()["mutual_information"] == 0).all()
+    assert (of_tokens.columns()["mutual_information"] == 0).all()

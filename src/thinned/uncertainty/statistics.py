@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from thinned.models.net import Logits, few_rows
-from thinned.uncertainty.scores import entropy, nll, prediction_columns
+from thinned.uncertainty.scores import brier, entropy, nll, prediction_columns
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class MCStatistics:
     def __init__(self, target: Tensor | None = None) -> None:
         self.num_samples = 0
         self.nll_at: dict[int, Tensor] = {}
-        self._target, self._of_target = target, torch.empty(0)  # the sum over samples of its probability
+        self.target, self._of_target = target, torch.empty(0)  # the sum over samples of its probability
         self.members: Sequence[MCStatistics] = ()
         self.mean = self._entropy = torch.empty(0)  # means over samples
         self._squares = self._votes = torch.empty(0)  # sums
@@ -93,8 +93,8 @@ class MCStatistics:
         self._entropy += (entropy(probs) - self._entropy).sum(0) / self.num_samples
         votes = probs.argmax(-1).movedim(0, -1)  # (B, n)
         self._votes.scatter_add_(-1, votes, torch.ones_like(votes, dtype=probs.dtype))
-        if self._target is not None:
-            of_target = probs.gather(-1, self._target.expand(probs.shape[:-1])[..., None]).squeeze(-1)
+        if self.target is not None:
+            of_target = probs.gather(-1, self.target.expand(probs.shape[:-1])[..., None]).squeeze(-1)
             sums = self._of_target + of_target.cumsum(0)  # (n, B)
             self._of_target = sums[-1].clone()
             for s in range(before + 1, self.num_samples + 1):
@@ -104,7 +104,7 @@ class MCStatistics:
     @classmethod
     def of_ensemble(cls, members: "Sequence[MCStatistics]") -> "MCStatistics":
         """Returns the statistics of the samples of all members together."""
-        joined = cls()
+        joined = cls(members[0].target)
         joined.members, joined.num_samples = members, sum(member.num_samples for member in members)
         joined.mean = torch.stack([member.mean for member in members]).mean(0)
         joined._entropy = torch.stack([member._entropy for member in members]).mean(0)
@@ -121,10 +121,6 @@ class MCStatistics:
         between = torch.stack([member.mean for member in self.members]).var(0, correction=0)
         return between, torch.stack([member._squares for member in self.members]).sum(0) / self.num_samples
 
-    def information_between(self) -> Tensor:
-        """Returns the disagreement of the members, (B,) in nats: H[p] - 1/M sum_m H[p_m]."""
-        return disagreement(entropy(self.mean), torch.stack([entropy(m.mean) for m in self.members]).mean(0))
-
     def compute(self) -> MCPrediction:
         """Returns the prediction; ValueError with fewer than two samples, which have no spread."""
         if self.num_samples < 2:
@@ -139,6 +135,27 @@ class MCStatistics:
             variation_ratio=1 - self._votes.amax(-1) / self.num_samples,
             num_samples=self.num_samples,
         )
+
+    def columns(self) -> dict[str, Tensor]:
+        """Returns the columns of the mean prediction, (B,) each and probs (B, K), and of the spread of its samples."""
+        columns = prediction_columns(self.mean, self.target)
+        predicted = columns["prediction"][:, None]
+        if self.target is not None:
+            columns["brier"] = brier(self.mean, self.target)
+        if self.num_samples > 1:
+            spread = self.compute()
+            columns["expected_entropy"] = spread.expected_entropy
+            columns["mutual_information"] = spread.mutual_information
+            columns["variation_ratio"] = spread.variation_ratio
+            columns["std"] = spread.variance.gather(-1, predicted).squeeze(-1).sqrt()
+            if self.nll_at:
+                columns["nll_at"] = torch.stack(list(self.nll_at.values()), dim=-1)
+        if self.members:
+            of_members = torch.stack([entropy(member.mean) for member in self.members]).mean(0)
+            columns["mutual_information_between"] = disagreement(columns["predictive_entropy"], of_members)
+            for name, variance in zip(("variance_between", "variance_within"), self.variances(), strict=True):
+                columns[name] = variance.gather(-1, predicted).squeeze(-1)
+        return columns | {"probs": self.mean}
 
 
 class TokenStatistics:
@@ -190,8 +207,8 @@ class TokenStatistics:
         """Adds up the tokens of each sequence, (B,)."""
         return column.new_zeros(self.num_sequences).index_add_(0, self.sequence, column)
 
-    def tokens(self) -> dict[str, Tensor]:
-        """Returns the columns of the mean prediction, (N,) each; with two samples or more, also of their spread."""
+    def columns(self) -> dict[str, Tensor]:
+        """Returns the columns of the mean prediction, (N,) each, and of the spread of its samples."""
         few = [*few_rows(*self.mean.shape)]
         parts = [prediction_columns(self.mean[rows], self.target[rows]) for rows in few]
         columns = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
@@ -206,7 +223,7 @@ class TokenStatistics:
         return columns
 
     def sequences(self, tokens: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Returns the columns of the sequences, (B,) each, from the result of `tokens`.
+        """Returns the columns of the sequences, (B,) each, from those of the tokens.
 
         Returns:
             log_likelihood: sum over tokens of the log of the mean probability. With two samples or more also
