@@ -7,8 +7,7 @@ from measuring import peak_memory
 from torch import Tensor
 
 from thinned.uncertainty.intervals import score_intervals
-from thinned.uncertainty.scores import brier, nll
-from thinned.uncertainty.statistics import entropy
+from thinned.uncertainty.scores import brier, entropy, nll
 
 WAYS = 6
 

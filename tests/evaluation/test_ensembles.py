@@ -16,8 +16,7 @@ from thinned.evaluation.ways import Deterministic, SampledNetworks, Tempered, Wa
 from thinned.models.dropout import Dropout, derive_seed
 from thinned.uncertainty import mc_predict
 from thinned.uncertainty.conformal import conformity, threshold, uniforms
-from thinned.uncertainty.scores import nll
-from thinned.uncertainty.statistics import entropy
+from thinned.uncertainty.scores import entropy, nll
 
 K, S, N = 4, 5, 30
 

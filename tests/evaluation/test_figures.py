@@ -17,7 +17,6 @@ from torch import Tensor
 from thinned.data.distortion import Range
 from thinned.evaluation import figures
 from thinned.evaluation.report import evaluation_of
-from thinned.evaluation.rows import example_columns
 from thinned.evaluation.ways import Way
 from thinned.uncertainty import MCStatistics
 
@@ -45,7 +44,7 @@ def evaluated(n: int, num_classes: int, right: bool | None = None) -> tuple[dict
     for name, label, count in (("deterministic", "deterministic", 1), ("mc_dropout", "MC dropout", S)):
         statistics = MCStatistics(target)
         statistics.update_all(samples[-count:])
-        rows |= {f"{name}_{key}": column for key, column in example_columns(statistics, target).items()}
+        rows |= {f"{name}_{key}": column for key, column in statistics.columns().items()}
         settings = {"num_samples": count} if count > 1 else {}
         ways.append(SimpleNamespace(name=name, label=label, details="", settings=settings))
     return rows, evaluation_of(rows, cast(list[Way], ways), "test", [*map(str, range(num_classes))])

@@ -19,9 +19,8 @@ from thinned.evaluation.batch import in_half
 from thinned.models import MLP, DropoutRates
 from thinned.models.net import Logits
 from thinned.uncertainty import classification_scores, mc_predict
-from thinned.uncertainty.acting_dropout import of_our_make
+from thinned.uncertainty.acting_dropout import Acting, of_our_make
 from thinned.uncertainty.scores import nll
-from thinned.uncertainty.selection import Acting
 
 SCORES = [
     "accuracy", "balanced_accuracy", "nll", "brier", "ece", "adaptive_ece", "smooth_ece", "auroc_error", "aurc",

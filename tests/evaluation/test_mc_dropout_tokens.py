@@ -19,8 +19,8 @@ from thinned.evaluation.row_chunks import ColumnsOfWay
 from thinned.evaluation.rows import predicted_rows
 from thinned.evaluation.ways import standard_ways
 from thinned.models import GPT, DropoutRates
+from thinned.uncertainty.acting_dropout import Acting
 from thinned.uncertainty.scores import scores
-from thinned.uncertainty.selection import Acting
 
 V, T, S = 11, 6, 8
 BYTES = torch.arange(V) % 4  # of each token

@@ -17,7 +17,7 @@ from thinned.models import GPT, DropoutRates
 from thinned.models import net as net_module
 from thinned.models.dropout import derive_seed
 from thinned.models.net import Logits
-from thinned.uncertainty.selection import Acting
+from thinned.uncertainty.acting_dropout import Acting
 
 V, T, S = 11, 6, 8
 ALL = DropoutRates(0.2, 0.2, 0.2, 0.2)

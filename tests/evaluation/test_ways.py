@@ -17,8 +17,8 @@ from thinned.evaluation.ways import Deterministic, SampledNetworks, Way, learnin
 from thinned.models import MLP, DropoutRates
 from thinned.models.net import Logits
 from thinned.uncertainty import mc_predict
+from thinned.uncertainty.acting_dropout import Acting
 from thinned.uncertainty.scores import nll
-from thinned.uncertainty.selection import Acting
 
 K, S = 3, 6
 

@@ -52,7 +52,7 @@ def test_uncertainty_of_each_token_is_that_of_the_mean_prediction(num_nets: int)
     for t in range(8):
         statistics = MCStatistics()
         for thinned in [*nets, *nets]:  # twice the same samples: the same mean, and a spread for a single network
-            statistics.update(torch.softmax(thinned(text[:, : 3 + t])[:, -1], -1))
+            statistics.update_all(torch.softmax(thinned(text[:, : 3 + t])[None, :, -1], -1))
         expected = statistics.compute()
         for name in ("predictive_entropy", "mutual_information"):
             got = torch.tensor([getattr(c, name.removeprefix("predictive_"))[t] for c in continuations])

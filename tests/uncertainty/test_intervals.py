@@ -12,8 +12,7 @@ from thinned.uncertainty import intervals
 from thinned.uncertainty.conformal import KINDS
 from thinned.uncertainty.estimates import Estimate, resample_weights, share_interval, wilson
 from thinned.uncertainty.intervals import Difference, holm, score_intervals, t_interval
-from thinned.uncertainty.scores import SCORES, brier, nll
-from thinned.uncertainty.statistics import entropy
+from thinned.uncertainty.scores import SCORES, brier, entropy, nll
 
 # Standard deviations of 10 Gaussian logits from which classes are drawn, by the accuracy of their softmax.
 SPREAD = {0.5: 1.82, 0.9: 10.7, 0.99: 107.5}

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from thinned.models import MLP, DropoutRates
 from thinned.uncertainty import mc_predict, mc_samples
-from thinned.uncertainty.statistics import entropy
+from thinned.uncertainty.scores import entropy
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,7 @@ from torch import nn
 
 from thinned.models import MLP, DropoutRates
 from thinned.uncertainty import select_sites
-from thinned.uncertainty.selection import Acting
+from thinned.uncertainty.acting_dropout import Acting
 
 
 def all_sites(*rates: float) -> MLP:

@@ -10,15 +10,15 @@ from torch import Tensor
 
 from thinned.models.net import Logits
 from thinned.uncertainty import MCPrediction, MCStatistics
-from thinned.uncertainty.statistics import disagreement, entropy
-from thinned.uncertainty.token_statistics import TokenStatistics
+from thinned.uncertainty.scores import entropy
+from thinned.uncertainty.statistics import TokenStatistics, disagreement
 
 
 def accumulate(samples: Tensor) -> MCStatistics:
     """Statistics of samples (S, B, K)."""
     statistics = MCStatistics()
     for probs in samples:
-        statistics.update(probs)
+        statistics.update_all(probs[None])
     return statistics
 
 
@@ -168,7 +168,7 @@ def test_equal_samples_do_not_disagree(classes: int) -> None:
     of_examples = MCStatistics()
     of_tokens = TokenStatistics(torch.zeros(200, dtype=torch.int64), torch.zeros(200, dtype=torch.int64), 1)
     for _ in range(50):
-        of_examples.update(probs)
+        of_examples.update_all(probs[None])
         of_tokens.update(Logits(probs.log()))
     assert (of_examples.compute().mutual_information == 0).all()
-    assert (of_tokens.tokens()["mutual_information"] == 0).all()
+    assert (of_tokens.columns()["mutual_information"] == 0).all()

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from thinned.models import net
 from thinned.models.net import Logits
-from thinned.uncertainty.token_statistics import TokenStatistics
+from thinned.uncertainty.statistics import TokenStatistics
 
 V = 11
 P = [[[0.5, 0.5], [0.8, 0.2], [0.1, 0.9]], [[0.1, 0.9], [0.4, 0.6], [0.3, 0.7]]]  # (S, N, V)
@@ -37,7 +37,7 @@ def test_two_samples_by_hand(logits_at_once: int, monkeypatch: pytest.MonkeyPatc
     """Means (0.3, 0.7), (0.6, 0.4) and (0.2, 0.8), of a row, two rows or all rows at once."""
     monkeypatch.setattr(net, "LOGITS_AT_ONCE", logits_at_once)
     statistics = accumulate(P)
-    tokens = statistics.tokens()
+    tokens = statistics.columns()
     nll_at = tokens.pop("nll_at")
     predictive = [entropy(0.3), entropy(0.6), entropy(0.2)]
     expected = [(entropy(p) + entropy(q)) / 2 for p, q in ((0.5, 0.1), (0.8, 0.4), (0.1, 0.3))]
@@ -70,7 +70,7 @@ def test_two_samples_by_hand(logits_at_once: int, monkeypatch: pytest.MonkeyPatc
 
 def test_one_sample_has_no_spread() -> None:
     statistics = accumulate(P[:1])
-    tokens = statistics.tokens()
+    tokens = statistics.columns()
     assert_columns(
         tokens,
         {
@@ -90,7 +90,7 @@ def test_classes_that_are_impossible_add_no_entropy() -> None:
     statistics = TokenStatistics(torch.tensor([1]), torch.tensor([0]), 1)
     for _ in range(2):
         statistics.update(Logits(torch.tensor([[0.0, 0.0, -math.inf]])))
-    tokens = statistics.tokens()
+    tokens = statistics.columns()
     assert tokens["expected_entropy"].item() == pytest.approx(math.log(2))
     assert tokens["mutual_information"].item() == pytest.approx(0, abs=1e-6)
 
@@ -100,7 +100,7 @@ def test_likelihoods_too_small_for_a_probability() -> None:
     statistics = TokenStatistics(torch.zeros(10, dtype=torch.int64), torch.zeros(10, dtype=torch.int64), 1)
     for log_prob in (-40.0, -30.0):
         statistics.update(Logits(torch.tensor([[log_prob, 0.0]]).expand(10, 2)))
-    sequences = statistics.sequences(statistics.tokens())
+    sequences = statistics.sequences(statistics.columns())
     assert sequences["mean_log_likelihood"].item() == pytest.approx(-350)
     assert sequences["joint_log_likelihood"].item() == pytest.approx(-300 - math.log(2))
     assert sequences["log_likelihood"].item() == pytest.approx(10 * (math.log1p(math.exp(-10)) - 30 - math.log(2)))

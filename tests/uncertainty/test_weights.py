@@ -7,9 +7,7 @@ import torch
 from torch import Tensor
 
 from thinned.uncertainty.conformal import KINDS
-from thinned.uncertainty.per_class import recall_per_class
-from thinned.uncertainty.scores import SCORES, brier, nll, scores
-from thinned.uncertainty.statistics import entropy
+from thinned.uncertainty.scores import SCORES, brier, entropy, nll, recall_per_class, scores
 
 N, K = 60, 4
 

@@ -18,8 +18,7 @@ from thinned.data.module import data_offers
 from thinned.models.net import Logits, logits_of, net_offers
 from thinned.offers import task_offers
 from thinned.uncertainty.kept_networks import rows_at_once
-from thinned.uncertainty.statistics import MCStatistics
-from thinned.uncertainty.token_statistics import TokenStatistics
+from thinned.uncertainty.statistics import MCStatistics, TokenStatistics
 
 Half = Literal["fit", "calibrate"]
 HALVES: tuple[Half, Half] = get_args(Half)

@@ -11,8 +11,7 @@ from thinned.evaluation.batch import Batch, trained_net
 from thinned.evaluation.provenance import differences, digest_of_file
 from thinned.evaluation.ways import Tempered, Way
 from thinned.models.net import Logits
-from thinned.uncertainty.statistics import MCStatistics
-from thinned.uncertainty.token_statistics import TokenStatistics
+from thinned.uncertainty.statistics import MCStatistics, TokenStatistics
 
 # What the checkpoints of one ensemble may differ in, of what their data modules have kept.
 INDIFFERENT = {"sketch", "path", "seed"}

@@ -22,7 +22,6 @@ from thinned.files import whole_file
 from thinned.uncertainty.calibration import ECE_BINS, equal_mass_bins
 from thinned.uncertainty.estimates import share_interval
 from thinned.uncertainty.intervals import score_intervals
-from thinned.uncertainty.per_class import confusion_matrix
 from thinned.uncertainty.scores import SCORES
 from thinned.uncertainty.weighting import last_of_ties
 
@@ -209,7 +208,7 @@ def confusion(rows: Rows, evaluation: Evaluation, names: Sequence[str]) -> Figur
     K, ways = len(names), evaluation["ways"]
     figure, panels = _figure(evaluation, "Confusion", (min(6.0, max(3.2, 0.36 * K)),) * 2, len(ways))
     for axes, way in zip(panels, ways, strict=True):
-        matrix = confusion_matrix(rows["target"], rows[f"{way}_prediction"], K)
+        matrix = torch.bincount(rows["target"] * K + rows[f"{way}_prediction"], minlength=K**2).view(K, K)
         shares = matrix / matrix.sum(1, keepdim=True).clamp_min(1)
         axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)
         axes.set(xlabel="prediction", ylabel="class", title=ways[way]["label"])

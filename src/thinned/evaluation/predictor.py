@@ -14,14 +14,12 @@ from thinned.data.module import DataOffers
 from thinned.evaluation.batch import Batch
 from thinned.evaluation.ensembles import net_of
 from thinned.evaluation.provenance import measured_settings
-from thinned.evaluation.rows import example_columns
 from thinned.evaluation.ways import Deterministic, SampledNetworks, Tempered, Way
 from thinned.files import checkpoint_file, read_checkpoint
 from thinned.models.dropout import sites_in
 from thinned.models.net import net_offers
 from thinned.offers import Offers, task_offers
-from thinned.uncertainty.statistics import entropy
-from thinned.uncertainty.token_statistics import TokenStatistics
+from thinned.uncertainty.scores import entropy
 
 TOKENS = 10  # the most probable ones, of a vocabulary of maybe 50,000
 AT_ONCE = 64  # inputs in a batch
@@ -103,8 +101,7 @@ class Predictor:
             self.way.examine(batch.inputs)
             self._examined = True
         statistics, probs = batch.statistics(self.way), batch.mean(self.reported)  # (B, K)
-        columns = statistics.tokens() if isinstance(statistics, TokenStatistics) else example_columns(statistics, None)
-        information = columns.get("mutual_information", torch.zeros(len(probs)))
+        information = statistics.columns().get("mutual_information", torch.zeros(len(probs)))
         highest = probs.topk(min(TOKENS, probs.shape[1]) if self._tokenizer else probs.shape[1])
         predictions = []
         for p, k, h, mi in zip(*highest, entropy(probs).tolist(), information.tolist(), strict=True):

@@ -23,8 +23,7 @@ from thinned.files import whole_file
 from thinned.uncertainty.conformal import KINDS
 from thinned.uncertainty.estimates import wilson
 from thinned.uncertainty.intervals import Difference, Interval, score_intervals
-from thinned.uncertainty.per_class import recall_per_class
-from thinned.uncertainty.scores import scores
+from thinned.uncertainty.scores import recall_per_class, scores
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

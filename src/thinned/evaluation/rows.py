@@ -22,9 +22,7 @@ from torch import Tensor, nn
 from thinned.evaluation.batch import Batch
 from thinned.evaluation.prediction_sets import PredictionSets
 from thinned.evaluation.ways import Way, learning_order
-from thinned.uncertainty.scores import brier, prediction_columns
-from thinned.uncertainty.statistics import MCStatistics
-from thinned.uncertainty.token_statistics import TokenStatistics
+from thinned.uncertainty.statistics import TokenStatistics
 
 ROW_FORMAT = 3  # in the metadata of the files
 
@@ -55,41 +53,13 @@ def _rows(batch: Batch, ways: Sequence[Way], sets: PredictionSets | None) -> tup
         rows["target"] = batch.target
     for way in ways:
         statistics = batch.statistics(way)
+        columns = statistics.columns()
         if isinstance(statistics, TokenStatistics):
-            columns = statistics.tokens()
             sequences |= {f"{way.name}_{key}": column for key, column in statistics.sequences(columns).items()}
-        else:
-            columns = example_columns(statistics, batch.targets)
-            if sets is not None:
-                columns |= sets.columns(way, statistics.mean, batch.targets, batch.index)
+        elif sets is not None:
+            columns |= sets.columns(way, statistics.mean, batch.targets, batch.index)
         rows |= {f"{way.name}_{key}": column for key, column in columns.items()}
     return rows, sequences
-
-
-def example_columns(statistics: MCStatistics, targets: Tensor | None) -> Rows:
-    """Returns the columns of one way for B examples, whose targets (B,) may be unknown."""
-    probs = statistics.mean
-    columns = prediction_columns(probs, targets)
-    prediction = columns["prediction"]
-    if targets is not None:
-        columns["brier"] = brier(probs, targets)
-    if statistics.num_samples > 1:
-        spread = statistics.compute()
-        columns |= {
-            "expected_entropy": spread.expected_entropy,
-            "mutual_information": spread.mutual_information,
-            "variation_ratio": spread.variation_ratio,
-            "std": spread.variance.gather(-1, prediction[:, None]).squeeze(-1).sqrt(),
-        }
-        if statistics.nll_at:
-            columns["nll_at"] = torch.stack(list(statistics.nll_at.values()), dim=-1)
-    if statistics.members:
-        columns |= {
-            "mutual_information_between": statistics.information_between(),
-            "variance_between": statistics.variance_between().gather(-1, prediction[:, None]).squeeze(-1),
-            "variance_within": statistics.variance_within().gather(-1, prediction[:, None]).squeeze(-1),
-        }
-    return columns | {"probs": probs}
 
 
 def blocks_of(rows: Mapping[str, Tensor]) -> Tensor | None:

@@ -17,15 +17,13 @@ from torch import Tensor, nn
 from thinned.evaluation.batch import Batch, Validation
 from thinned.models.dropout import check_sites, derive_seed, sites_in
 from thinned.models.net import Logits, check_logits, logits_in, net_offers
-from thinned.uncertainty.acting_dropout import acting_sites, of_our_make
+from thinned.uncertainty.acting_dropout import Acting, acting_sites, of_our_make, select_sites
 from thinned.uncertainty.foreign_dropout import FoundDropout, deterministic_output, find_dropout
 from thinned.uncertainty.kept_networks import KeptNetworks
 from thinned.uncertainty.monte_carlo import Masks, resolve_masks, sampled_logits, sampled_outputs
 from thinned.uncertainty.scores import nll
-from thinned.uncertainty.selection import Acting, select_sites
-from thinned.uncertainty.statistics import MCStatistics
+from thinned.uncertainty.statistics import MCStatistics, TokenStatistics
 from thinned.uncertainty.temperature import fit_temperature, nll_at, tempered
-from thinned.uncertainty.token_statistics import TokenStatistics
 
 Sites = Literal["all", "auto"] | list[str]
 SELECTION_TARGETS = 25_600  # of half of the validation split, for the choice of sites

@@ -16,7 +16,8 @@ from torch import Generator, Tensor
 from thinned.data.tokenizer import END_OF_TEXT, Tokenizer
 from thinned.models.dropout import derive_seed, sites_in
 from thinned.models.gpt import GPT, KVCache
-from thinned.uncertainty.statistics import disagreement, entropy
+from thinned.uncertainty.scores import entropy
+from thinned.uncertainty.statistics import disagreement
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from thinned.models.dropout import Dropout, DropoutRates, Mask, sample_masks
-from thinned.models.thinning import kept_units, replace_modules, thin_linear
+from thinned.models.thinning import thin_linear, thin_modules
 
 LOGITS_AT_ONCE = 2**24  # the most that the loss holds: 64 MiB in fp32
 
@@ -55,7 +55,7 @@ class Attention(nn.Module):
         mask_shape = (num_heads, context_length, context_length)
         self.attention_dropout: nn.Module = Dropout(dropout.attention, "attention", mask_shape)
         self.projection = nn.Linear(width, width, bias=bias)
-        self.residual_dropout: nn.Module = Dropout(dropout.residual, "residual", (width,))
+        self.residual_dropout = Dropout(dropout.residual, "residual", (width,))
 
     def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
         B, T, C = x.shape
@@ -80,19 +80,6 @@ class Attention(nn.Module):
         probs = drop(torch.softmax(scores, dim=-1).view(B, H, T, S))
         return probs.to(value.dtype) @ value
 
-    def thin(self, masks: dict[str, Tensor], path: str) -> "Attention":
-        """Returns this layer, at `path`, under its masks: (H, P, P) stays a mask; its scale and (C,) scale weights."""
-        qkv: nn.Linear = self.qkv
-        drop: nn.Module = nn.Identity()
-        attention = masks.get(f"{path}.attention_dropout")
-        if attention is not None:
-            values = torch.ones(3, self.qkv.in_features, dtype=attention.dtype)
-            values[2] = attention.amax()  # 1 / (1 - p)
-            qkv = thin_linear(qkv, scale_out=values.flatten())
-            drop = AttentionMask((attention > 0).to(qkv.weight.device))
-        out = thin_linear(self.projection, scale_out=masks.get(f"{path}.residual_dropout"))
-        return replace_modules(self, qkv=qkv, attention_dropout=drop, projection=out, residual_dropout=nn.Identity())
-
 
 class FeedForward(nn.Module):
     """Applies two linear layers with a GELU to each token, with dropout after the GELU and on the output."""
@@ -101,20 +88,12 @@ class FeedForward(nn.Module):
         super().__init__()
         self.up = nn.Linear(width, 4 * width, bias=bias)
         self.gelu = nn.GELU("tanh" if gelu == "tanh" else "none")
-        self.mlp_dropout: nn.Module = Dropout(dropout.mlp, "mlp", (4 * width,))
+        self.mlp_dropout = Dropout(dropout.mlp, "mlp", (4 * width,))
         self.down = nn.Linear(4 * width, width, bias=bias)
-        self.residual_dropout: nn.Module = Dropout(dropout.residual, "residual", (width,))
+        self.residual_dropout = Dropout(dropout.residual, "residual", (width,))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.residual_dropout(self.down(self.mlp_dropout(self.gelu(self.up(x)))))
-
-    def thin(self, masks: dict[str, Tensor], path: str) -> "FeedForward":
-        """Returns this layer, at `path`, under its masks: dropped units are cut out, (C,) goes into weights."""
-        mlp = masks.get(f"{path}.mlp_dropout")
-        kept = None if mlp is None else kept_units(mlp)
-        up = thin_linear(self.up, kept_out=kept)
-        down = thin_linear(self.down, kept_in=kept, mask_in=mlp, scale_out=masks.get(f"{path}.residual_dropout"))
-        return replace_modules(self, up=up, mlp_dropout=nn.Identity(), down=down, residual_dropout=nn.Identity())
 
 
 class Block(nn.Module):
@@ -132,10 +111,6 @@ class Block(nn.Module):
     def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
         x = x + self.attention(self.attention_norm(x), cache)
         return x + self.mlp(self.mlp_norm(x))
-
-    def thin(self, masks: dict[str, Tensor], path: str) -> "Block":
-        attention = self.attention.thin(masks, f"{path}.attention")
-        return replace_modules(self, attention=attention, mlp=self.mlp.thin(masks, f"{path}.mlp"))
 
 
 class GPT(nn.Module):
@@ -187,7 +162,7 @@ class GPT(nn.Module):
 
         self.token_embedding = nn.Embedding(-(-self.vocab_size // 64) * 64, width)
         self.position_embedding = nn.Embedding(self.context_length, width)
-        self.embedding_dropout: nn.Module = Dropout(dropout.embedding, "embedding", (width,))
+        self.embedding_dropout = Dropout(dropout.embedding, "embedding", (width,))
         blocks = [Block(width, num_heads, self.context_length, bias, gelu, dropout) for _ in range(num_layers)]
         self.blocks = nn.ModuleList(blocks)
         self.norm = nn.LayerNorm(width, bias=bias)
@@ -267,16 +242,21 @@ class GPT(nn.Module):
     def thin(self, seed: int, sample: int, sites: Collection[str] | None = None, scale: float = 1.0) -> "GPT":
         """Returns a thinned network: a GPT without dropout that computes what this one does under `sample_masks`.
 
-        The same masks act on all sequences. Dropped hidden units are cut out of the weights; masks of embedding and
-        residual scale columns and rows of them; attention alone keeps a mask. Weights that no mask touches are shared,
-        not copied.
+        The same masks act on all sequences. Those of attention stay, the others go into the weights.
         """
         masks = sample_masks(self, seed, sample, sites, scale, self.norm.weight.dtype)
-        blocks = [cast(Block, block).thin(masks, f"blocks.{i}") for i, block in enumerate(self.blocks)]
-        changed: dict[str, nn.Module] = {"blocks": nn.ModuleList(blocks), "embedding_dropout": nn.Identity()}
-        if "embedding_dropout" in masks:
+        of_embedding = masks.pop("embedding_dropout", None)
+        of_attention = {name: masks.pop(name) for name in [*masks] if name.endswith("attention_dropout")}
+        changed: dict[str, nn.Module] = {}
+        for name, mask in of_attention.items():  # (H, P, P)
+            qkv: Any = self.get_submodule(at := name.replace("attention_dropout", "qkv"))
+            scale_of_values = mask.new_ones(3, qkv.in_features)
+            scale_of_values[2] = mask.amax()  # 1 / (1 - p)
+            changed[at] = thin_linear(qkv, scale_out=scale_of_values.flatten())
+            changed[name] = AttentionMask((mask > 0).to(qkv.weight.device))
+        if of_embedding is not None:
             for name in ("token_embedding", "position_embedding"):
-                weight = getattr(self, name).weight
-                scaled = weight * masks["embedding_dropout"].to(weight)
+                weight = self.get_parameter(f"{name}.weight")
+                scaled = weight * of_embedding.to(weight)
                 changed[name] = nn.Embedding.from_pretrained(scaled)  # type: ignore[no-untyped-call]
-        return replace_modules(self, **changed)
+        return thin_modules(self, masks, **changed)

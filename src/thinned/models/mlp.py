@@ -14,8 +14,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from thinned.models.dropout import Dropout, DropoutRates, Mask, sample_masks
-from thinned.models.thinning import kept_units, thin_linear, with_masks
+from thinned.models.dropout import Dropout, DropoutRates, sample_masks
+from thinned.models.thinning import thin_modules, with_masks
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "relu": lambda: nn.ReLU(inplace=True),  # nothing else reads its input, and fresh memory is slow
@@ -127,7 +127,13 @@ class MLP(nn.Module):
             stages["pooling"] = AttentionPooling(query, key_value, attention_dropout)
         for i, units in enumerate(hidden):
             if residual:
-                stages[f"block{i}"] = Residual(_residual_sublayer(size, units, activation, layer_norm, dropout))
+                block = OrderedDict[str, nn.Module](norm=nn.LayerNorm(size)) if layer_norm else OrderedDict()
+                block["up"] = nn.Linear(size, units)
+                block["activation"] = ACTIVATIONS[activation]()
+                block["mlp_dropout"] = Dropout(dropout.mlp, "mlp", (units,))
+                block["down"] = nn.Linear(units, size)
+                block["residual_dropout"] = Dropout(dropout.residual, "residual", (size,))
+                stages[f"block{i}"] = Residual(nn.Sequential(block))
             else:
                 stages[f"linear{i}"] = nn.Linear(size, units)
                 if layer_norm:
@@ -157,16 +163,15 @@ class MLP(nn.Module):
 
     @torch.no_grad()
     def thin(self, seed: int, sample: int, sites: Collection[str] | None = None, scale: float = 1.0) -> nn.Sequential:
-        """Returns a thinned network: a module without dropout that equals this one under its `sample_masks`.
+        """Returns a thinned network: layers without dropout that compute what this net does under `sample_masks`.
 
-        All examples share the masks. Dropped hidden units are cut out; embedding and residual masks scale rows or
-        columns; masks on patches and on attention stay, since no weight can carry them. Other layers are shared.
+        All examples share the masks. Those of patches and of attention stay, the others go into the weights.
 
         >>> net = MLP((4,), 3, (100,), dropout=DropoutRates(mlp=0.5))
         >>> net.thin(seed=0, sample=0).linear0  # 49 of 100 units are kept, padded to a multiple of 16
         Linear(in_features=4, out_features=64, bias=True)
         """
-        return _thin_chain(self.stages, "stages.", sample_masks(self, seed, sample, sites, scale))
+        return thin_modules(self, sample_masks(self, seed, sample, sites, scale)).stages
 
     def stack(
         self, seed: int, samples: Sequence[int], sites: Collection[str] | None = None, scale: float = 1.0
@@ -184,51 +189,10 @@ class MLP(nn.Module):
         return with_masks(self, {name: masks.unsqueeze(1).to(weights) for name, masks in stacked.items()})
 
 
-def _residual_sublayer(size: int, units: int, activation: str, layer_norm: bool, dropout: DropoutRates) -> nn.Module:
-    stages: OrderedDict[str, nn.Module] = OrderedDict(norm=nn.LayerNorm(size)) if layer_norm else OrderedDict()
-    stages["up"] = nn.Linear(size, units)
-    stages["activation"] = ACTIVATIONS[activation]()
-    stages["mlp_dropout"] = Dropout(dropout.mlp, "mlp", (units,))
-    stages["down"] = nn.Linear(units, size)
-    stages["residual_dropout"] = Dropout(dropout.residual, "residual", (size,))
-    return nn.Sequential(stages)
-
-
-def _thin_chain(chain: nn.Module, prefix: str, masks: dict[str, Tensor]) -> nn.Sequential:
-    """Returns the chain without dropout, each mask folded into a linear layer before or after it if there is one."""
-    names, modules = zip(*chain.named_children(), strict=True)
-    weights = next(chain.parameters())
-    pending = {i: masks[prefix + name] for i, name in enumerate(names) if prefix + name in masks}
-    thinned: OrderedDict[str, nn.Module] = OrderedDict()
-    kept: Tensor | None = None  # hidden units that the last linear layer still has; None for all
-    for i, (name, module) in enumerate(zip(names, modules, strict=True)):
-        if isinstance(module, nn.Linear):
-            scale_out = pending.pop(i + 1, None)  # a dropout right behind this layer scales its rows
-            hidden = pending.get(i + 2)  # one behind its activation cuts rows here, and columns of the next layer
-            kept_out = None if hidden is None else kept_units(hidden)
-            mask_in = pending.get(i - 1)
-            thinned[name] = thin_linear(module, kept_in=kept, mask_in=mask_in, kept_out=kept_out, scale_out=scale_out)
-            kept = kept_out
-        elif isinstance(module, Dropout):
-            if i in pending and not isinstance(modules[i + 1], nn.Linear):
-                thinned[name] = Mask(pending[i].to(weights))
-        elif isinstance(module, Residual):
-            thinned[name] = Residual(_thin_chain(module.sublayer, f"{prefix}{name}.sublayer.", masks))
-        elif isinstance(module, AttentionPooling):
-            mask = masks.get(f"{prefix}{name}.attention_dropout")
-            attention_dropout = nn.Identity() if mask is None else Mask(mask.to(weights))
-            thinned[name] = AttentionPooling(module.query, module.key_value, attention_dropout)
-        else:
-            thinned[name] = module
-    return nn.Sequential(thinned)
-
-
 def _check(config: dict[str, Any]) -> None:
     """Raises ValueError for a setting outside its range, and for a rate at a site that the net lacks."""
     given = config | {f"dropout.{site}": rate for site, rate in config["dropout"].items()}
-    shape, hidden, width, patch, residual = (
-        given[key] for key in ("input_shape", "hidden", "width", "patch_size", "residual")
-    )
+    shape, hidden, width, patch = (given[key] for key in ("input_shape", "hidden", "width", "patch_size"))
     divides = patch is None or (patch >= 1 and len(shape) == 3 and not any(size % patch for size in shape[1:]))
     for key, valid, expected in (
         ("input_shape", min(shape, default=0) >= 1, "to hold positive sizes"),
@@ -236,11 +200,11 @@ def _check(config: dict[str, Any]) -> None:
         ("hidden", min(hidden, default=1) >= 1, "to hold positive widths"),
         ("activation", given["activation"] in ACTIVATIONS, f"to be one of {list(ACTIVATIONS)}"),
         ("width", width is None or width >= 1, "to be positive or null"),
-        ("width", width or not (residual or patch), "to be set if net.residual or net.patch_size is"),
+        ("width", width or not (given["residual"] or patch), "to be set if net.residual or net.patch_size is"),
         ("patch_size", divides, f"to divide the height and width of net.input_shape (C, H, W) {shape}"),
         ("max_norm", given["max_norm"] is None or given["max_norm"] > 0, "to be positive or null"),
         ("dropout.attention", patch or not given["dropout.attention"], "to be 0 without net.patch_size"),
-        ("dropout.residual", (residual and hidden) or not given["dropout.residual"],
+        ("dropout.residual", (given["residual"] and hidden) or not given["dropout.residual"],
          "to be 0 without net.residual and net.hidden"),
         ("dropout.mlp", hidden or not given["dropout.mlp"], "to be 0 without net.hidden"),
     ):  # fmt: skip

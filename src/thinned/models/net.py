@@ -40,6 +40,13 @@ def net_offers(net: object) -> NetOffers:
     return cast(NetOffers, Offers(net, NetOffers))
 
 
+def few_rows(num_rows: int, num_classes: int) -> Iterator[slice]:
+    """Yields slices of a few rows each, whose logits over K classes stay in the cache."""
+    at_once = max(1, LOGITS_AT_ONCE // num_classes)
+    for start in range(0, max(1, num_rows), at_once):
+        yield slice(start, start + at_once)
+
+
 class Logits:
     """Computes the logits of N targets when they are indexed.
 
@@ -69,9 +76,7 @@ class Logits:
 
     def log_probs(self) -> Iterator[tuple[slice, Tensor]]:
         """Yields a few rows at a time and their log-probabilities (n, K)."""
-        at_once = max(1, LOGITS_AT_ONCE // self.num_classes)
-        for start in range(0, max(1, len(self)), at_once):
-            rows = slice(start, start + at_once)
+        for rows in few_rows(len(self), self.num_classes):
             yield rows, torch.log_softmax(self[rows], dim=-1)
 
 

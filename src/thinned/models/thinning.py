@@ -10,16 +10,41 @@ from thinned.models.dropout import Dropout, Mask
 M = TypeVar("M", bound=nn.Module)
 
 
-def with_masks(module: M, masks: dict[str, Tensor], prefix: str = "") -> M:
-    """Returns a copy in which a mask, by module name, or nothing replaces each dropout. All else is shared."""
+def with_masks(net: M, masks: dict[str, Tensor]) -> M:
+    """Returns a copy of a net in which a mask, by module name, or nothing replaces each dropout. All else is shared."""
+    dropouts = [name for name, module in net.named_modules() if isinstance(module, Dropout)]
+    return replace_modules(net, **{n: Mask(masks[n]) if n in masks else nn.Identity() for n in dropouts})
+
+
+def thin_modules(net: M, masks: dict[str, Tensor], **others: nn.Module) -> M:
+    """Returns a copy of a net without dropout that computes what the net does under masks, by module name.
+
+    A mask (C,) scales the rows of the linear layer before it, or the columns of the one behind it. Units that it drops
+    between two of them are cut out of both. Any other mask stays. Layers have to be registered in the order of a pass.
+    `others` replace modules too, by name. All else is shared.
+    """
+    weights = next(net.parameters())
+    layers = [(name, module) for name, module in net.named_modules() if not any(True for _ in module.children())]
+    linears = {i: layer for i, (_, layer) in enumerate(layers) if isinstance(layer, nn.Linear)}
+    folded: dict[int, dict[str, Tensor]] = {i: {} for i in linears}
     changed: dict[str, nn.Module] = {}
-    for name, part in module.named_children():
-        path = prefix + name
-        if isinstance(part, Dropout):
-            changed[name] = Mask(masks[path]) if path in masks else nn.Identity()
-        elif any(isinstance(inner, Dropout) for inner in part.modules()):
-            changed[name] = with_masks(part, masks, f"{path}.")
-    return replace_modules(module, **changed)
+    for i, (name, layer) in enumerate(layers):
+        if not isinstance(layer, Dropout):
+            continue
+        changed[name], mask = nn.Identity(), masks.get(name)
+        if mask is None:
+            continue
+        foldable = mask.dim() == 1 and layer.site != "attention"
+        if foldable and i - 1 in linears:
+            folded[i - 1]["scale_out"] = mask
+        elif foldable and i + 1 in linears:
+            folded[i + 1]["mask_in"] = mask
+            if layer.site == "mlp" and i - 2 in linears:  # an activation is in between
+                folded[i - 2]["kept_out"] = folded[i + 1]["kept_in"] = kept_units(mask)
+        else:
+            changed[name] = Mask(mask.to(weights))
+    changed |= {layers[i][0]: thin_linear(linear, **folded[i]) for i, linear in linears.items() if folded[i]}
+    return replace_modules(net, **changed | others)
 
 
 def kept_units(mask: Tensor) -> Tensor:
@@ -37,7 +62,7 @@ def thin_linear(
     kept_out: Tensor | None = None,
     scale_out: Tensor | None = None,
 ) -> nn.Linear:
-    """Returns the layer with rows and columns cut (indices) or scaled (masks); itself if nothing is given."""
+    """Returns a copy of the layer with rows and columns cut (indices) or scaled (masks)."""
     weight: Tensor = linear.weight
     bias: Tensor | None = linear.bias
     if kept_out is not None:
@@ -52,8 +77,6 @@ def thin_linear(
     if scale_out is not None:
         weight = torch.mul(weight, scale_out.to(weight)[:, None], out=None if weight is linear.weight else weight)
         bias = None if bias is None else bias * scale_out.to(bias)
-    if weight is linear.weight:
-        return linear
     thinned = replace_modules(linear)
     thinned.out_features, thinned.in_features = weight.shape
     thinned.weight = nn.Parameter(weight, requires_grad=False)
@@ -62,10 +85,12 @@ def thin_linear(
 
 
 def replace_modules(module: M, **changed: nn.Module) -> M:
-    """Returns a copy of a module that shares all parts with it but the given submodules."""
+    """Returns a copy of a module with other submodules, by name, such as `blocks.0.mlp`. All else is shared."""
     copied = type(module).__new__(type(module))
     for name, value in vars(module).items():
         vars(copied)[name] = value.copy() if isinstance(value, dict) else value
-    for name, submodule in changed.items():
-        setattr(copied, name, submodule)
+    for name, part in module.named_children():
+        below = {path.removeprefix(f"{name}."): new for path, new in changed.items() if path.startswith(f"{name}.")}
+        if name in changed or below:
+            setattr(copied, name, changed[name] if name in changed else replace_modules(part, **below))
     return copied

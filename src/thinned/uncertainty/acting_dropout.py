@@ -1,8 +1,9 @@
-"""Runs a net with only dropout in training mode, and with a given random state."""
+"""Runs a net with only dropout in training mode, and selects the sites at which it acts."""
 
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import TypeVar
+from itertools import combinations
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +14,18 @@ from thinned.offers import task_offers
 
 Output = TypeVar("Output")
 
+SCALES = (0.25, 0.5, 2.0)  # of the rates, tried by `select_sites`
+
 
 def of_our_make(net: nn.Module) -> bool:
     """Returns whether a net, or the `net` of a sharded task, can be thinned: all its dropout is `Dropout`."""
     return any(net_offers(each).thin is not None for each in (net, task_offers(net).net))
+
+
+def nothing_drops(net: nn.Module) -> ValueError:
+    """Returns the error for a net in which no dropout acts."""
+    name = type(net).__name__
+    return ValueError(f"Expected dropout with a rate above 0 in {name}, but got a pass that draws nothing")
 
 
 def acting_sites(net: nn.Module, sites: Collection[str] | None = None) -> tuple[str, ...]:
@@ -30,6 +39,34 @@ def acting_sites(net: nn.Module, sites: Collection[str] | None = None) -> tuple[
     if not of_net:
         raise nothing_drops(net)
     return tuple(site for site in sites_in(net) if sites is None or site in sites)
+
+
+class Acting(NamedTuple):
+    """Holds the sites at which dropout acts at prediction, and the factor of its rates."""
+
+    sites: tuple[str, ...]
+    scale: float = 1.0
+
+    def __str__(self) -> str:
+        return "+".join(self.sites) + ("" if self.scale == 1 else f" × {self.scale:g}")
+
+
+def select_sites(net: nn.Module, nll: Callable[[Acting], float]) -> dict[Acting, float]:
+    """Scores every combination of the sites that drop in a net, then the best one at other rates; best first.
+
+    Args:
+        net: Its sites with a rate above 0 are combined in all ways, at most 2^4 - 1.
+        nll: Returns the negative log-likelihood on held-out data if dropout acts in the given way, in nats.
+    """
+    sites = sites_in(net)
+    if not sites:
+        raise nothing_drops(net)
+    combined = [Acting(c) for size in range(1, len(sites) + 1) for c in combinations(sites, size)]
+    scores = {acting: nll(acting) for acting in combined}
+    best = min(scores, key=lambda acting: scores[acting]).sites
+    highest = max(m.p for m in net.modules() if isinstance(m, Dropout) and m.site in best)
+    scores |= {a: nll(a) for a in (Acting(best, scale) for scale in SCALES if scale * highest < 1)}
+    return dict(sorted(scores.items(), key=lambda item: item[1]))
 
 
 def is_dropout(module: nn.Module) -> bool:
@@ -49,11 +86,7 @@ def restored(net: nn.Module) -> Iterator[list[str]]:
     """Restores modes, buffers, and attributes that are numbers or tensors; then lists the buffers that had changed."""
     modes = {module: module.training for module in net.modules()}
     attributes = {m: {k: v for k, v in vars(m).items() if isinstance(v, int | float | Tensor)} for m in modes}
-    buffers = [
-        (f"{path}.{name}".strip("."), module, name, buffer, buffer.clone())
-        for path, module in net.named_modules()
-        for name, buffer in module.named_buffers(recurse=False)
-    ]
+    buffers = {name: (buffer, buffer.clone()) for name, buffer in net.named_buffers(remove_duplicate=False)}
     changed: list[str] = []
     try:
         yield changed
@@ -61,13 +94,14 @@ def restored(net: nn.Module) -> Iterator[list[str]]:
         for module, mode in modes.items():
             vars(module).update(attributes[module])
             module.training = mode
-        for path, module, name, buffer, copied in buffers:
-            now = getattr(module, name)
-            if now is None or not torch.equal(now, copied):
+        now = dict(net.named_buffers(remove_duplicate=False))
+        for path, (buffer, copied) in buffers.items():
+            if path not in now or not torch.equal(now[path], copied):
                 changed.append(path)
                 with torch.no_grad():
                     buffer.copy_(copied)
-                setattr(module, name, buffer)  # `self.average = ...` has replaced the buffer
+                owner, _, name = path.rpartition(".")
+                setattr(net.get_submodule(owner), name, buffer)  # `self.average = ...` has replaced the buffer
 
 
 @contextmanager
@@ -76,13 +110,8 @@ def only_dropout_active(
 ) -> Iterator[None]:
     """Puts only dropout into training mode within the block, and restores everything after it.
 
-    Raises a ValueError if a buffer changed inside, since such a prediction would depend on its batch.
-
-    Args:
-        net: The net.
-        sites: Sites of `Dropout` that act; None is every dropout module.
-        scale: Factor on the rates of each `Dropout` that acts.
-        owners: More modules to put into training mode, see `FoundDropout`.
+    `sites` are those of `Dropout` that act, at `scale` times their rates; None is every dropout module, and `owners`
+    (see `FoundDropout`). A changed buffer is a ValueError, since such a prediction would depend on its batch.
     """
     with restored(net) as changed, ExitStack() as stack:
         stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
@@ -99,6 +128,11 @@ def only_dropout_active(
         yield
     if changed:
         raise ValueError(f"Expected dropout alone to act in {type(net).__name__}, but got changed buffers: {changed}")
+
+
+def random_state() -> Tensor:
+    """Returns torch's random state on the CPU and the current GPU: it changes if something is drawn."""
+    return torch.cat([torch.get_rng_state(), *([torch.cuda.get_rng_state()] if torch.cuda.is_available() else [])])
 
 
 @contextmanager
@@ -120,14 +154,3 @@ def seeded_output(net: nn.Module, evaluate: Callable[[nn.Module], Output], seed:
         if torch.equal(before, random_state()):
             raise nothing_drops(net)
     return output
-
-
-def random_state() -> Tensor:
-    """Returns torch's random state on the CPU and the current GPU: it changes if something is drawn."""
-    return torch.cat([torch.get_rng_state(), *([torch.cuda.get_rng_state()] if torch.cuda.is_available() else [])])
-
-
-def nothing_drops(net: nn.Module) -> ValueError:
-    """Returns the error for a net in which no dropout acts."""
-    name = type(net).__name__
-    return ValueError(f"Expected dropout with a rate above 0 in {name}, but got a pass that draws nothing")

@@ -37,9 +37,8 @@ def uniforms(seed: int, index: Tensor) -> Tensor:
 
     They are the outputs of SplitMix64 (Steele, Lea and Flood 2014) at the places `index`, (N,) of integers.
     """
-    x = np.uint64(derive_seed(seed, "conformal")) + index.cpu().numpy().astype(np.uint64) * np.uint64(
-        0x9E3779B97F4A7C15
-    )
+    places = index.cpu().numpy().astype(np.uint64)
+    x = np.uint64(derive_seed(seed, "conformal")) + places * np.uint64(0x9E3779B97F4A7C15)
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
         x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)
     return torch.from_numpy((x >> np.uint64(11)) / 2**53).to(index.device)
@@ -87,8 +86,6 @@ def threshold(scores: Tensor, coverage: float) -> float:
     n, exact = len(scores), Fraction(str(coverage))  # in floats, 100 * 0.55 is above 55
     rank = math.ceil((n + 1) * exact)
     if rank > n:
-        raise ValueError(
-            f"Expected at least {math.ceil(exact / (1 - exact))} calibration examples for coverage {coverage}, but got "
-            f"{n} (at most coverage {n}/{n + 1} is possible)"
-        )
+        least, got = math.ceil(exact / (1 - exact)), f"{n} (at most coverage {n}/{n + 1} is possible)"
+        raise ValueError(f"Expected at least {least} calibration examples for coverage {coverage}, but got {got}")
     return float(scores.kthvalue(rank).values)

@@ -15,7 +15,7 @@ Shapes: N predictions, G independent groups of them, E parts of the hypothetical
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from thinned.models.dropout import derive_seed
-from thinned.uncertainty.scores import Score
+from thinned.uncertainty.scores import Columns, Score
 from thinned.uncertainty.weighting import totals
 
 Z = 1.959964  # 95 % of a normal variable are in [-Z, Z]
@@ -53,13 +53,8 @@ def wilson(successes: float, n: float) -> tuple[float, float]:
 def share_interval(column: Tensor, rows: Tensor, blocks: Tensor | None = None) -> tuple[float, float, float]:
     """Returns the share of rows in which a bool column is true, and Wilson's 95 % interval.
 
-    Rows of one block depend on each other. The interval is then that of as many independent rows as give the share
-    the same variance.
-
-    Args:
-        column: (N,) bool.
-        rows: Indices of the rows that count, int64.
-        blocks: The block of each of the N rows, int64, if they depend on each other.
+    The column is (N,), and `rows` are the indices of those that count. Rows of one block depend on each other, if
+    `blocks` (N,) are given. The interval is then that of as many independent rows as give the share the same variance.
 
     >>> share_interval(torch.tensor([True, False, True]), torch.tensor([0, 1]))[0]
     0.5
@@ -72,7 +67,7 @@ def share_interval(column: Tensor, rows: Tensor, blocks: Tensor | None = None) -
     return share, *wilson(share * n, n)
 
 
-def resample_weights(num_groups: int, resamples: range, seed: int) -> Tensor:
+def resample_weights(num_groups: int, resamples: range, seed: int = 0) -> Tensor:
     """Returns how often each group is in each bootstrap resample, (R, G) uint8: Poisson variables of mean 1.
 
     They depend on (seed, resample, group) alone, so ways and runs on the same examples are resampled alike.
@@ -159,14 +154,7 @@ class Estimate:
         return math.sqrt(square * n / (n - 1)), cube / square**1.5 if square > 0 else 0.0
 
 
-def estimated(
-    score: Score,
-    columns: dict[str, Tensor],
-    hypothetical: Mapping[str, Tensor],
-    group: Tensor,
-    num_resamples: int,
-    seed: int,
-) -> Estimate:
+def estimated(score: Score, columns: Columns, hypothetical: Columns, group: Tensor, num_resamples: int) -> Estimate:
     """Returns a score of columns (N, ...) with its sampling error.
 
     `hypothetical` is the result of `hypothetical_error`: it joins the columns if it has all that the score reads.
@@ -182,7 +170,7 @@ def estimated(
         of_resamples = torch.vmap(lambda w: score.of(*columns.values(), weights=w[group]))
         at_once = max(8, WEIGHTS_AT_ONCE // n)
         parts = (range(start, min(start + at_once, num_resamples)) for start in range(0, num_resamples, at_once))
-        values = [of_resamples(resample_weights(num_groups, part, seed)) for part in parts]
+        values = [of_resamples(resample_weights(num_groups, part)) for part in parts]
         return replace(estimate, moves=torch.cat(values))
     weights = torch.ones(n, dtype=torch.float64)
     if score.kind == "smooth" and columns.keys() <= hypothetical.keys():
@@ -196,7 +184,7 @@ def estimated(
     return replace(estimate, at=at.item(), moves=moves, weights=torch.cat([weights.new_ones(num_groups), weights[n:]]))
 
 
-def why_undefined(columns: Mapping[str, Tensor]) -> str:
+def why_undefined(columns: Columns) -> str:
     """Says in a few words why a score of these columns is NaN.
 
     >>> why_undefined({"correct": torch.tensor([True]), "predictive_entropy": torch.tensor([0.1])})
@@ -208,7 +196,7 @@ def why_undefined(columns: Mapping[str, Tensor]) -> str:
     return "the targets have no bytes" if "bytes" in columns else "a column is not a number"
 
 
-def hypothetical_error(rows: Mapping[str, Tensor], doubt: Tensor) -> dict[str, Tensor]:
+def hypothetical_error(rows: Columns, doubt: Tensor) -> dict[str, Tensor]:
     """Returns the columns of one error in E parts, (E,): it is at row i with probability doubt_i / sum_j doubt_j.
 
     Given an error, a row p with confidence c expects an NLL of (H[p] + c log c) / (1 - c), and a Brier score of

@@ -46,9 +46,9 @@ class FoundDropout:
             runs in that mode alone.
     """
 
-    owners: frozenset[nn.Module]
-    off: bool
-    resting: str
+    owners: frozenset[nn.Module] = frozenset()
+    off: bool = False
+    resting: str = ""
 
 
 class _Watch(TorchFunctionMode):

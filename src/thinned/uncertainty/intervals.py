@@ -12,9 +12,7 @@ import torch
 from torch import Tensor
 
 from thinned.uncertainty.estimates import HYPOTHETICAL, Estimate, estimated, hypothetical_error
-from thinned.uncertainty.scores import SCORES, Score
-
-Columns = Mapping[str, Tensor]
+from thinned.uncertainty.scores import SCORES, Columns, Score
 
 
 @dataclass(frozen=True)
@@ -94,7 +92,6 @@ def score_intervals(
     baseline: str | None = None,
     groups: Tensor | None = None,
     num_resamples: int = 200,
-    seed: int = 0,
     table: Mapping[str, Score] | None = None,
 ) -> tuple[dict[str, dict[str, Interval]], dict[str, dict[str, Difference]]]:
     """Returns the intervals by way, then by score, and likewise the differences of the other ways to the baseline.
@@ -105,7 +102,6 @@ def score_intervals(
         baseline: The way with which the others are compared, if any.
         groups: The group of each prediction, (N,) int64, if predictions of a group depend on each other, as tokens do.
         num_resamples: Number of resamples, for a mean and a variance: more ways need no more.
-        seed: Seed of the resamples.
         table: The scores by their names; None takes `SCORES`.
 
     Raises:
@@ -121,9 +117,8 @@ def score_intervals(
         raise ValueError(f"Expected a baseline among {list(ways)}, but got {baseline}")
     runs = {name: [way] if isinstance(way, Mapping) else list(way) for name, way in ways.items()}
     doubts = [1 - run["confidence"].double() for of_way in runs.values() for run in of_way]
-    n = len(doubts[0])
-    if any(len(doubt) != n for doubt in doubts):
-        lengths = [len(doubt) for doubt in doubts]
+    n, *others = lengths = [len(doubt) for doubt in doubts]
+    if set(others) - {n}:
         raise ValueError(f"Expected ways with predictions of the same examples, but got numbers of them: {lengths}")
     group = torch.arange(n) if groups is None else torch.unique(groups, return_inverse=True)[1]
     if n == 0 or group.max() == 0:
@@ -135,7 +130,7 @@ def score_intervals(
     of_baseline: dict[str, Estimate] = {}
     nll_of_baseline = torch.empty(0)
     for name in sorted(ways, key=lambda name: name != baseline):
-        of_runs = [_estimates(run, table, doubt, group, num_resamples, seed) for run in runs[name]]
+        of_runs = [_estimates(run, table, doubt, group, num_resamples) for run in runs[name]]
         nll = torch.stack([run.get("nll", run["confidence"]) for run in runs[name]])
         if name == baseline:
             nll_of_baseline = nll
@@ -158,14 +153,14 @@ def score_intervals(
 
 
 def _estimates(
-    way: Columns, table: Mapping[str, Score], doubt: Tensor, group: Tensor, num_resamples: int, seed: int
+    way: Columns, table: Mapping[str, Score], doubt: Tensor, group: Tensor, num_resamples: int
 ) -> dict[str, Estimate]:
     """Returns all scores for which a way has the columns."""
     read = HYPOTHETICAL.union(*(score.needs for score in table.values())) & set(way)
     rows = {column: way[column].clone() for column in read}
     hypothetical = hypothetical_error(rows, doubt) if "nll" in rows else {}
     return {
-        key: estimated(score, {c: rows[c] for c in score.columns}, hypothetical, group, num_resamples, seed)
+        key: estimated(score, {c: rows[c] for c in score.columns}, hypothetical, group, num_resamples)
         for key, score in table.items()
         if score.needs <= read
     }

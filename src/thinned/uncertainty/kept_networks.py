@@ -12,12 +12,10 @@ from thinned.models.net import net_offers
 KEPT_BYTES = 2**29  # 512 MiB: 50 networks of 784-1024-1024-1024-10 take 182 MiB at a rate of 0.5
 # On a CPU, for 784-1024-1024-1024-10 (`scripts/bench mc_batch`), a stack is cheaper below about 100 inputs at a rate of
 # 0.5, and below 25 if networks are kept; at a rate of 0.1 below more than 128, and about 130.
-STACKED_INPUTS = 64
-ROWS_AT_ONCE = 512  # networks times inputs in a stack: their activations stay in the cache
+STACKED_INPUTS, ROWS_AT_ONCE = 64, 512  # networks times inputs in a stack: their activations stay in the cache
 # On an H200, cutting 50 networks takes 69 ms, and a pass through kept ones 15 ms. A stack takes 1 ms for 128
 # inputs, 6 for 1,000, 24 for 4,000 and 67 for 10,000.
-STACKED_INPUTS_ON_GPU = 4096
-ROWS_AT_ONCE_ON_GPU = 2**15
+STACKED_INPUTS_ON_GPU, ROWS_AT_ONCE_ON_GPU = 4096, 2**15
 
 
 def rows_at_once(device: torch.device) -> int:

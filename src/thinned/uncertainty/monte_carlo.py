@@ -74,22 +74,20 @@ def mc_predict(
 
 def mc_samples(net: nn.Module, inputs: Any, **settings: Any) -> Generator[Tensor, None, None]:
     """Yields the S sampled predictive distributions, softmax of the logits, (B, K). See `mc_predict`."""
-    with closing(sampled_logits(net, inputs, **settings)) as sampled:
-        for logits in sampled:
-            yield from _probabilities(logits)
+    for logits in sampled_logits(net, inputs, **settings):
+        yield from _probabilities(logits)
 
 
 def _probabilities(logits: Tensor) -> Tensor:
-    return torch.softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=-1)
+    return torch.softmax(logits, dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
 
 
 def sampled_logits(
     net: nn.Module, inputs: Any, masks: Masks = "auto", sites: Collection[str] | None = None, **settings: Any
 ) -> Generator[Tensor, None, None]:
     """Yields the logits of S sampled networks, n at a time: (n, B, K). See `sampled_outputs`."""
-    at_once = 0  # networks in a stack; 0 without stacks
-    if resolve_masks(net, masks) == "shared" and net_offers(net).stack is not None and acting_sites(net, sites):
-        at_once = stacked_at_once(len(inputs), inputs.device)
+    stacks = resolve_masks(net, masks) == "shared" and net_offers(net).stack is not None and acting_sites(net, sites)
+    at_once = stacked_at_once(len(inputs), inputs.device) if stacks else 0
     settings |= {"masks": masks, "sites": sites, "at_once": at_once}
     with closing(sampled_outputs(net, lambda sampled: logits_in(sampled, inputs), **settings)) as outputs:
         for number, logits in enumerate(outputs):
@@ -122,22 +120,21 @@ def sampled_outputs(
     """
     if num_samples < 2:
         raise ValueError(f"Expected num_samples to be at least 2, but got {num_samples}")
-    shared, owners = resolve_masks(net, masks) == "shared", frozenset[nn.Module]()
-    if sites is None and not of_our_make(net):
-        found = found or find_dropout(net, evaluate)
-        off, owners = found.off, found.owners
-    else:
+    shared = resolve_masks(net, masks) == "shared"
+    if sites is not None or of_our_make(net):
         sites = acting_sites(net, sites)
-        off = not sites
-    if off:
+        found = FoundDropout(off=not sites)
+    elif found is None:
+        found = find_dropout(net, evaluate)
+    if found.off:
         with only_dropout_active(net, ()):
             output = evaluate(net)
         yield from repeat(output, num_samples)
     elif shared:
-        kept = kept or KeptNetworks(max_bytes=0)
-        yield from map(evaluate, kept.networks(net, num_samples, at_once, seed, sites, scale))
+        networks = (kept or KeptNetworks(max_bytes=0)).networks(net, num_samples, at_once, seed, sites, scale)
+        yield from map(evaluate, networks)
     else:
-        with only_dropout_active(net, sites, scale, owners):
+        with only_dropout_active(net, sites, scale, found.owners):
             for sample in range(num_samples):
                 yield seeded_output(net, evaluate, derive_seed(seed, sample))
 
@@ -146,9 +143,8 @@ def resolve_masks(net: nn.Module, masks: Masks) -> Literal["shared", "independen
     """Resolves `auto` to `shared` if the net has `thin`; ValueError for shared masks of a net without it."""
     if masks not in get_args(Masks):
         raise ValueError(f"Expected masks to be auto, shared or independent, but got {masks!r}")
-    if net_offers(net).thin is not None:
-        return "independent" if masks == "independent" else "shared"
-    if masks == "shared":
+    thinnable = net_offers(net).thin is not None
+    if masks == "shared" and not thinnable:
         name = type(net).__name__
         raise ValueError(f"Expected a net with `thin(seed, sample, sites)` for masks=shared, but got {name}")
-    return "independent"
+    return "shared" if thinnable and masks != "independent" else "independent"

@@ -15,9 +15,9 @@ from torch.nn import functional as F
 
 from thinned.uncertainty import calibration
 from thinned.uncertainty.conformal import KINDS
-from thinned.uncertainty.per_class import balanced_accuracy
-from thinned.uncertainty.statistics import entropy
-from thinned.uncertainty.weighting import curves, interpolated, mean
+from thinned.uncertainty.weighting import curves, interpolated, mean, totals, weights_of
+
+Columns = Mapping[str, Tensor]  # of N predictions: (N,), or probs (N, K)
 
 
 def nll(probs: Tensor, targets: Tensor) -> Tensor:
@@ -39,6 +39,15 @@ def brier(probs: Tensor, targets: Tensor) -> Tensor:
     return (probs - F.one_hot(targets, probs.shape[-1])).square().sum(-1)
 
 
+def entropy(probs: Tensor) -> Tensor:
+    """Returns H[p] = - sum_k p_k log p_k over the last dimension, in nats, with 0 log 0 = 0.
+
+    >>> entropy(torch.tensor([[0.5, 0.5], [1.0, 0.0]]))
+    tensor([0.6931, 0.0000])
+    """
+    return torch.special.entr(probs).sum(-1)
+
+
 def prediction_columns(probs: Tensor, targets: Tensor | None) -> dict[str, Tensor]:
     """Returns columns (N,) computed from distributions (N, K) and, unless None, from targets (N,).
 
@@ -50,6 +59,31 @@ def prediction_columns(probs: Tensor, targets: Tensor | None) -> dict[str, Tenso
         rank = 1 + (probs > probs.gather(-1, targets[:, None])).sum(-1)
         columns |= {"nll": nll(probs, targets), "correct": prediction == targets, "rank": rank}
     return columns
+
+
+def recall_per_class(
+    target: Tensor, correct: Tensor, num_classes: int, weights: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Returns the weighted recall of each class, and the unweighted number of its examples.
+
+    Targets and `correct` are (N,). Recalls are (K,) float64, NaN for a class without weight, and numbers (K,) int64.
+
+    >>> recall_per_class(torch.tensor([0, 0, 1]), torch.tensor([True, False, True]), 2)
+    (tensor([0.5000, 1.0000], dtype=torch.float64), tensor([2, 1]))
+    """
+    w, target = weights_of(target, weights), target.long()
+    recall = totals(w * correct.double(), target, num_classes) / totals(w, target, num_classes)
+    return recall, torch.bincount(target, minlength=num_classes)
+
+
+def balanced_accuracy(target: Tensor, correct: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Returns the mean of the recalls of all classes that have weight (Brodersen et al. 2010), ().
+
+    >>> balanced_accuracy(torch.tensor([0, 0, 0, 2]), torch.tensor([True, True, True, False])).item()
+    0.5
+    """
+    num_classes = int(target.max()) + 1 if len(target) else 0
+    return recall_per_class(target, correct, num_classes, weights)[0].nanmean()
 
 
 def auroc_error(correct: Tensor, uncertainty: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -178,8 +212,7 @@ def bits_per_byte(nll: Tensor, bytes: Tensor, weights: Tensor | None = None) -> 
     return mean(nll, weights) / mean(bytes, weights) / math.log(2)
 
 
-ERRORS = ("correct", "predictive_entropy")
-CONFIDENCE = ("confidence", "correct")
+ERRORS, CONFIDENCE, CLASSES = ("correct", "predictive_entropy"), ("confidence", "correct"), ("target", "probs")
 # By name, as in metrics.json and metric keys, and in the order of tables. An entry here adds a score.
 SCORES = {
     "accuracy": Score("accuracy ↑", mean, ("correct",), "proportion", headline=True),
@@ -194,10 +227,8 @@ SCORES = {
     "brier_miscalibration": Score(
         "Brier: miscalibration ↓", calibration.brier_miscalibration, ("target", "probs", "brier"), "descriptive"
     ),
-    "brier_discrimination": Score(
-        "Brier: discrimination ↑", calibration.brier_discrimination, ("target", "probs"), "descriptive"
-    ),
-    "brier_uncertainty": Score("Brier: base rates", calibration.brier_uncertainty, ("target", "probs")),
+    "brier_discrimination": Score("Brier: discrimination ↑", calibration.brier_discrimination, CLASSES, "descriptive"),
+    "brier_uncertainty": Score("Brier: base rates", calibration.brier_uncertainty, CLASSES),
     "ece": Score("ECE ↓", calibration.ece, CONFIDENCE, "calibration", headline=True),
     "adaptive_ece": Score("adaptive ECE ↓", calibration.adaptive_ece, CONFIDENCE, "calibration"),
     "smooth_ece": Score("smooth ECE ↓", calibration.smooth_ece, CONFIDENCE, "calibration"),
@@ -211,13 +242,13 @@ SCORES = {
 }
 
 
-def scores(rows: Mapping[str, Tensor]) -> dict[str, float]:
+def scores(rows: Columns) -> dict[str, float]:
     """Returns all scores for which there are columns, by name."""
-    found = {}
-    for name, score in SCORES.items():
-        if all(column in rows for column in score.needs):
-            found[name] = score.of(*(rows[column] for column in score.columns), weights=None).item()
-    return found
+    return {
+        name: score.of(*(rows[column] for column in score.columns), weights=None).item()
+        for name, score in SCORES.items()
+        if score.needs <= rows.keys()
+    }
 
 
 def classification_scores(probs: Tensor, targets: Tensor) -> dict[str, float]:

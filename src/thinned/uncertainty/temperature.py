@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from thinned.models import net
+from thinned.models.net import few_rows
 
 TEMPERATURES = tuple(2 ** (i / 4) for i in range(-12, 13))  # from 1/8 to 8, with 1
 STEPS = 35  # of 1 % each between the neighbours of the best of them
@@ -54,9 +54,7 @@ def nll_at(probs: Tensor, targets: Tensor, temperatures: Sequence[float]) -> Ten
 
 def _log_probs(probs: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Yields a few rows at a time and log p - max log p, (n, K)."""
-    at_once = max(1, net.LOGITS_AT_ONCE // probs.shape[-1])
-    for start in range(0, len(probs), at_once):
-        rows = slice(start, start + at_once)
+    for rows in few_rows(*probs.shape):
         logs = probs[rows].to(torch.promote_types(probs.dtype, torch.float32)).log()
         yield rows, logs.sub_(logs.amax(-1, keepdim=True))
 
