@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from pydoc import locate
 from typing import Any
@@ -73,11 +73,8 @@ class TemperedEnsemble(Way):
     def details(self) -> str:
         return f"T = {self.temperature:.2f}"
 
-    def state_dict(self) -> dict[str, Any]:
-        return self.settings
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.temperature = state["temperature"]
+    def load_settings(self, settings: Mapping[str, Any]) -> None:
+        self.temperature = settings["temperature"]
 
 
 def net_of(path: str) -> nn.Module:

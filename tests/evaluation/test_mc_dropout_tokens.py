@@ -77,7 +77,7 @@ def rows_of(
     for way in ways:
         way.bind(net)
         if acting:
-            way.load_state_dict({"selection": [[*acting, 0.0]]})
+            way.acting = acting
     tokens, targets, index = text
     return predicted_rows(Batch(tokens, index, targets), net, ways)
 

@@ -5,13 +5,16 @@ from copy import copy
 from pydoc import locate
 from typing import Any
 
-from torch import nn
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor, nn
 
-from thinned.evaluation.batch import Batch, trained_net
+from thinned.evaluation.batch import Batch, Validation, trained_net
 from thinned.evaluation.provenance import differences, digest_of_file
-from thinned.evaluation.ways import Tempered, Way
+from thinned.evaluation.ways import Way
 from thinned.models.net import Logits
 from thinned.uncertainty.statistics import MCStatistics
+from thinned.uncertainty.temperature import fit_temperature, nll_at, tempered
 from thinned.uncertainty.token_statistics import TokenStatistics
 
 # What the checkpoints of one ensemble may differ in, of what their data modules have kept.
@@ -48,6 +51,56 @@ class Ensemble(Way):
     @property
     def details(self) -> str:
         return f"{len(self.members)} checkpoints"
+
+
+class Tempered(Way):
+    """Sharpens or softens another way to predict by a temperature T (Guo et al. 2017).
+
+    If p is the mean of the distributions that the other way streams, it predicts p ** (1 / T), normalised. T has the
+    lowest NLL on validation.
+    """
+
+    def __init__(self, way: Way, temperature: float = 1.0) -> None:
+        self.way, self.builds_on = way, [way]
+        self.name, self.label = f"{way.name}_tempered", f"{way.label}, tempered"
+        self.temperature = temperature
+
+    def bind(self, trained: nn.Module) -> None:
+        """Leaves the networks to the other way."""
+
+    def fit(self, validation: Validation) -> None:
+        """Fits the temperature. Without an error in validation, any lower one would be better: then it stays 1."""
+        errors = torch.zeros(())
+
+        def mean_nll(temperatures: Sequence[float]) -> Tensor:
+            nonlocal errors
+
+            def columns(batch: Batch) -> Tensor:
+                mean = batch.mean(self.way)
+                wrong = (mean.argmax(-1) != batch.target).to(mean)[:, None]
+                return torch.cat([nll_at(mean, batch.target, temperatures), wrong], dim=-1)
+
+            *of_temperatures, errors = validation.mean(columns)
+            return torch.stack(of_temperatures)
+
+        self.temperature = fit_temperature(mean_nll)
+        if not errors:
+            self.temperature = 1.0
+            rank_zero_info(f"The temperature of {self.way.label} is 1: half of the validation split has no error.")
+
+    def stream(self, batch: Batch) -> Generator[Logits, None, None]:
+        yield Logits(tempered(batch.mean(self.way), self.temperature).log())
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {"temperature": self.temperature}
+
+    @property
+    def details(self) -> str:
+        return f"T = {self.temperature:.3g}"
+
+    def load_settings(self, settings: Mapping[str, Any]) -> None:
+        self.temperature = settings["temperature"]
 
 
 def evaluation_ways(standard: Sequence[Way], checkpoints: Mapping[str, dict[str, Any]]) -> list[Way]:

@@ -18,7 +18,6 @@ from thinned.evaluation.prediction_store import PredictionStore
 from thinned.evaluation.provenance import of_data, provenance
 from thinned.evaluation.report import write_report
 from thinned.evaluation.rows import predicted_rows
-from thinned.evaluation.score_tables import plain_scores
 from thinned.evaluation.validation_scores import ValidationScores
 from thinned.evaluation.ways import Sites, Way, learning_order, standard_ways
 from thinned.models.net import Logits
@@ -80,7 +79,6 @@ class MCDropout(Callback):
         self.directory = Path()  # of the latest files of a test
         self.further_set: str | None = None  # that is predicted after the test, see `thinned.evaluation.sets`
         self.store = PredictionStore(self.directory)  # of the prediction that is under way
-        self._learned: dict[str, Any] = {}
 
     def setup(self, trainer: Trainer, task: LightningModule, stage: str) -> None:
         self._trained = trained_net(task)
@@ -151,35 +149,33 @@ class MCDropout(Callback):
         if self.further_set:  # the ways stay as they are fitted
             self._provenance = self.provenance_of_set(trainer, data_offers(trainer))
         else:
-            self._learned = self._learn(trainer, task, ways)
+            self._learn(trainer, task, ways)
             checkpoint = trainer.ckpt_path or self.checkpoint
             self._provenance = provenance(trainer, task, checkpoint and str(checkpoint), split, ways)
             if self._sets is not None:
                 self._provenance["prediction_sets"] = self._sets.settings
         if self._sets is not None and (n := self._provenance["data"].get("examples", 2)) < 2:
             raise ValueError(f"Expected at least two examples of split {split} to evaluate, but got {n}")
-        self.store.begin(self._provenance, self._learned, trainer.strategy.barrier)
+        self.store.begin(self._provenance, trainer.strategy.barrier)
 
-    def _learn(self, trainer: Trainer, task: LightningModule, ways: Sequence[Way]) -> dict[str, Any]:
+    def _learn(self, trainer: Trainer, task: LightningModule, ways: Sequence[Way]) -> None:
         """Lets the ways learn from the validation split, or takes what an interrupted prediction has learned."""
-        learned = self.store.learned
+        interrupted = self.store.interrupted
         fit, calibrate = (Validation.of(trainer, task, len(ways), half) for half in HALVES)
         if self.split == "val" and (self._sets is not None or any(way.builds_on for way in ways)):
             said = "better than they are on the split they are learned from"
             rank_zero_info(f"Temperatures and prediction sets look {said}.")
         for way in ways:
-            if learned is None:
+            if interrupted is None:
                 way.fit(fit)
-            elif way.name in learned:  # else the store refuses the other settings
-                way.load_state_dict(learned[way.name])
-        state = {way.name: way.state_dict() for way in ways}
-        if self._sets is not None:
-            if learned is None:
-                self._sets.calibrate(calibrate, self.ways)
-            else:
-                self._sets.thresholds = learned.get("prediction_sets", {})
-            state["prediction_sets"] = self._sets.thresholds
-        return state
+            elif way.name in interrupted["ways"]:  # else the store refuses the other settings
+                way.load_settings(interrupted["ways"][way.name])
+        if self._sets is None:
+            return
+        if interrupted is None:
+            self._sets.calibrate(calibrate, self.ways)
+        else:
+            self._sets.thresholds = interrupted.get("prediction_sets", {}).get("thresholds", {})
 
     def provenance_of_set(self, trainer: Trainer, data: DataOffers) -> dict[str, Any]:
         """Returns what decides the rows of a further set: what has decided those of the test, on other data."""
@@ -241,8 +237,3 @@ class MCDropout(Callback):
             for way in (self.ways if self.evaluation else ())
             for key, score in self.evaluation["ways"][way.name]["scores"].items()
         }
-
-    @property
-    def metrics(self) -> dict[str, dict[str, Any]]:
-        """What `metrics.json` holds."""
-        return plain_scores(self.evaluation) if self.evaluation else {}

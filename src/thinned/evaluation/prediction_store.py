@@ -38,7 +38,8 @@ class PredictionStore:
         self.directory, self.rank = directory, rank
         self.parts = directory / "predictions.parts"
         self._settings = self.parts / "settings.json"
-        self._found: dict[str, Any] | None = None  # settings of an interrupted prediction
+        self.interrupted: dict[str, Any] | None = None  # provenance of the interrupted prediction that was found
+        self._attempt = 0
         self._writers: dict[str, ChunkWriter] = {}  # once it has begun
 
     def find_interrupted(self, broadcast: Callable[[Any], Any]) -> int:
@@ -46,37 +47,30 @@ class PredictionStore:
 
         `broadcast` returns to all processes what the first one gives it.
         """
-        found, start = None, 0
+        found, attempt, start = None, 0, 0
         if self.rank == 0 and self._settings.exists() and self.chunks("predictions"):
-            found, start = json.loads(self._settings.read_text()), self._first_missing()
-        self._found, start = broadcast((found, start))
+            stored = json.loads(self._settings.read_text())
+            found, attempt, start = stored["provenance"], stored["attempt"] + 1, self._first_missing()
+        self.interrupted, self._attempt, start = broadcast((found, attempt, start))
         return start
 
-    @property
-    def learned(self) -> dict[str, Any] | None:
-        """What the ways of the interrupted prediction had learned, by their names."""
-        return self._found and self._found["learned"]
-
-    def begin(self, provenance: dict[str, Any], learned: dict[str, Any], barrier: Callable[[str], None]) -> None:
-        """Says what decides the rows, and what the ways have learned by their names, as JSON; `barrier` waits for all.
+    def begin(self, provenance: dict[str, Any], barrier: Callable[[str], None]) -> None:
+        """Says what decides the rows, as JSON; `barrier` waits for all processes.
 
         A ValueError says that the interrupted prediction that was found has another provenance.
         """
-        attempt = 0
-        if self._found:
-            attempt = self._found["attempt"] + 1
-            if changed := differences(provenance, self._found["provenance"]):
-                said = f"Expected the settings of the interrupted prediction, but got {', '.join(changed)}"
-                raise ValueError(f"{said}: to predict all again, remove {self.parts}")
+        if self.interrupted and (changed := differences(provenance, self.interrupted)):
+            said = f"Expected the settings of the interrupted prediction, but got {', '.join(changed)}"
+            raise ValueError(f"{said}: to predict all again, remove {self.parts}")
         if self.rank == 0:
-            if not attempt:
+            if not self.interrupted:
                 self._remove()
-            self.parts.mkdir(parents=True, exist_ok=True)
             with whole_file(self._settings) as temporary:
-                settings = {"provenance": provenance, "learned": learned, "attempt": attempt}
-                temporary.write_text(json.dumps(settings, indent=2) + "\n")
+                content = {"provenance": provenance, "attempt": self._attempt}
+                temporary.write_text(json.dumps(content, indent=2) + "\n")
         barrier("predictions begin")
-        self._writers = {name: ChunkWriter(self.parts, f"{name}-{attempt:03d}-{self.rank:05d}") for name in NAMES}
+        stem = f"{self._attempt:03d}-{self.rank:05d}"
+        self._writers = {name: ChunkWriter(self.parts, f"{name}-{stem}") for name in NAMES}
 
     @property
     def has_begun(self) -> bool:
