@@ -15,7 +15,7 @@ from wandb_file import wandb_summary
 
 from thinned.evaluation import figures
 from thinned.evaluation.batch import Batch, Validation, in_half
-from thinned.evaluation.row_chunks import ColumnsOfWay
+from thinned.evaluation.prediction_store import ColumnsOfWay
 from thinned.evaluation.ways import Way
 from thinned.models.net import Logits
 from thinned.uncertainty.calibration import equal_mass_bins

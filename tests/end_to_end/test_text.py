@@ -12,7 +12,7 @@ import torch
 import yaml
 from wandb_file import wandb_history, wandb_summary
 
-from thinned.evaluation.row_chunks import ColumnsOfWay
+from thinned.evaluation.prediction_store import ColumnsOfWay
 from thinned.uncertainty.scores import SCORES, scores
 
 Script = Callable[..., Any]

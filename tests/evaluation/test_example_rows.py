@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from thinned.evaluation.batch import Batch
-from thinned.evaluation.row_chunks import ColumnsOfWay
+from thinned.evaluation.prediction_store import ColumnsOfWay
 from thinned.evaluation.rows import predicted_rows
 from thinned.evaluation.ways import SampledNetworks, Way, standard_ways
 from thinned.models import MLP, DropoutRates

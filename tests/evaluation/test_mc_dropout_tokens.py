@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from thinned.evaluation import batch as batch_module
 from thinned.evaluation import ways as ways_module
 from thinned.evaluation.batch import Batch, in_half
-from thinned.evaluation.row_chunks import ColumnsOfWay
+from thinned.evaluation.prediction_store import ColumnsOfWay
 from thinned.evaluation.rows import predicted_rows
 from thinned.evaluation.ways import standard_ways
 from thinned.models import GPT, DropoutRates

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from thinned.evaluation import row_chunks
+from thinned.evaluation import prediction_store
 from thinned.evaluation.prediction_store import PredictionStore
 
 PROVENANCE = {"seed": 3}
@@ -105,7 +105,7 @@ def test_tokens_without_their_windows_do_not_count(files: PredictionStore, monke
 
 
 def test_rows_are_on_the_disk_when_a_chunk_is_full(files: PredictionStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(row_chunks, "CHUNK_ROWS", 4)
+    monkeypatch.setattr(prediction_store, "CHUNK_ROWS", 4)
     files.write(*windows(0))
     assert not files.chunks("predictions")
     files.write(*windows(1))

@@ -14,10 +14,9 @@ import pyarrow as pa
 import torch
 import yaml
 
-from thinned.evaluation.prediction_store import stored_provenance
-from thinned.evaluation.provenance import differences
+from thinned.evaluation.prediction_store import Columns, ColumnsOfWay
+from thinned.evaluation.provenance import differences, stored_provenance
 from thinned.evaluation.report import as_json, scored
-from thinned.evaluation.row_chunks import Columns, ColumnsOfWay
 from thinned.evaluation.rows import blocks_of
 from thinned.uncertainty.intervals import Interval, score_intervals, t_interval
 from thinned.uncertainty.scores import SCORES, Score

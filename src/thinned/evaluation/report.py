@@ -15,7 +15,7 @@ from torch import Tensor
 from thinned.data.module import data_offers
 from thinned.data.order import Split
 from thinned.evaluation import figures
-from thinned.evaluation.row_chunks import Columns, ColumnsOfWay
+from thinned.evaluation.prediction_store import Columns, ColumnsOfWay
 from thinned.evaluation.rows import blocks_of
 from thinned.evaluation.score_tables import plain_scores, recall_rows, score_rows
 from thinned.evaluation.ways import Way

@@ -22,9 +22,8 @@ from thinned.data.module import DataOffers
 from thinned.data.order import Split
 from thinned.evaluation import figures, report
 from thinned.evaluation.mc_dropout import MCDropout
-from thinned.evaluation.prediction_store import stored_provenance
-from thinned.evaluation.provenance import differences
-from thinned.evaluation.row_chunks import Columns, ColumnsOfWay
+from thinned.evaluation.prediction_store import Columns, ColumnsOfWay
+from thinned.evaluation.provenance import differences, stored_provenance
 from thinned.evaluation.rows import blocks_of
 from thinned.evaluation.score_tables import score_rows
 from thinned.evaluation.ways import Way
