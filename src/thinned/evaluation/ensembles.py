@@ -32,9 +32,6 @@ class Ensemble(Way):
         self.members = self.builds_on = members
         self.name, self.label, self.checkpoints = name, label, list(checkpoints)
 
-    def bind(self, trained: nn.Module) -> None:
-        """Leaves the networks to its members."""
-
     def stream(self, batch: Batch) -> Generator[Logits, None, None]:
         for member in self.members:
             yield from member.stream(batch)
@@ -64,9 +61,6 @@ class Tempered(Way):
         self.way, self.builds_on = way, [way]
         self.name, self.label = f"{way.name}_tempered", f"{way.label}, tempered"
         self.temperature = temperature
-
-    def bind(self, trained: nn.Module) -> None:
-        """Leaves the networks to the other way."""
 
     def fit(self, validation: Validation) -> None:
         """Fits the temperature. Without an error in validation, any lower one would be better: then it stays 1."""

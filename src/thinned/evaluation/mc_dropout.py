@@ -12,7 +12,7 @@ from torch import Tensor
 
 from thinned.data.module import DataOffers, data_offers
 from thinned.data.order import Split
-from thinned.evaluation.batch import HALVES, Batch, Validation, trained_net
+from thinned.evaluation.batch import Batch, Validation, trained_net
 from thinned.evaluation.prediction_sets import PredictionSets
 from thinned.evaluation.prediction_store import PredictionStore
 from thinned.evaluation.provenance import of_data, provenance
@@ -161,19 +161,18 @@ class MCDropout(Callback):
     def _learn(self, trainer: Trainer, task: LightningModule, ways: Sequence[Way]) -> None:
         """Lets the ways learn from the validation split, or takes what an interrupted prediction has learned."""
         interrupted = self.store.interrupted
-        fit, calibrate = (Validation.of(trainer, task, len(ways), half) for half in HALVES)
         if self.split == "val" and (self._sets is not None or any(way.builds_on for way in ways)):
             said = "better than they are on the split they are learned from"
             rank_zero_info(f"Temperatures and prediction sets look {said}.")
         for way in ways:
             if interrupted is None:
-                way.fit(fit)
+                way.fit(Validation.of(trainer, task, len(ways), "fit"))
             elif way.name in interrupted["ways"]:  # else the store refuses the other settings
                 way.load_settings(interrupted["ways"][way.name])
         if self._sets is None:
             return
         if interrupted is None:
-            self._sets.calibrate(calibrate, self.ways)
+            self._sets.calibrate(Validation.of(trainer, task, len(ways), "calibrate"), self.ways)
         else:
             self._sets.thresholds = interrupted.get("prediction_sets", {}).get("thresholds", {})
 

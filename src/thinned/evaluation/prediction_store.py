@@ -82,7 +82,7 @@ class PredictionStore:
         return first_missing(sequences or predictions)
 
     def write(self, rows: Mapping[str, Tensor | list[str]], sequences: Mapping[str, Tensor]) -> None:
-        """Takes the rows of a batch, and those of its sequences if it is text; writes chunks as soon as they are full."""
+        """Takes the rows of a batch, and those of its sequences if it is text; writes full chunks."""
         for held, columns in zip(self._held.values(), (rows, sequences), strict=True):
             if columns:
                 held.append(table_of(columns))

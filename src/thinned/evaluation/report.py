@@ -137,12 +137,12 @@ def class_names_of(trainer: Trainer, rows: Columns, ways: Sequence[Way]) -> list
     return data_offers(trainer).class_names or [str(k) for k in range(rows[f"{ways[0].name}_probs"].shape[1])]
 
 
-def write_figures(trainer: Trainer, directory: Path, drawn: "Mapping[str, Figure]", split: Split) -> None:
-    """Writes figures into a folder's `figures/`, and to W&B."""
+def write_figures(trainer: Trainer, directory: Path, drawn: "Mapping[str, Figure]", prefix: str) -> None:
+    """Writes figures into a folder's `figures/`, and to W&B as `<prefix>/<name>`."""
     for name, figure in drawn.items():
         image = str(figures.save(figure, directory / "figures", name))
         for logger in wandb_loggers(trainer):
-            logger.log_image(f"{split}/{name}", [image], step=trainer.global_step)
+            logger.log_image(f"{prefix}/{name}", [image], step=trainer.global_step)
 
 
 def wandb_loggers(trainer: Trainer) -> list[WandbLogger]:

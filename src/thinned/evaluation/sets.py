@@ -22,7 +22,7 @@ from thinned.data.module import DataOffers
 from thinned.data.order import Split
 from thinned.evaluation import figures, report
 from thinned.evaluation.mc_dropout import MCDropout
-from thinned.evaluation.prediction_store import Columns, ColumnsOfWay
+from thinned.evaluation.prediction_store import Columns
 from thinned.evaluation.provenance import differences, stored_provenance
 from thinned.evaluation.rows import blocks_of
 from thinned.evaluation.score_tables import score_rows
@@ -161,8 +161,7 @@ def _examples(rows: Columns, ways: Sequence[Way]) -> tuple[dict[str, dict[str, T
     """Returns what tells examples apart, by way, and the group of each; of text, means over each sequence."""
     wanted, blocks = (*MEASURES, "correct"), blocks_of(rows)
     columns = {
-        way.name: {key: ColumnsOfWay(rows, way.name)[key] for key in wanted if f"{way.name}_{key}" in rows}
-        for way in ways
+        way.name: {key: rows[f"{way.name}_{key}"] for key in wanted if f"{way.name}_{key}" in rows} for way in ways
     }
     if blocks is None:
         return columns, None

@@ -9,10 +9,9 @@ from torch import Tensor, nn
 from thinned.evaluation.batch import Batch, of_all_processes
 from thinned.evaluation.rows import predicted_rows
 from thinned.evaluation.ways import Way
-from thinned.uncertainty.scores import SCORES
+from thinned.uncertainty.calibration import ece
 
 COLUMNS = ("nll", "confidence", "correct", "mutual_information")  # kept of each target
-SHOWN = ("nll", "ece")
 
 
 class ValidationScores:
@@ -41,12 +40,10 @@ class ValidationScores:
         self.count += 1
         logged: dict[str, float] = {}
         for prefix, kept in self._kept.items():
-            rows = of_all_processes(torch.cat(kept)).T.contiguous()
-            columns = dict(zip(COLUMNS, rows, strict=False))  # one distribution has no mutual information
-            columns["correct"] = columns["correct"].bool()
-            values = {key: SCORES[key].of(*(columns[name] for name in SCORES[key].columns)).item() for key in SHOWN}
-            if "mutual_information" in columns:
-                values["mutual_information"] = columns["mutual_information"].double().mean().item()
-            logged |= {f"val/{prefix}_{key}": float(value) for key, value in values.items()}
+            nll, confidence, correct, *information = of_all_processes(torch.cat(kept)).T.contiguous()
+            logged[f"val/{prefix}_nll"] = nll.double().mean().item()
+            logged[f"val/{prefix}_ece"] = ece(confidence, correct.bool()).item()
+            if information:  # one distribution has none
+                logged[f"val/{prefix}_mutual_information"] = information[0].double().mean().item()
         self._kept = {}
         return logged
