@@ -103,9 +103,11 @@ def evaluation_ways(standard: Sequence[Way], checkpoints: Mapping[str, dict[str,
     The standard ways predict with the net of the first of the checkpoints, given as contents by path. A ValueError says
     that they are of other data, splits, classes or tokenizers.
     """
-    (first, of_first), *others = checkpoints.items()
-    nets = [net_of(path, _compared(path, content, of_first)) for path, content in others]
-    digests = [digest_of_file(path) for path in (first, *(path for path, _ in others))] if others else []
+    (_, first), *others = checkpoints.items()
+    for path, content in others:
+        _refuse_other_data(path, content, first)
+    nets = [net_of(path, content) for path, content in others]
+    digests = [*map(digest_of_file, checkpoints)] if others else []
     ensembles: list[Way] = []
     for way in standard if others else ():
         members = [way, *(_with_net(way, net, f"{way.name}_{i}") for i, net in enumerate(nets, start=2))]
@@ -127,8 +129,7 @@ def net_of(path: str, content: dict[str, Any]) -> nn.Module:
     return trained_net(task.load_from_checkpoint(path, map_location="cpu", weights_only=True).eval())
 
 
-def _compared(path: str, content: dict[str, Any], first: dict[str, Any]) -> dict[str, Any]:
-    """Returns the content of a checkpoint; ValueError if it has seen other data than the first one."""
+def _refuse_other_data(path: str, content: dict[str, Any], first: dict[str, Any]) -> None:
     data = first["config"]["data"]["class_path"]
     if (other := content["config"]["data"]["class_path"]) != data:
         raise ValueError(f"Expected checkpoints of one kind of data, {data}, but got {other} in {path}")
@@ -136,7 +137,6 @@ def _compared(path: str, content: dict[str, Any], first: dict[str, Any]) -> dict
     if changed := differences(_facts(content.get(state, {})), _facts(first.get(state, {}))):
         keys = ", ".join(change.partition(" = ")[0] for change in changed)
         raise ValueError(f"Expected checkpoints of the same data, split and names, but got another {keys} in {path}")
-    return content
 
 
 def _facts(state: dict[str, Any]) -> dict[str, Any]:
