@@ -12,17 +12,19 @@ from torch import Tensor
 
 from thinned.data.module import DataOffers, data_offers
 from thinned.data.order import Split
-from thinned.evaluation.batch import Batch, Validation, trained_net
+from thinned.evaluation.batch import Batch, Validation, of_all_processes, trained_net
 from thinned.evaluation.prediction_sets import PredictionSets
 from thinned.evaluation.prediction_store import PredictionStore
 from thinned.evaluation.provenance import of_data, provenance
 from thinned.evaluation.report import write_report
 from thinned.evaluation.rows import predicted_rows
-from thinned.evaluation.validation_scores import ValidationScores
 from thinned.evaluation.ways import Sites, Way, learning_order, standard_ways
 from thinned.models.net import Logits
 from thinned.offers import task_offers
+from thinned.uncertainty.calibration import ece
 from thinned.uncertainty.monte_carlo import Masks
+
+VALIDATED = ("nll", "confidence", "correct", "mutual_information")  # columns kept of a validation that is scored
 
 
 class MCDropout(Callback):
@@ -68,7 +70,10 @@ class MCDropout(Callback):
         if not all(name.isidentifier() for name in names) or len(set(names)) < len(names):
             raise ValueError(f"Expected mc_dropout.ways to have names, identifiers all different, but got {names}")
         self._sets = None if coverage is None else PredictionSets(coverage, seed)
-        self._validation = None if validate_every is None else ValidationScores(validate_every)
+        if validate_every is not None and validate_every < 1:
+            raise ValueError(f"Expected mc_dropout.validate_every to be at least 1 or null, but got {validate_every}")
+        self.validate_every, self._validations = validate_every, 0  # that have ended
+        self._validated: dict[str, list[Tensor]] = {}  # of one that is scored, by prefix of a way, (N, columns)
         prefixes = [way.metric_prefix("test") for way in self.ways]
         if len(set(prefixes)) < len(prefixes):
             raise ValueError(f"Expected mc_dropout.ways to be logged under names of their own, but got {prefixes}")
@@ -106,20 +111,33 @@ class MCDropout(Callback):
     def on_validation_batch_end(
         self, trainer: Trainer, task: LightningModule, outputs: Any, batch: Any, *_: Any
     ) -> None:
-        if self._validation is not None and trainer.state.fn == "fit" and not trainer.sanity_checking:
-            with trainer.precision_plugin.forward_context():
-                self._validation.add(batch, self._trained, self.ways)
+        every = self.validate_every
+        if every is None or not _is_training(trainer) or (self._validations + 1) % every or batch[1] is None:
+            return
+        inputs, targets, *rest = batch
+        index = rest[0] if rest else torch.arange(len(targets), device=targets.device)
+        ways = [way for way in self.ways if way.metric_prefix("val") != "val"]  # the task scores the other itself
+        with trainer.precision_plugin.forward_context():
+            rows = predicted_rows(Batch(inputs, index, targets), self._trained, ways)[0]
+        for way in ways:
+            columns = [rows[f"{way.name}_{key}"].float() for key in VALIDATED if f"{way.name}_{key}" in rows]
+            self._validated.setdefault(way.metric_prefix("val"), []).append(torch.stack(columns, dim=-1).cpu())
 
     def on_validation_epoch_end(self, trainer: Trainer, task: LightningModule) -> None:
-        if self._validation is not None and trainer.state.fn == "fit" and not trainer.sanity_checking:
-            task.log_dict(self._validation.end())
+        self._validations += _is_training(trainer)
+        for prefix, parts in self._validated.items():
+            nll, confidence, correct, *information = of_all_processes(torch.cat(parts)).T.contiguous()
+            scores = {"nll": nll.double().mean(), "ece": ece(confidence, correct.bool())}
+            if information:  # one distribution has none
+                scores["mutual_information"] = information[0].double().mean()
+            task.log_dict({f"val/{prefix}_{key}": score.item() for key, score in scores.items()})
+        self._validated = {}
 
     def state_dict(self) -> dict[str, Any]:
-        return {} if self._validation is None else {"validations": self._validation.count}
+        return {} if self.validate_every is None else {"validations": self._validations}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if self._validation is not None:
-            self._validation.count = state_dict.get("validations", 0)
+        self._validations = state_dict.get("validations", 0)
 
     def on_train_batch_start(self, trainer: Trainer, task: LightningModule, batch: Any, *_: Any) -> None:
         self._examine(trainer, batch)
@@ -236,3 +254,8 @@ class MCDropout(Callback):
             for way in (self.ways if self.evaluation else ())
             for key, score in self.evaluation["ways"][way.name]["scores"].items()
         }
+
+
+def _is_training(trainer: Trainer) -> bool:
+    """Returns whether a validation belongs to a training, and is no sanity check."""
+    return trainer.state.fn == "fit" and not trainer.sanity_checking

@@ -163,10 +163,10 @@ class SampledNetworks(Way):
     def stream(self, batch: Batch) -> Generator[Logits, None, None]:
         (net,) = self.nets
         sites, scale = self.acting or (None, 1.0)
-        settings: dict[str, Any] = {"num_samples": self.num_samples, "sites": sites, "scale": scale}
+        settings: dict[str, Any] = {"num_samples": self.num_samples, "sites": sites, "scale": scale, "seed": self.seed}
         settings |= {"masks": resolve_masks(net, self.masks), "found": self._found, "kept": self._kept}
-        of_batch = settings["masks"] == "independent"  # or all batches would draw the same
-        settings["seed"] = derive_seed(self.seed, int(batch.index[0])) if of_batch else self.seed
+        if settings["masks"] == "independent":  # seeded by the first example, or all batches would draw the same
+            settings["seed"] = derive_seed(self.seed, int(batch.index[0]))
         if batch.counted is not None:
             yield from sampled_outputs(net, batch.logits, **settings)
             return
