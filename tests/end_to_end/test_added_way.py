@@ -15,7 +15,7 @@ from wandb_file import wandb_summary
 
 from thinned.evaluation import figures
 from thinned.evaluation.batch import Batch, Validation, in_half
-from thinned.evaluation.prediction_store import ColumnsOfWay
+from thinned.evaluation.prediction_store import Columns
 from thinned.evaluation.ways import Way
 from thinned.models.net import Logits
 from thinned.uncertainty.calibration import equal_mass_bins
@@ -177,7 +177,7 @@ def test_it_appears_wherever_the_others_do(
 
     metrics = json.loads((done.run / "metrics.json").read_text())
     assert list(metrics) == ["deterministic", "mc_dropout", "tempered"]
-    of_rows = scores(ColumnsOfWay(rows, "tempered"))
+    of_rows = scores(Columns(rows, "tempered"))
     recall = metrics["tempered"].pop("recall", None)
     assert (recall is None) == ("position" in rows)
     assert metrics["tempered"] == pytest.approx(of_rows | {"temperature": temperature}, rel=1e-6)

@@ -169,11 +169,12 @@ def test_columns_are_read_one_at_a_time(tmp_path: Path) -> None:
     folder = tmp_path / "lr=0.1"  # no column of its own
     folder.mkdir()
     write(folder, "rank0", range(6))
-    columns = Columns(folder / "rank0-000000.parquet")
+    file = folder / "rank0-000000.parquet"
+    columns = Columns(file)
     assert list(columns) == ["index", "std", "correct", "probs"]
     assert columns["std"].equal(torch.arange(6) / 4)
     assert columns["correct"].equal(torch.arange(6) % 3 == 0)
-    assert columns["probs"].tolist() == pq.ParquetFile(columns.path).read(["probs"])["probs"].to_pylist()
+    assert columns["probs"].tolist() == pq.ParquetFile(file).read(["probs"])["probs"].to_pylist()
     assert "lr" not in columns
     with pytest.raises(KeyError):
         columns["lr"]

@@ -173,41 +173,29 @@ def table_of(rows: Mapping[str, Tensor | list[str]]) -> pa.Table:
 
 
 class Columns(Mapping[str, Tensor]):
-    """Reads columns of a parquet file, (N,) or (N, K) for lists, when they are asked for, and does not keep them."""
+    """Reads columns when they are asked for, (N,) or (N, K) for lists, and does not keep them.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._names: list[str] = pq.read_schema(path).names
+    Args:
+        rows: Path of a parquet file, or columns by their names.
+        way: A way to predict, whose name is left out before its columns.
+    """
 
-    def __getitem__(self, name: str) -> Tensor:
-        if name not in self._names:
-            raise KeyError(name)
-        with pq.ParquetFile(self.path) as file:  # pq.read_table would make a column of a folder named `a=b`
+    def __init__(self, rows: Path | Mapping[str, Tensor], way: str = "") -> None:
+        self._rows = rows
+        names = pq.read_schema(rows).names if isinstance(rows, Path) else rows
+        self._names = {name.removeprefix(f"{way}_"): name for name in names}
+
+    def __getitem__(self, key: str) -> Tensor:
+        name = self._names[key]
+        if not isinstance(self._rows, Path):
+            return self._rows[name]
+        with pq.ParquetFile(self._rows) as file:  # pq.read_table would make a column of a folder named `a=b`
             column = file.read([name])[name].combine_chunks()
         is_list = pa.types.is_list(column.type)
         values = torch.from_numpy((column.flatten() if is_list else column).to_numpy(zero_copy_only=False).copy())
         return values.view(len(column), -1) if is_list else values
 
-    def __contains__(self, name: object) -> bool:  # without reading it
-        return name in self._names
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-
-class ColumnsOfWay(Mapping[str, Tensor]):
-    """Holds the columns of one way without its name before them, and those that all ways share."""
-
-    def __init__(self, rows: Mapping[str, Tensor], way: str) -> None:
-        self.rows, self._names = rows, {name.removeprefix(f"{way}_"): name for name in rows}
-
-    def __getitem__(self, key: str) -> Tensor:
-        return self.rows[self._names[key]]
-
-    def __contains__(self, key: object) -> bool:
+    def __contains__(self, key: object) -> bool:  # without reading it
         return key in self._names
 
     def __iter__(self) -> Iterator[str]:

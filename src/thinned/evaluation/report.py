@@ -15,7 +15,7 @@ from torch import Tensor
 from thinned.data.module import data_offers
 from thinned.data.order import Split
 from thinned.evaluation import figures
-from thinned.evaluation.prediction_store import Columns, ColumnsOfWay
+from thinned.evaluation.prediction_store import Columns
 from thinned.evaluation.rows import blocks_of
 from thinned.evaluation.score_tables import plain_scores, recall_rows, score_rows
 from thinned.evaluation.ways import Way
@@ -48,7 +48,7 @@ def evaluation_of(
     evaluation = {"split": split, "n": n, "baseline": ways[0].name, "coverage": coverage, "ways": of_ways}
     if "target" not in rows:
         return evaluation
-    columns, blocks = {way.name: ColumnsOfWay(rows, way.name) for way in ways}, blocks_of(rows)
+    columns, blocks = {way.name: Columns(rows, way.name) for way in ways}, blocks_of(rows)
     if (n if blocks is None else int(blocks.max()) + 1) > 1:
         intervals, differences = score_intervals(columns, ways[0].name, blocks)
     else:
