@@ -110,17 +110,13 @@ def evaluation_ways(standard: Sequence[Way], checkpoints: Mapping[str, dict[str,
     digests = [*map(digest_of_file, checkpoints)] if others else []
     ensembles: list[Way] = []
     for way in standard if others else ():
-        members = [way, *(_with_net(way, net, f"{way.name}_{i}") for i, net in enumerate(nets, start=2))]
+        members = [way]
+        for i, net in enumerate(nets, start=2):
+            members.append(copy(way))
+            members[-1].name, members[-1].own_net = f"{way.name}_{i}", net
         ensembles.append(Ensemble(members, f"{way.name}_ensemble", f"ensemble of {way.label}", digests))
     untempered = [*standard, *ensembles]
     return [*untempered, *map(Tempered, untempered)]
-
-
-def _with_net(way: Way, net: nn.Module, name: str) -> Way:
-    """Returns a way like another one that predicts with a net of its own."""
-    member = copy(way)
-    member.name, member.own_net = name, net
-    return member
 
 
 def net_of(path: str, content: dict[str, Any]) -> nn.Module:

@@ -122,7 +122,7 @@ def _way(net: nn.Module, settings: Mapping[str, Any]) -> Way:
     S, masks, sites, seed = (settings[key] for key in ("num_samples", "masks", "sites", "seed"))
     if "sites_nll" in settings:
         sites = "auto"
-    elif sites in ("auto", [*sites_in(net)]):  # an evaluation lists them all
+    elif sites == "auto" or ("scale" in settings and sites == [*sites_in(net)]):  # an evaluation lists them
         sites = "all"
     way = SampledNetworks(S, masks, sites, seed)
     way.load_settings(settings)
