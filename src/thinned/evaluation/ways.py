@@ -70,7 +70,7 @@ class Way(ABC):
         return ""
 
     def load_settings(self, settings: Mapping[str, Any]) -> None:
-        """Takes what an earlier `fit` has learned from its `settings`: an interrupted prediction resumes with it."""
+        """Takes from earlier `settings` what `fit` had learned: an interrupted prediction resumes with it."""
         return
 
     def metric_prefix(self, split: str) -> str:
