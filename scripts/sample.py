@@ -16,9 +16,8 @@ import torch
 
 from thinned.evaluation.predictor import Predictor
 from thinned.files import whole_file
-from thinned.generation.highlight import highlighted_page
 from thinned.generation.sampling import Sampling, sample_texts
-from thinned.generation.text_samples import print_samples
+from thinned.generation.text_samples import highlighted_page, print_samples
 from thinned.messages import one_message, restart_in_utf8
 from thinned.models import GPT
 

@@ -34,7 +34,7 @@ trainer.save_checkpoint("run/two_steps.ckpt")
 loaded = ClassificationTask.load_from_checkpoint("run/two_steps.ckpt", weights_only=True)
 images = next(iter(data.test_dataloader()))[0]
 logits = [module.eval()(images).detach() for module in (task, loaded)]
-torch.save({"logits": logits, "metrics": mc_dropout.metrics, "examples": data.num_examples("test")}, "found.pt")
+torch.save({"logits": logits, "evaluation": mc_dropout.evaluation, "examples": data.num_examples("test")}, "found.pt")
 """
 
 
@@ -52,7 +52,7 @@ def test_a_plain_trainer_is_enough(tmp_path: Path) -> None:
     assert found["logits"][0].equal(found["logits"][1])
     assert pq.read_table(tmp_path / "run/predictions.parquet")["index"].to_pylist() == list(range(found["examples"]))
     assert found["examples"] == 365
+    assert json.loads((tmp_path / "run/evaluation.json").read_text()) == found["evaluation"]
     metrics = json.loads((tmp_path / "run/metrics.json").read_text())
-    assert metrics == found["metrics"]
     assert metrics["mc_dropout"]["nll"] != metrics["deterministic"]["nll"]
     assert torch.load(tmp_path / "run/two_steps.ckpt", weights_only=True)["global_step"] == 2

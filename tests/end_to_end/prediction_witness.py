@@ -7,14 +7,14 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from thinned.evaluation import row_chunks
+from thinned.evaluation import prediction_store
 
 
 class PredictionWitness(Callback):
     """Leaves the number of examples of each batch in `predicted<rank>`; halts before batch `HALT_AT` for good."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        row_chunks.CHUNK_ROWS = 100
+        prediction_store.CHUNK_ROWS = 100
 
     def on_predict_batch_start(self, trainer: Trainer, module: Any, batch: Any, batch_idx: int) -> None:
         if str(batch_idx) == os.environ.get("HALT_AT"):

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from pydoc import locate
 from typing import Any
@@ -15,7 +15,7 @@ from wandb_file import wandb_summary
 
 from thinned.evaluation import figures
 from thinned.evaluation.batch import Batch, Validation, in_half
-from thinned.evaluation.row_chunks import ColumnsOfWay
+from thinned.evaluation.prediction_store import Columns
 from thinned.evaluation.ways import Way
 from thinned.models.net import Logits
 from thinned.uncertainty.calibration import equal_mass_bins
@@ -73,11 +73,8 @@ class TemperedEnsemble(Way):
     def details(self) -> str:
         return f"T = {self.temperature:.2f}"
 
-    def state_dict(self) -> dict[str, Any]:
-        return self.settings
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.temperature = state["temperature"]
+    def load_settings(self, settings: Mapping[str, Any]) -> None:
+        self.temperature = settings["temperature"]
 
 
 def net_of(path: str) -> nn.Module:
@@ -180,7 +177,7 @@ def test_it_appears_wherever_the_others_do(
 
     metrics = json.loads((done.run / "metrics.json").read_text())
     assert list(metrics) == ["deterministic", "mc_dropout", "tempered"]
-    of_rows = scores(ColumnsOfWay(rows, "tempered"))
+    of_rows = scores(Columns(rows, "tempered"))
     recall = metrics["tempered"].pop("recall", None)
     assert (recall is None) == ("position" in rows)
     assert metrics["tempered"] == pytest.approx(of_rows | {"temperature": temperature}, rel=1e-6)

@@ -54,7 +54,7 @@ def evaluated(trained: Any, sets_yaml: Path, run_script_in: Script, tmp_path_fac
 def test_sets_are_drawn(evaluated: Any) -> None:
     """Shifted ones by severity, and foreign ones beside what is right and wrong in the test."""
     svg = {path.stem: path.read_text() for path in evaluated.run.glob("figures/*.svg")}
-    assert "rotation, degrees" in svg["severity"]
+    assert "rotation (degrees)" in svg["severity"]
     assert "letters, n = " in svg["entropy"]
     assert "letters, n = " in svg["mutual_information"]
 

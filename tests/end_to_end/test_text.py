@@ -12,7 +12,7 @@ import torch
 import yaml
 from wandb_file import wandb_history, wandb_summary
 
-from thinned.evaluation.row_chunks import ColumnsOfWay
+from thinned.evaluation.prediction_store import Columns
 from thinned.uncertainty.scores import SCORES, scores
 
 Script = Callable[..., Any]
@@ -82,7 +82,7 @@ OF_TOKENS = {"target", "correct", "confidence", "nll", "predictive_entropy", "ra
 def test_metrics_are_those_of_the_rows(trained_text: Any) -> None:
     metrics, rows = json.loads((trained_text.run / "metrics.json").read_text()), read(trained_text.run)
     for way in ("deterministic", "mc_dropout"):
-        expected = scores(ColumnsOfWay(rows, way))
+        expected = scores(Columns(rows, way))
         assert expected.keys() == {name for name, score in SCORES.items() if score.needs <= OF_TOKENS}
         assert {key: metrics[way][key] for key in expected} == pytest.approx(expected, rel=1e-5)
     assert (metrics["mc_dropout"]["num_samples"], metrics["mc_dropout"]["masks"]) == (4, "shared")

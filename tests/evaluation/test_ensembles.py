@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from thinned.evaluation.batch import Batch, Validation, in_half
-from thinned.evaluation.ensembles import Ensemble
+from thinned.evaluation.ensembles import Ensemble, Tempered
 from thinned.evaluation.prediction_sets import PredictionSets
 from thinned.evaluation.rows import predicted_rows
-from thinned.evaluation.ways import Deterministic, SampledNetworks, Tempered, Way
+from thinned.evaluation.ways import Deterministic, SampledNetworks, Way
 from thinned.models.dropout import Dropout, derive_seed
 from thinned.uncertainty import mc_predict
 from thinned.uncertainty.conformal import conformity, threshold, uniforms
@@ -128,7 +128,7 @@ def test_temperature_is_the_one_of_lowest_validation_nll() -> None:
     torch.testing.assert_close(rows["deterministic_tempered_probs"], expected)
     assert "deterministic_tempered_mutual_information" not in rows
     again = Tempered(deterministic)
-    again.load_state_dict(way.state_dict())
+    again.load_settings(way.settings)
     assert again.temperature == way.temperature
 
 

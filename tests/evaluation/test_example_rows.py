@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from thinned.evaluation.batch import Batch
-from thinned.evaluation.row_chunks import ColumnsOfWay
+from thinned.evaluation.prediction_store import Columns
 from thinned.evaluation.rows import predicted_rows
 from thinned.evaluation.ways import SampledNetworks, Way, standard_ways
 from thinned.models import MLP, DropoutRates
@@ -119,7 +119,7 @@ def test_scores_of_examples_are_those_of_their_probabilities() -> None:
     probs = {"mc_dropout": mc_predict(net, x, num_samples=S, seed=3).mean, "deterministic": net(x).softmax(-1)}
     for way, predicted in probs.items():
         expected = classification_scores(predicted, y)
-        got = scores(ColumnsOfWay(rows, way))
+        got = scores(Columns(rows, way))
         parts = [got.pop(f"brier_{part}") for part in ("miscalibration", "discrimination", "uncertainty")]
         assert got == pytest.approx(expected, rel=1e-6)
         assert parts[0] - parts[1] + parts[2] == pytest.approx(expected["brier"], rel=1e-6)

@@ -15,7 +15,7 @@ from scipy.stats import binomtest
 from torch import Tensor
 
 from thinned.data.distortion import Range
-from thinned.evaluation import figures
+from thinned.evaluation import figures, score_tables
 from thinned.evaluation.report import evaluation_of
 from thinned.evaluation.ways import Way
 from thinned.uncertainty import MCStatistics
@@ -230,7 +230,7 @@ def test_nll_is_drawn_by_samples_beside_the_deterministic_one() -> None:
 
 def test_severities_come_from_the_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
     """The unshifted split first; a set that was left out is missing, and its entry too if there is no other."""
-    monkeypatch.setitem(figures.KINDS, "tilt", Range(90, "degrees"))
+    monkeypatch.setitem(score_tables.KINDS, "tilt", Range(90, "degrees"))
 
     def scores(i: int) -> dict[str, Any]:
         return {"accuracy": score(0.9 - i / 10, 0.8 - i / 10, 1 - i / 10), "nll": score(1 + i, 0.5 + i, 2 + i)}
@@ -251,7 +251,7 @@ def test_severities_come_from_the_evaluation(monkeypatch: pytest.MonkeyPatch) ->
     assert list(drawn) == ["severity"]
     accuracy, nll = drawn["severity"].axes
     assert (accuracy.get_xlabel(), accuracy.get_ylabel(), nll.get_ylabel()) == (
-        "tilt, degrees", "accuracy", "NLL, nats",
+        "tilt (degrees)", "accuracy", "NLL, nats",
     )  # fmt: skip
     assert [label.get_text() for label in nll.get_xticklabels()] == ["test", "15", "30"]
     assert nll.lines[0].get_xydata().tolist() == [[0, 1], [1, 2], [2, 3]]

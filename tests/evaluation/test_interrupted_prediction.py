@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from thinned.data.module import SplitDataModule
 from thinned.data.order import Split
-from thinned.evaluation import MCDropout, row_chunks
+from thinned.evaluation import MCDropout, prediction_store
 from thinned.messages import ended_by_sigterm
 from thinned.models import (
     GPT,  # gpt only
@@ -109,7 +109,7 @@ def predict(
     make_trainer: Callable[..., Trainer], plain: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., int]:
     """Predicts in a directory, until it is interrupted if it is; returns the number of examples that this took."""
-    monkeypatch.setattr(row_chunks, "CHUNK_ROWS", 2 * BATCH)
+    monkeypatch.setattr(prediction_store, "CHUNK_ROWS", 2 * BATCH)
     monkeypatch.setattr("thinned.evaluation.figures.figures", lambda *args: {})
 
     def run(

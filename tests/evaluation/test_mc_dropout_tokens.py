@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from thinned.evaluation import batch as batch_module
 from thinned.evaluation import ways as ways_module
 from thinned.evaluation.batch import Batch, in_half
-from thinned.evaluation.row_chunks import ColumnsOfWay
+from thinned.evaluation.prediction_store import Columns
 from thinned.evaluation.rows import predicted_rows
 from thinned.evaluation.ways import standard_ways
 from thinned.models import GPT, DropoutRates
@@ -77,7 +77,7 @@ def rows_of(
     for way in ways:
         way.bind(net)
         if acting:
-            way.load_state_dict({"selection": [[*acting, 0.0]]})
+            way.acting = acting
     tokens, targets, index = text
     return predicted_rows(Batch(tokens, index, targets), net, ways)
 
@@ -111,7 +111,7 @@ def test_scores_are_those_of_the_rows(run: Callable[..., Any], splits: Any) -> N
     metrics = run("test", net, splits(loader(*text), loader(*text), TOKENIZER))
     rows = rows_of(net, text)[0]
     rows["bytes"] = BYTES[rows["target"]]
-    dropout, single = (scores(ColumnsOfWay(rows, way)) for way in ("mc_dropout", "deterministic"))
+    dropout, single = (scores(Columns(rows, way)) for way in ("mc_dropout", "deterministic"))
     assert dropout["bits_per_byte"] == pytest.approx(
         dropout["nll"] / math.log(2) / rows["bytes"].double().mean().item()
     )
@@ -164,7 +164,7 @@ def test_no_samples_leave_the_deterministic_network(run: Callable[..., Any], rea
     tokens, sequences = rows_of(net, text, samples=None)
     assert_rows(read_rows(), tokens)
     assert_rows(read_rows("sequences"), sequences)
-    assert metrics["deterministic"] == pytest.approx(scores(ColumnsOfWay(tokens, "deterministic")), rel=1e-5)
+    assert metrics["deterministic"] == pytest.approx(scores(Columns(tokens, "deterministic")), rel=1e-5)
 
 
 def test_net_of_another_make(run: Callable[..., Any], read_rows: Callable[..., Any]) -> None:
@@ -175,7 +175,7 @@ def test_net_of_another_make(run: Callable[..., Any], read_rows: Callable[..., A
     parts = [rows_of(net, tuple(column[rows] for column in text))[0] for rows in (slice(0, 3), slice(3, 6))]
     expected = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     assert_rows(read_rows(), expected)
-    assert metrics["deterministic"] == pytest.approx(scores(ColumnsOfWay(expected, "deterministic")), rel=1e-5)
+    assert metrics["deterministic"] == pytest.approx(scores(Columns(expected, "deterministic")), rel=1e-5)
 
 
 def everything(inputs: Tensor, half: str) -> Tensor:

@@ -8,11 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from thinned.evaluation import row_chunks
+from thinned.evaluation import prediction_store
 from thinned.evaluation.prediction_store import PredictionStore
 
 PROVENANCE = {"seed": 3}
-LEARNED = {"way": {"temperature": 2.0}}
 
 
 def examples(*index: int) -> dict[str, Tensor]:
@@ -39,18 +38,18 @@ def alone(value: Any) -> Any:
 
 
 def begin(files: PredictionStore, provenance: dict[str, Any] = PROVENANCE) -> None:
-    files.begin(provenance, LEARNED, barrier=lambda name: None)
+    files.begin(provenance, barrier=lambda name: None)
 
 
 def found(files: PredictionStore) -> tuple[int, dict[str, Any] | None]:
-    """Where a later prediction would resume, and what its ways had learned."""
+    """Where a later prediction would resume, and what had decided the rows that are there."""
     later = PredictionStore(files.directory)
-    return later.find_interrupted(alone), later.learned
+    return later.find_interrupted(alone), later.interrupted
 
 
 def test_nothing_is_found_where_nothing_was_interrupted(files: PredictionStore) -> None:
     another = PredictionStore(files.directory / "another")
-    assert (another.find_interrupted(alone), another.learned) == (0, None)
+    assert (another.find_interrupted(alone), another.interrupted) == (0, None)
     assert found(files) == (0, None)  # there is not a row
 
 
@@ -61,7 +60,7 @@ def test_rows_of_examples_are_found(files: PredictionStore) -> None:
     (files.parts / "sequences-000-00000-000000.tmp").write_bytes(b"PAR1 half written")
     after = PredictionStore(files.directory)
     assert after.find_interrupted(alone) == 3
-    assert after.learned == LEARNED
+    assert after.interrupted == PROVENANCE
     begin(after)
     after.write(examples(3, 4, 5), {})
     after.flush()
@@ -102,11 +101,11 @@ def test_tokens_without_their_windows_do_not_count(files: PredictionStore, monke
     assert found(files)[0] == 2
     for chunk in files.chunks("sequences"):
         chunk.unlink()
-    assert found(files) == (0, LEARNED)
+    assert found(files) == (0, PROVENANCE)
 
 
 def test_rows_are_on_the_disk_when_a_chunk_is_full(files: PredictionStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(row_chunks, "CHUNK_ROWS", 4)
+    monkeypatch.setattr(prediction_store, "CHUNK_ROWS", 4)
     files.write(*windows(0))
     assert not files.chunks("predictions")
     files.write(*windows(1))
@@ -143,7 +142,7 @@ def test_kept_rows_and_a_full_disk(files: PredictionStore, monkeypatch: pytest.M
     begin(files)
     files.write(examples(0), {})
     files.keep()
-    assert found(files) == (1, LEARNED)
+    assert found(files) == (1, PROVENANCE)
 
 
 def test_other_settings_are_refused_and_nothing_is_lost(files: PredictionStore) -> None:
@@ -154,4 +153,4 @@ def test_other_settings_are_refused_and_nothing_is_lost(files: PredictionStore) 
     with pytest.raises(ValueError, match=r"Expected the settings of the interrupted prediction, but got seed = 4 ins"):
         begin(after, {"seed": 4})
     after.discard()  # it has not begun
-    assert found(files) == (2, LEARNED)
+    assert found(files) == (2, PROVENANCE)

@@ -129,7 +129,7 @@ def test_what_an_evaluation_has_measured(file: str, trained: Any, evaluated: Any
         prediction = predictor(digits[stored]["image"])
         assert_same(prediction, row, data.class_names, "mc_dropout_tempered")
         assert prediction.num_samples == 5
-    assert predictor.way.selection
+    assert predictor.way.acting
     assert predictor.reported.temperature != 1  # type: ignore[attr-defined]
 
 

@@ -64,7 +64,7 @@ def bound_ways(net: nn.Module, masks: Any = "auto", samples: int | None = S, act
     ways = standard_ways(samples, masks, "auto" if acting else "all", seed=3)
     for way in ways:
         way.bind(net)
-        way.load_state_dict({"selection": [[*acting, 0.0]] if acting else []})
+        way.acting = acting
     return ways
 
 

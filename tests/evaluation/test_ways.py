@@ -228,6 +228,7 @@ def test_standard_ways() -> None:
 
 
 ALL = {"num_samples": S, "masks": "shared", "seed": 3, "sites": ["embedding", "mlp"], "scale": 1.0}
+CHOSEN = {"sites": ["mlp"], "scale": 0.25, "sites_nll": {"mlp × 0.25": 0.5, "mlp": 0.75, "embedding+mlp": 1.5}}
 
 
 @pytest.mark.parametrize(
@@ -250,10 +251,8 @@ def test_settings(given: dict[str, Any], changed: dict[str, Any], details: str) 
 
 def test_settings_name_the_sites_that_were_chosen() -> None:
     way = sampled(mlp(), sites="auto")
-    way.load_state_dict({"selection": [[["mlp"], 0.25, 0.5], [["mlp"], 1.0, 0.75], [["embedding", "mlp"], 1.0, 1.5]]})
-    chosen = {"sites": ["mlp"], "scale": 0.25}
-    assert way.settings == ALL | chosen | {"sites_nll": {"mlp × 0.25": 0.5, "mlp": 0.75, "embedding+mlp": 1.5}}
-    assert [*way.settings["sites_nll"]] == ["mlp × 0.25", "mlp", "embedding+mlp"]  # best first
+    way.load_settings(CHOSEN)
+    assert way.settings == ALL | CHOSEN
     assert way.details == "S = 6, shared masks at mlp × 0.25"
 
 
@@ -276,10 +275,13 @@ def test_sites_are_chosen_by_the_nll_of_the_mean_prediction(masks: Any) -> None:
     """Each choice is scored as it predicts, over both batches; the best one predicts from then on."""
     net = mlp(embedding=0.3, mlp=0.5)
     way, batches = fitted(net, masks=masks)
-    assert len(way.selection) in (5, 6, 7)
-    for acting, value in way.selection.items():
-        scored = sampled(net, masks=masks, sites=list(acting.sites))
-        scored.selection = {acting: 0.0}
+    assert len(way.sites_nll) in (5, 6, 7)
+    assert next(iter(way.sites_nll)) == str(way.acting)
+    for said, value in way.sites_nll.items():
+        sites, _, scale = said.partition(" × ")
+        acting = Acting(tuple(sites.split("+")), float(scale or 1))
+        scored = sampled(net, masks=masks)
+        scored.acting = acting
         own = torch.cat([nll(Batch(b.inputs, b.index, b.targets).mean(scored), b.targets) for b in batches])
         assert value == pytest.approx(own.mean().item(), rel=1e-5)
         if masks == "shared":
@@ -291,8 +293,9 @@ def test_sites_are_chosen_by_the_nll_of_the_mean_prediction(masks: Any) -> None:
             )
             by_definition = nll(mean, torch.cat([b.targets for b in batches])).mean().item()
             assert value == pytest.approx(by_definition, rel=1e-5)
-    assert [*way.selection.values()] == sorted(way.selection.values())
-    assert next(iter(way.selection)).scale < 1
+    assert [*way.sites_nll.values()] == sorted(way.sites_nll.values())
+    assert way.acting is not None
+    assert way.acting.scale < 1
 
 
 @pytest.mark.parametrize("sites", ["all", ["mlp"]])
@@ -302,7 +305,7 @@ def test_nothing_is_learned_of_sites_that_are_given(sites: Any) -> None:
 
     way = sampled(mlp(), sites=sites)
     way.fit(Validation(fail, of_one_process))
-    assert way.state_dict() == {"selection": []}
+    assert way.sites_nll == {}
 
 
 def test_bounded_number_of_targets_suffices(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -313,34 +316,32 @@ def test_bounded_number_of_targets_suffices(monkeypatch: pytest.MonkeyPatch) -> 
     way = sampled(net, sites="auto")
     way.fit(validation_of(first, second))
     mean = mc_predict(net, first.inputs, num_samples=S, seed=3, sites=["mlp"]).mean
-    assert way.selection[Acting(("mlp",))] == pytest.approx(nll(mean, first.targets).mean().item(), rel=1e-5)
+    assert way.sites_nll["mlp"] == pytest.approx(nll(mean, first.targets).mean().item(), rel=1e-5)
 
 
 def test_what_is_learned_comes_back_from_json() -> None:
     net = mlp(embedding=0.3, mlp=0.5)
     way, _ = fitted(net)
     twin = sampled(net, sites="auto")
-    twin.load_state_dict(json.loads(json.dumps(way.state_dict())))
-    assert [*twin.selection.items()] == [*way.selection.items()]  # in this order, and hashable as the keys were
+    twin.load_settings(json.loads(json.dumps(way.settings)))
     assert twin.settings == way.settings
+    assert [*twin.sites_nll] == [*way.sites_nll]  # in this order
     batch = batch_of(20)
     torch.testing.assert_close(batch.mean(twin), batch.mean(way), rtol=0, atol=0)
     assert not torch.allclose(batch.mean(twin), batch.mean(sampled(net)), atol=1e-3)
-    assert twin.state_dict() == way.state_dict()
 
 
 @pytest.mark.parametrize("sites", ["all", ["embedding", "mlp"]])
 def test_sites_that_are_given_stay_whatever_was_learned(sites: Any) -> None:
     way = sampled(mlp(), sites=sites)
-    way.load_state_dict({"selection": [[["mlp"], 0.25, 0.5]]})
+    way.load_settings(CHOSEN)
     assert way.settings == ALL
-    assert way.selection == {}
 
 
 def test_trained_network_learns_nothing() -> None:
     way = Deterministic()
-    way.load_state_dict(json.loads(json.dumps(way.state_dict())))
-    assert (way.state_dict(), way.settings, way.details) == ({}, {}, "")
+    way.load_settings(json.loads(json.dumps(way.settings)))
+    assert (way.settings, way.details) == ({}, "")
 
 
 # What cannot be
@@ -372,7 +373,7 @@ def test_rates_of_zero_report_the_deterministic_network(
     way.bind(net)  # of the next stage
     assert caplog.text.count("All rates of dropout are 0: MC dropout reports the deterministic network.") == 1
     way.fit(validation_of(batch))
-    assert way.selection == {}
+    assert way.sites_nll == {}
     statistics = batch.statistics(way)
     torch.testing.assert_close(statistics.mean, net(batch.inputs).softmax(-1))
     assert statistics.num_samples == S

@@ -6,7 +6,7 @@ Shapes: B examples or sequences, T tokens of a sequence, N targets (B, or the to
 import math
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -21,7 +21,6 @@ from thinned.uncertainty.kept_networks import rows_at_once
 from thinned.uncertainty.statistics import MCStatistics, TokenStatistics
 
 Half = Literal["fit", "calibrate"]
-HALVES: tuple[Half, Half] = get_args(Half)
 HALVES_SEED = 0
 PROBABILITIES_AT_ONCE = 2**27  # of the mean distributions of all ways over a vocabulary: 512 MiB in fp32
 
@@ -43,12 +42,6 @@ def in_half(inputs: Tensor, half: Half) -> Tensor:
     return torch.from_numpy((uniform(np.array(hashes, dtype=np.uint64), HALVES_SEED) < 0.5) == (half == "fit"))
 
 
-class Predicts(Protocol):
-    """Declares what a batch asks of a way."""
-
-    def statistics_of(self, batch: "Batch", /) -> MCStatistics | TokenStatistics: ...
-
-
 class Batch:
     """Holds examples with a target each, or sequences with a target for each token, and what ways say of them.
 
@@ -66,7 +59,7 @@ class Batch:
         self.counted = targets >= 0 if targets is not None and targets.dim() == 2 else None  # of text, (B, T)
         self.is_void = False  # True if its targets count for nothing
         self._known = known
-        self._statistics: dict[int, MCStatistics | TokenStatistics] = {}  # by the id of a way
+        self._statistics: dict[int, MCStatistics | TokenStatistics] = {}  # by the id of a `Way`
 
     @property
     def target(self) -> Tensor:
@@ -74,9 +67,9 @@ class Batch:
         assert self.targets is not None
         return self.targets if self.counted is None else self.targets[self.counted]
 
-    def logits(self, net: nn.Module, inputs: Any = None) -> Logits:
-        """Returns what a net says of the N targets, given the batch's inputs or others of the same shape."""
-        return self._of_targets(logits_of(net, self.inputs if inputs is None else inputs))
+    def logits(self, net: nn.Module) -> Logits:
+        """Returns what a net says of the N targets."""
+        return self._of_targets(logits_of(net, self.inputs))
 
     def output(self, net: nn.Module) -> Logits:
         """Returns what a net without dropout says of the N targets, from the test step if that has asked it."""
@@ -87,8 +80,8 @@ class Batch:
     def _of_targets(self, logits: Logits) -> Logits:
         return logits if self.counted is None else logits.select(self.counted)
 
-    def statistics(self, way: Predicts) -> MCStatistics | TokenStatistics:
-        """Returns the statistics of all distributions of a way. The first call computes them."""
+    def statistics(self, way: Any) -> MCStatistics | TokenStatistics:
+        """Returns the statistics of all distributions of a `Way`. The first call computes them."""
         if id(way) not in self._statistics:
             self._statistics[id(way)] = way.statistics_of(self)
         return self._statistics[id(way)]
@@ -106,8 +99,8 @@ class Batch:
             tokens.update(logits)
         return tokens
 
-    def mean(self, way: Predicts) -> Tensor:
-        """Returns the prediction of a way: the mean of its distributions, (N, K)."""
+    def mean(self, way: Any) -> Tensor:
+        """Returns the prediction of a `Way`: the mean of its distributions, (N, K)."""
         return self.statistics(way).mean
 
     def parts(self, trained: nn.Module, num_ways: int) -> Iterator["Batch"]:

@@ -14,10 +14,9 @@ import pyarrow as pa
 import torch
 import yaml
 
-from thinned.evaluation.prediction_store import stored_provenance
-from thinned.evaluation.provenance import differences
+from thinned.evaluation.prediction_store import Columns
+from thinned.evaluation.provenance import differences, stored_provenance
 from thinned.evaluation.report import as_json, scored
-from thinned.evaluation.row_chunks import Columns, ColumnsOfWay
 from thinned.evaluation.rows import blocks_of
 from thinned.uncertainty.intervals import Interval, score_intervals, t_interval
 from thinned.uncertainty.scores import SCORES, Score
@@ -108,7 +107,7 @@ def compared(paths: Sequence[Path], by: str | None) -> dict[str, dict[str, Any]]
 
 
 def _comparison(way: str, groups: Mapping[str, Sequence[EvaluatedRun]], first: EvaluatedRun) -> dict[str, Any]:
-    rows = {group: [ColumnsOfWay(run.rows, way) for run in runs] for group, runs in groups.items()}
+    rows = {group: [Columns(run.rows, way) for run in runs] for group, runs in groups.items()}
     baseline = next(iter(groups))
     intervals, differences = score_intervals(rows, baseline, blocks_of(first.rows))
     ways = {

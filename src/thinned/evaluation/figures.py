@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from thinned.data.distortion import KINDS
 from thinned.evaluation.rows import blocks_of
-from thinned.evaluation.score_tables import Evaluation
+from thinned.evaluation.score_tables import Evaluation, shifted_sets
 from thinned.files import whole_file
 from thinned.uncertainty.calibration import ECE_BINS, equal_mass_bins
 from thinned.uncertainty.estimates import share_interval
@@ -67,11 +67,8 @@ def figures(rows: Rows, evaluation: Evaluation, images: Images | None, names: li
 def figures_of_sets(rows: Rows, evaluation: Evaluation, foreign: Mapping[str, Rows]) -> dict[str, Figure]:
     """Draws what further sets add to a test, by name; `foreign` has the rows of foreign sets by their names."""
     drawn = uncertainty_histograms(rows, evaluation, foreign) if foreign else {}
-    entries: dict[str, list[Evaluation]] = {}
-    for of_set in evaluation["sets"].values():
-        if of_set["severity"] is not None and any("nll" in way["scores"] for way in of_set.get("ways", {}).values()):
-            entries.setdefault(of_set["entry"], []).append(of_set)
-    return drawn | ({"severity": severity(evaluation, entries)} if entries else {})
+    shifts = {title: sets for title, sets in shifted_sets(evaluation).items() if sets[-1][1]["severity"] is not None}
+    return drawn | ({"severity": severity(evaluation, shifts)} if shifts else {})
 
 
 def save(figure: Figure, folder: Path, name: str) -> Path:
@@ -187,18 +184,16 @@ def nll_of_prefixes(rows: Rows, way: str, num_samples: int | None) -> tuple[dict
     return points, min(s for s in nll if s > max(too_few, default=0))
 
 
-def severity(evaluation: Evaluation, entries: Mapping[str, Sequence[Evaluation]]) -> Figure:
-    """Draws accuracy and NLL of the unshifted split and of the sets of each entry, in their order."""
-    figure, panels = _figure(evaluation, "Shifted data", (3.6, 2.2), 2 * len(entries))
-    for i, axes in enumerate(panels):
-        entry, sets = list(entries.items())[i // 2]
-        key, label = (("accuracy", "accuracy"), ("nll", "NLL, nats"))[i % 2]
+def severity(evaluation: Evaluation, shifts: Mapping[str, Sequence[tuple[str, Evaluation]]]) -> Figure:
+    """Draws accuracy and NLL of the unshifted split and of each shift by severity, as `shifted_sets` returns them."""
+    figure, panels = _figure(evaluation, "Shifted data", (3.6, 2.2), 2 * len(shifts))
+    shown = product(shifts.items(), (("accuracy", "accuracy"), ("nll", "NLL, nats")))
+    for axes, ((title, sets), (key, label)) in zip(panels, shown, strict=True):
         for way, style in _styles(evaluation):
-            points = [_point(of_set["ways"][way]["scores"][key]) for of_set in (evaluation, *sets)]
+            points = [_point(of_set["ways"][way]["scores"][key]) for _, of_set in sets]
             _line(axes, range(len(points)), points, style)
-        axes.set_xticks(range(len(sets) + 1), [evaluation["split"], *(f"{of_set['severity']:g}" for of_set in sets)])
-        kind = sets[0]["settings"]["distortion"].partition(":")[0]
-        axes.set(xlabel=f"{entry}, {KINDS[kind].unit}" if kind in KINDS else entry, ylabel=label)
+        axes.set_xticks(range(len(sets)), [severity for severity, _ in sets])
+        axes.set(xlabel=title, ylabel=label)
     _legend(figure, panels[0])
     return figure
 

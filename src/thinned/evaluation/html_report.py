@@ -19,7 +19,7 @@ from lightning.pytorch import Trainer
 
 from thinned.evaluation import score_tables
 from thinned.evaluation.figures import CAPTIONS
-from thinned.evaluation.prediction_store import stored_provenance
+from thinned.evaluation.provenance import stored_provenance
 from thinned.evaluation.score_tables import TITLES, WORST_CLASSES, Evaluation, interval, missed_classes, worst_first
 from thinned.files import whole_file
 from thinned.uncertainty.detection import DETECTION

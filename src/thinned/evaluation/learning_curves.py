@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 
-from thinned.evaluation.figures import COLOURS, save
-from thinned.evaluation.report import wandb_loggers
+from thinned.evaluation.figures import COLOURS
+from thinned.evaluation.report import write_figures
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -34,9 +34,7 @@ class LearningCurves(Callback):
             return
         with metrics.open(newline="", encoding="utf-8") as file:
             figure = learning_curves(list(csv.DictReader(file)))
-        image = str(save(figure, metrics.parent / "figures", "learning_curves"))
-        for logger in wandb_loggers(trainer):
-            logger.log_image("fit/learning_curves", [image], step=trainer.global_step)
+        write_figures(trainer, metrics.parent, {"learning_curves": figure}, "fit")
 
 
 def learning_curves(rows: Sequence[Mapping[str, str]]) -> "Figure":

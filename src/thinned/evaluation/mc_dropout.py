@@ -12,18 +12,19 @@ from torch import Tensor
 
 from thinned.data.module import DataOffers, data_offers
 from thinned.data.order import Split
-from thinned.evaluation.batch import HALVES, Batch, Validation, trained_net
+from thinned.evaluation.batch import Batch, Validation, of_all_processes, trained_net
 from thinned.evaluation.prediction_sets import PredictionSets
 from thinned.evaluation.prediction_store import PredictionStore
 from thinned.evaluation.provenance import of_data, provenance
 from thinned.evaluation.report import write_report
 from thinned.evaluation.rows import predicted_rows
-from thinned.evaluation.score_tables import plain_scores
-from thinned.evaluation.validation_scores import ValidationScores
 from thinned.evaluation.ways import Sites, Way, learning_order, standard_ways
 from thinned.models.net import Logits
 from thinned.offers import task_offers
+from thinned.uncertainty.calibration import ece
 from thinned.uncertainty.monte_carlo import Masks
+
+VALIDATED = ("nll", "confidence", "correct", "mutual_information")  # columns kept of a validation that is scored
 
 
 class MCDropout(Callback):
@@ -69,7 +70,10 @@ class MCDropout(Callback):
         if not all(name.isidentifier() for name in names) or len(set(names)) < len(names):
             raise ValueError(f"Expected mc_dropout.ways to have names, identifiers all different, but got {names}")
         self._sets = None if coverage is None else PredictionSets(coverage, seed)
-        self._validation = None if validate_every is None else ValidationScores(validate_every)
+        if validate_every is not None and validate_every < 1:
+            raise ValueError(f"Expected mc_dropout.validate_every to be at least 1 or null, but got {validate_every}")
+        self.validate_every, self._validations = validate_every, 0  # that have ended
+        self._validated: dict[str, list[Tensor]] = {}  # of one that is scored, by prefix of a way, (N, columns)
         prefixes = [way.metric_prefix("test") for way in self.ways]
         if len(set(prefixes)) < len(prefixes):
             raise ValueError(f"Expected mc_dropout.ways to be logged under names of their own, but got {prefixes}")
@@ -80,7 +84,6 @@ class MCDropout(Callback):
         self.directory = Path()  # of the latest files of a test
         self.further_set: str | None = None  # that is predicted after the test, see `thinned.evaluation.sets`
         self.store = PredictionStore(self.directory)  # of the prediction that is under way
-        self._learned: dict[str, Any] = {}
 
     def setup(self, trainer: Trainer, task: LightningModule, stage: str) -> None:
         self._trained = trained_net(task)
@@ -108,20 +111,33 @@ class MCDropout(Callback):
     def on_validation_batch_end(
         self, trainer: Trainer, task: LightningModule, outputs: Any, batch: Any, *_: Any
     ) -> None:
-        if self._validation is not None and trainer.state.fn == "fit" and not trainer.sanity_checking:
-            with trainer.precision_plugin.forward_context():
-                self._validation.add(batch, self._trained, self.ways)
+        every = self.validate_every
+        if every is None or not _is_training(trainer) or (self._validations + 1) % every or batch[1] is None:
+            return
+        inputs, targets, *rest = batch
+        index = rest[0] if rest else torch.arange(len(targets), device=targets.device)
+        ways = [way for way in self.ways if way.metric_prefix("val") != "val"]  # the task scores the other itself
+        with trainer.precision_plugin.forward_context():
+            rows = predicted_rows(Batch(inputs, index, targets), self._trained, ways)[0]
+        for way in ways:
+            columns = [rows[f"{way.name}_{key}"].float() for key in VALIDATED if f"{way.name}_{key}" in rows]
+            self._validated.setdefault(way.metric_prefix("val"), []).append(torch.stack(columns, dim=-1).cpu())
 
     def on_validation_epoch_end(self, trainer: Trainer, task: LightningModule) -> None:
-        if self._validation is not None and trainer.state.fn == "fit" and not trainer.sanity_checking:
-            task.log_dict(self._validation.end())
+        self._validations += _is_training(trainer)
+        for prefix, parts in self._validated.items():
+            nll, confidence, correct, *information = of_all_processes(torch.cat(parts)).T.contiguous()
+            scores = {"nll": nll.double().mean(), "ece": ece(confidence, correct.bool())}
+            if information:  # one distribution has none
+                scores["mutual_information"] = information[0].double().mean()
+            task.log_dict({f"val/{prefix}_{key}": score.item() for key, score in scores.items()})
+        self._validated = {}
 
     def state_dict(self) -> dict[str, Any]:
-        return {} if self._validation is None else {"validations": self._validation.count}
+        return {} if self.validate_every is None else {"validations": self._validations}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if self._validation is not None:
-            self._validation.count = state_dict.get("validations", 0)
+        self._validations = state_dict.get("validations", 0)
 
     def on_train_batch_start(self, trainer: Trainer, task: LightningModule, batch: Any, *_: Any) -> None:
         self._examine(trainer, batch)
@@ -151,35 +167,32 @@ class MCDropout(Callback):
         if self.further_set:  # the ways stay as they are fitted
             self._provenance = self.provenance_of_set(trainer, data_offers(trainer))
         else:
-            self._learned = self._learn(trainer, task, ways)
+            self._learn(trainer, task, ways)
             checkpoint = trainer.ckpt_path or self.checkpoint
             self._provenance = provenance(trainer, task, checkpoint and str(checkpoint), split, ways)
             if self._sets is not None:
                 self._provenance["prediction_sets"] = self._sets.settings
         if self._sets is not None and (n := self._provenance["data"].get("examples", 2)) < 2:
             raise ValueError(f"Expected at least two examples of split {split} to evaluate, but got {n}")
-        self.store.begin(self._provenance, self._learned, trainer.strategy.barrier)
+        self.store.begin(self._provenance, trainer.strategy.barrier)
 
-    def _learn(self, trainer: Trainer, task: LightningModule, ways: Sequence[Way]) -> dict[str, Any]:
+    def _learn(self, trainer: Trainer, task: LightningModule, ways: Sequence[Way]) -> None:
         """Lets the ways learn from the validation split, or takes what an interrupted prediction has learned."""
-        learned = self.store.learned
-        fit, calibrate = (Validation.of(trainer, task, len(ways), half) for half in HALVES)
+        interrupted = self.store.interrupted
         if self.split == "val" and (self._sets is not None or any(way.builds_on for way in ways)):
             said = "better than they are on the split they are learned from"
             rank_zero_info(f"Temperatures and prediction sets look {said}.")
         for way in ways:
-            if learned is None:
-                way.fit(fit)
-            elif way.name in learned:  # else the store refuses the other settings
-                way.load_state_dict(learned[way.name])
-        state = {way.name: way.state_dict() for way in ways}
-        if self._sets is not None:
-            if learned is None:
-                self._sets.calibrate(calibrate, self.ways)
-            else:
-                self._sets.thresholds = learned.get("prediction_sets", {})
-            state["prediction_sets"] = self._sets.thresholds
-        return state
+            if interrupted is None:
+                way.fit(Validation.of(trainer, task, len(ways), "fit"))
+            elif way.name in interrupted["ways"]:  # else the store refuses the other settings
+                way.load_settings(interrupted["ways"][way.name])
+        if self._sets is None:
+            return
+        if interrupted is None:
+            self._sets.calibrate(Validation.of(trainer, task, len(ways), "calibrate"), self.ways)
+        else:
+            self._sets.thresholds = interrupted.get("prediction_sets", {}).get("thresholds", {})
 
     def provenance_of_set(self, trainer: Trainer, data: DataOffers) -> dict[str, Any]:
         """Returns what decides the rows of a further set: what has decided those of the test, on other data."""
@@ -242,7 +255,7 @@ class MCDropout(Callback):
             for key, score in self.evaluation["ways"][way.name]["scores"].items()
         }
 
-    @property
-    def metrics(self) -> dict[str, dict[str, Any]]:
-        """What `metrics.json` holds."""
-        return plain_scores(self.evaluation) if self.evaluation else {}
+
+def _is_training(trainer: Trainer) -> bool:
+    """Returns whether a validation belongs to a training, and is no sanity check."""
+    return trainer.state.fn == "fit" and not trainer.sanity_checking

@@ -1,34 +1,35 @@
-"""Writes the files of a prediction, and keeps the folder from which an interrupted one resumes.
+"""Stores predictions: writes rows to parquet, resumes what is interrupted, and reads columns.
 
 Each process writes chunks of rows to `predictions.parts/`, from time to time. In the end one of them merges all chunks
 to `predictions.parquet` and, for text, `sequences.parquet`, and removes the folder. If it is there when a prediction
 begins, that prediction resumes with the first example that is missing, with the same settings, but on any number of
 processes and in batches of any size.
+
+Merging reads one range of indices after the other, so few rows are in memory. It reads a chunk for every range that the
+chunk overlaps: for few if its rows ascend, for all if they come in any order.
 """
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
+import torch
+from pyarrow import dataset
 from torch import Tensor
 
 from thinned.evaluation.provenance import differences
-from thinned.evaluation.row_chunks import ChunkWriter, first_missing, merge
 from thinned.files import whole_file
 
 NAMES = ("predictions", "sequences")  # in this order: the tokens of a sequence are on the disk before it is
-
-
-def stored_provenance(path: Path) -> dict[str, Any] | None:
-    """Returns what decided the rows of a file of predictions; None if there is no such file."""
-    if not path.is_file():
-        return None
-    found: dict[str, Any] = json.loads((pq.read_schema(path).metadata or {}).get(b"thinned", b"{}"))
-    return found
+CHUNK_ROWS, CHUNK_BYTES = 2**13, 2**23  # that a process holds at most
+GROUP_BYTES = 2**23  # of a row group of the merged file
 
 
 class PredictionStore:
@@ -38,50 +39,40 @@ class PredictionStore:
         self.directory, self.rank = directory, rank
         self.parts = directory / "predictions.parts"
         self._settings = self.parts / "settings.json"
-        self._found: dict[str, Any] | None = None  # settings of an interrupted prediction
-        self._writers: dict[str, ChunkWriter] = {}  # once it has begun
+        self.interrupted: dict[str, Any] | None = None  # provenance of the interrupted prediction that was found
+        self.has_begun = False  # so that rows can be written
+        self._attempt = self._flushed = 0
+        self._held: dict[str, list[pa.Table]] = {}  # by the name of their file
 
     def find_interrupted(self, broadcast: Callable[[Any], Any]) -> int:
         """Returns the first example that an interrupted prediction lacks, or 0 if there is no such prediction.
 
         `broadcast` returns to all processes what the first one gives it.
         """
-        found, start = None, 0
+        found, attempt, start = None, 0, 0
         if self.rank == 0 and self._settings.exists() and self.chunks("predictions"):
-            found, start = json.loads(self._settings.read_text()), self._first_missing()
-        self._found, start = broadcast((found, start))
+            stored = json.loads(self._settings.read_text())
+            found, attempt, start = stored["provenance"], stored["attempt"] + 1, self._first_missing()
+        self.interrupted, self._attempt, start = broadcast((found, attempt, start))
         return start
 
-    @property
-    def learned(self) -> dict[str, Any] | None:
-        """What the ways of the interrupted prediction had learned, by their names."""
-        return self._found and self._found["learned"]
-
-    def begin(self, provenance: dict[str, Any], learned: dict[str, Any], barrier: Callable[[str], None]) -> None:
-        """Says what decides the rows, and what the ways have learned by their names, as JSON; `barrier` waits for all.
+    def begin(self, provenance: dict[str, Any], barrier: Callable[[str], None]) -> None:
+        """Says what decides the rows, as JSON; `barrier` waits for all processes.
 
         A ValueError says that the interrupted prediction that was found has another provenance.
         """
-        attempt = 0
-        if self._found:
-            attempt = self._found["attempt"] + 1
-            if changed := differences(provenance, self._found["provenance"]):
-                said = f"Expected the settings of the interrupted prediction, but got {', '.join(changed)}"
-                raise ValueError(f"{said}: to predict all again, remove {self.parts}")
+        if self.interrupted and (changed := differences(provenance, self.interrupted)):
+            said = f"Expected the settings of the interrupted prediction, but got {', '.join(changed)}"
+            raise ValueError(f"{said}: to predict all again, remove {self.parts}")
         if self.rank == 0:
-            if not attempt:
+            if not self.interrupted:
                 self._remove()
-            self.parts.mkdir(parents=True, exist_ok=True)
             with whole_file(self._settings) as temporary:
-                settings = {"provenance": provenance, "learned": learned, "attempt": attempt}
-                temporary.write_text(json.dumps(settings, indent=2) + "\n")
+                content = {"provenance": provenance, "attempt": self._attempt}
+                temporary.write_text(json.dumps(content, indent=2) + "\n")
         barrier("predictions begin")
-        self._writers = {name: ChunkWriter(self.parts, f"{name}-{attempt:03d}-{self.rank:05d}") for name in NAMES}
-
-    @property
-    def has_begun(self) -> bool:
-        """Whether `begin` was called, so that rows can be written."""
-        return bool(self._writers)
+        self._held = {name: [] for name in NAMES}
+        self.has_begun = True
 
     def _first_missing(self) -> int:
         """Returns the first example, or window of a text, that the chunks do not hold as a whole."""
@@ -90,18 +81,24 @@ class PredictionStore:
             return 0  # no window is complete
         return first_missing(sequences or predictions)
 
-    def write(self, rows: Mapping[str, Tensor | list[str]], sequences: dict[str, Tensor]) -> None:
-        """Takes the rows of a batch, and those of its sequences if it is text."""
-        self._writers["predictions"].write(rows)
-        if sequences:
-            self._writers["sequences"].write(sequences)
-        if any(writer.full for writer in self._writers.values()):
+    def write(self, rows: Mapping[str, Tensor | list[str]], sequences: Mapping[str, Tensor]) -> None:
+        """Takes the rows of a batch, and those of its sequences if it is text; writes full chunks."""
+        for held, columns in zip(self._held.values(), (rows, sequences), strict=True):
+            if columns:
+                held.append(table_of(columns))
+        tables = [table for held in self._held.values() for table in held]
+        if sum(t.num_rows for t in tables) >= CHUNK_ROWS or sum(t.nbytes for t in tables) >= CHUNK_BYTES:
             self.flush()
 
     def flush(self) -> None:
-        """Writes all rows that this process holds."""
-        for writer in self._writers.values():
-            writer.flush()
+        """Writes all rows that this process holds, as chunks that appear whole or not at all."""
+        self._flushed += 1
+        for name, held in self._held.items():
+            if held:
+                chunk = f"{name}-{self._attempt:03d}-{self.rank:05d}-{self._flushed:06d}.parquet"
+                with whole_file(self.parts / chunk) as temporary:
+                    pq.write_table(pa.concat_tables(held), temporary)
+                held.clear()
 
     def chunks(self, name: str) -> list[Path]:
         """Returns all chunks of one of the files, from any process and attempt."""
@@ -111,11 +108,11 @@ class PredictionStore:
         """Merges all chunks into the files. The chunks stay until they are discarded."""
         for name in reversed(NAMES):  # predictions last: where they are, all is
             if chunks := self.chunks(name):
-                merge(chunks, self.directory / f"{name}.parquet", {"thinned": provenance})
+                merge(chunks, self.directory / f"{name}.parquet", provenance)
 
     def keep(self) -> None:
         """Writes what this process holds, if it still can, for a later attempt; without any rows, nothing stays."""
-        if self._writers:
+        if self.has_begun:
             with suppress(OSError):  # such as a full disk, which the exception at hand tells of
                 self.flush()
             if self.rank == 0 and not any(map(self.chunks, NAMES)):
@@ -123,9 +120,86 @@ class PredictionStore:
 
     def discard(self) -> None:
         """Removes all chunks, if it has begun."""
-        if self._writers:
+        if self.has_begun:
             self._remove()
 
     def _remove(self) -> None:
         self._settings.unlink(missing_ok=True)  # first: without it, nobody resumes from what is left
         shutil.rmtree(self.parts, ignore_errors=True)
+
+
+def merge(chunks: Sequence[Path], path: Path, provenance: Mapping[str, Any]) -> None:
+    """Writes the rows of all chunks to one file, in ascending order of `index`, each index once.
+
+    The first of the rows with the same index counts. The file appears whole or not at all.
+    """
+    rows = dataset.dataset(chunks, format="parquet")
+    index = _distinct_index(chunks)
+    schema = rows.schema.with_metadata({"thinned": json.dumps(provenance)})
+    flat = [field.name for field in schema if not pa.types.is_list(field.type)]  # probabilities hardly repeat
+    with whole_file(path) as temporary, pq.ParquetWriter(temporary, schema, use_dictionary=flat) as writer:
+        size = max(1, GROUP_BYTES // rows.head(1).nbytes)
+        for start in range(0, len(index), size):
+            wanted = index[start : start + size]
+            group = rows.filter((pc.field("index") >= wanted[0]) & (pc.field("index") <= wanted[-1])).to_table()
+            _, first = np.unique(group["index"], return_index=True)
+            writer.write_table(group.take(first).combine_chunks())  # else the pages would end where chunks do
+
+
+def first_missing(chunks: Sequence[Path]) -> int:
+    """Returns the lowest index from 0 on that no chunk has."""
+    index = _distinct_index(chunks)
+    return int(np.append(index == np.arange(len(index)), False).argmin())
+
+
+def _distinct_index(chunks: Sequence[Path]) -> np.ndarray:
+    """Returns the indices of all chunks in ascending order, each once."""
+    index = dataset.dataset(chunks, pa.schema({"index": pa.int64()}), format="parquet")
+    return np.unique(index.to_table()["index"])
+
+
+def table_of(rows: Mapping[str, Tensor | list[str]]) -> pa.Table:
+    """Returns rows as a table, given by column: (B,) for numbers, (B, K) for lists, or B texts."""
+    columns = {}
+    for name, column in rows.items():
+        if isinstance(column, list):
+            columns[name] = pa.array(column, pa.string())
+        elif column.dim() == 1:
+            columns[name] = pa.array(column.cpu().numpy())
+        else:
+            offsets = np.arange(0, column.numel() + 1, column.shape[1], dtype=np.int32)
+            columns[name] = pa.ListArray.from_arrays(offsets, column.cpu().reshape(-1).numpy())
+    return pa.table(columns)
+
+
+class Columns(Mapping[str, Tensor]):
+    """Reads columns when they are asked for, (N,) or (N, K) for lists, and does not keep them.
+
+    Args:
+        rows: Path of a parquet file, or columns by their names.
+        way: A way to predict, whose name is left out before its columns.
+    """
+
+    def __init__(self, rows: Path | Mapping[str, Tensor], way: str = "") -> None:
+        self._rows = rows
+        names = pq.read_schema(rows).names if isinstance(rows, Path) else rows
+        self._names = {name.removeprefix(f"{way}_"): name for name in names}
+
+    def __getitem__(self, key: str) -> Tensor:
+        name = self._names[key]
+        if not isinstance(self._rows, Path):
+            return self._rows[name]
+        with pq.ParquetFile(self._rows) as file:  # pq.read_table would make a column of a folder named `a=b`
+            column = file.read([name])[name].combine_chunks()
+        is_list = pa.types.is_list(column.type)
+        values = torch.from_numpy((column.flatten() if is_list else column).to_numpy(zero_copy_only=False).copy())
+        return values.view(len(column), -1) if is_list else values
+
+    def __contains__(self, key: object) -> bool:  # without reading it
+        return key in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)

@@ -12,9 +12,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from thinned.data.module import DataOffers
 from thinned.evaluation.batch import Batch
-from thinned.evaluation.ensembles import net_of
+from thinned.evaluation.ensembles import Tempered, net_of
 from thinned.evaluation.provenance import measured_settings
-from thinned.evaluation.ways import Deterministic, SampledNetworks, Tempered, Way
+from thinned.evaluation.ways import Deterministic, SampledNetworks, Way
 from thinned.files import checkpoint_file, read_checkpoint
 from thinned.models.dropout import sites_in
 from thinned.models.net import net_offers
@@ -118,8 +118,9 @@ def _way(net: nn.Module, settings: Mapping[str, Any]) -> Way:
         return Deterministic()
     S, masks, sites, seed = (settings[key] for key in ("num_samples", "masks", "sites", "seed"))
     if "sites_nll" in settings:
-        way = SampledNetworks(S, masks, "auto", seed)
-        way.load_state_dict({"selection": [[sites, settings["scale"], 0.0]]})
-        return way
-    is_all = sites == "auto" or ("scale" in settings and sites == [*sites_in(net)])  # an evaluation lists them
-    return SampledNetworks(S, masks, "all" if is_all else sites, seed)
+        sites = "auto"
+    elif sites == "auto" or ("scale" in settings and sites == [*sites_in(net)]):  # an evaluation lists them
+        sites = "all"
+    way = SampledNetworks(S, masks, sites, seed)
+    way.load_settings(settings)
+    return way

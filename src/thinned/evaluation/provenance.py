@@ -49,6 +49,14 @@ def provenance(
     return trainer.strategy.broadcast(found)
 
 
+def stored_provenance(path: Path) -> dict[str, Any] | None:
+    """Returns what decided the rows of a file of predictions; None if there is no such file."""
+    if not path.is_file():
+        return None
+    found: dict[str, Any] = json.loads((pq.read_schema(path).metadata or {}).get(b"thinned", b"{}"))
+    return found
+
+
 def of_data(data: DataOffers, split: Split, limit_batches: float) -> dict[str, Any]:
     """Returns what decides the examples, as JSON, of data after `setup`."""
     return {"predict_split": split} if data.provenance is None else data.provenance(split, limit_batches)
@@ -71,16 +79,17 @@ def measured_settings(evaluation: Path, checkpoint: str) -> dict[str, dict[str, 
 
     `evaluation` is its folder or its evaluation.json; ValueError if there is none, or of another checkpoint.
     """
-    folder = evaluation if evaluation.is_dir() else evaluation.parent
+    file = (evaluation if evaluation.is_dir() else evaluation.parent) / "predictions.parquet"
     try:
-        ways = json.loads((folder / "evaluation.json").read_text())["ways"]
-        provenance = json.loads(pq.read_schema(folder / "predictions.parquet").metadata[b"thinned"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        cause = " ".join(str(error).split())
-        raise ValueError(f"Expected an evaluation by scripts/evaluate.py, but got {evaluation} ({cause})") from None
-    if provenance["checkpoint"] != digest_of_file(checkpoint):
+        found = stored_provenance(file)
+    except (OSError, ValueError):
+        found = None
+    if not found:
+        raise ValueError(f"Expected an evaluation by scripts/evaluate.py, but got {evaluation} (no rows in {file})")
+    if found["checkpoint"] != digest_of_file(checkpoint):
         raise ValueError(f"Expected an evaluation of {checkpoint}, but got one of another checkpoint, {evaluation}")
-    return {name: way["settings"] for name, way in ways.items()}
+    ways: dict[str, dict[str, Any]] = found["ways"]
+    return ways
 
 
 def _rates(module: nn.Module) -> dict[str, float | list[float]]:

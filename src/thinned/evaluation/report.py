@@ -15,7 +15,7 @@ from torch import Tensor
 from thinned.data.module import data_offers
 from thinned.data.order import Split
 from thinned.evaluation import figures
-from thinned.evaluation.row_chunks import Columns, ColumnsOfWay
+from thinned.evaluation.prediction_store import Columns
 from thinned.evaluation.rows import blocks_of
 from thinned.evaluation.score_tables import plain_scores, recall_rows, score_rows
 from thinned.evaluation.ways import Way
@@ -47,7 +47,7 @@ def evaluation_of(
     evaluation = {"split": split, "n": n, "baseline": ways[0].name, "coverage": coverage, "ways": of_ways}
     if "target" not in rows:
         return evaluation
-    columns, blocks = {way.name: ColumnsOfWay(rows, way.name) for way in ways}, blocks_of(rows)
+    columns, blocks = {way.name: Columns(rows, way.name) for way in ways}, blocks_of(rows)
     if (n if blocks is None else int(blocks.max()) + 1) > 1:
         intervals, differences = score_intervals(columns, ways[0].name, blocks)
     else:
@@ -136,12 +136,12 @@ def class_names_of(trainer: Trainer, rows: Columns, ways: Sequence[Way]) -> list
     return data_offers(trainer).class_names or [str(k) for k in range(rows[f"{ways[0].name}_probs"].shape[1])]
 
 
-def write_figures(trainer: Trainer, directory: Path, drawn: "Mapping[str, Figure]", split: Split) -> None:
-    """Writes figures into a folder's `figures/`, and to W&B."""
+def write_figures(trainer: Trainer, directory: Path, drawn: "Mapping[str, Figure]", prefix: str) -> None:
+    """Writes figures into a folder's `figures/`, and to W&B as `<prefix>/<name>`."""
     for name, figure in drawn.items():
         image = str(figures.save(figure, directory / "figures", name))
         for logger in wandb_loggers(trainer):
-            logger.log_image(f"{split}/{name}", [image], step=trainer.global_step)
+            logger.log_image(f"{prefix}/{name}", [image], step=trainer.global_step)
 
 
 def wandb_loggers(trainer: Trainer) -> list[WandbLogger]:

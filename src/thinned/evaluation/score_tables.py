@@ -111,8 +111,7 @@ def _table(title: str | None, headers: Iterable[str], rows: Iterable[tuple[str, 
 def verdicts(evaluation: Evaluation) -> list[str]:
     """Returns a sentence for each way but the first: what is better, what is worse, and what the data cannot tell."""
     ways = evaluation["ways"]
-    first = next(iter(ways.values()))["label"]
-    sentences = []
+    first, shown, sentences = next(iter(ways.values()))["label"], headline(evaluation), []
     for way in ways.values():
         nll = way["scores"].get("nll", {})
         if "seeds" in nll:
@@ -122,18 +121,17 @@ def verdicts(evaluation: Evaluation) -> list[str]:
     for way in list(ways.values())[1:]:
         told: dict[str, list[str]] = {"better": [], "worse": []}
         unknown = []
-        for key, score in SCORES.items():
+        for key in shown:
             difference = way["scores"].get(key, {}).get("difference")
-            if not score.headline or difference is None:
+            if difference is None:
                 continue
-            name = score.label.partition(",")[0].rstrip(" ↑↓")
+            name, is_higher = SCORES[key].label.partition(",")[0].rstrip(" ↑↓"), difference["value"] > 0
             if not difference["told_apart"]:
                 unknown.append(name)
             else:
-                better = (difference["value"] > 0) == score.label.endswith("↑")
-                told["better" if better else "worse"].append(
-                    f"{name} ({difference['value']:+.4f} {interval(difference)})"
-                )
+                is_better = is_higher == SCORES[key].label.endswith("↑")
+                said = f"{name} ({difference['value']:+.4f} {interval(difference)})"
+                told["better" if is_better else "worse"].append(said)
         parts = [f"{word} {', '.join(names)}" for word, names in told.items() if names]
         if unknown:
             parts.append(f"the data cannot tell {', '.join(unknown)} apart")

@@ -22,9 +22,8 @@ from thinned.data.module import DataOffers
 from thinned.data.order import Split
 from thinned.evaluation import figures, report
 from thinned.evaluation.mc_dropout import MCDropout
-from thinned.evaluation.prediction_store import stored_provenance
-from thinned.evaluation.provenance import differences
-from thinned.evaluation.row_chunks import Columns, ColumnsOfWay
+from thinned.evaluation.prediction_store import Columns
+from thinned.evaluation.provenance import differences, stored_provenance
 from thinned.evaluation.rows import blocks_of
 from thinned.evaluation.score_tables import score_rows
 from thinned.evaluation.ways import Way
@@ -122,19 +121,20 @@ def _predict(
 
 def _report(trainer: Trainer, predictor: MCDropout, sets: Sequence[EvaluationSet], left_out: Mapping[str, str]) -> None:
     """Adds the sets to the evaluation of the test, in files, figures and W&B."""
-    folder, evaluation = predictor.directory, predictor.evaluation
+    folder, evaluation, ways = predictor.directory, predictor.evaluation, predictor.ways
     known = Columns(folder / "predictions.parquet")
-    names = report.class_names_of(trainer, known, predictor.ways)
+    names = report.class_names_of(trainer, known, ways)
     evaluation["sets"], foreign = {}, {}
     for each in sets:
-        of_set = {"entry": each.entry, "severity": each.severity, "settings": each.settings}
+        of_set: dict[str, Any] = {"entry": each.entry, "severity": each.severity, "settings": each.settings}
         if each.name in left_out:
             of_set["left_out"] = left_out[each.name]
         else:
             rows = Columns(folder / "sets" / each.name / "predictions.parquet")
-            of_set |= _evaluated(rows, known, predictor, names, each.is_foreign)
+            of_set |= report.evaluation_of(rows, ways, predictor.split, names, evaluation["coverage"])
             if each.is_foreign:
                 foreign[each.name] = rows
+                _add_detection(of_set["ways"], ways, known, rows)
         evaluation["sets"][each.name] = of_set
     report.write_scores(folder, evaluation)
     report.write_figures(trainer, folder, figures.figures_of_sets(known, evaluation, foreign), predictor.split)
@@ -142,28 +142,20 @@ def _report(trainer: Trainer, predictor: MCDropout, sets: Sequence[EvaluationSet
         logger.log_table(f"{predictor.split}/sets", *score_rows(evaluation), step=trainer.global_step)
 
 
-def _evaluated(
-    rows: Columns, known: Columns, predictor: MCDropout, names: list[str] | None, is_foreign: bool
-) -> dict[str, Any]:
-    """Returns what `evaluation_of` does, of a set; without targets, what tells it from the test alone."""
-    ways, split, coverage = predictor.ways, predictor.split, predictor.evaluation["coverage"]
-    evaluation = report.evaluation_of(rows, ways, split, names, coverage)
-    if is_foreign:
-        (ours, groups), (theirs, other_groups) = (_examples(part, ways) for part in (known, rows))
-        both = None if groups is None or other_groups is None else (groups, other_groups)
-        intervals, differences = detection_intervals(ours, theirs, ways[0].name, both)
-        for way in ways:
-            scores = evaluation["ways"][way.name]["scores"]
-            scores |= report.scored(intervals[way.name], differences.get(way.name, {}))
-    return evaluation
+def _add_detection(of_ways: dict[str, Any], ways: Sequence[Way], known: Columns, foreign: Columns) -> None:
+    """Adds how well each way tells foreign examples from known ones."""
+    (ours, groups), (theirs, other_groups) = (_examples(part, ways) for part in (known, foreign))
+    both = None if groups is None or other_groups is None else (groups, other_groups)
+    intervals, differences = detection_intervals(ours, theirs, ways[0].name, both)
+    for name, of_way in of_ways.items():
+        of_way["scores"] |= report.scored(intervals[name], differences.get(name, {}))
 
 
 def _examples(rows: Columns, ways: Sequence[Way]) -> tuple[dict[str, dict[str, Tensor]], Tensor | None]:
     """Returns what tells examples apart, by way, and the group of each; of text, means over each sequence."""
     wanted, blocks = (*MEASURES, "correct"), blocks_of(rows)
     columns = {
-        way.name: {key: ColumnsOfWay(rows, way.name)[key] for key in wanted if f"{way.name}_{key}" in rows}
-        for way in ways
+        way.name: {key: rows[f"{way.name}_{key}"] for key in wanted if f"{way.name}_{key}" in rows} for way in ways
     }
     if blocks is None:
         return columns, None

@@ -1,18 +1,17 @@
-"""Predicts in several ways: the deterministic network, Monte-Carlo dropout, each at a temperature.
+"""Predicts in several ways: with the deterministic network, and by Monte-Carlo dropout.
 
 A way streams distributions, and their mean is its prediction. To add one, write a class and give it to
 `MCDropout(ways=[...])` or `--mc_dropout.ways`: its rows, scores, tables, pictures and metrics come by themselves.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
 from functools import partial
 from typing import Any, Literal
 
-import torch
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor, nn
+from torch import nn
 
 from thinned.evaluation.batch import Batch, Validation
 from thinned.models.dropout import check_sites, derive_seed, sites_in
@@ -23,7 +22,6 @@ from thinned.uncertainty.kept_networks import KeptNetworks
 from thinned.uncertainty.monte_carlo import Masks, resolve_masks, sampled_logits, sampled_outputs
 from thinned.uncertainty.scores import nll
 from thinned.uncertainty.statistics import MCStatistics, TokenStatistics
-from thinned.uncertainty.temperature import fit_temperature, nll_at, tempered
 
 Sites = Literal["all", "auto"] | list[str]
 SELECTION_TARGETS = 25_600  # of half of the validation split, for the choice of sites
@@ -69,12 +67,8 @@ class Way(ABC):
         """What a table says of the settings."""
         return ""
 
-    def state_dict(self) -> dict[str, Any]:
-        """Returns what `fit` has learned, as JSON: an interrupted prediction resumes with it."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes what an earlier `fit` has learned."""
+    def load_settings(self, settings: Mapping[str, Any]) -> None:
+        """Takes from earlier `settings` what `fit` had learned: an interrupted prediction resumes with it."""
         return
 
     def metric_prefix(self, split: str) -> str:
@@ -114,10 +108,11 @@ class SampledNetworks(Way):
             raise ValueError(f"Expected mc_dropout.sites to be all, auto or a list of sites, but got {sites!r}")
         self.num_samples, self.masks, self.seed = num_samples, masks, seed
         self.sites = sites if isinstance(sites, str) else check_sites(sites)
+        self.acting = None if isinstance(self.sites, str) else Acting(self.sites)  # None: everywhere, at its rates
+        self.sites_nll: dict[str, float] = {}  # with sites=auto: validation NLL of each choice, best first
         self.off = False  # whether all rates are 0, so that every sampled network is the deterministic one
         self._found: FoundDropout | None = None  # of a net of another make, as soon as it has run
         self._kept = KeptNetworks()
-        self.selection: dict[Acting, float] = {}  # with sites=auto: validation NLL of each choice, best first
 
     def bind(self, trained: nn.Module) -> None:
         super().bind(trained)
@@ -139,7 +134,7 @@ class SampledNetworks(Way):
     def examine(self, inputs: Any) -> None:
         """Finds the dropout of a net of another make, and runs a pass with it: three or four passes."""
         (net,) = self.nets
-        if self._acting is not None or of_our_make(net):
+        if self.acting is not None or of_our_make(net):
             return
         evaluate = partial(logits_in, inputs=inputs)
         self._found = find_dropout(net, evaluate)
@@ -155,19 +150,19 @@ class SampledNetworks(Way):
             return
 
         def validation_nll(acting: Acting) -> float:
-            tried = SampledNetworks(self.num_samples, self.masks, list(acting.sites), self.seed)
-            tried.nets, tried.selection = self.nets, {acting: 0.0}
+            tried = SampledNetworks(self.num_samples, self.masks, "auto", self.seed)
+            tried.nets, tried.acting = self.nets, acting
             return validation.mean(lambda batch: nll(batch.mean(tried), batch.target), SELECTION_TARGETS).item()
 
-        self.selection = select_sites(self.nets[0], validation_nll)
-        best = next(iter(self.selection))
-        rank_zero_info(f"MC dropout at {best}: lowest validation NLL, {self.selection[best]:.4f} nats")
+        selection = select_sites(self.nets[0], validation_nll)
+        self.acting, self.sites_nll = next(iter(selection)), {str(acting): value for acting, value in selection.items()}
+        rank_zero_info(f"MC dropout at {self.acting}: lowest validation NLL, {selection[self.acting]:.4f} nats")
 
     def stream(self, batch: Batch) -> Generator[Logits, None, None]:
         (net,) = self.nets
-        settings: dict[str, Any] = self.settings | {"found": self._found, "kept": self._kept}
-        settings.pop("sites_nll", None)
-        settings["sites"] = None if self._acting is None else self._acting.sites
+        sites, scale = self.acting or (None, 1.0)
+        settings: dict[str, Any] = {"num_samples": self.num_samples, "sites": sites, "scale": scale, "seed": self.seed}
+        settings |= {"masks": resolve_masks(net, self.masks), "found": self._found, "kept": self._kept}
         if settings["masks"] == "independent":  # seeded by the first example, or all batches would draw the same
             settings["seed"] = derive_seed(self.seed, int(batch.index[0]))
         if batch.counted is not None:
@@ -183,90 +178,25 @@ class SampledNetworks(Way):
         self.off = off
 
     @property
-    def _acting(self) -> Acting | None:
-        """Where dropout acts, and the scale of its rates; None for everywhere."""
-        if self.selection:
-            return next(iter(self.selection))
-        return None if isinstance(self.sites, str) else Acting(self.sites)
-
-    @property
     def settings(self) -> dict[str, Any]:
         (net,) = self.nets
-        sites, scale = self._acting or Acting(sites_in(net))
-        listed = list(sites) if self._acting or self.sites == "all" else self.sites
+        sites, scale = self.acting or Acting(sites_in(net))
+        listed = list(sites) if self.acting or self.sites == "all" else self.sites
         settings: dict[str, Any] = {"num_samples": self.num_samples, "masks": resolve_masks(net, self.masks)}
         settings |= {"seed": self.seed, "sites": listed, "scale": scale}
-        if self.selection:
-            settings["sites_nll"] = {str(acting): value for acting, value in self.selection.items()}
-        return settings
+        return settings | ({"sites_nll": self.sites_nll} if self.sites_nll else {})
 
     @property
     def details(self) -> str:
-        at = ", all rates 0" if self.off else f" at {self._acting}" if self._acting else ""
+        at = ", all rates 0" if self.off else f" at {self.acting}" if self.acting else ""
         return f"S = {self.num_samples}, {self.settings['masks']} masks{at}"
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"selection": [[*acting, value] for acting, value in self.selection.items()]}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        chosen = state["selection"] if self.sites == "auto" else ()
-        self.selection = {Acting(tuple(sites), scale): value for sites, scale, value in chosen}
+    def load_settings(self, settings: Mapping[str, Any]) -> None:
+        if self.sites == "auto" and "sites_nll" in settings:
+            self.acting, self.sites_nll = Acting(tuple(settings["sites"]), settings["scale"]), settings["sites_nll"]
 
     def metric_prefix(self, split: str) -> str:
         return "mc"
-
-
-class Tempered(Way):
-    """Sharpens or softens another way to predict by a temperature T (Guo et al. 2017).
-
-    If p is the mean of the distributions that the other way streams, it predicts p ** (1 / T), normalised. T has the
-    lowest NLL on validation.
-    """
-
-    def __init__(self, way: Way, temperature: float = 1.0) -> None:
-        self.way, self.builds_on = way, [way]
-        self.name, self.label = f"{way.name}_tempered", f"{way.label}, tempered"
-        self.temperature = temperature
-
-    def bind(self, trained: nn.Module) -> None:
-        """Leaves the networks to the other way."""
-
-    def fit(self, validation: Validation) -> None:
-        """Fits the temperature. Without an error in validation, any lower one would be better: then it stays 1."""
-        errors = torch.zeros(())
-
-        def mean_nll(temperatures: Sequence[float]) -> Tensor:
-            nonlocal errors
-
-            def columns(batch: Batch) -> Tensor:
-                mean = batch.mean(self.way)
-                wrong = (mean.argmax(-1) != batch.target).to(mean)[:, None]
-                return torch.cat([nll_at(mean, batch.target, temperatures), wrong], dim=-1)
-
-            *of_temperatures, errors = validation.mean(columns)
-            return torch.stack(of_temperatures)
-
-        self.temperature = fit_temperature(mean_nll)
-        if not errors:
-            self.temperature = 1.0
-            rank_zero_info(f"The temperature of {self.way.label} is 1: half of the validation split has no error.")
-
-    def stream(self, batch: Batch) -> Generator[Logits, None, None]:
-        yield Logits(tempered(batch.mean(self.way), self.temperature).log())
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        return {"temperature": self.temperature}
-
-    @property
-    def details(self) -> str:
-        return f"T = {self.temperature:.3g}"
-
-    def state_dict(self) -> dict[str, Any]:
-        return self.settings
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.temperature = state["temperature"]
 
 
 def standard_ways(num_samples: int | None, masks: Masks, sites: Sites, seed: int) -> list[Way]:

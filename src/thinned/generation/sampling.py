@@ -35,13 +35,12 @@ class Sampling:
     top_p: float | None = None
 
     def __post_init__(self) -> None:
-        for name, valid, expected in (
-            ("temperature", self.temperature >= 0, "to be 0 or more"),
-            ("top_k", self.top_k is None or self.top_k >= 1, "to be at least 1"),
-            ("top_p", self.top_p is None or 0 < self.top_p <= 1, "in (0, 1]"),
-        ):
-            if not valid:
-                raise ValueError(f"Expected {name} {expected}, but got {getattr(self, name)}")
+        if not self.temperature >= 0:
+            raise ValueError(f"Expected temperature to be 0 or more, but got {self.temperature}")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"Expected top_k to be at least 1, but got {self.top_k}")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"Expected top_p in (0, 1], but got {self.top_p}")
 
     def draw(self, probs: Tensor, generator: Generator | None) -> Tensor:
         """Draws one token (B,) from each distribution (B, V)."""

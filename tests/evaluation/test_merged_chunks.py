@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from thinned.evaluation import row_chunks
-from thinned.evaluation.row_chunks import ChunkWriter, Columns, first_missing, merge
+from thinned.evaluation import prediction_store
+from thinned.evaluation.prediction_store import Columns, PredictionStore, first_missing, merge, table_of
 
 
 def rows(index: Sequence[int]) -> dict[str, Tensor]:
@@ -29,10 +29,14 @@ def rows(index: Sequence[int]) -> dict[str, Tensor]:
 
 
 def write(directory: Path, stem: str, *chunks: Sequence[int]) -> None:
-    writer = ChunkWriter(directory, stem)
-    for index in chunks:
-        writer.write(rows(index))
-        writer.flush()
+    for number, index in enumerate(chunks):
+        pq.write_table(table_of(rows(index)), directory / f"{stem}-{number:06d}.parquet")
+
+
+def begun(directory: Path) -> PredictionStore:
+    store = PredictionStore(directory)
+    store.begin({}, barrier=lambda name: None)
+    return store
 
 
 def in_order(directory: Path) -> list[int]:
@@ -47,7 +51,7 @@ def test_ranks_and_attempts_are_merged_in_order_and_each_index_once(tmp_path: Pa
     write(tmp_path, "first-rank1", [1, 3, 5], [7])
     write(tmp_path, "second", [6, 7], [8, 9], [10])
     path = tmp_path / "merged"
-    merge(sorted(tmp_path.glob("*.parquet")), path, {"thinned": {"seed": 3}})
+    merge(sorted(tmp_path.glob("*.parquet")), path, {"seed": 3})
     table = pq.read_table(path)
     assert table.column_names == ["index", "std", "correct", "probs"]
     assert [field.type for field in table.schema] == [pa.int64(), pa.float32(), pa.bool_(), pa.list_(pa.float32())]
@@ -76,15 +80,14 @@ def test_merge_holds_few_rows_of_many(tmp_path: Path) -> None:
     """Of 3 ranks with 40 chunks of 1000 rows each, and of one that went on in the middle: what overlaps is 4 chunks."""
     chunks = [range(3 * i + rank, 3 * i + 3000, 3) for rank in range(3) for i in range(0, 40_000, 1000)]
     chunks += [range(start, start + 1000) for start in range(120_000, 240_000, 1000)]
-    writer = ChunkWriter(tmp_path, "rank0")
-    for index in chunks:
-        writer.write({"index": torch.tensor(index), "probs": torch.rand(len(index), 25)})
-        writer.flush()
+    for number, index in enumerate(chunks):
+        table = table_of({"index": torch.tensor(index), "probs": torch.rand(len(index), 25)})
+        pq.write_table(table, tmp_path / f"rank0-{number:06d}.parquet")
     # A process of its own, since the most that Arrow ever held cannot be set back.
     script = (
-        "import pathlib, pyarrow; from thinned.evaluation import row_chunks\n"
-        "row_chunks.GROUP_BYTES = 5000 * 100\n"
-        "row_chunks.merge(sorted(pathlib.Path().glob('*.parquet')), pathlib.Path('merged'), {})\n"
+        "import pathlib, pyarrow; from thinned.evaluation import prediction_store\n"
+        "prediction_store.GROUP_BYTES = 5000 * 100\n"
+        "prediction_store.merge(sorted(pathlib.Path().glob('*.parquet')), pathlib.Path('merged'), {})\n"
         "print(pyarrow.default_memory_pool().max_memory())"
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True)
@@ -93,7 +96,7 @@ def test_merge_holds_few_rows_of_many(tmp_path: Path) -> None:
 
 
 def test_file_does_not_depend_on_how_its_rows_were_dealt_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(row_chunks, "GROUP_BYTES", 299)  # 10 rows of 29 bytes
+    monkeypatch.setattr(prediction_store, "GROUP_BYTES", 299)  # 10 rows of 29 bytes
     write(tmp_path / "one", "rank0", *([i] for i in range(37)))
     for rank in range(2):
         write(tmp_path / "two", f"rank{rank}", range(rank, 20, 2), range(20 + rank, 37, 2))
@@ -120,19 +123,17 @@ def test_first_missing_index(chunks: list[list[int]], missing: int, tmp_path: Pa
 
 
 def test_chunk_is_full_by_rows_or_by_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    writer = ChunkWriter(tmp_path, "rank0")
-    monkeypatch.setattr(row_chunks, "CHUNK_ROWS", 5)
-    writer.write(rows([0, 1, 2, 3]))
-    assert not writer.full
-    writer.write(rows([4]))
-    assert writer.full
-    writer.flush()
-    assert not writer.full
-    monkeypatch.setattr(row_chunks, "CHUNK_BYTES", 10_000)
-    writer.write({"index": torch.tensor([5]), "probs": torch.zeros(1, 2000)})
-    assert not writer.full
-    writer.write({"index": torch.tensor([6]), "probs": torch.zeros(1, 2000)})
-    assert writer.full
+    store = begun(tmp_path)
+    monkeypatch.setattr(prediction_store, "CHUNK_ROWS", 5)
+    store.write(rows([0, 1, 2, 3]), {})
+    assert len(store.chunks("predictions")) == 0
+    store.write(rows([4]), {})
+    assert len(store.chunks("predictions")) == 1
+    monkeypatch.setattr(prediction_store, "CHUNK_BYTES", 10_000)
+    store.write({"index": torch.tensor([5]), "probs": torch.zeros(1, 2000)}, {})
+    assert len(store.chunks("predictions")) == 1
+    store.write({"index": torch.tensor([6]), "probs": torch.zeros(1, 2000)}, {})
+    assert len(store.chunks("predictions")) == 2
 
 
 def break_off(self: pq.ParquetWriter, *_: Any, **__: Any) -> None:
@@ -142,15 +143,15 @@ def break_off(self: pq.ParquetWriter, *_: Any, **__: Any) -> None:
 
 
 def test_chunk_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    writer = ChunkWriter(tmp_path / "one", "rank0")
-    writer.write(rows([0, 1]))
+    store = begun(tmp_path)
+    store.write(rows([0, 1]), {})
     with monkeypatch.context() as patched:
         patched.setattr(pq.ParquetWriter, "write_table", break_off)
         with pytest.raises(OSError, match="disk full"):
-            writer.flush()
-    assert not list((tmp_path / "one").iterdir())
-    writer.flush()  # when there is room again, nothing is lost
-    assert in_order(tmp_path / "one") == [0, 1]
+            store.flush()
+    assert [path.name for path in store.parts.iterdir()] == ["settings.json"]
+    store.flush()  # when there is room again, nothing is lost
+    assert in_order(store.parts) == [0, 1]
 
 
 def test_file_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,11 +169,12 @@ def test_columns_are_read_one_at_a_time(tmp_path: Path) -> None:
     folder = tmp_path / "lr=0.1"  # no column of its own
     folder.mkdir()
     write(folder, "rank0", range(6))
-    columns = Columns(folder / "rank0-000000.parquet")
+    file = folder / "rank0-000000.parquet"
+    columns = Columns(file)
     assert list(columns) == ["index", "std", "correct", "probs"]
     assert columns["std"].equal(torch.arange(6) / 4)
     assert columns["correct"].equal(torch.arange(6) % 3 == 0)
-    assert columns["probs"].tolist() == pq.ParquetFile(columns.path).read(["probs"])["probs"].to_pylist()
+    assert columns["probs"].tolist() == pq.ParquetFile(file).read(["probs"])["probs"].to_pylist()
     assert "lr" not in columns
     with pytest.raises(KeyError):
         columns["lr"]

@@ -4,22 +4,22 @@ import re
 
 import pytest
 
-from thinned.generation.highlight import full_scale, highlighted, highlighted_page, measure
 from thinned.generation.sampling import Sample
+from thinned.generation.text_samples import colour_scale, highlighted, highlighted_page
 
 SURE = Sample("p<", ["a", "<b>", "\n"], [0.0, 1.0, 2.0], [0.0, 0.0, 0.0], "a<b>\n")
 SPREAD = Sample("q", ["x", "y"], [1.0, 1.0], [0.5, 0.25], "xy")
 
 
 def test_mutual_information_colours_where_networks_disagree_else_entropy() -> None:
-    assert measure([SURE]) == "entropy"
-    assert measure([SURE, SPREAD]) == "mutual_information"
+    assert colour_scale([SURE])[0] == "entropy"
+    assert colour_scale([SURE, SPREAD])[0] == "mutual_information"
 
 
 def test_full_scale_is_the_95th_percentile_or_one_where_all_is_sure() -> None:
     values = [float(i) for i in range(101)]
-    assert full_scale([Sample("", ["a"] * 101, values, [0.0] * 101, "")]) == 95
-    assert full_scale([Sample("", ["a"], [0.0], [0.0], "a")]) == 1
+    assert colour_scale([Sample("", ["a"] * 101, values, [0.0] * 101, "")])[1] == 95
+    assert colour_scale([Sample("", ["a"], [0.0], [0.0], "a")])[1] == 1
 
 
 def test_colour_goes_from_white_to_orange_and_no_further() -> None:
@@ -28,7 +28,7 @@ def test_colour_goes_from_white_to_orange_and_no_further() -> None:
     colours = [re.search(r"on (#\w+)", str(span.style))[1] for span in text.spans]  # type: ignore[index]
     assert colours == ["#ffffff", "#e86a17", "#e86a17"]
     half = highlighted(SURE, "entropy", 2.0).spans[1]
-    assert str(half.style).endswith("#f4b48b")  # (255 + 232) / 2, (255 + 106) / 2, (255 + 23) / 2
+    assert str(half.style).endswith("#f3b48b")  # (255 + 232) / 2, (255 + 106) / 2, (255 + 23) / 2
 
 
 def test_page_escapes_text_and_tells_the_figures_of_each_token() -> None:
