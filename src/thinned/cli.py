@@ -20,7 +20,7 @@ from rich.console import Console
 # Configs may name these classes without their package.
 from thinned.data.module import DataOffers
 from thinned.evaluation import MCDropout
-from thinned.evaluation.ensembles import evaluation_ways
+from thinned.evaluation.further_ways import evaluation_ways
 from thinned.evaluation.html_report import write_html_report
 from thinned.evaluation.learning_curves import LearningCurves
 from thinned.evaluation.score_tables import print_evaluation

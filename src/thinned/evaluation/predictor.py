@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from thinned.data.module import DataOffers
 from thinned.evaluation.batch import Batch
-from thinned.evaluation.ensembles import Tempered, net_of
+from thinned.evaluation.further_ways import Tempered, net_of
 from thinned.evaluation.provenance import measured_settings
 from thinned.evaluation.ways import Deterministic, SampledNetworks, Way
 from thinned.files import checkpoint_file, read_checkpoint

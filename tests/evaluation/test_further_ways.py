@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from thinned.evaluation.batch import Batch, Validation, in_half
-from thinned.evaluation.ensembles import Ensemble, Tempered
+from thinned.evaluation.further_ways import Ensemble, Tempered
 from thinned.evaluation.prediction_sets import PredictionSets
 from thinned.evaluation.rows import predicted_rows
 from thinned.evaluation.ways import Deterministic, SampledNetworks, Way
