@@ -150,7 +150,7 @@ def test_sentences_come_first(evaluation: dict[str, Any]) -> None:
     page = page_of(evaluation)
     verdict, missing = page.text.index("MC dropout against deterministic: "), page.text.index("Set gone is left out: ")
     assert verdict < missing < page.text.index("95 % intervals in brackets")
-    assert "Lowest recall of MC dropout: class cat 0.000, dog 0.100, cow 0.200." in page.text
+    assert "Lowest recall: class cat 0.000, dog 0.100, cow 0.200 (deterministic; MC dropout)." in page.text
     of_letters = evaluation["sets"]["letters"]["ways"]["mc_dropout"]["scores"]["foreign_auroc_predictive_entropy"]
     for low, said in ((0.6, "Best at"), (0.4, "Nothing is known to beat chance at")):
         of_letters |= {"value": 1.3, "low": low, "high": 0.9}

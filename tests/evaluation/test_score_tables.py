@@ -90,6 +90,19 @@ def test_sentences_say_what_is_better_worse_and_unknown() -> None:
     ]
 
 
+def test_sentences_count_the_shifted_sets_that_a_way_is_better_on() -> None:
+    of_nll = [apart(-0.1), apart(-0.2), apart(0.1), apart(0.1, False)]
+    sets = {
+        f"spin_{i}": {"entry": "spin", "severity": i, "settings": {}}
+        | evaluation(way("one", nll=score(1.0)), way("other", nll=score(1.0, difference=difference)))
+        for i, difference in enumerate(of_nll)
+    }
+    whole = evaluation(way("one", nll=score(1.0)), way("other", nll=score(1.0, difference=apart(-0.1, False))))
+    assert verdicts(whole | {"sets": sets}) == [
+        "other against one: the data cannot tell NLL apart; on 4 shifted sets, NLL is lower in 2 and higher in 1."
+    ]
+
+
 def test_prediction_sets_have_coverage_size_and_the_classes_that_they_miss() -> None:
     of_classes = {"cat": score(0.7, 0.1), "dog": score(0.85, 0.1), "cow": score(0.6, 0.1)}
     sets = {"thr_coverage": score(0.9, 0.02), "thr_size": score(1.2, 0.1)}

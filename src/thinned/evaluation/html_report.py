@@ -117,11 +117,13 @@ def remarks(evaluation: Evaluation) -> list[str]:
     sets, told = evaluation.get("sets", {}), dict[str, list[tuple[float, float, str]]]()
     found = [f"Set {name} is left out: {of_set['left_out']}." for name, of_set in sets.items() if "left_out" in of_set]
     found += missed_classes(evaluation)
+    lowest: dict[str, list[str]] = {}
     for way in evaluation["ways"].values():
         recalls = {name: of["value"] for name, of in way["recall"].items()}
         worst = worst_first(way["recall"])[:WORST_CLASSES]
         if listed := ", ".join(f"{name} {number(recalls[name], 3)}" for name in worst if recalls[name] < 1):
-            found.append(f"Lowest recall of {way['label']}: class {listed}.")
+            lowest.setdefault(listed, []).append(way["label"])
+    found += [f"Lowest recall: class {listed} ({'; '.join(labels)})." for listed, labels in lowest.items()]
     for label, of_set, key in score_tables.foreign_measures(evaluation):
         name, _, measure = label.rpartition(": ")
         for way in of_set["ways"].values():

@@ -118,7 +118,8 @@ def verdicts(evaluation: Evaluation) -> list[str]:
             runs = nll.get("runs", [nll["value"]])
             few = "" if len(runs) >= ENOUGH_SEEDS else ": fewer than five seeds say little of other seeds"
             sentences.append(f"NLL of {way['label']}, by seed: {', '.join(f'{run:.4f}' for run in runs)}{few}.")
-    for way in list(ways.values())[1:]:
+    shifted = [of_set for rows in shifted_sets(evaluation).values() for _, of_set in rows[1:]]
+    for key_of_way, way in list(ways.items())[1:]:
         told: dict[str, list[str]] = {"better": [], "worse": []}
         unknown = []
         for key in shown:
@@ -135,6 +136,10 @@ def verdicts(evaluation: Evaluation) -> list[str]:
         parts = [f"{word} {', '.join(names)}" for word, names in told.items() if names]
         if unknown:
             parts.append(f"the data cannot tell {', '.join(unknown)} apart")
+        differences = [of_set["ways"][key_of_way]["scores"]["nll"]["difference"] for of_set in shifted]
+        if nlls := [difference["value"] for difference in differences if difference["told_apart"]]:
+            lower, higher = sum(nll < 0 for nll in nlls), sum(nll > 0 for nll in nlls)
+            parts.append(f"on {len(shifted)} shifted sets, NLL is lower in {lower} and higher in {higher}")
         sentences.append(f"{way['label']} against {first}: {'; '.join(parts)}.")
     return sentences
 
