@@ -22,7 +22,7 @@ OTHERS = "Expected the training examples and labels of the checkpoint, but got o
 
 def arrange(
     hashes: np.ndarray,
-    marks: np.ndarray,
+    classes: np.ndarray,
     parts: Mapping[str, range],
     assigned: Mapping[Split, str],
     asked: Mapping[str, Any],
@@ -34,7 +34,7 @@ def arrange(
 
     Args:
         hashes: Hash of each stored example, (N,) uint64.
-        marks: Hash of each example with its class, likewise.
+        classes: Class of each example, (N,) int64; -1 if its label is hidden.
         parts: The rows of each stored split.
         assigned: Name of the stored split for each split.
         asked: `split_seed`, `val_fraction` and `test_fraction`.
@@ -86,7 +86,7 @@ def arrange(
             f"Expected a stored split {stored[moved[0]]!r} in data.path that was not trained on, but got one with "
             "examples of the training"
         )
-    digests = {split: digest(marks[rows[split]]) for split in SPLITS}
+    digests = {split: digest((hashes + classes.clip(0).astype(np.uint64))[rows[split]]) for split in SPLITS}
     if trained and (changed := [split for split in SPLITS if digests[split] != trained["digests"][split]]):
         if fits and "train" in changed:
             raise ValueError(OTHERS)

@@ -140,6 +140,11 @@ class Statistics:
     low: list[float]
     high: list[float]
 
+    def standard(self, deep: bool) -> tuple[Tensor, Tensor]:
+        """Returns mean and deviation (1 instead of 0) of intensities as `to_array` gives them, (C, 1, 1) float32."""
+        unit, deviations = 1 if deep else 255, [std or 1.0 for std in self.std]
+        return unit * torch.tensor(self.mean)[:, None, None], unit * torch.tensor(deviations)[:, None, None]
+
     def to_uint8(self, images: Tensor) -> Tensor:
         """Returns images (n, C, H, W) of more than 8 bits as pictures of 8 bits: low becomes 0, and high 255."""
         low, high = (torch.tensor(end)[:, None, None] for end in (self.low, self.high))
@@ -147,23 +152,24 @@ class Statistics:
 
 
 def channel_statistics(images: Tensor | StoredImages, rows: Tensor) -> Statistics:
-    """Returns the statistics of some images; 8 bits count as intensities in [0, 1]."""
+    """Returns the statistics of some images; 8 bits count as intensities in [0, 1].
 
-    def parts() -> Iterator[Tensor]:
-        return (images[part].transpose(0, 1).flatten(1) for part in torch.split(rows, 1024))  # (C, n)
-
-    channels = len(first := next(parts()))
-    if first.dtype == torch.uint8:
-        counts = torch.zeros(channels, 256, dtype=torch.int64)  # histograms are exact in any order of rows
-        for part in parts():
-            counts += torch.stack([torch.bincount(pixels, minlength=256) for pixels in part])
-        weights = counts.double() / counts.sum(1, keepdim=True)  # (C, 256)
-        values = torch.arange(256, dtype=torch.float64) / 255
-        mean = weights @ values
-        std = (weights * (values - mean[:, None]) ** 2).sum(1).sqrt()
-        return Statistics(mean.tolist(), std.tolist(), [0.0] * channels, [1.0] * channels)
-    number = sum(part.shape[1] for part in parts())
-    mean = torch.stack([part.double().sum(1) for part in parts()]).sum(0) / number
-    std = (torch.stack([((part.double() - mean[:, None]) ** 2).sum(1) for part in parts()]).sum(0) / number).sqrt()
-    low, high = (torch.stack([end(part, 1) for part in parts()], 1) for end in (torch.amin, torch.amax))
-    return Statistics(mean.tolist(), std.tolist(), low.amin(1).tolist(), high.amax(1).tolist())
+    Parts are merged as by Chan, Golub and LeVeque (1979).
+    """
+    number, mean, squares = 0, torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    low, high = torch.tensor(math.inf), torch.tensor(-math.inf)
+    for part in torch.split(rows, 1024):
+        stored = images[part]
+        pixels = stored.transpose(0, 1).flatten(1).double()  # (C, n)
+        n = pixels.shape[1]
+        number += n
+        variance, mean_of_part = torch.var_mean(pixels, 1, correction=0)
+        delta = mean_of_part - mean
+        mean = mean + delta * (n / number)
+        squares = squares + n * variance + delta**2 * n * (1 - n / number)
+        low, high = torch.minimum(low, pixels.amin(1)), torch.maximum(high, pixels.amax(1))
+    unit = 1
+    if stored.dtype == torch.uint8:
+        unit, low, high = 255, torch.zeros_like(mean), torch.ones_like(mean)
+    std = (squares / number).sqrt()
+    return Statistics((mean / unit).tolist(), (std / unit).tolist(), low.tolist(), high.tolist())

@@ -81,9 +81,9 @@ class SplitDataModule(LightningDataModule, ABC):
         """Returns a split for a test or a prediction; a subclass may distort it."""
         return self.batches(split, training=False)
 
-    @abstractmethod
     def num_examples(self, split: Split) -> int:
-        """Returns the number of examples in a split, after setup."""
+        """Returns the number of examples in the evaluation of a split, after setup."""
+        return len(self.tested(split))  # type: ignore[arg-type]
 
     def provenance(self, split: Split, limit_batches: float) -> dict[str, Any]:
         """Returns the settings that decide which examples are evaluated, and the number of examples.

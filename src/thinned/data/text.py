@@ -219,10 +219,10 @@ class TextDataModule(SplitDataModule):
 
     def net_arguments(self, names: Collection[str]) -> dict[str, int]:
         """Returns the sizes of the vocabulary and the context, if `names` ask for them."""
-        known = {"context_length": self.context_length}
+        known = {"context_length": self.context_length} if "context_length" in names else {}
         if "vocab_size" in names:
             known["vocab_size"] = self._prepare().tokenised.tokenizer.vocab_size
-        return {name: value for name, value in known.items() if name in names}
+        return known
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Returns the validation split; ValueError if a text new to the checkpoint would also be the test."""
@@ -278,10 +278,6 @@ class TextDataModule(SplitDataModule):
         if self.tokens:  # Lightning loads a checkpoint after setup
             self.tokens, self._distorted = {}, {}
             self.setup()
-
-    def num_examples(self, split: Split) -> int:
-        """Returns the number of windows in the evaluation of a split, after setup."""
-        return len(self.tested(split))
 
     def input_of(self, text: Any) -> Tensor:
         """Returns the tokens of a text, (t,) int64; ValueError unless it is a str of 1 to T known tokens."""
