@@ -13,13 +13,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self, get_args
 
-from thinned.data.content_split import content_hash
+from thinned.data.content_split import SKETCH, content_hash
 from thinned.data.order import Split
-from thinned.data.token_stream import Document, sure_to_fit
+from thinned.data.tokenisation import Document, sure_to_fit
 from thinned.data.tokens import Tokens
 
 ENOUGH = 10  # different documents: a split that expects so many is empty with a probability below 1e-4
-KEPT_HASHES = 64  # of a split, by which its documents are found in another set
 Range = tuple[Split, int, int]  # tokens of a file, from start to stop
 
 
@@ -69,7 +68,7 @@ class SplitDocuments:
     stored: Split
     documents: Iterable[str]
     rule: SplitRule
-    smallest: dict[Split, list[int]] = field(default_factory=dict)  # hashes, in ascending order
+    smallest: list[int] = field(default_factory=list)  # hashes of documents for training, in ascending order
 
     def __iter__(self) -> Iterator[Document]:
         for text in self.documents:
@@ -78,16 +77,14 @@ class SplitDocuments:
                 continue
             number = self.rule.hash(text)
             split = self.rule.split_of(number)
-            smallest = self.smallest.setdefault(split, [])
-            if number not in smallest:
-                insort(smallest, number)
-                del smallest[KEPT_HASHES:]
+            if split == "train" and number not in self.smallest:
+                insort(self.smallest, number)
+                del self.smallest[SKETCH:]
             yield split, text
 
-    @property
-    def digests(self) -> dict[Split, str]:
-        """Returns a hash of the set of documents in each split, whatever their order."""
-        return {split: "".join(f"{number:016x}" for number in self.smallest[split]) for split in self.smallest}
+    def sketch(self) -> str:
+        """Returns hashes by which the documents for training are recognised, whatever their order."""
+        return "".join(f"{number:016x}" for number in self.smallest)
 
 
 def rule_of(
