@@ -114,10 +114,8 @@ def read_images(settings: Mapping[str, Any], trained: Mapping[str, Any]) -> Stor
     found = {n: read_labels(stored[n], label, n) for n in names if label and label in stored[n].column_names}
     labels = {name: of_split for name, of_split in found.items() if of_split.known}
     if not trained and names[0] not in labels:
-        raise ValueError(
-            f"Expected labels to train on, but got none in split {names[0]!r} of data.path "
-            f"(data.label_column: {settings['label_column']!r}, all columns: {list(features)})"
-        )
+        given = f"data.label_column: {settings['label_column']!r}, all columns: {list(features)}"
+        raise ValueError(f"Expected labels to train on, but got none in split {names[0]!r} of data.path ({given})")
     columns = [stored[name].select_columns(image).rename_columns({image: "image"}) for name in names]
     undecoded = [column.cast_column("image", datasets.Image(decode=False)) for column in columns]
     ends = [*accumulate(map(len, columns), initial=0)]

@@ -73,19 +73,15 @@ def arrange(
     of_split = {split: hashes[rows[split]] for split in SPLITS}
     for split, examples in of_split.items():
         if trained is None and not len(examples):
-            raise ValueError(
-                f"Expected examples for {split}, but got none of the {len(parts[stored[split]])} in split "
-                f"{stored[split]!r} of data.path: choose other fractions or another data.split_seed"
-            )
+            of = f"the {len(parts[stored[split]])} in split {stored[split]!r} of data.path"
+            raise ValueError(f"Expected examples for {split}, but got none of {of}: choose larger fractions")
         if split not in ("train", *drawn) and (twice := int(np.isin(examples, of_split["train"]).sum())):
             rank_zero_info(f"{twice} of {len(examples)} examples for {split} are in the training split too")
     drawn_of = sketch(of_split["train"])
     overlap = {split: shared((trained or {"sketch": drawn_of})["sketch"], of_split[split]) for split in SPLITS[1:]}
     if trained and (moved := [split for split in overlap if overlap[split] > trained["overlap"][split]]):
-        raise ValueError(
-            f"Expected a stored split {stored[moved[0]]!r} in data.path that was not trained on, but got one with "
-            "examples of the training"
-        )
+        of = f"a stored split {stored[moved[0]]!r} in data.path"
+        raise ValueError(f"Expected {of} that was not trained on, but got one with examples of the training")
     digests = {split: digest((hashes + classes.clip(0).astype(np.uint64))[rows[split]]) for split in SPLITS}
     if trained and (changed := [split for split in SPLITS if digests[split] != trained["digests"][split]]):
         if fits and "train" in changed:

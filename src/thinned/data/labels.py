@@ -96,10 +96,8 @@ def match_names(labels: Labels, names: Sequence[str], split: str, of: str) -> np
         ValueError: If a label is missing, or its name is not among the classes `of` the run.
     """
     if missing := int((labels.codes < 0).sum()):
-        raise ValueError(
-            f"Expected a label for each example of split {split!r} of data.path, or for none, but got none for "
-            f"{missing} of {len(labels.codes)}"
-        )
+        of = f"split {split!r} of data.path, or for none, but got none for {missing} of {len(labels.codes)}"
+        raise ValueError(f"Expected a label for each example of {of}")
     place = {name: index for index, name in enumerate(names)}
     used = [labels.names[code] for code in np.unique(labels.codes)]
     if unknown := [name for name in used if name not in place]:

@@ -162,7 +162,6 @@ class SplitDataModule(LightningDataModule, ABC):
             seed=self.hparams["seed"],
             rank=trainer.global_rank if trainer else 0,
             world_size=trainer.world_size if trainer else 1,
-            drop_last=training,
             batches_per_step=trainer.accumulate_grad_batches if trainer else 1,
             position=self._position if training and trainer else None,
         )

@@ -99,9 +99,8 @@ def _image_of_pixels(pixels: np.ndarray) -> Image:
     pixels = pixels[..., 0] if pixels.shape[2:] == (1,) else pixels
     pixels = pixels.astype(np.float32) if np.issubdtype(kind, np.floating) else pixels
     if pixels.dtype not in ((np.uint8,) if pixels.ndim == 3 else (np.uint8, np.uint16, np.int32, np.float32)):
-        raise ValueError(
-            f"Expected pixels of type uint8, or in one channel uint16, int32 or floats, but got {kind} of shape {shape}"
-        )
+        expected = "pixels of type uint8, or in one channel uint16, int32 or floats"
+        raise ValueError(f"Expected {expected}, but got {kind} of shape {shape}")
     return PIL.Image.fromarray(pixels)
 
 

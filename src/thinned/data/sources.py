@@ -85,9 +85,8 @@ def _rows(path: Path, columns: list[str] | None) -> Iterator[Any]:
             header = next(rows, [])
             for row in filter(None, rows):
                 if len(row) != len(header):
-                    raise ValueError(
-                        f"{len(row)} cells instead of {len(header)} in line {rows.line_num}: quote its text"
-                    )
+                    cells = f"{len(row)} cells instead of {len(header)}"
+                    raise ValueError(f"{cells} in line {rows.line_num}: quote its text")
                 yield dict(zip(header, row, strict=True))
 
 
@@ -131,10 +130,8 @@ def refuse_words(names: Iterable[str]) -> None:
     """Raises a ValueError for names that contain a split as a word, such as train_data: they may be titles."""
     words = {split_of(word): name for name in names for word in WORD.findall(name)}
     if "train" in words and len(words) > 1:
-        raise ValueError(
-            "Expected files or folders of splits in data.path to be called train, valid and test, but got names such "
-            f"as {words['train']}: rename them, or name in data.leave_out those that are not to be used"
-        )
+        got = f"names such as {words['train']}: rename them, or leave some out (data.leave_out)"
+        raise ValueError(f"Expected files or folders of splits to be called train, valid and test, but got {got}")
 
 
 def assign_splits(names: Iterable[str], leave_out: Iterable[str] = ()) -> tuple[dict[Split, str], list[str]]:
@@ -153,10 +150,8 @@ def assign_splits(names: Iterable[str], leave_out: Iterable[str] = ()) -> tuple[
     for split in get_args(Split):
         found = [name for name in names if split_of(name) == split and name not in leave_out]
         if len(found) > 1:
-            raise ValueError(
-                f"Expected one stored split for {split} in data.path, but got {found[0]!r} and {found[1]!r}: name the "
-                "one that is not to be used in data.leave_out"
-            )
+            got = f"{found[0]!r} and {found[1]!r}: leave one out (data.leave_out)"
+            raise ValueError(f"Expected one stored split for {split} in data.path, but got {got}")
         if found:
             splits[split] = found[0]
     return splits, [name for name in names if name not in splits.values()]
@@ -166,9 +161,8 @@ def column_of(key: str, found: Collection[str], given: str | None, columns: Iter
     """Returns the given column, or else the only one found; ValueError if it is missing or there are several."""
     if given in found or (given is None and len(found) == 1):
         return given or next(iter(found))
-    raise ValueError(
-        f"Expected data.{key} to be one of the columns {[*found]}, but got {given!r} (all columns: {[*columns]})"
-    )
+    got = f"{given!r} (all columns: {[*columns]})"
+    raise ValueError(f"Expected data.{key} to be one of the columns {[*found]}, but got {got}")
 
 
 def is_saved(folder: Path) -> bool:
@@ -207,9 +201,8 @@ def read_stored(path: str, expected: str, name: str | None = None, *, streaming:
             stored = datasets.load_dataset(str(folder) if folder.is_dir() else path, name, streaming=streaming)
     except Exception as error:  # of many types; the message names the setting
         cause = error.__cause__ or error
-        raise FileNotFoundError(
-            f"Expected data.path to be {expected}, but got {path!r} ({type(cause).__name__}: {cause})"
-        ) from None
+        got = f"{path!r} ({type(cause).__name__}: {cause})"
+        raise FileNotFoundError(f"Expected data.path to be {expected}, but got {got}") from None
     return {"train": stored} if isinstance(stored, datasets.Dataset) else dict(stored)
 
 

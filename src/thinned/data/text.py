@@ -111,9 +111,8 @@ class TextDataModule(SplitDataModule):
         if not path:
             raise ValueError(f"Expected data.path to be {EXPECTED}, but got {path!r}")
         if val_fraction + test_fraction >= 1:
-            raise ValueError(
-                f"Expected data.test_fraction below 1 - {val_fraction}, data.val_fraction, but got {test_fraction}"
-            )
+            least = f"below 1 - {val_fraction}, data.val_fraction"
+            raise ValueError(f"Expected data.test_fraction {least}, but got {test_fraction}")
         bpe_size(tokenizer)  # raises a ValueError if it is invalid
         self._distortion = Distortion.parse(distortion, ["characters"])
         self.tokens = {}
@@ -258,9 +257,8 @@ class TextDataModule(SplitDataModule):
         """Takes tokenizer and split from a checkpoint; ValueError for another kind of tokenizer."""
         spec = state_dict["spec"]
         if spec != self.hparams["tokenizer"]:
-            raise ValueError(
-                f"Expected data.tokenizer to be {spec!r}, as the checkpoint has, but got {self.hparams['tokenizer']!r}"
-            )
+            got = self.hparams["tokenizer"]
+            raise ValueError(f"Expected data.tokenizer to be {spec!r}, as the checkpoint has, but got {got!r}")
         if self.tokens and state_dict == self.state_dict():
             return
         self._given, self._kept, self._tokenised = state_dict["tokenizer"], state_dict.get("split"), None

@@ -53,9 +53,8 @@ class TextFiles:
 def _rows_in(path: Path, column: str) -> Iterator[str]:
     for number, row in enumerate(sources.rows_of(path, [column])):
         if not isinstance(text := row.get(column), str):
-            raise ValueError(
-                f"Expected text in column {column!r} of data.path, but got {text!r} in row {number} of {path}"
-            )
+            got = f"{text!r} in row {number} of {path}"
+            raise ValueError(f"Expected text in column {column!r} of data.path, but got {got}")
         yield text
 
 
@@ -160,10 +159,8 @@ def _files(folder: Path, leave_out: Sequence[str]) -> tuple[dict[Split, list[Pat
     of_split = sources.files_by_split(used, folder)
     for paths in of_split.values():
         if len(kinds := {suffix(path) if suffix(path) in ROWS else "text" for path in paths}) > 1:
-            raise ValueError(
-                f"Expected files of one kind for each split in data.path, but got {sorted(kinds)}: name those that are "
-                "not to be used in data.leave_out, such as '*.csv'"
-            )
+            got = f"{sorted(kinds)}: leave some out (data.leave_out), such as '*.csv'"
+            raise ValueError(f"Expected files of one kind for each split in data.path, but got {got}")
     assigned, _ = sources.assign_splits(of_split)
     splits = {split: of_split[name] for split, name in assigned.items() if of_split[name]}
     return splits, [file for file in files if not any(file in paths for paths in splits.values())]

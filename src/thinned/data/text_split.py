@@ -152,10 +152,9 @@ def kept_ranges(kept: Mapping[str, Any], path: str, tokens: Mapping[Split, Token
         if Path(kept["path"]).expanduser().resolve() != Path(path).expanduser().resolve():
             return None
         if by_position:
-            raise ValueError(
-                f"Expected data.path to begin with the {stop:,} tokens that the checkpoint was trained on, but got a "
-                f"text that has changed before that in {path!r}; a text to predict needs a path of its own"
-            )
+            of = f"the {stop:,} tokens that the checkpoint was trained on"
+            got = f"a text that has changed before that in {path!r} (a text to predict needs a path of its own)"
+            raise ValueError(f"Expected data.path to begin with {of}, but got {got}")
     ranges: dict[Split, Range] = {}
     for split, part in parts.items():
         if (file := part["file"]) not in tokens:

@@ -97,9 +97,8 @@ class Tokenizer:
                 path = Path(_cached_or_downloaded(name))
             except Exception as error:  # the type differs between versions of the client
                 cause = f"{type(error).__name__}: {' '.join(str(error).split())}"
-                raise FileNotFoundError(
-                    f"Expected data.tokenizer to be {EXPECTED}, but got {name!r} ({cause})"
-                ) from None
+                got = f"{name!r} ({cause})"
+                raise FileNotFoundError(f"Expected data.tokenizer to be {EXPECTED}, but got {got}") from None
         return cls.from_json(path.read_text(encoding="utf-8", errors="replace"))
 
     @classmethod
@@ -108,9 +107,8 @@ class Tokenizer:
         try:
             return cls(tokenizers.Tokenizer.from_str(text))
         except Exception as error:  # the library raises bare Exceptions
-            raise ValueError(
-                f"Expected data.tokenizer to hold a tokenizer as JSON, but got {text[:40]!r} ({error})"
-            ) from None
+            got = f"{text[:40]!r} ({error})"
+            raise ValueError(f"Expected data.tokenizer to hold a tokenizer as JSON, but got {got}") from None
 
     def to_json(self) -> str:
         """Returns the whole tokenizer in the format of tokenizer.json."""
@@ -145,10 +143,8 @@ class Tokenizer:
             if (outside := of_document == unknown).any():
                 characters = code_points(document)[outside] if self.by_character else []
                 named = ", ".join(repr(chr(point)) for point in np.unique(characters)[:10])
-                raise ValueError(
-                    f"Expected text within the vocabulary of the tokenizer, which has {self.vocab_size} tokens, but "
-                    f"got {named or 'text of other tokens'}"
-                )
+                within = f"the vocabulary of the tokenizer, which has {self.vocab_size} tokens"
+                raise ValueError(f"Expected text within {within}, but got {named or 'text of other tokens'}")
         return ids
 
     @cached_property

@@ -49,10 +49,8 @@ class Tokens:
             return np.zeros(0, np.int64)
         width = np.dtype(self.dtype).itemsize
         if self._content.size() < (self.start + stop) * width:  # reading it would kill the process with a bus error
-            raise ValueError(
-                f"Expected the tokens that were written to data.cache_dir, but got a shorter file {self.path}: start "
-                "again to make them again"
-            )
+            got = f"a shorter file {self.path}: start again to make them again"
+            raise ValueError(f"Expected the tokens that were written to data.cache_dir, but got {got}")
         return np.frombuffer(self._content, self.dtype, stop - start, (self.start + start) * width).astype(np.int64)
 
     @cached_property
