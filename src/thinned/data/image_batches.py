@@ -33,12 +33,9 @@ class Batch(NamedTuple):
 
 
 def rotate_and_shift(image: Tensor, angle: Tensor, shift: Tensor) -> Tensor:
-    """Returns images (B, C, H, W), each rotated about its centre, then shifted, bilinearly; the outside is black (0).
+    """Returns float images (B, C, H, W), each rotated about its centre, then shifted, bilinearly; the outside is 0.
 
-    Args:
-        image: The images, float.
-        angle: Degrees counter-clockwise, (B,).
-        shift: Pixels to the right and down, (B, 2).
+    `angle` is in degrees counter-clockwise, (B,), and `shift` in pixels to the right and down, (B, 2).
     """
     angle = angle.deg2rad()
     cos, sin = angle.cos(), angle.sin()

@@ -22,7 +22,7 @@ from thinned.data import sources
 from thinned.data.image_store import StoredImages
 from thinned.data.labels import LABEL_NAMES, UNKNOWN, label_column, match_names, read_labels, shortened
 from thinned.data.order import Split
-from thinned.data.pixels import COLOUR, DEPTH, scale_of
+from thinned.data.pixels import COLOUR, DEPTH, SCALES
 
 TABLES = (".csv", ".tsv", ".jsonl")
 FILE_COLUMNS = ("file_name", "file")
@@ -123,7 +123,10 @@ def read_images(settings: Mapping[str, Any], trained: Mapping[str, Any]) -> Stor
     images = StoredImages(datasets.concatenate_datasets(undecoded), parts, Path(path).expanduser())
     census = images.census(Path(settings["cache_dir"]).expanduser())
     headers = census["header"]
-    scale = scale_of(headers, trained.get("scale"))
+    scales = sorted({SCALES[depth] for depth in np.unique(headers & DEPTH)})
+    scale = trained.get("scale", scales[0])
+    if scales != [scale]:
+        raise ValueError(f"Expected images of {scale} in data.path, but got {' and '.join(scales)}")
     class_names = trained["class_names"] if trained else labels[names[0]].names
     classes, of = np.full(len(headers), UNKNOWN), "the checkpoint" if trained else "the training split"
     for name, of_split in labels.items():
@@ -184,9 +187,7 @@ def read_image_folder(root: Path, files: list[Path]) -> tuple[dict[str, datasets
     """Returns the images of each stored split of a folder, and the paths of all files that are used.
 
     The top folders are splits if all have names of splits, or if the one for training contains folders; else classes.
-
-    Raises:
-        ValueError: If a table does not fit the images, or splits are within classes.
+    ValueError if a table does not fit the images, or splits are within classes.
     """
     parts = {path: path.relative_to(root).parts for path in files if _is_image(path)}
     top = next(iter(parts.values()))[0]

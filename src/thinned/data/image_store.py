@@ -21,7 +21,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 from thinned.data.content_split import content_hash
-from thinned.data.pixels import header, open_image, to_array
+from thinned.data.pixels import SCALES, depth_of, header, image_of, open_image, to_array
 from thinned.files import whole_file
 
 CENSUS = np.dtype([("hash", "<u8"), ("header", "u1")])  # describes the content of an image
@@ -108,10 +108,7 @@ class StoredImages:
             states = ((path, os.stat(path)) for path in self._paths.to_pylist() if path)
             key = str([(path, state.st_size, state.st_mtime_ns) for path, state in states])
         kept = cache / f"census-{content_hash(key.encode()):016x}.npy"
-        try:
-            cache.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OSError(f"Expected data.cache_dir to be a folder to write to, but got {error}") from None
+        cache.mkdir(parents=True, exist_ok=True)
         with FileLock(kept.with_suffix(".lock")):  # one process computes it, others wait
             if not kept.exists():
                 with whole_file(kept) as temporary:
@@ -145,6 +142,13 @@ class Statistics:
         unit, deviations = 1 if deep else 255, [std or 1.0 for std in self.std]
         return unit * torch.tensor(self.mean)[:, None, None], unit * torch.tensor(deviations)[:, None, None]
 
+    def limits(self, scale: str, deep: bool) -> tuple[Tensor, Tensor]:
+        """Returns the darkest and the brightest possible intensity as `to_array` gives them, (C, 1, 1) each."""
+        low, high = [0.0], [1.0 if deep else 255.0]
+        if scale != SCALES[0]:  # only the data know their range
+            low, high = self.low, self.high
+        return torch.tensor(low)[:, None, None], torch.tensor(high)[:, None, None]
+
     def to_uint8(self, images: Tensor) -> Tensor:
         """Returns images (n, C, H, W) of more than 8 bits as pictures of 8 bits: low becomes 0, and high 255."""
         low, high = (torch.tensor(end)[:, None, None] for end in (self.low, self.high))
@@ -173,3 +177,21 @@ def channel_statistics(images: Tensor | StoredImages, rows: Tensor) -> Statistic
         unit, low, high = 255, torch.zeros_like(mean), torch.ones_like(mean)
     std = (squares / number).sqrt()
     return Statistics((mean / unit).tolist(), (std / unit).tolist(), low.tolist(), high.tolist())
+
+
+def standardised(given: Any, state: dict[str, Any], size: int | None) -> Tensor:
+    """Returns an image as input of a network whose data module had this state, (C, H, W) float32.
+
+    ValueError if it is no image, or has another depth or more channels than the training images.
+    """
+    image = image_of(given)
+    if (scale := SCALES[depth_of(image)]) != state["scale"]:
+        raise ValueError(f"Expected an image of {state['scale']}, as in the training, but got one of {scale}")
+    width, height = (size, size) if size else image.size
+    shape, deep = (state["channels"], height, width), depth_of(image) > 0
+    try:
+        pixels = to_array(image, shape, resize=bool(size), deep=deep, background=state["background"])
+    except ValueError as error:
+        raise ValueError(f"Expected an image like those of the training, but got one that {error}") from None
+    mean, std = Statistics(**state["statistics"]).standard(deep)
+    return (torch.from_numpy(pixels.astype(np.float32)) - mean) / std

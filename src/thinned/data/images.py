@@ -12,7 +12,6 @@ from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, OpenUnitInterval, PositiveInt, restricted_number_type
 from lightning.pytorch.utilities import rank_zero_info
@@ -23,11 +22,10 @@ from thinned.data.distortion import Distortion
 from thinned.data.image_batches import IMAGE_KINDS, DistortedImages, ImageBatches
 from thinned.data.image_sources import Stored, read_images
 from thinned.data.image_splits import arrange
-from thinned.data.image_store import Statistics, StoredImages, channel_statistics
+from thinned.data.image_store import Statistics, StoredImages, channel_statistics, standardised
 from thinned.data.labels import UNKNOWN
 from thinned.data.module import SplitDataModule
 from thinned.data.order import Split
-from thinned.data.pixels import SCALES, depth_of, image_of, to_array
 
 HalfTurn = restricted_number_type("HalfTurn", float, [(">=", 0), ("<=", 180)], docstring="Degrees in [0, 180].")
 
@@ -169,11 +167,8 @@ class ImageDataModule(SplitDataModule):
     def _distorted(self) -> Tensor | StoredImages | DistortedImages:
         if not self._distortion:
             return self._pixels
-        ends = [0.0], [1.0 if self._read().images.deep else 255.0]
-        if self._read().scale != SCALES[0]:  # only the data know their range
-            ends = self.statistics.low, self.statistics.high
-        low, high = (torch.tensor(end)[:, None, None] for end in ends)
-        return DistortedImages(self._pixels, self._distortion, low, high)
+        limits = self.statistics.limits(self._read().scale, self._read().images.deep)
+        return DistortedImages(self._pixels, self._distortion, *limits)
 
     def raw_images(self, split: Split, indices: Sequence[int] | Tensor) -> Tensor:
         """Returns images of a test before standardisation, uint8 (n, C, H, W), by their `Batch.index`."""
@@ -226,22 +221,8 @@ class ImageDataModule(SplitDataModule):
         return replace(self.batches(split, training=False), images=self._distorted)
 
     def input_of(self, given: Any) -> Tensor:
-        """Returns an image as input of a trained network, (C, H, W) float32: resized and standardised.
+        """Returns an image (see `image_of`) as input of a trained network, (C, H, W) float32; ValueError if it is none.
 
-        Args:
-            given: See `pixels.image_of`.
-
-        Raises:
-            ValueError: It is no image, or has another depth or more channels than the training images.
+        It is resized to `image_size` and standardised.
         """
-        image, trained, size = image_of(given), self._trained or self.state_dict(), self.hparams["image_size"]
-        if (scale := SCALES[depth_of(image)]) != trained["scale"]:
-            raise ValueError(f"Expected an image of {trained['scale']}, as in the training, but got one of {scale}")
-        width, height = (size, size) if size else image.size
-        shape, deep = (trained["channels"], height, width), depth_of(image) > 0
-        try:
-            pixels = to_array(image, shape, resize=bool(size), deep=deep, background=trained["background"])
-        except ValueError as error:
-            raise ValueError(f"Expected an image like those of the training, but got one that {error}") from None
-        mean, std = self.statistics.standard(deep)
-        return (torch.from_numpy(pixels.astype(np.float32)) - mean) / std
+        return standardised(given, self._trained or self.state_dict(), self.hparams["image_size"])

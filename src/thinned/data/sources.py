@@ -113,11 +113,7 @@ def stored_split(path: PurePath) -> str | None:
 
 
 def files_by_split(files: Iterable[Path], root: Path) -> dict[str, list[Path]]:
-    """Returns files by split if one is for training or all have a split; otherwise, all of them for training.
-
-    Raises:
-        ValueError: See `refuse_words`.
-    """
+    """Returns files by split if one is for training or all have a split; otherwise, all of them for training."""
     names = {file: stored_split(file.relative_to(root)) for file in files}
     found = sorted({name for name in names.values() if name})
     if all(names.values()) or any(split_of(name) == "train" for name in found):
@@ -180,11 +176,8 @@ def is_dataset(folder: Path) -> bool:
 def read_stored(path: str, expected: str, name: str | None = None, *, streaming: bool = False) -> dict[str, Any]:
     """Returns the stored splits of a dataset in a folder, on the hub, or in its cache if the hub cannot be reached.
 
-    Args:
-        path: The value of `data.path`.
-        expected: What it may be, for the message of the FileNotFoundError if no dataset can be read.
-        name: Which of the dataset's configurations; None if it has one, or a default.
-        streaming: Whether to read rows on demand, instead of downloading or converting all at once.
+    `path`, `name` and `streaming` are settings of the data. `expected` says what the path may be, for the message of
+    the FileNotFoundError if no dataset can be read.
     """
     folder = Path(path).expanduser()
     if not folder.exists():

@@ -8,10 +8,10 @@ Stored splits are used unchanged. Missing ones are taken from the stored "train"
 """
 
 from bisect import insort
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self, get_args
+from typing import Any, get_args
 
 from thinned.data.content_split import SKETCH, content_hash
 from thinned.data.order import Split
@@ -30,12 +30,6 @@ class SplitRule:
     test: float
     seed: int  # of the hash of documents
     by_document: bool  # whether whole documents are taken, instead of the end of the text
-
-    @classmethod
-    def of(cls, settings: Mapping[str, Any], stored: Collection[Split], *, by_document: bool) -> Self:
-        """Returns the rule for these settings of the data and these stored splits."""
-        val, test = (0.0 if split in stored else settings[f"{split}_fraction"] for split in ("val", "test"))
-        return cls(val, test, settings["split_seed"], by_document)
 
     @property
     def ends(self) -> tuple[float, float]:
@@ -98,21 +92,22 @@ def rule_of(
     Raises:
         ValueError: If there is no "train" to train on.
     """
+    given, names = (kept, kept["stored"]) if kept else (settings, stored)
+    val, test = (0.0 if split in names else given[f"{split}_fraction"] for split in ("val", "test"))
     if kept:
-        rule = SplitRule.of(kept, kept["stored"], by_document=kept["by_document"])
+        rule = SplitRule(val, test, kept["split_seed"], kept["by_document"])
         digest = kept["parts"]["train"]["digest"]
         known = {digest[i : i + 16] for i in range(0, len(digest), 16)}
         same = not rule.by_document or any(f"{rule.hash(text):016x}" in known for text in stored.get("train", ()))
         return rule if "train" in stored and same else None
     if "train" not in stored:
         raise ValueError(f"Expected data.path to have a split 'train', but got {[*stored]}")
-    rule, found = SplitRule.of(settings, stored, by_document=True), set[int]()
-    least = min((fraction for fraction in (rule.val, rule.test) if fraction), default=0)
+    found, least = set[int](), min((fraction for fraction in (val, test) if fraction), default=0)
     for _, text in sure_to_fit((("train", text) for text in stored["train"] if text), settings["max_tokens"]):
         found.add(hash(text))
         if not least or len(found) * least >= ENOUGH:
             break
-    return replace(rule, by_document=len(found) * least >= ENOUGH)
+    return SplitRule(val, test, settings["split_seed"], by_document=len(found) * least >= ENOUGH)
 
 
 def new_ranges(rule: SplitRule, counts: Mapping[Split, int]) -> dict[Split, Range]:

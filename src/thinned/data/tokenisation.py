@@ -165,11 +165,7 @@ def folder_of(cache_dir: str, label: str, key: list[Any]) -> Path:
 
 
 def cached_tokens(folder: Path, write: Callable[[Path], None]) -> Tokenised:
-    """Returns the tokens in a folder. If there are none, one process calls `write_tokens`, and the others wait.
-
-    Raises:
-        OSError: If the files cannot be written.
-    """
+    """Returns the tokens in a folder. If there are none, one process writes them, and the others wait."""
     if found := open_tokens(folder):
         return found
     try:
