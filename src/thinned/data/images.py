@@ -8,7 +8,7 @@ Shapes: N examples, C channels, H height, W width, K classes.
 
 import json
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -67,6 +67,7 @@ class ImageDataModule(SplitDataModule):
     """
 
     INDIFFERENT = SplitDataModule.INDIFFERENT | {"cache_gib", "cache_dir", "rotation", "shift"}
+    NET_ARGUMENTS = ("input_shape", "num_classes")
     class_names: list[str]  # after setup, or from a checkpoint
     rows: dict[Split, Tensor]  # after setup: rows of the examples in the stored images
     target: dict[Split, Tensor | None]  # after setup: classes; None if the labels are hidden
@@ -138,18 +139,14 @@ class ImageDataModule(SplitDataModule):
         return self._read().images.shape
 
     @property
+    def input_shape(self) -> list[int]:
+        """Shape (C, H, W) as an argument of a net."""
+        return list(self.image_shape)
+
+    @property
     def num_classes(self) -> int | None:
         """Number K of classes; None without labels."""
         return len(self._read().class_names) or None
-
-    def net_arguments(self, names: Collection[str]) -> dict[str, Any]:
-        """Returns the shape of an image and the number of classes, if `names` ask for them."""
-        known: dict[str, Any] = {}
-        if "input_shape" in names:
-            known["input_shape"] = list(self.image_shape)
-        if "num_classes" in names:
-            known["num_classes"] = self.num_classes
-        return known
 
     @property
     def statistics(self) -> Statistics:

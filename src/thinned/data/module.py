@@ -63,6 +63,8 @@ class SplitDataModule(LightningDataModule, ABC):
 
     # Hyperparameters that do not change the rows of a prediction.
     INDIFFERENT: ClassVar[frozenset[str]] = frozenset({"batch_size", "eval_batch_size", "num_workers"})
+    # Attributes that are arguments of a net, by name; they may read the data.
+    NET_ARGUMENTS: ClassVar[tuple[str, ...]] = ()
     predict_start = 0  # the first example that is not yet predicted
 
     @property
@@ -72,6 +74,10 @@ class SplitDataModule(LightningDataModule, ABC):
     @property
     def predict_split(self) -> Split:
         return self.hparams["predict_split"]
+
+    def net_arguments(self, names: Collection[str]) -> dict[str, Any]:
+        """Returns those arguments of a net that only the data know, if `names` ask for them."""
+        return {name: getattr(self, name) for name in self.NET_ARGUMENTS if name in names}
 
     @abstractmethod
     def batches(self, split: Split, *, training: bool) -> Dataset[Any]:

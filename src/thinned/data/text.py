@@ -7,7 +7,6 @@ Shapes: T tokens in a window.
 """
 
 import json
-from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -79,6 +78,7 @@ class TextDataModule(SplitDataModule):
     """
 
     INDIFFERENT = SplitDataModule.INDIFFERENT | {"cache_dir", "seed"}
+    NET_ARGUMENTS = ("vocab_size", "context_length")
     # Available after setup:
     tokenizer: Tokenizer
     tokens: dict[Split, Tokens]
@@ -211,13 +211,6 @@ class TextDataModule(SplitDataModule):
     def context_length(self) -> int:
         """Number T of tokens in a window."""
         return self.hparams["context_length"]
-
-    def net_arguments(self, names: Collection[str]) -> dict[str, int]:
-        """Returns the sizes of the vocabulary and the context, if `names` ask for them."""
-        known = {"context_length": self.context_length} if "context_length" in names else {}
-        if "vocab_size" in names:
-            known["vocab_size"] = self.vocab_size
-        return known
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Returns the validation split; ValueError if a text new to the checkpoint would also be the test."""
