@@ -115,12 +115,10 @@ class SplitDataModule(LightningDataModule, ABC):
 
     def predict_dataloader(self) -> DataLoader[Any]:
         """Returns the split `data.predict_split` in order, from `predict_start` on."""
-        split = self.predict_split
-        if not self.predict_start:
-            return self._dataloader(self.tested(split))
-        # Lightning would count its limit from the first batch that remains.
-        assert self.trainer is not None
-        stop = self._evaluated(split, self.trainer.limit_predict_batches)
+        split, stop = self.predict_split, None
+        if self.predict_start:  # Lightning would count its limit from the first batch that remains
+            assert self.trainer is not None
+            stop = self._evaluated(split, self.trainer.limit_predict_batches)
         return self._dataloader(self.tested(split), start=self.predict_start, stop=stop)
 
     def fit_dataloader(self) -> DataLoader[Any]:

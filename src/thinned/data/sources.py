@@ -126,8 +126,9 @@ def refuse_words(names: Iterable[str]) -> None:
     """Raises a ValueError for names that contain a split as a word, such as train_data: they may be titles."""
     words = {split_of(word): name for name in names for word in WORD.findall(name)}
     if "train" in words and len(words) > 1:
+        expected = "files or folders of splits in data.path to be called train, valid and test"
         got = f"names such as {words['train']}: rename them, or leave some out (data.leave_out)"
-        raise ValueError(f"Expected files or folders of splits to be called train, valid and test, but got {got}")
+        raise ValueError(f"Expected {expected}, but got {got}")
 
 
 def assign_splits(names: Iterable[str], leave_out: Iterable[str] = ()) -> tuple[dict[Split, str], list[str]]:

@@ -175,32 +175,28 @@ class TextDataModule(SplitDataModule):
         found = None
         if rule:
             found = text_split.kept_ranges(kept, self.path, files) if kept else text_split.new_ranges(rule, counts)
-        self._is_another = found is None
+        self._is_another, fits = found is None, self.trainer is not None and self.trainer.state.fn == "fit"
         self._ranges = found or text_split.whole_ranges(counts)
         text_split.check_sizes(self._ranges, counts, None if kept else self.context_length)
         if self._is_another:
-            if self._fits:
+            if fits:
                 raise ValueError(f"Expected the training text of the checkpoint, but got another one in {self.path!r}")
             rank_zero_info("data.path is not the text of the checkpoint, so all of it is predicted")
         elif kept:
-            self._keep_settings(kept)
+            self._keep_settings(kept, fits)
             if unused := counts["train"] - max(stop for file, _, stop in self._ranges.values() if file == "train"):
                 rank_zero_info(
                     f"data.path has changed since training: the {unused:,} tokens at its end are in no split"
                 )
         self.tokens = {split: files[file].part(start, stop) for split, (file, start, stop) in self._ranges.items()}
 
-    def _keep_settings(self, kept: dict[str, Any]) -> None:
+    def _keep_settings(self, kept: dict[str, Any], fits: bool) -> None:
         """Takes the settings of the split from a checkpoint of the same text; to resume, also those of the order."""
         keys = [f"{split}_fraction" for split in ("val", "test") if split not in kept["stored"]]
-        for key in [*keys, *["split_seed"] * kept["by_document"], *["seed"] * self._fits]:
+        for key in [*keys, *["split_seed"] * kept["by_document"], *["seed"] * fits]:
             if kept[key] != self.hparams[key]:
                 rank_zero_info(f"Kept data.{key} {kept[key]} of the checkpoint, instead of {self.hparams[key]}")
                 self.hparams[key] = kept[key]
-
-    @property
-    def _fits(self) -> bool:
-        return self.trainer is not None and self.trainer.state.fn == "fit"
 
     @property
     def vocab_size(self) -> int:
@@ -217,10 +213,8 @@ class TextDataModule(SplitDataModule):
         tested = self.trainer.state.fn if self.trainer else None
         split = self.predict_split if tested == "predict" else "test"
         if self._is_another and tested in ("predict", "test") and self._ranges["val"] == self._ranges[split]:
-            raise ValueError(
-                "Expected a validation split to learn from, but got another text in data.path than that of the "
-                "checkpoint: evaluate it as one of the sets, or predict it at given sites"
-            )
+            got = "another text in data.path: evaluate it as one of the sets, or predict it at given sites"
+            raise ValueError(f"Expected a validation split to learn from, but got {got}")
         return super().val_dataloader()
 
     def provenance(self, split: Split, limit_batches: float) -> dict[str, Any]:

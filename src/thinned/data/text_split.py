@@ -66,14 +66,13 @@ class SplitDocuments:
 
     def __iter__(self) -> Iterator[Document]:
         for text in self.documents:
-            if self.stored != "train" or not self.rule.by_document:
-                yield self.stored, text
-                continue
-            number = self.rule.hash(text)
-            split = self.rule.split_of(number)
-            if split == "train" and number not in self.smallest:
-                insort(self.smallest, number)
-                del self.smallest[SKETCH:]
+            split = self.stored
+            if split == "train" and self.rule.by_document:
+                number = self.rule.hash(text)
+                split = self.rule.split_of(number)
+                if split == "train" and number not in self.smallest:
+                    insort(self.smallest, number)
+                    del self.smallest[SKETCH:]
             yield split, text
 
     def sketch(self) -> str:
@@ -113,9 +112,9 @@ def rule_of(
 def new_ranges(rule: SplitRule, counts: Mapping[Split, int]) -> dict[Split, Range]:
     """Returns the tokens of each split, given the number of tokens of each file."""
     train, val = (int(end * counts["train"]) for end in rule.ends)
-    ranges: dict[Split, Range] = {"train": ("train", 0, train)}
-    ranges["val"] = ("val", 0, counts["val"]) if "val" in counts else ("train", train, val)
-    ranges["test"] = ("test", 0, counts["test"]) if "test" in counts else ("train", val, counts["train"])
+    ranges: dict[Split, Range] = {"train": ("train", 0, train), "val": ("train", train, val)}
+    ranges["test"] = "train", val, counts["train"]
+    ranges |= {split: (split, 0, counts[split]) for split in counts if split != "train"}
     if "test" not in counts and not rule.test:
         ranges["test"] = ranges["val"]
     return ranges
