@@ -525,6 +525,14 @@ class TestBadInput:
         with pytest.raises(ValueError, match=got):
             ready(str(tmp_path / "set"))
 
+    @pytest.mark.parametrize("missing", [-1, None])
+    def test_a_split_is_hidden_if_all_its_labels_are_missing(self, tmp_path: Path, missing: int | None) -> None:
+        train = table(noise(60, 2, 2), [0, 1] * 30, kind=Value("int64"))
+        test = table(noise(3, 2, 2, seed=1), [missing] * 3, kind=Value("int64"))
+        DatasetDict(train=train, test=test).save_to_disk(tmp_path / "set")
+        data = ready(str(tmp_path / "set"))
+        assert [data.target[split] is None for split in DIGITS] == [False, False, True]
+
     @pytest.mark.parametrize("cache_gib", [0, 4])
     def test_sizes_that_differ(self, folder: Callable[..., str], cache_gib: float) -> None:
         images = noise(20, 2, 3)

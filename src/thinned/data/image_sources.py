@@ -112,7 +112,7 @@ def read_images(settings: Mapping[str, Any], trained: Mapping[str, Any]) -> Stor
     image = image_column(features, settings["image_column"])
     label = label_column(features, settings["label_column"]) if settings["use_labels"] else None
     found = {n: read_labels(stored[n], label, n) for n in names if label and label in stored[n].column_names}
-    labels = {name: of_split for name, of_split in found.items() if of_split.known}
+    labels = {name: of_split for name, of_split in found.items() if (of_split.codes != UNKNOWN).any()}
     if not trained and names[0] not in labels:
         given = f"data.label_column: {settings['label_column']!r}, all columns: {list(features)}"
         raise ValueError(f"Expected labels to train on, but got none in split {names[0]!r} of data.path ({given})")

@@ -5,7 +5,7 @@ Shapes: N examples, K classes.
 
 import unicodedata
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import datasets
 import numpy as np
@@ -16,17 +16,11 @@ LABEL_NAMES = ("label", "labels", "target", "class", "category")
 UNKNOWN = -1  # the class of an example whose label is hidden
 
 
-@dataclass(frozen=True)
-class Labels:
+class Labels(NamedTuple):
     """Holds the labels of one stored split."""
 
     names: list[str]  # of all classes that are declared or occur
     codes: np.ndarray  # (N,) int64, places in `names`; -1 if the label is missing
-
-    @property
-    def known(self) -> bool:
-        """Returns whether any example has a label."""
-        return bool((self.codes >= 0).any())
 
 
 def label_column(features: datasets.Features, given: str | None) -> str | None:
