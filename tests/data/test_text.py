@@ -425,20 +425,27 @@ class TestBadInput:
             ({"test_fraction": 0.001}, "at least 2 tokens for test .*, but got 1 of .* a larger data.test_fraction"),
         ],
     )
-    def test_too_little_text(self, make: Make, kwargs: dict[str, Any], message: str) -> None:
+    def test_too_little_text(self, make: Make, tmp_path: Path, kwargs: dict[str, Any], message: str) -> None:
         with pytest.raises(ValueError, match=message):
             make(**kwargs)
+        assert list((tmp_path / "cache").iterdir()) == []
+        if "max_tokens" not in kwargs:
+            make()
+            with pytest.raises(ValueError, match=message):  # of tokens that are there
+                make(**kwargs)
 
     @pytest.mark.parametrize("tokenizer", ["char", "bpe:300"])
     def test_no_text(self, make: Make, tmp_path: Path, tokenizer: str) -> None:
         Dataset.from_dict({"text": ["", ""]}).save_to_disk(tmp_path / "set")
         with pytest.raises(ValueError, match=r"at least 9 tokens for train .*, but got 0 of the 0 in data\.path"):
             make(tmp_path / "set", tokenizer=tokenizer)
+        assert list((tmp_path / "cache").iterdir()) == []
 
     @pytest.mark.parametrize("tokenizer", ["char", "bpe:300"])
     def test_an_empty_file(self, make: Make, tmp_path: Path, tokenizer: str) -> None:
         with pytest.raises(ValueError, match=r"at least 9 tokens for train .*, but got 0 of the 0 in data\.path"):
             make(tmp_path / "empty.txt", "", tokenizer=tokenizer)
+        assert list((tmp_path / "cache").iterdir()) == []
 
     def test_bytes_that_are_no_text(self, make: Make, tmp_path: Path) -> None:
         (tmp_path / "bad.txt").write_bytes(b"abc" * 50 + b"\xff")

@@ -162,7 +162,10 @@ class TextDataModule(SplitDataModule):
         def write(folder: Path) -> None:
             of_text = tokenizer or make_tokenizer(spec, stored, rule.ends[0], max_tokens)
             sketch = stored["train"].sketch if rule.by_document else str
-            write_tokens(folder, of_text, stored, dict.fromkeys([*stored, *rule.taken]), max_tokens, sketch)
+            splits = dict.fromkeys([*stored, *rule.taken])
+            counts = write_tokens(folder, of_text, stored, splits, max_tokens, sketch)
+            ranges = text_split.whole_ranges(counts) if self._kept else text_split.new_ranges(rule, counts)
+            text_split.check_sizes(ranges, counts, None if self._kept else self.context_length)
 
         return cached_tokens(folder, write)
 

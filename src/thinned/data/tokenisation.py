@@ -198,8 +198,8 @@ def write_tokens(
     splits: Iterable[Split],
     max_tokens: int | None,
     sketch: Callable[[], str] = str,
-) -> None:
-    """Writes a file of tokens for each split; a ValueError if the tokenizer cannot encode the text names it.
+) -> dict[Split, int]:
+    """Writes a file of tokens for each split, and returns their numbers; ValueError if a text cannot be encoded.
 
     At most `max_tokens` tokens of a stored split are written; None is all. `sketch` is called after all documents.
     """
@@ -221,6 +221,7 @@ def write_tokens(
     manifest = {"dtype": dtype, "tokens": counts, "sketch": sketch()}
     (folder / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=2), encoding="utf-8")
+    return counts
 
 
 def open_tokens(folder: Path) -> Tokenised | None:

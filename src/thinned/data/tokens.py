@@ -26,7 +26,7 @@ class Tokens:
 
     def __init__(self, path: Path, dtype: str, start: int, stop: int, content: mmap.mmap | None = None) -> None:
         self.path, self.dtype, self.start, self.stop = path, dtype, start, stop
-        if content is None and path.stat().st_size:  # an empty file cannot be mapped
+        if content is None:
             with path.open("rb") as file:
                 content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         self._content = content
@@ -45,13 +45,12 @@ class Tokens:
     def __getitem__(self, part: slice) -> np.ndarray:
         """Returns consecutive tokens, int64 (n,); ValueError if the file has become shorter."""
         start, stop, _ = part.indices(len(self))
-        if start >= stop or self._content is None:
-            return np.zeros(0, np.int64)
         width = np.dtype(self.dtype).itemsize
         if self._content.size() < (self.start + stop) * width:  # reading it would kill the process with a bus error
             got = f"a shorter file {self.path}: start again to make them again"
             raise ValueError(f"Expected the tokens that were written to data.cache_dir, but got {got}")
-        return np.frombuffer(self._content, self.dtype, stop - start, (self.start + start) * width).astype(np.int64)
+        count, offset = max(stop - start, 0), (self.start + start) * width
+        return np.frombuffer(self._content, self.dtype, count, offset).astype(np.int64)
 
     @cached_property
     def digest(self) -> str:
