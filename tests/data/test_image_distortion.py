@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from thinned.data import ImageDataModule
-from thinned.data.distortion import Distortion
-from thinned.data.image_batches import DISTORTION_SEED, IMAGE_KINDS, DistortedImages
+from thinned.data.distortion import SEED, Distortion
+from thinned.data.image_batches import IMAGE_KINDS, DistortedImages
 
 GENERATOR = torch.Generator().manual_seed(0)
 IMAGES = torch.randint(0, 256, (6, 3, 8, 9), generator=GENERATOR, dtype=torch.uint8)
@@ -50,7 +50,7 @@ def test_translation_moves_a_spot_by_the_severity() -> None:
 
 
 def test_noise_is_numpys_of_each_row() -> None:
-    expected = [np.random.default_rng((DISTORTION_SEED, row)).standard_normal((3, 8, 9)) for row in range(6)]
+    expected = [np.random.default_rng((SEED, row)).standard_normal((3, 8, 9)) for row in range(6)]
     exact = IMAGES.numpy() + 255 * 0.1 * np.stack(expected)
     assert np.abs(distorted("noise", 0.1).numpy() - exact.clip(0, 255)).max() <= 0.501
 

@@ -23,6 +23,7 @@ KINDS = {
     "contrast": Range(1, "share that is kept"),  # mlp only
     "characters": Range(1, "share that is exchanged"),  # gpt only
 }
+SEED = 0  # one for all, so that runs with other seeds are tested on the same examples
 FORM = "data.distortion to be <kind>:<severity>"
 
 

@@ -18,10 +18,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
-from thinned.data.distortion import Distortion
+from thinned.data.distortion import SEED, Distortion
 from thinned.data.image_store import StoredImages
-
-DISTORTION_SEED = 0  # one for all, so that runs with other seeds are tested on the same images
 
 
 class Batch(NamedTuple):
@@ -58,7 +56,7 @@ def augmentation_draws(seed: int, epoch: int, num_examples: int) -> Tensor:
 
 def _draws(rows: Tensor, draw: Callable[[np.random.Generator], np.ndarray]) -> Tensor:
     """Returns the draws of each row from a generator of its own, (B, ...) float32."""
-    drawn = [draw(np.random.default_rng((DISTORTION_SEED, row))) for row in rows.tolist()]
+    drawn = [draw(np.random.default_rng((SEED, row))) for row in rows.tolist()]
     return torch.from_numpy(np.stack(drawn)).float()
 
 

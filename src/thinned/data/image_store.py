@@ -69,7 +69,7 @@ class StoredImages:
     def open(self, row: int, stored: dict[str, Any] | None = None) -> Image:
         """Decodes an image; OSError if that fails."""
         try:
-            return open_image(stored or self.stored[row]["image"])
+            return open_image(_content(stored or self.stored[row]["image"]))
         except Exception as error:  # PIL raises many types
             raise self._unreadable(row, error) from None
 
@@ -122,10 +122,15 @@ class StoredImages:
             if stored is None:
                 raise ValueError(f"Expected images in data.path, but got None in {self.names([row])[0]}")
             try:
-                content = Path(stored["path"]).read_bytes() if stored["bytes"] is None else stored["bytes"]
+                content = _content(stored)
                 yield content_hash(content), header(content)
             except Exception as error:
                 raise self._unreadable(row, error) from None
+
+
+def _content(stored: dict[str, Any]) -> bytes:
+    content: bytes | None = stored["bytes"]
+    return Path(stored["path"]).read_bytes() if content is None else content
 
 
 @dataclass(frozen=True)

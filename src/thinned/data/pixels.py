@@ -42,9 +42,8 @@ def depth_of(image: Image) -> int:
     return 1 if image.mode.startswith("I;16") else {"I": 2, "F": 3}.get(image.mode, 0)
 
 
-def open_image(stored: dict[str, Any]) -> Image:
-    """Decodes a stored image, from its bytes or its path, and turns it upright by its EXIF orientation."""
-    content = Path(stored["path"]).read_bytes() if stored["bytes"] is None else stored["bytes"]
+def open_image(content: bytes) -> Image:
+    """Decodes an image file, and turns it upright by its EXIF orientation."""
     image = PIL.Image.open(io.BytesIO(content))
     image.load()
     return ImageOps.exif_transpose(image)
@@ -65,8 +64,7 @@ def image_of(given: Any) -> Image:
     if not isinstance(given, str | Path | Image):
         raise ValueError(f"Expected an image, its pixels or the path of its file, but got {type(given).__name__}")
     try:
-        file = {"bytes": None, "path": given}
-        return ImageOps.exif_transpose(given) if isinstance(given, Image) else open_image(file)
+        return ImageOps.exif_transpose(given) if isinstance(given, Image) else open_image(Path(given).read_bytes())
     except Exception as error:  # PIL raises many types
         cause = getattr(error, "strerror", None) or str(error).partition(" <_io")[0]
         raise ValueError(f"Expected an image that can be decoded, but got {given} ({cause})") from None

@@ -22,6 +22,7 @@ from filelock import FileLock
 from rich.console import Console
 from rich.progress import Progress, TimeElapsedColumn
 
+from thinned.data import distortion
 from thinned.data.order import Split
 from thinned.data.tokenizer import Tokenizer, bpe_size, code_points
 from thinned.data.tokens import Tokens
@@ -31,7 +32,6 @@ PIECE = 2**15  # characters that are encoded as one text
 GROUP = 64  # pieces that are encoded by one call; threads share them
 SEPARATOR = "\n\n"  # between documents, if the tokenizer has no token for it
 GAP = re.compile(r"(?<=\S)(?=[ \t\r\n])")  # the start of white space
-DISTORTION_SEED = 0  # one for all, so that runs with other seeds are tested on the same text
 Document = tuple[Split, str]
 Sized = TypeVar("Sized", str, np.ndarray)
 
@@ -141,7 +141,7 @@ def exchanged(ids: np.ndarray, tokenizer: Tokenizer, rate: float) -> np.ndarray:
     ends = np.flatnonzero(ids == tokenizer.end_of_text)
     documents = [tokenizer.decode(part[part != tokenizer.end_of_text].tolist()) for part in np.split(ids, ends)]
     points = code_points("".join(documents))
-    chosen, place = np.random.default_rng(DISTORTION_SEED).random((len(points), 2)).T
+    chosen, place = np.random.default_rng(distortion.SEED).random((len(points), 2)).T
     points = np.where(chosen < rate, points[(place * len(points)).astype(np.int64)], points)
     text = points.astype("<u4").tobytes().decode("utf-32-le", errors="surrogatepass")
     stops = np.cumsum([len(document) for document in documents])
