@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from thinned.data import ImageDataModule
-from thinned.data.distortion import Distortion
-from thinned.data.image_distortion import IMAGE_KINDS, SEED, DistortedImages
+from thinned.data.distortion import SEED, Distortion
+from thinned.data.image_batches import IMAGE_KINDS, DistortedImages
 
 GENERATOR = torch.Generator().manual_seed(0)
 IMAGES = torch.randint(0, 256, (6, 3, 8, 9), generator=GENERATOR, dtype=torch.uint8)
@@ -106,7 +106,7 @@ def test_data_are_distorted_for_a_test_alone() -> None:
     plain, shifted = ImageDataModule(), ImageDataModule(distortion="roll:3")
     for data in (plain, shifted):
         data.setup()
-    assert plain.mean == shifted.mean
+    assert plain.statistics == shifted.statistics
     for name in ("train", "val"):
         ((ours, *_), *_), ((theirs, *_), *_) = (getattr(data, f"{name}_dataloader")() for data in (plain, shifted))
         assert ours.equal(theirs)

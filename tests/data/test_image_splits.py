@@ -22,7 +22,7 @@ def arrange(stored: dict[str, np.ndarray], assigned: Any, asked: Any, trained: A
     ends = np.cumsum([0, *map(len, stored.values())]).tolist()
     parts = {name: range(*rows) for name, rows in zip(stored, pairwise(ends), strict=True)}
     everything = np.concatenate([*stored.values()])
-    rows, facts = splits_module.arrange(everything, everything, parts, assigned, asked, trained)
+    rows, facts = splits_module.arrange(everything, np.zeros(len(everything), int), parts, assigned, asked, trained)
     sources = {s: tuple(name for name, part in parts.items() if {*part} & {*r.tolist()}) for s, r in rows.items()}
     return SimpleNamespace(sources=sources, rows=rows, facts=facts)
 

@@ -104,7 +104,7 @@ class TestDigits:
         assert batch.index.tolist() == list(range(DIGITS["val"]))
         train = whole(data.train_dataloader())
         assert len(train.index) == DIGITS["train"] // 128 * 128
-        back = train.image * data.std[0] + data.mean[0]
+        back = train.image * data.statistics.std[0] + data.statistics.mean[0]
         assert torch.allclose(back, data.raw_images("train", train.index) / 255.0, atol=1e-6)
         assert torch.equal(train.target, data.target["train"][train.index])
         order = [next(iter(data.train_dataloader())).index.tolist() for _ in range(2)]
@@ -116,7 +116,7 @@ class TestDigits:
         fit = Batch(*map(torch.cat, zip(*batches, strict=True)))
         assert [len(batch.index) for batch in batches] == [50, 50, 50, DIGITS["val"] - 150]
         assert len(set(fit.index.tolist())) == DIGITS["val"] < DIGITS["train"]
-        back = fit.image * data.std[0] + data.mean[0]
+        back = fit.image * data.statistics.std[0] + data.statistics.mean[0]
         assert torch.allclose(back, data.raw_images("train", fit.index) / 255.0, atol=1e-6)  # not rotated, not shifted
         assert torch.equal(fit.target, data.target["train"][fit.index])
         same, another = (torch.cat([batch.index for batch in each.fit_dataloader()]) for each in (again, other))
@@ -233,16 +233,16 @@ class TestStatistics:
         elsewhere = np.full((1, 2, 3), 7, np.uint8)
         path = folder(train=table([pixels] * 2, [0, 1]), val=table([pixels], [0]), test=table([elsewhere], [0]))
         data = ready(path)
-        assert data.mean == pytest.approx([0.1, 1.0, 0.6])
-        assert data.std == pytest.approx([0.1, 1.0, 0.2])
+        assert data.statistics.mean == pytest.approx([0.1, 1.0, 0.6])
+        assert data.statistics.std == pytest.approx([0.1, 0.0, 0.2])
         image = whole(data.val_dataloader()).image
         assert image[0].flatten(1).tolist() == [pytest.approx(row, abs=1e-5) for row in ([-1, 1], [0, 0], [-1, 1])]
 
     def test_of_the_training_split_alone(self) -> None:
         data = ready(val_fraction=0.5)
         train = data.raw_images("train", range(len(data.rows["train"]))).numpy() / 255
-        assert data.mean == pytest.approx([train.mean()], abs=1e-12)
-        assert data.std == pytest.approx([train.std()], abs=1e-12)
+        assert data.statistics.mean == pytest.approx([train.mean()], abs=1e-12)
+        assert data.statistics.std == pytest.approx([train.std()], abs=1e-12)
 
     def test_come_back_from_a_checkpoint_and_are_not_recomputed(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -250,12 +250,17 @@ class TestStatistics:
         data = ready()
         torch.save(data.state_dict(), tmp_path / "state.pt")
         state = torch.load(tmp_path / "state.pt", weights_only=True)
-        assert state["statistics"] == {"mean": data.mean, "std": data.std, "low": [0.0], "high": [1.0]}
+        assert state["statistics"] == {
+            "mean": data.statistics.mean,
+            "std": data.statistics.std,
+            "low": [0.0],
+            "high": [1.0],
+        }
         monkeypatch.setattr(images_module, "channel_statistics", lambda *_: pytest.fail("recomputed"))
         restored = ready()
         state["statistics"] |= {"mean": [0.5], "std": [0.25]}
         restored.load_state_dict(state)
-        assert (restored.mean, restored.std) == ([0.5], [0.25])
+        assert (restored.statistics.mean, restored.statistics.std) == ([0.5], [0.25])
         image = whole(restored.test_dataloader()).image
         assert image.max() == 2.0  # (1 - 0.5) / 0.25
 
@@ -377,7 +382,9 @@ class TestTrained:
         image = next(iter(sixteen.predict_dataloader())).image  # all of them, as their bytes are others
         order = [self.number(source) for source in sixteen.sources("test", range(40))]
         expected = torch.from_numpy(np.stack(noise(40, 2, 2))[order])
-        assert torch.allclose(image[:, 0] * eight.std[0] + eight.mean[0], expected / 255, atol=1e-6)
+        assert torch.allclose(
+            image[:, 0] * eight.statistics.std[0] + eight.statistics.mean[0], expected / 255, atol=1e-6
+        )
         with pytest.raises(ValueError, match=r"images of 8 or 16 bits in data\.path, but got floats"):
             self.later(eight.state_dict(), str(tmp_path / "float"))
 
@@ -389,10 +396,10 @@ def test_lazy_batches_equal_cached_ones(folder: Callable[..., str], augmentation
     cached, lazy, workers = (
         ready(path, batch_size=8, cache_gib=gib, num_workers=n, **augmentation) for gib, n in ((4, 0), (0, 0), (0, 2))
     )
-    assert isinstance(cached._pixels("train"), Tensor)
-    assert not isinstance(lazy._pixels("train"), Tensor)
+    assert isinstance(cached._pixels, Tensor)
+    assert not isinstance(lazy._pixels, Tensor)
     for other in (lazy, workers):
-        assert (other.mean, other.std) == (cached.mean, cached.std)
+        assert other.statistics == cached.statistics
         for split in ("train", "val", "test"):
             loaders = [getattr(data, f"{split}_dataloader")() for data in (cached, other)]
             for one, another in zip(*loaders, strict=True):
@@ -518,6 +525,14 @@ class TestBadInput:
         with pytest.raises(ValueError, match=got):
             ready(str(tmp_path / "set"))
 
+    @pytest.mark.parametrize("missing", [-1, None])
+    def test_a_split_is_hidden_if_all_its_labels_are_missing(self, tmp_path: Path, missing: int | None) -> None:
+        train = table(noise(60, 2, 2), [0, 1] * 30, kind=Value("int64"))
+        test = table(noise(3, 2, 2, seed=1), [missing] * 3, kind=Value("int64"))
+        DatasetDict(train=train, test=test).save_to_disk(tmp_path / "set")
+        data = ready(str(tmp_path / "set"))
+        assert [data.target[split] is None for split in DIGITS] == [False, False, True]
+
     @pytest.mark.parametrize("cache_gib", [0, 4])
     def test_sizes_that_differ(self, folder: Callable[..., str], cache_gib: float) -> None:
         images = noise(20, 2, 3)
@@ -543,7 +558,7 @@ class TestBadInput:
         broken = tmp_path / "set/b/7.jpg"
         broken.write_bytes(broken.read_bytes()[:400] if content is None else content)
         with pytest.raises(OSError, match=r"images in data\.path that can be decoded, but got b/7\.jpg \(\w+"):
-            ready(str(tmp_path / "set")).mean  # noqa: B018
+            ready(str(tmp_path / "set")).statistics  # noqa: B018
 
 
 @pytest.fixture
@@ -608,7 +623,7 @@ def test_under_the_trainer(tmp_path: Path) -> None:
     checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
     assert checkpoint["ImageDataModule"] == data.state_dict()
     restored = ImageDataModule.load_from_checkpoint(tmp_path / "last.ckpt", weights_only=True)
-    assert (restored.mean, restored.hparams) == (data.mean, data.hparams)
+    assert (restored.statistics, restored.hparams) == (data.statistics, data.hparams)
 
 
 @pytest.mark.parametrize("kind", ["parquet", "csv"])

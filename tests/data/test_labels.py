@@ -44,12 +44,6 @@ def test_what_people_store_is_sorted_by_value(values: list[Any], feature: Any, n
     assert labels.codes.dtype == np.int64
 
 
-def test_a_split_is_hidden_if_all_its_labels_are_missing() -> None:
-    assert not read([-1, -1], Value("int64")).known
-    assert not read([None, None], Value("string")).known
-    assert read([-1, 0], Value("int64")).known
-
-
 @pytest.mark.parametrize(
     ("values", "feature", "said"),
     [

@@ -23,7 +23,7 @@ def written(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
 
 
 def read(content: bytes, channels: int = 1, **options: Any) -> np.ndarray:
-    return to_array(open_image({"bytes": content, "path": None}), (channels, 5, 7), **options)
+    return to_array(open_image(content), (channels, 5, 7), **options)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF", "BMP", "PPM", "GIF", "TGA", "SGI", "PCX", "ICO"])
@@ -101,7 +101,7 @@ def test_a_transparent_palette_entry_shows_the_background() -> None:
     image = Image.fromarray(np.array([[0, 1]], np.uint8)).convert("P")
     image.putpalette([9, 9, 9, 90, 90, 90])
     content = written(image, transparency=0)
-    shown = to_array(open_image({"bytes": content, "path": None}), (1, 1, 2), background="white")
+    shown = to_array(open_image(content), (1, 1, 2), background="white")
     assert shown.tolist() == [[[255, 90]]]
 
 

@@ -18,7 +18,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 import thinned.data.text as text_module
-import thinned.data.token_cache as cache_module
+import thinned.data.tokenisation as tokenisation_module
 from thinned.data import TextDataModule, TokenBatch
 from thinned.data.tokens import TokenBatches, Tokens
 
@@ -62,7 +62,7 @@ def whole(loader: Any, epoch: int = 0) -> TokenBatch:
 
 
 def text(data: TextDataModule, split: Any) -> str:
-    return data.tokenizer.decode(data.tokens[split].read(0, len(data.tokens[split])).tolist())
+    return data.tokenizer.decode(data.tokens[split][:].tolist())
 
 
 class TestSplits:
@@ -227,7 +227,7 @@ def test_fit_windows_are_a_fixed_part_of_the_training_split(make: Make) -> None:
 class TestPreparation:
     def test_text_is_tokenised_once(self, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
         first = make()
-        monkeypatch.setattr(cache_module, "token_arrays", lambda *_: pytest.fail("tokenised again"))
+        monkeypatch.setattr(tokenisation_module, "token_arrays", lambda *_: pytest.fail("tokenised again"))
         second = make(context_length=4, val_fraction=0.3, batch_size=1, seed=7)
         assert text(second, "train") == LETTERS[:350]
         assert second.tokenizer.to_json() == first.tokenizer.to_json()
@@ -296,7 +296,7 @@ class TestCheckpoint:
         self, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after_setup: bool
     ) -> None:
         state = make(tokenizer="bpe:300").state_dict()
-        monkeypatch.setattr(cache_module, "token_arrays", lambda *_: pytest.fail("tokenised again"))
+        monkeypatch.setattr(tokenisation_module, "token_arrays", lambda *_: pytest.fail("tokenised again"))
         data = TextDataModule(
             str(tmp_path / "letters.txt"), None, None, "bpe:300", 8, cache_dir=str(tmp_path / "cache")
         )
@@ -457,7 +457,7 @@ class TestBadInput:
         def full(*_: Any) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-        monkeypatch.setattr(cache_module, "token_arrays", full)
+        monkeypatch.setattr(tokenisation_module, "token_arrays", full)
         with pytest.raises(OSError, match=r"data\.cache_dir, but got .*No space left"):
             make()
         assert list((tmp_path / "cache").iterdir()) == []

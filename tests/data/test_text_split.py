@@ -59,9 +59,7 @@ class Trainer:
 
 
 def texts(data: TextDataModule) -> dict[str, str]:
-    return {
-        split: data.tokenizer.decode(data.tokens[split].read(0, len(data.tokens[split])).tolist()) for split in NAMES
-    }
+    return {split: data.tokenizer.decode(data.tokens[split][:].tolist()) for split in NAMES}
 
 
 def documents(data: TextDataModule) -> dict[str, set[str]]:

@@ -95,7 +95,7 @@ def test_other_data_wins_and_is_standardised_as_the_training_data(
     data.setup()
     state = torch.load(checkpoint, weights_only=True)["ImageDataModule"]
     stored = state["statistics"]
-    assert abs(data.mean[0] - stored["mean"][0]) > 0.1  # the other images' own statistics would show
+    assert abs(data.statistics.mean[0] - stored["mean"][0]) > 0.1  # the other images' own statistics would show
     data.load_state_dict(state)
     images = data.raw_images("test", range(data.num_examples("test"))) / 255  # all of them, as none was trained on
     with torch.no_grad():

@@ -23,6 +23,8 @@ KINDS = {
     "contrast": Range(1, "share that is kept"),  # mlp only
     "characters": Range(1, "share that is exchanged"),  # gpt only
 }
+SEED = 0  # one for all, so that runs with other seeds are tested on the same examples
+FORM = "data.distortion to be <kind>:<severity>"
 
 
 class Distortion(NamedTuple):
@@ -33,24 +35,18 @@ class Distortion(NamedTuple):
 
     @classmethod
     def parse(cls, spec: str | None, kinds: Collection[str]) -> Self | None:
-        """Reads `data.distortion`, <kind>:<severity> with one of the kinds of the data; None is no distortion.
-
-        Raises:
-            ValueError: It is not of this form, or the severity is out of range.
-        """
+        """Reads `data.distortion`, <kind>:<severity> with one of the kinds of the data; None is no distortion."""
         if spec is None:
             return None
         kind, _, said = spec.partition(":")
+        if kind not in kinds:
+            raise ValueError(f"Expected {FORM} with a kind among {sorted(kinds)}, but got {spec!r}")
+        high, _, whole = KINDS[kind]
         try:
             severity = float(said)
         except ValueError:
             severity = math.nan
-        if kind not in kinds or math.isnan(severity):
-            raise ValueError(
-                f"Expected data.distortion to be <kind>:<severity> with a kind among {sorted(kinds)}, but got {spec!r}"
-            )
-        high, _, whole = KINDS[kind]
         if not 0 <= severity <= high or (whole and severity % 1):
-            severities = "an integer severity" if whole else "a severity"
-            raise ValueError(f"Expected data.distortion {kind} with {severities} in [0, {high:g}], but got {spec!r}")
+            severities = f"{'an integer severity' if whole else 'a severity'} in [0, {high:g}]"
+            raise ValueError(f"Expected {FORM}, {kind} with {severities}, but got {spec!r}")
         return cls(kind, severity)

@@ -7,24 +7,33 @@ The column `file_name` or `file` of a table holds paths from its own folder.
 import glob
 from collections import defaultdict
 from collections.abc import Mapping
+from io import BytesIO
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
-import PIL.Image
 import pyarrow.parquet as pq
 from lightning.pytorch.utilities import rank_zero_info
+from PIL import Image, ImageDraw, ImageFont
 
 from thinned.data import sources
-from thinned.data.image_letters import read_letters
 from thinned.data.image_store import StoredImages
-from thinned.data.labels import LABEL_NAMES, Labels, label_column, read_labels, shortened
+from thinned.data.labels import LABEL_NAMES, UNKNOWN, label_column, match_names, read_labels, shortened
 from thinned.data.order import Split
+from thinned.data.pixels import COLOUR, DEPTH, SCALES
 
 TABLES = (".csv", ".tsv", ".jsonl")
 FILE_COLUMNS = ("file_name", "file")
+LETTERS = "ABCDEFGHIJ"
+FONTS = (  # of matplotlib: several families and weights, upright and slanted
+    "DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSans-BoldOblique", "DejaVuSansMono",
+    "DejaVuSansMono-Bold", "DejaVuSerif", "DejaVuSerif-Bold", "DejaVuSerif-Italic", "DejaVuSerif-BoldItalic",
+    "STIXGeneral", "STIXGeneralBol", "STIXGeneralItalic", "STIXGeneralBolIta", "cmr10", "cmb10", "cmss10", "cmti10",
+    "cmtt10",
+)  # fmt: skip
+ZOOM = 4  # letters are drawn so many times larger, then averaged
 EXPECTED = "'digits', 'letters', a folder of images, the folder of a dataset or its id on the Hugging Face Hub"
 
 
@@ -41,23 +50,51 @@ def read_digits() -> datasets.Dataset:
     return datasets.Dataset.from_dict({"image": contents, "label": digits.target}, features=features)
 
 
+def read_letters(height: int, width: int) -> datasets.Dataset:
+    """Returns 1,000 images of letters, white on black, without labels. The index of an image decides all of it.
+
+    They stand for notMNIST (Bulatov 2011), on which Ovadia et al. (2019) tested MNIST networks.
+    """
+    import matplotlib  # takes a while
+
+    fonts = Path(matplotlib.get_data_path(), "fonts/ttf")
+    contents = [{"bytes": _letter(row, fonts, height, width), "path": None} for row in range(1000)]
+    return datasets.Dataset.from_dict({"image": contents}, features=datasets.Features(image=datasets.Image()))
+
+
+def _letter(row: int, fonts: Path, height: int, width: int) -> bytes:
+    """Returns a letter as PGM, pixel by pixel."""
+    letter, generator = LETTERS[row % len(LETTERS)], np.random.default_rng((0, row))
+    size = ZOOM * min(height, width)
+    font = ImageFont.truetype(str(fonts / f"{generator.choice(FONTS)}.ttf"), round(size * generator.uniform(0.7, 1.1)))
+    image = Image.new("L", (ZOOM * width, ZOOM * height))
+    place = np.array(image.size) / 2 + size * generator.uniform(-0.05, 0.05, 2)
+    left, top, right, bottom = font.getbbox(letter)
+    corner = place - [(left + right) / 2, (top + bottom) / 2]
+    ImageDraw.Draw(image).text((corner[0], corner[1]), letter, fill=255, font=font)
+    image = image.rotate(generator.uniform(-15, 15), Image.Resampling.BILINEAR).reduce(ZOOM)
+    image.save(content := BytesIO(), "PPM")
+    return content.getvalue()
+
+
 class Stored(NamedTuple):
     """Holds the used part of what is stored at `data.path`."""
 
     images: StoredImages  # of all stored splits in turn; training comes first
-    labels: dict[str, Labels]  # of the stored splits with labels
+    hashes: np.ndarray  # of their contents, (N,) uint64
+    scale: str  # of their intensities, one of `SCALES`
+    class_names: list[str]  # of the training
+    classes: np.ndarray  # places in `class_names`, (N,) int64; -1 in a split without labels
     assigned: dict[Split, str]  # the name of the stored split for each split
 
 
 def read_images(settings: Mapping[str, Any], trained: Mapping[str, Any]) -> Stored:
-    """Returns the stored images and their labels.
+    """Returns the stored images and their classes, by the settings of an `ImageDataModule`.
 
-    Args:
-        settings: Those of an `ImageDataModule`.
-        trained: Its state in a checkpoint; empty in training. With a state, all splits are used, whatever their names.
+    `trained` is its state in a checkpoint; empty in training. With a state, all splits are used, whatever their names.
 
     Raises:
-        ValueError: If there is no split or no label to train on.
+        ValueError: If there is no split or no label to train on, or images or labels are unlike those of the training.
     """
     path, leave_out, size = settings["path"], settings["leave_out"] or [], settings["image_size"]
     stored, left_out = read_splits(path, (size, size) if size else trained.get("size", (28, 28)))
@@ -71,18 +108,30 @@ def read_images(settings: Mapping[str, Any], trained: Mapping[str, Any]) -> Stor
     image = image_column(features, settings["image_column"])
     label = label_column(features, settings["label_column"]) if settings["use_labels"] else None
     found = {n: read_labels(stored[n], label, n) for n in names if label and label in stored[n].column_names}
-    labels = {name: of_split for name, of_split in found.items() if of_split.known}
+    labels = {name: of_split for name, of_split in found.items() if (of_split.codes != UNKNOWN).any()}
     if not trained and names[0] not in labels:
-        raise ValueError(
-            f"Expected labels to train on, but got none in split {names[0]!r} of data.path "
-            f"(data.label_column: {settings['label_column']!r}, all columns: {list(features)})"
-        )
+        given = f"data.label_column: {settings['label_column']!r}, all columns: {list(features)}"
+        raise ValueError(f"Expected labels to train on, but got none in split {names[0]!r} of data.path ({given})")
     columns = [stored[name].select_columns(image).rename_columns({image: "image"}) for name in names]
     undecoded = [column.cast_column("image", datasets.Image(decode=False)) for column in columns]
     ends = [*accumulate(map(len, columns), initial=0)]
     parts = {name: range(*rows) for name, rows in zip(names, pairwise(ends), strict=True)}
     images = StoredImages(datasets.concatenate_datasets(undecoded), parts, Path(path).expanduser())
-    return Stored(images, labels, assigned)
+    census = images.census(Path(settings["cache_dir"]).expanduser())
+    headers = census["header"]
+    scales = sorted({SCALES[depth] for depth in np.unique(headers & DEPTH)})
+    scale = trained.get("scale", scales[0])
+    if scales != [scale]:
+        raise ValueError(f"Expected images of {scale} in data.path, but got {' and '.join(scales)}")
+    class_names = trained["class_names"] if trained else labels[names[0]].names
+    classes, of = np.full(len(headers), UNKNOWN), "the checkpoint" if trained else "the training split"
+    for name, of_split in labels.items():
+        classes[parts[name]] = match_names(of_split, class_names, name, of)
+    width, height = (size, size) if size else images.open(0).size
+    images.shape = trained.get("channels", 3 if (headers & COLOUR).any() else 1), height, width
+    images.resize, images.deep = size is not None, bool((headers & DEPTH).any())
+    images.background = (trained or settings)["background"]
+    return Stored(images, census["hash"], scale, class_names, classes, assigned)
 
 
 def read_splits(path: str, size: tuple[int, int] = (28, 28)) -> tuple[Mapping[str, datasets.Dataset], list[str]]:
@@ -127,16 +176,14 @@ def image_column(features: datasets.Features, given: str | None) -> str:
 
 
 def _is_image(path: Path) -> bool:
-    return PIL.Image.registered_extensions().get(path.suffix.lower(), "") in PIL.Image.OPEN
+    return Image.registered_extensions().get(path.suffix.lower(), "") in Image.OPEN
 
 
 def read_image_folder(root: Path, files: list[Path]) -> tuple[dict[str, datasets.Dataset], set[str]]:
     """Returns the images of each stored split of a folder, and the paths of all files that are used.
 
     The top folders are splits if all have names of splits, or if the one for training contains folders; else classes.
-
-    Raises:
-        ValueError: If a table does not fit the images, or splits are within classes.
+    ValueError if a table does not fit the images, or splits are within classes.
     """
     parts = {path: path.relative_to(root).parts for path in files if _is_image(path)}
     top = next(iter(parts.values()))[0]

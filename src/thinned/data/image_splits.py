@@ -22,7 +22,7 @@ OTHERS = "Expected the training examples and labels of the checkpoint, but got o
 
 def arrange(
     hashes: np.ndarray,
-    marks: np.ndarray,
+    classes: np.ndarray,
     parts: Mapping[str, range],
     assigned: Mapping[Split, str],
     asked: Mapping[str, Any],
@@ -34,7 +34,7 @@ def arrange(
 
     Args:
         hashes: Hash of each stored example, (N,) uint64.
-        marks: Hash of each example with its class, likewise.
+        classes: Class of each example, (N,) int64; -1 if its label is hidden.
         parts: The rows of each stored split.
         assigned: Name of the stored split for each split.
         asked: `split_seed`, `val_fraction` and `test_fraction`.
@@ -73,20 +73,16 @@ def arrange(
     of_split = {split: hashes[rows[split]] for split in SPLITS}
     for split, examples in of_split.items():
         if trained is None and not len(examples):
-            raise ValueError(
-                f"Expected examples for {split}, but got none of the {len(parts[stored[split]])} in split "
-                f"{stored[split]!r} of data.path: choose other fractions or another data.split_seed"
-            )
+            of = f"the {len(parts[stored[split]])} in split {stored[split]!r} of data.path"
+            raise ValueError(f"Expected examples for {split}, but got none of {of}: choose larger fractions")
         if split not in ("train", *drawn) and (twice := int(np.isin(examples, of_split["train"]).sum())):
             rank_zero_info(f"{twice} of {len(examples)} examples for {split} are in the training split too")
     drawn_of = sketch(of_split["train"])
     overlap = {split: shared((trained or {"sketch": drawn_of})["sketch"], of_split[split]) for split in SPLITS[1:]}
     if trained and (moved := [split for split in overlap if overlap[split] > trained["overlap"][split]]):
-        raise ValueError(
-            f"Expected a stored split {stored[moved[0]]!r} in data.path that was not trained on, but got one with "
-            "examples of the training"
-        )
-    digests = {split: digest(marks[rows[split]]) for split in SPLITS}
+        of = f"a stored split {stored[moved[0]]!r} in data.path"
+        raise ValueError(f"Expected {of} that was not trained on, but got one with examples of the training")
+    digests = {split: digest((hashes + classes.clip(0).astype(np.uint64))[rows[split]]) for split in SPLITS}
     if trained and (changed := [split for split in SPLITS if digests[split] != trained["digests"][split]]):
         if fits and "train" in changed:
             raise ValueError(OTHERS)

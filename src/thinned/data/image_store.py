@@ -21,7 +21,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 from thinned.data.content_split import content_hash
-from thinned.data.pixels import header, open_image, to_array
+from thinned.data.pixels import SCALES, depth_of, header, image_of, open_image, to_array
 from thinned.files import whole_file
 
 CENSUS = np.dtype([("hash", "<u8"), ("header", "u1")])  # describes the content of an image
@@ -69,7 +69,7 @@ class StoredImages:
     def open(self, row: int, stored: dict[str, Any] | None = None) -> Image:
         """Decodes an image; OSError if that fails."""
         try:
-            return open_image(stored or self.stored[row]["image"])
+            return open_image(_content(stored or self.stored[row]["image"]))
         except Exception as error:  # PIL raises many types
             raise self._unreadable(row, error) from None
 
@@ -108,10 +108,7 @@ class StoredImages:
             states = ((path, os.stat(path)) for path in self._paths.to_pylist() if path)
             key = str([(path, state.st_size, state.st_mtime_ns) for path, state in states])
         kept = cache / f"census-{content_hash(key.encode()):016x}.npy"
-        try:
-            cache.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OSError(f"Expected data.cache_dir to be a folder to write to, but got {error}") from None
+        cache.mkdir(parents=True, exist_ok=True)
         with FileLock(kept.with_suffix(".lock")):  # one process computes it, others wait
             if not kept.exists():
                 with whole_file(kept) as temporary:
@@ -125,10 +122,15 @@ class StoredImages:
             if stored is None:
                 raise ValueError(f"Expected images in data.path, but got None in {self.names([row])[0]}")
             try:
-                content = Path(stored["path"]).read_bytes() if stored["bytes"] is None else stored["bytes"]
+                content = _content(stored)
                 yield content_hash(content), header(content)
             except Exception as error:
                 raise self._unreadable(row, error) from None
+
+
+def _content(stored: dict[str, Any]) -> bytes:
+    content: bytes | None = stored["bytes"]
+    return Path(stored["path"]).read_bytes() if content is None else content
 
 
 @dataclass(frozen=True)
@@ -140,6 +142,18 @@ class Statistics:
     low: list[float]
     high: list[float]
 
+    def standard(self, deep: bool) -> tuple[Tensor, Tensor]:
+        """Returns mean and deviation (1 instead of 0) of intensities as `to_array` gives them, (C, 1, 1) float32."""
+        unit, deviations = 1 if deep else 255, [std or 1.0 for std in self.std]
+        return unit * torch.tensor(self.mean)[:, None, None], unit * torch.tensor(deviations)[:, None, None]
+
+    def limits(self, scale: str, deep: bool) -> tuple[Tensor, Tensor]:
+        """Returns the darkest and the brightest possible intensity as `to_array` gives them, (C, 1, 1) each."""
+        low, high = [0.0], [1.0 if deep else 255.0]
+        if scale != SCALES[0]:  # only the data know their range
+            low, high = self.low, self.high
+        return torch.tensor(low)[:, None, None], torch.tensor(high)[:, None, None]
+
     def to_uint8(self, images: Tensor) -> Tensor:
         """Returns images (n, C, H, W) of more than 8 bits as pictures of 8 bits: low becomes 0, and high 255."""
         low, high = (torch.tensor(end)[:, None, None] for end in (self.low, self.high))
@@ -147,23 +161,42 @@ class Statistics:
 
 
 def channel_statistics(images: Tensor | StoredImages, rows: Tensor) -> Statistics:
-    """Returns the statistics of some images; 8 bits count as intensities in [0, 1]."""
+    """Returns the statistics of some images; 8 bits count as intensities in [0, 1].
 
-    def parts() -> Iterator[Tensor]:
-        return (images[part].transpose(0, 1).flatten(1) for part in torch.split(rows, 1024))  # (C, n)
+    Parts are merged as by Chan, Golub and LeVeque (1979).
+    """
+    number, mean, squares = 0, torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    low, high = torch.tensor(math.inf), torch.tensor(-math.inf)
+    for part in torch.split(rows, 1024):
+        stored = images[part]
+        pixels = stored.transpose(0, 1).flatten(1).double()  # (C, n)
+        n = pixels.shape[1]
+        number += n
+        variance, mean_of_part = torch.var_mean(pixels, 1, correction=0)
+        delta = mean_of_part - mean
+        mean = mean + delta * (n / number)
+        squares = squares + n * variance + delta**2 * n * (1 - n / number)
+        low, high = torch.minimum(low, pixels.amin(1)), torch.maximum(high, pixels.amax(1))
+    unit = 1
+    if stored.dtype == torch.uint8:
+        unit, low, high = 255, torch.zeros_like(mean), torch.ones_like(mean)
+    std = (squares / number).sqrt()
+    return Statistics((mean / unit).tolist(), (std / unit).tolist(), low.tolist(), high.tolist())
 
-    channels = len(first := next(parts()))
-    if first.dtype == torch.uint8:
-        counts = torch.zeros(channels, 256, dtype=torch.int64)  # histograms are exact in any order of rows
-        for part in parts():
-            counts += torch.stack([torch.bincount(pixels, minlength=256) for pixels in part])
-        weights = counts.double() / counts.sum(1, keepdim=True)  # (C, 256)
-        values = torch.arange(256, dtype=torch.float64) / 255
-        mean = weights @ values
-        std = (weights * (values - mean[:, None]) ** 2).sum(1).sqrt()
-        return Statistics(mean.tolist(), std.tolist(), [0.0] * channels, [1.0] * channels)
-    number = sum(part.shape[1] for part in parts())
-    mean = torch.stack([part.double().sum(1) for part in parts()]).sum(0) / number
-    std = (torch.stack([((part.double() - mean[:, None]) ** 2).sum(1) for part in parts()]).sum(0) / number).sqrt()
-    low, high = (torch.stack([end(part, 1) for part in parts()], 1) for end in (torch.amin, torch.amax))
-    return Statistics(mean.tolist(), std.tolist(), low.amin(1).tolist(), high.amax(1).tolist())
+
+def standardised(given: Any, state: dict[str, Any], size: int | None) -> Tensor:
+    """Returns an image as input of a network whose data module had this state, (C, H, W) float32.
+
+    ValueError if it is no image, or has another depth or more channels than the training images.
+    """
+    image = image_of(given)
+    if (scale := SCALES[depth_of(image)]) != state["scale"]:
+        raise ValueError(f"Expected an image of {state['scale']}, as in the training, but got one of {scale}")
+    width, height = (size, size) if size else image.size
+    shape, deep = (state["channels"], height, width), depth_of(image) > 0
+    try:
+        pixels = to_array(image, shape, resize=bool(size), deep=deep, background=state["background"])
+    except ValueError as error:
+        raise ValueError(f"Expected an image like those of the training, but got one that {error}") from None
+    mean, std = Statistics(**state["statistics"]).standard(deep)
+    return (torch.from_numpy(pixels.astype(np.float32)) - mean) / std

@@ -8,12 +8,10 @@ Shapes: N examples, C channels, H height, W width, K classes.
 
 import json
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, OpenUnitInterval, PositiveInt, restricted_number_type
 from lightning.pytorch.utilities import rank_zero_info
@@ -21,15 +19,13 @@ from PIL import ImageColor
 from torch import Tensor
 
 from thinned.data.distortion import Distortion
-from thinned.data.image_batches import ImageBatches
-from thinned.data.image_distortion import IMAGE_KINDS, DistortedImages
+from thinned.data.image_batches import IMAGE_KINDS, DistortedImages, ImageBatches
 from thinned.data.image_sources import Stored, read_images
 from thinned.data.image_splits import arrange
-from thinned.data.image_store import Statistics, StoredImages, channel_statistics
-from thinned.data.labels import UNKNOWN, match_names
+from thinned.data.image_store import Statistics, StoredImages, channel_statistics, standardised
+from thinned.data.labels import UNKNOWN
 from thinned.data.module import SplitDataModule
 from thinned.data.order import Split
-from thinned.data.pixels import COLOUR, DEPTH, SCALES, depth_of, image_of, scale_of, to_array
 
 HalfTurn = restricted_number_type("HalfTurn", float, [(">=", 0), ("<=", 180)], docstring="Degrees in [0, 180].")
 
@@ -71,11 +67,10 @@ class ImageDataModule(SplitDataModule):
     """
 
     INDIFFERENT = SplitDataModule.INDIFFERENT | {"cache_gib", "cache_dir", "rotation", "shift"}
-    # Available after setup:
-    image_shape: tuple[int, int, int]  # (C, H, W)
-    class_names: list[str]
-    rows: dict[Split, Tensor]  # rows of the examples in the stored images
-    target: dict[Split, Tensor | None]  # None if the labels are hidden
+    NET_ARGUMENTS = ("input_shape", "num_classes")
+    class_names: list[str]  # after setup, or from a checkpoint
+    rows: dict[Split, Tensor]  # after setup: rows of the examples in the stored images
+    target: dict[Split, Tensor | None]  # after setup: classes; None if the labels are hidden
 
     def __init__(
         self,
@@ -109,8 +104,8 @@ class ImageDataModule(SplitDataModule):
         self._distortion = Distortion.parse(distortion, IMAGE_KINDS)
         self._trained: dict[str, Any] = {}  # the state of a checkpoint
         self._stored: Stored | None = None
-        self._images: dict[Split, StoredImages] = {}
         self._statistics: Statistics | None = None
+        self.rows = {}
 
     def prepare_data(self) -> None:
         """Reads the dataset once, so that only one process computes the hashes of many images."""
@@ -118,92 +113,68 @@ class ImageDataModule(SplitDataModule):
 
     def _read(self) -> Stored:
         """Reads hashes, headers and labels of all stored splits, once; they must fit those of the checkpoint."""
-        if self._stored:
-            return self._stored
-        trained, size = self._trained, self.hparams["image_size"]
-        self._stored = read_images(self.hparams, trained)
-        images, labels, _ = self._stored
-        self._census = images.census(Path(self.hparams["cache_dir"]).expanduser())
-        headers = self._census["header"]
-        self.class_names = trained["class_names"] if trained else next(iter(labels.values())).names
-        self._scale, self._deep = scale_of(headers, trained.get("scale")), bool((headers & DEPTH).any())
-        width, height = (size, size) if size else images.open(0).size
-        self.image_shape = (trained.get("channels", 3 if (headers & COLOUR).any() else 1), height, width)
+        if self._stored is None:
+            self._stored = read_images(self.hparams, self._trained)
+            self.class_names = self._stored.class_names
         return self._stored
 
     def setup(self, stage: str | None = None) -> None:
         """Assigns the examples to splits, once for all stages; images are decoded later."""
-        if self._images:
+        if self.rows:
             return
-        images, labels, assigned = self._read()
-        of = "the checkpoint" if self._trained else "the training split"
-        classes = np.full(len(images.stored), UNKNOWN)
-        for name, of_split in labels.items():
-            classes[images.parts[name]] = match_names(of_split, self.class_names, name, of)
-        hashes, before = self._census["hash"], self._trained.get("split")
-        marks = hashes + classes.clip(0).astype(np.uint64)
-        rows, self._facts = arrange(hashes, marks, images.parts, assigned, self.hparams, before, fits=stage == "fit")
-        self.rows = {split: torch.from_numpy(of_split) for split, of_split in rows.items()}
+        stored, before = self._read(), self._trained.get("split")
+        parts, assigned, classes = stored.images.parts, stored.assigned, stored.classes
+        rows, self._facts = arrange(stored.hashes, classes, parts, assigned, self.hparams, before, fits=stage == "fit")
         hidden = [split for split, of_split in rows.items() if (classes[of_split] == UNKNOWN).any()]
         if self._facts and "val" in hidden:
             raise ValueError("Expected labels for validation, but got none in data.path: use data.leave_out")
         if hidden:
             rank_zero_info(f"Split {', '.join(hidden)} of data.path has no labels: it is predicted without scores")
+        self.rows = {split: torch.from_numpy(of_split) for split, of_split in rows.items()}
         self.target = {s: None if s in hidden else torch.from_numpy(classes[rows[s]]) for s in rows}
-        resize, background = self.hparams["image_size"] is not None, (self._trained or self.hparams)["background"]
-        images = replace(images, shape=self.image_shape, resize=resize, deep=self._deep, background=background)
-        self._images = dict.fromkeys(rows, images)  # a split is a choice of stored rows
-        self._cached = images.num_bytes <= self.hparams["cache_gib"] * 2**30
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Channels C, height H and width W of an image."""
+        return self._read().images.shape
+
+    @property
+    def input_shape(self) -> list[int]:
+        """Shape (C, H, W) as an argument of a net."""
+        return list(self.image_shape)
 
     @property
     def num_classes(self) -> int | None:
-        """Number K of classes, after setup; None without labels."""
-        return len(self.class_names) or None
-
-    def net_arguments(self, names: Collection[str]) -> dict[str, Any]:
-        """Returns the shape of an image and the number of classes, if `names` ask for them."""
-        if not {"input_shape", "num_classes"}.intersection(names):
-            return {}  # without reading the data
-        self._read()
-        known = {"input_shape": list(self.image_shape), "num_classes": self.num_classes}
-        return {name: value for name, value in known.items() if name in names}
+        """Number K of classes; None without labels."""
+        return len(self._read().class_names) or None
 
     @property
     def statistics(self) -> Statistics:
         """Statistics of the training split per channel, of intensities in [0, 1] for 8 and 16 bits."""
         if self._statistics is None:  # not computed in setup, which runs before a checkpoint is loaded
-            self._statistics = channel_statistics(self._pixels("train"), self.rows["train"])
+            self._statistics = channel_statistics(self._pixels, self.rows["train"])
         return self._statistics
 
     @property
-    def mean(self) -> list[float]:
-        return self.statistics.mean
+    def _pixels(self) -> Tensor | StoredImages:
+        images = self._read().images
+        return images.pixels if images.num_bytes <= self.hparams["cache_gib"] * 2**30 else images
 
     @property
-    def std(self) -> list[float]:
-        """Standard deviation of the training split per channel; 1 instead of 0."""
-        return [std or 1.0 for std in self.statistics.std]
-
-    def _pixels(self, split: Split) -> Tensor | StoredImages:
-        return self._images[split].pixels if self._cached else self._images[split]
-
-    def _distorted(self, split: Split) -> Tensor | StoredImages | DistortedImages:
+    def _distorted(self) -> Tensor | StoredImages | DistortedImages:
         if not self._distortion:
-            return self._pixels(split)
-        ends = [0.0], [1.0 if self._deep else 255.0]
-        if self._scale != SCALES[0]:  # only the data know their range
-            ends = self.statistics.low, self.statistics.high
-        low, high = (torch.tensor(end)[:, None, None] for end in ends)
-        return DistortedImages(self._pixels(split), self._distortion, low, high)
+            return self._pixels
+        limits = self.statistics.limits(self._read().scale, self._read().images.deep)
+        return DistortedImages(self._pixels, self._distortion, *limits)
 
     def raw_images(self, split: Split, indices: Sequence[int] | Tensor) -> Tensor:
         """Returns images of a test before standardisation, uint8 (n, C, H, W), by their `Batch.index`."""
-        images = self._distorted(split)[self.rows[split][torch.as_tensor(indices, dtype=torch.int64, device="cpu")]]
+        images = self._distorted[self.rows[split][torch.as_tensor(indices, dtype=torch.int64, device="cpu")]]
         return images if images.dtype == torch.uint8 else self.statistics.to_uint8(images)
 
     def sources(self, split: Split, indices: Sequence[int] | Tensor) -> list[str]:
         """Returns the origin of images: a file relative to `data.path`, or a stored split and its row."""
-        return self._images[split].names(self.rows[split][torch.as_tensor(indices)].tolist())
+        return self._read().images.names(self.rows[split][torch.as_tensor(indices)].tolist())
 
     def provenance(self, split: Split, limit_batches: float) -> dict[str, Any]:
         split_facts = {key: value for key, value in (self._facts or {}).items() if key != "sketch"}
@@ -211,14 +182,16 @@ class ImageDataModule(SplitDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """Returns what a trained network relies on, as primitives."""
-        if not self._images:
+        if not self.rows:
             return self._trained
+        stored = self._read()
+        channels, *size = stored.images.shape
         return {
-            "class_names": self.class_names,
-            "channels": self.image_shape[0],
-            "size": [*self.image_shape[1:]],
-            "scale": self._scale,
-            "background": (self._trained or self.hparams)["background"],
+            "class_names": stored.class_names,
+            "channels": channels,
+            "size": size,
+            "scale": stored.scale,
+            "background": stored.images.background,
             "statistics": vars(self.statistics),
             "split": self._facts,
         }
@@ -226,56 +199,27 @@ class ImageDataModule(SplitDataModule):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes classes, statistics, background and split from a checkpoint."""
         self._statistics = Statistics(**state_dict["statistics"])
-        if self._images and self.state_dict() == state_dict:
+        if self.rows and self.state_dict() == state_dict:
             return
-        is_set_up, self._trained = bool(self._images), state_dict  # Lightning loads a checkpoint after setup
-        self.class_names = state_dict["class_names"]
-        self._stored, self._images = None, {}
+        is_set_up, self._trained = bool(self.rows), state_dict  # Lightning loads a checkpoint after setup
+        self.class_names, self._stored, self.rows = state_dict["class_names"], None, {}
         if is_set_up:
             self.setup()
 
-    def num_examples(self, split: Split) -> int:
-        """Returns the number of images in a split, after setup."""
-        return len(self.rows[split])
-
     def batches(self, split: Split, *, training: bool) -> ImageBatches:
         """Returns a split as batches, augmented for training."""
-        return ImageBatches(
-            self._pixels(split),
-            self.rows[split],
-            self.target[split],
-            *self._mean_and_std(self._deep),
-            rotation=self.hparams["rotation"] if training else 0.0,
-            shift=self.hparams["shift"] if training else 0.0,
-            seed=self.hparams["seed"],
-        )
-
-    def _mean_and_std(self, deep: bool) -> tuple[Tensor, Tensor]:
-        """Returns mean and standard deviation of intensities as `to_array` gives them, (C, 1, 1) each."""
-        unit = 1 if deep else 255
-        return unit * torch.tensor(self.mean)[:, None, None], unit * torch.tensor(self.std)[:, None, None]
+        mean, std = self.statistics.standard(self._read().images.deep)
+        rotation, shift = (self.hparams[key] if training else 0.0 for key in ("rotation", "shift"))
+        seed = self.hparams["seed"]
+        return ImageBatches(self._pixels, self.rows[split], self.target[split], mean, std, rotation, shift, seed)
 
     def tested(self, split: Split) -> ImageBatches:
         """Returns a split as batches, distorted by `data.distortion`."""
-        return replace(self.batches(split, training=False), images=self._distorted(split))
+        return replace(self.batches(split, training=False), images=self._distorted)
 
     def input_of(self, given: Any) -> Tensor:
-        """Returns an image as input of a trained network, (C, H, W) float32: resized and standardised.
+        """Returns an image (see `image_of`) as input of a trained network, (C, H, W) float32; ValueError if it is none.
 
-        Args:
-            given: See `pixels.image_of`.
-
-        Raises:
-            ValueError: It is no image, or has another depth or more channels than the training images.
+        It is resized to `image_size` and standardised.
         """
-        image, trained, size = image_of(given), self._trained or self.state_dict(), self.hparams["image_size"]
-        if (scale := SCALES[depth_of(image)]) != trained["scale"]:
-            raise ValueError(f"Expected an image of {trained['scale']}, as in the training, but got one of {scale}")
-        width, height = (size, size) if size else image.size
-        shape, deep = (trained["channels"], height, width), depth_of(image) > 0
-        try:
-            pixels = to_array(image, shape, resize=bool(size), deep=deep, background=trained["background"])
-        except ValueError as error:
-            raise ValueError(f"Expected an image like those of the training, but got one that {error}") from None
-        mean, std = self._mean_and_std(deep)
-        return (torch.from_numpy(pixels.astype(np.float32)) - mean) / std
+        return standardised(given, self._trained or self.state_dict(), self.hparams["image_size"])

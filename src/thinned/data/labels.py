@@ -4,13 +4,11 @@ Shapes: N examples, K classes.
 """
 
 import unicodedata
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import datasets
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 
 from thinned.data.sources import column_of
 
@@ -18,17 +16,11 @@ LABEL_NAMES = ("label", "labels", "target", "class", "category")
 UNKNOWN = -1  # the class of an example whose label is hidden
 
 
-@dataclass(frozen=True)
-class Labels:
+class Labels(NamedTuple):
     """Holds the labels of one stored split."""
 
     names: list[str]  # of all classes that are declared or occur
     codes: np.ndarray  # (N,) int64, places in `names`; -1 if the label is missing
-
-    @property
-    def known(self) -> bool:
-        """Returns whether any example has a label."""
-        return bool((self.codes >= 0).any())
 
 
 def label_column(features: datasets.Features, given: str | None) -> str | None:
@@ -52,41 +44,30 @@ def read_labels(stored: datasets.Dataset, column: str, split: str) -> Labels:
     where = f"in column {column!r} of split {split!r} of data.path"
     if column not in stored.column_names or not len(stored):
         raise ValueError(f"Expected labels {where}, but got {len(stored)} rows of {stored.column_names}")
-    values = stored.with_format("arrow", columns=[column])[:][column].combine_chunks()
-    feature = stored.features[column]
+    values, feature = stored[column][:], stored.features[column]
     if isinstance(feature, datasets.ClassLabel):
-        codes = _integers(values)
+        codes = np.array([UNKNOWN if value is None else value for value in values])
         if len(wrong := codes[(codes < UNKNOWN) | (codes >= feature.num_classes)]):
             raise ValueError(f"Expected labels in [0, {feature.num_classes}) {where}, but got {wrong[0]}")
-        return Labels(_normal(feature.names), codes)
-    if pa.types.is_floating(values.type):
-        values = pc.if_else(pc.is_nan(values), None, values)
-        if len(broken := pc.filter(values, pc.not_equal(values, pc.round(values)))):
-            raise ValueError(f"Expected classes {where}, but got the number {broken[0].as_py()}")
-        values = values.cast(pa.int64())
-    elif not (pa.types.is_integer(values.type) or pa.types.is_boolean(values.type)):
-        values = values.cast(pa.string())
-    distinct = pc.unique(values).drop_null().to_pylist()
-    if set(distinct) != {-1, 1}:
-        distinct = [value for value in distinct if value not in ("", -1)]
+        return Labels([*map(_normal, feature.names)], codes)
+    distinct = {value for value in values if value is not None and value == value}  # NaN is missing
+    if broken := [value for value in distinct if isinstance(value, float) and value % 1]:
+        raise ValueError(f"Expected classes {where}, but got the number {broken[0]}")
+    if distinct != {-1, 1}:
+        distinct -= {"", -1}
     try:
         ordered = sorted(distinct, key=lambda value: (float(value), str(value)))  # numbers as text are numbers
     except ValueError:
         ordered = sorted(distinct)
-    names = list(dict.fromkeys(_normal(map(str, ordered))))  # two forms of one name are one class
-    places = np.array([*map(names.index, _normal(map(str, ordered))), UNKNOWN])
-    return Labels(names, places[_integers(pc.index_in(values, pa.array(ordered, values.type)))])
+    name_of = {value: _normal(int(value) if isinstance(value, float) else value) for value in ordered}
+    names = list(dict.fromkeys(name_of.values()))  # two forms of one name are one class
+    place = {value: names.index(name) for value, name in name_of.items()}
+    return Labels(names, np.array([place.get(value, UNKNOWN) for value in values]))
 
 
-def _integers(values: pa.Array) -> np.ndarray:
-    """Returns integers, -1 instead of null, (N,) int64."""
-    integers: np.ndarray = pc.fill_null(values.cast(pa.int64()), UNKNOWN).to_numpy(zero_copy_only=False)
-    return integers
-
-
-def _normal(names: Iterable[str]) -> list[str]:
-    """Returns names in one Unicode form, since file systems differ."""
-    return [unicodedata.normalize("NFC", name) for name in names]
+def _normal(name: object) -> str:
+    """Returns a name in one Unicode form, since file systems differ."""
+    return unicodedata.normalize("NFC", str(name))
 
 
 def match_names(labels: Labels, names: Sequence[str], split: str, of: str) -> np.ndarray:
@@ -96,10 +77,8 @@ def match_names(labels: Labels, names: Sequence[str], split: str, of: str) -> np
         ValueError: If a label is missing, or its name is not among the classes `of` the run.
     """
     if missing := int((labels.codes < 0).sum()):
-        raise ValueError(
-            f"Expected a label for each example of split {split!r} of data.path, or for none, but got none for "
-            f"{missing} of {len(labels.codes)}"
-        )
+        of = f"split {split!r} of data.path, or for none, but got none for {missing} of {len(labels.codes)}"
+        raise ValueError(f"Expected a label for each example of {of}")
     place = {name: index for index, name in enumerate(names)}
     used = [labels.names[code] for code in np.unique(labels.codes)]
     if unknown := [name for name in used if name not in place]:

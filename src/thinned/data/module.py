@@ -63,6 +63,8 @@ class SplitDataModule(LightningDataModule, ABC):
 
     # Hyperparameters that do not change the rows of a prediction.
     INDIFFERENT: ClassVar[frozenset[str]] = frozenset({"batch_size", "eval_batch_size", "num_workers"})
+    # Attributes that are arguments of a net, by name; they may read the data.
+    NET_ARGUMENTS: ClassVar[tuple[str, ...]] = ()
     predict_start = 0  # the first example that is not yet predicted
 
     @property
@@ -73,6 +75,10 @@ class SplitDataModule(LightningDataModule, ABC):
     def predict_split(self) -> Split:
         return self.hparams["predict_split"]
 
+    def net_arguments(self, names: Collection[str]) -> dict[str, Any]:
+        """Returns those arguments of a net that only the data know, if `names` ask for them."""
+        return {name: getattr(self, name) for name in self.NET_ARGUMENTS if name in names}
+
     @abstractmethod
     def batches(self, split: Split, *, training: bool) -> Dataset[Any]:
         """Returns a split as `dataset[epoch, indices]`; augments it only for training."""
@@ -81,9 +87,9 @@ class SplitDataModule(LightningDataModule, ABC):
         """Returns a split for a test or a prediction; a subclass may distort it."""
         return self.batches(split, training=False)
 
-    @abstractmethod
     def num_examples(self, split: Split) -> int:
-        """Returns the number of examples in a split, after setup."""
+        """Returns the number of examples in the evaluation of a split, after setup."""
+        return len(self.tested(split))  # type: ignore[arg-type]
 
     def provenance(self, split: Split, limit_batches: float) -> dict[str, Any]:
         """Returns the settings that decide which examples are evaluated, and the number of examples.
@@ -109,12 +115,10 @@ class SplitDataModule(LightningDataModule, ABC):
 
     def predict_dataloader(self) -> DataLoader[Any]:
         """Returns the split `data.predict_split` in order, from `predict_start` on."""
-        split = self.predict_split
-        if not self.predict_start:
-            return self._dataloader(self.tested(split))
-        # Lightning would count its limit from the first batch that remains.
-        assert self.trainer is not None
-        stop = self._evaluated(split, self.trainer.limit_predict_batches)
+        split, stop = self.predict_split, None
+        if self.predict_start:  # Lightning would count its limit from the first batch that remains
+            assert self.trainer is not None
+            stop = self._evaluated(split, self.trainer.limit_predict_batches)
         return self._dataloader(self.tested(split), start=self.predict_start, stop=stop)
 
     def fit_dataloader(self) -> DataLoader[Any]:
@@ -162,7 +166,6 @@ class SplitDataModule(LightningDataModule, ABC):
             seed=self.hparams["seed"],
             rank=trainer.global_rank if trainer else 0,
             world_size=trainer.world_size if trainer else 1,
-            drop_last=training,
             batches_per_step=trainer.accumulate_grad_batches if trainer else 1,
             position=self._position if training and trainer else None,
         )

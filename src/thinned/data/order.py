@@ -21,8 +21,8 @@ class EpochBatchSampler(DistributedSampler[tuple[int, list[int]]]):
     R-th, beginning with the r-th. The epoch comes with the indices, because `set_epoch` does not reach persistent
     workers.
 
-    - Training: all ranks take the same number of steps, with the same number of examples in each. Examples that cannot
-      be divided evenly are left out of the epoch.
+    - Training: all ranks take the same number of steps, with the same number of examples in each. Examples that do not
+      fill a last batch are left out of the epoch.
     - Evaluation: dataset order, every example exactly once. If there are R examples or more, all ranks take the
       same number of steps; for this, a last batch of fewer than R examples joins the one before.
 
@@ -35,10 +35,9 @@ class EpochBatchSampler(DistributedSampler[tuple[int, list[int]]]):
         seed: Seed of the orders, at least 0.
         rank: This process, in [0, world_size).
         world_size: Number R of processes.
-        drop_last: Whether a last training batch of fewer than B examples is left out.
         start: First example to evaluate: whole global batches before it are left out, except the last one.
-        batches_per_step: Number of batches whose gradients an optimiser step accumulates. With `drop_last`, batches
-            that do not fill a last step are left out, unless there are no others.
+        batches_per_step: Number of batches whose gradients an optimiser step accumulates. Batches that do not fill a
+            last step are left out, unless there are no others.
         position: Called when iteration begins; returns the epoch (None for that of `set_epoch`) and how many of its
             batches an interrupted run has trained on.
 
@@ -55,26 +54,21 @@ class EpochBatchSampler(DistributedSampler[tuple[int, list[int]]]):
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
-        drop_last: bool = False,
         start: int = 0,
         batches_per_step: int = 1,
         position: Callable[[], tuple[int | None, int]] | None = None,
     ) -> None:
-        super().__init__(range(num_examples), world_size, rank, shuffle, seed, drop_last)  # type: ignore[arg-type]
-        if batch_size < 1:
-            raise ValueError(f"Expected data.batch_size to be at least 1, but got {batch_size}")
+        super().__init__(range(num_examples), world_size, rank, shuffle, seed)  # type: ignore[arg-type]
         if num_examples < world_size:
             raise ValueError(f"Expected {world_size} examples, one a process, in data.path, but got {num_examples}")
         if shuffle:
             if batch_size % world_size:
-                raise ValueError(
-                    f"Expected data.batch_size to be a multiple of the processes, {world_size}, but got {batch_size}"
-                )
+                of = f"a multiple of the {world_size} processes"
+                raise ValueError(f"Expected data.batch_size to be {of}, but got {batch_size}")
             end = num_examples // world_size * world_size
             batch_size = min(batch_size, end)
-            if drop_last:
-                step = batch_size * batches_per_step
-                end = end // step * step or end // batch_size * batch_size
+            step = batch_size * batches_per_step
+            end = end // step * step or end // batch_size * batch_size
         else:
             end = num_examples
             batch_size = max(batch_size, world_size)

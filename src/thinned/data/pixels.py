@@ -42,22 +42,8 @@ def depth_of(image: Image) -> int:
     return 1 if image.mode.startswith("I;16") else {"I": 2, "F": 3}.get(image.mode, 0)
 
 
-def scale_of(headers: np.ndarray, scale: str | None = None) -> str:
-    """Returns the scale of all images of a set, one of `SCALES`, from the headers of its N images.
-
-    Raises:
-        ValueError: If the images have several scales, or not the one that `scale` names.
-    """
-    scales = sorted({SCALES[depth] for depth in np.unique(headers & DEPTH)})
-    scale = scale or scales[0]
-    if scales != [scale]:
-        raise ValueError(f"Expected images of {scale} in data.path, but got {' and '.join(scales)}")
-    return scale
-
-
-def open_image(stored: dict[str, Any]) -> Image:
-    """Decodes a stored image, from its bytes or its path, and turns it upright by its EXIF orientation."""
-    content = Path(stored["path"]).read_bytes() if stored["bytes"] is None else stored["bytes"]
+def open_image(content: bytes) -> Image:
+    """Decodes an image file, and turns it upright by its EXIF orientation."""
     image = PIL.Image.open(io.BytesIO(content))
     image.load()
     return ImageOps.exif_transpose(image)
@@ -66,13 +52,9 @@ def open_image(stored: dict[str, Any]) -> Image:
 def image_of(given: Any) -> Image:
     """Returns the image in a file or in pixels, decoded and upright.
 
-    Args:
-        given: Path of a file, a PIL image, or an array or tensor of pixels: (H, W), (H, W, C) or (C, H, W), where C is
-            1 for grey, 2 for grey and alpha, 3 for RGB, 4 for RGBA. The type says the depth: uint8, or uint16, int32
-            or floats in one channel.
-
-    Raises:
-        ValueError: It is none of these.
+    It may be the path of a file, a PIL image, or an array or tensor of pixels: (H, W), (H, W, C) or (C, H, W), where C
+    is 1 for grey, 2 for grey and alpha, 3 for RGB, 4 for RGBA. The type says the depth: uint8, or uint16, int32 or
+    floats in one channel. ValueError if it is none of these.
     """
     if isinstance(given, torch.Tensor):
         given = given.detach().cpu()
@@ -82,9 +64,7 @@ def image_of(given: Any) -> Image:
     if not isinstance(given, str | Path | Image):
         raise ValueError(f"Expected an image, its pixels or the path of its file, but got {type(given).__name__}")
     try:
-        return (
-            ImageOps.exif_transpose(given) if isinstance(given, Image) else open_image({"bytes": None, "path": given})
-        )
+        return ImageOps.exif_transpose(given) if isinstance(given, Image) else open_image(Path(given).read_bytes())
     except Exception as error:  # PIL raises many types
         cause = getattr(error, "strerror", None) or str(error).partition(" <_io")[0]
         raise ValueError(f"Expected an image that can be decoded, but got {given} ({cause})") from None
@@ -99,23 +79,18 @@ def _image_of_pixels(pixels: np.ndarray) -> Image:
     pixels = pixels[..., 0] if pixels.shape[2:] == (1,) else pixels
     pixels = pixels.astype(np.float32) if np.issubdtype(kind, np.floating) else pixels
     if pixels.dtype not in ((np.uint8,) if pixels.ndim == 3 else (np.uint8, np.uint16, np.int32, np.float32)):
-        raise ValueError(
-            f"Expected pixels of type uint8, or in one channel uint16, int32 or floats, but got {kind} of shape {shape}"
-        )
+        expected = "pixels of type uint8, or in one channel uint16, int32 or floats"
+        raise ValueError(f"Expected {expected}, but got {kind} of shape {shape}")
     return PIL.Image.fromarray(pixels)
 
 
 def to_array(
     image: Image, shape: tuple[int, int, int], *, resize: bool = False, deep: bool = False, background: str = "white"
 ) -> np.ndarray:
-    """Returns the intensities of an image, (C, H, W).
+    """Returns the intensities of an image of any mode, (C, H, W), which is its `shape`.
 
-    Args:
-        image: Any mode that PIL knows.
-        shape: (C, H, W).
-        resize: Whether an image of another size is resized, bilinearly.
-        deep: Whether the set has more than 8 bits, so that the result is float32.
-        background: Colour behind transparent pixels, a name or #rrggbb.
+    An image of another size is resized bilinearly if it may `resize`. The result is float32 if the set is `deep`: it
+    has images of more than 8 bits. The `background` stands behind transparent pixels, a name or #rrggbb.
 
     Raises:
         ValueError: If it has another size, is in colour although C is 1, or holds NaN or infinity.

@@ -85,9 +85,8 @@ def _rows(path: Path, columns: list[str] | None) -> Iterator[Any]:
             header = next(rows, [])
             for row in filter(None, rows):
                 if len(row) != len(header):
-                    raise ValueError(
-                        f"{len(row)} cells instead of {len(header)} in line {rows.line_num}: quote its text"
-                    )
+                    cells = f"{len(row)} cells instead of {len(header)}"
+                    raise ValueError(f"{cells} in line {rows.line_num}: quote its text")
                 yield dict(zip(header, row, strict=True))
 
 
@@ -114,11 +113,7 @@ def stored_split(path: PurePath) -> str | None:
 
 
 def files_by_split(files: Iterable[Path], root: Path) -> dict[str, list[Path]]:
-    """Returns files by split if one is for training or all have a split; otherwise, all of them for training.
-
-    Raises:
-        ValueError: See `refuse_words`.
-    """
+    """Returns files by split if one is for training or all have a split; otherwise, all of them for training."""
     names = {file: stored_split(file.relative_to(root)) for file in files}
     found = sorted({name for name in names.values() if name})
     if all(names.values()) or any(split_of(name) == "train" for name in found):
@@ -131,10 +126,9 @@ def refuse_words(names: Iterable[str]) -> None:
     """Raises a ValueError for names that contain a split as a word, such as train_data: they may be titles."""
     words = {split_of(word): name for name in names for word in WORD.findall(name)}
     if "train" in words and len(words) > 1:
-        raise ValueError(
-            "Expected files or folders of splits in data.path to be called train, valid and test, but got names such "
-            f"as {words['train']}: rename them, or name in data.leave_out those that are not to be used"
-        )
+        expected = "files or folders of splits in data.path to be called train, valid and test"
+        got = f"names such as {words['train']}: rename them, or leave some out (data.leave_out)"
+        raise ValueError(f"Expected {expected}, but got {got}")
 
 
 def assign_splits(names: Iterable[str], leave_out: Iterable[str] = ()) -> tuple[dict[Split, str], list[str]]:
@@ -153,10 +147,8 @@ def assign_splits(names: Iterable[str], leave_out: Iterable[str] = ()) -> tuple[
     for split in get_args(Split):
         found = [name for name in names if split_of(name) == split and name not in leave_out]
         if len(found) > 1:
-            raise ValueError(
-                f"Expected one stored split for {split} in data.path, but got {found[0]!r} and {found[1]!r}: name the "
-                "one that is not to be used in data.leave_out"
-            )
+            got = f"{found[0]!r} and {found[1]!r}: leave one out (data.leave_out)"
+            raise ValueError(f"Expected one stored split for {split} in data.path, but got {got}")
         if found:
             splits[split] = found[0]
     return splits, [name for name in names if name not in splits.values()]
@@ -166,9 +158,8 @@ def column_of(key: str, found: Collection[str], given: str | None, columns: Iter
     """Returns the given column, or else the only one found; ValueError if it is missing or there are several."""
     if given in found or (given is None and len(found) == 1):
         return given or next(iter(found))
-    raise ValueError(
-        f"Expected data.{key} to be one of the columns {[*found]}, but got {given!r} (all columns: {[*columns]})"
-    )
+    got = f"{given!r} (all columns: {[*columns]})"
+    raise ValueError(f"Expected data.{key} to be one of the columns {[*found]}, but got {got}")
 
 
 def is_saved(folder: Path) -> bool:
@@ -186,11 +177,8 @@ def is_dataset(folder: Path) -> bool:
 def read_stored(path: str, expected: str, name: str | None = None, *, streaming: bool = False) -> dict[str, Any]:
     """Returns the stored splits of a dataset in a folder, on the hub, or in its cache if the hub cannot be reached.
 
-    Args:
-        path: The value of `data.path`.
-        expected: What it may be, for the message of the FileNotFoundError if no dataset can be read.
-        name: Which of the dataset's configurations; None if it has one, or a default.
-        streaming: Whether to read rows on demand, instead of downloading or converting all at once.
+    `path`, `name` and `streaming` are settings of the data. `expected` says what the path may be, for the message of
+    the FileNotFoundError if no dataset can be read.
     """
     folder = Path(path).expanduser()
     if not folder.exists():
@@ -207,9 +195,8 @@ def read_stored(path: str, expected: str, name: str | None = None, *, streaming:
             stored = datasets.load_dataset(str(folder) if folder.is_dir() else path, name, streaming=streaming)
     except Exception as error:  # of many types; the message names the setting
         cause = error.__cause__ or error
-        raise FileNotFoundError(
-            f"Expected data.path to be {expected}, but got {path!r} ({type(cause).__name__}: {cause})"
-        ) from None
+        got = f"{path!r} ({type(cause).__name__}: {cause})"
+        raise FileNotFoundError(f"Expected data.path to be {expected}, but got {got}") from None
     return {"train": stored} if isinstance(stored, datasets.Dataset) else dict(stored)
 
 

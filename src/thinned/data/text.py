@@ -7,11 +7,11 @@ Shapes: T tokens in a window.
 """
 
 import json
-from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+import numpy as np
 import torch
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, OpenUnitInterval, PositiveInt
 from lightning.pytorch.utilities import rank_zero_info
@@ -22,20 +22,18 @@ from thinned.data import text_split
 from thinned.data.distortion import Distortion
 from thinned.data.module import SplitDataModule
 from thinned.data.order import Split
-from thinned.data.text_distortion import TEXT_KINDS, exchanged
 from thinned.data.text_sources import EXPECTED, TextSource, read_text
-from thinned.data.token_cache import Tokenised, cached_tokens, folder_of, open_tokens, write_tokens
-from thinned.data.token_stream import make_tokenizer
+from thinned.data.tokenisation import (
+    Tokenised,
+    cached_tokens,
+    exchanged,
+    folder_of,
+    make_tokenizer,
+    open_tokens,
+    write_tokens,
+)
 from thinned.data.tokenizer import Tokenizer, bpe_size
-from thinned.data.tokens import HeldTokens, TokenBatches, Tokens
-
-
-class Prepared(NamedTuple):
-    """Holds tokenised text."""
-
-    source: TextSource
-    rule: text_split.SplitRule | None  # None if it is not the text of the checkpoint
-    tokenised: Tokenised
+from thinned.data.tokens import TokenBatches, Tokens
 
 
 class TextDataModule(SplitDataModule):
@@ -80,6 +78,7 @@ class TextDataModule(SplitDataModule):
     """
 
     INDIFFERENT = SplitDataModule.INDIFFERENT | {"cache_dir", "seed"}
+    NET_ARGUMENTS = ("vocab_size", "context_length")
     # Available after setup:
     tokenizer: Tokenizer
     tokens: dict[Split, Tokens]
@@ -112,75 +111,39 @@ class TextDataModule(SplitDataModule):
         if not path:
             raise ValueError(f"Expected data.path to be {EXPECTED}, but got {path!r}")
         if val_fraction + test_fraction >= 1:
-            raise ValueError(
-                f"Expected data.test_fraction below 1 - {val_fraction}, data.val_fraction, but got {test_fraction}"
-            )
+            least = f"below 1 - {val_fraction}, data.val_fraction"
+            raise ValueError(f"Expected data.test_fraction {least}, but got {test_fraction}")
         bpe_size(tokenizer)  # raises a ValueError if it is invalid
-        self._distortion = Distortion.parse(distortion, TEXT_KINDS)
+        self._distortion = Distortion.parse(distortion, ["characters"])
         self.tokens = {}
-        self._distorted: dict[Split, HeldTokens] = {}
+        self._distorted: dict[Split, np.ndarray] = {}
         self._given: str | None = None  # JSON of a checkpoint's tokenizer
         self._kept: dict[str, Any] | None = None  # how a checkpoint's text is split
-        self._prepared: Prepared | None = None
+        self._rule: text_split.SplitRule | None = None  # None too if it is not the text of the checkpoint
+        self._tokenised: Tokenised | None = None
 
     def prepare_data(self) -> None:
         """Tokenises the text, unless an earlier run has."""
         self._prepare()
 
-    def setup(self, stage: str | None = None) -> None:
-        """Opens the tokens, once for all stages; ValueError if training would resume on another text."""
-        if self.tokens:
-            return
-        source, rule, (self.tokenizer, files, _) = self._prepare()
-        if source.left_out:
-            rank_zero_info(f"Left out of data.path: {', '.join(source.left_out[:5])} ({len(source.left_out)} in all)")
-        counts = {split: len(tokens) for split, tokens in files.items()}
-        found = None
-        if rule:
-            kept = self._kept
-            found = text_split.kept_ranges(kept, self.path, files) if kept else text_split.new_ranges(rule, counts)
-        self._is_another = found is None
-        self._ranges = found or text_split.whole_ranges(counts)
-        text_split.check_sizes(self._ranges, counts, None if self._kept else self.context_length)
-        self.tokens = {split: files[file].part(start, stop) for split, (file, start, stop) in self._ranges.items()}
-        if self._is_another:
-            if self._fits:
-                raise ValueError(f"Expected the training text of the checkpoint, but got another one in {self.path!r}")
-            rank_zero_info("data.path is not the text of the checkpoint, so all of it is predicted")
-        elif self._kept:
-            self._keep_settings(self._kept)
-            if unused := counts["train"] - max(stop for file, _, stop in self._ranges.values() if file == "train"):
-                rank_zero_info(
-                    f"data.path has changed since training: the {unused:,} tokens at its end are in no split"
-                )
-
-    def _keep_settings(self, kept: dict[str, Any]) -> None:
-        """Takes the settings of the split from a checkpoint of the same text; to resume, also those of the order."""
-        keys = [f"{split}_fraction" for split in ("val", "test") if split not in kept["stored"]]
-        for key in [*keys, *["split_seed"] * kept["by_document"], *["seed"] * self._fits]:
-            if kept[key] != self.hparams[key]:
-                rank_zero_info(f"Kept data.{key} {kept[key]} of the checkpoint, instead of {self.hparams[key]}")
-                self.hparams[key] = kept[key]
-
-    @property
-    def _fits(self) -> bool:
-        return self.trainer is not None and self.trainer.state.fn == "fit"
-
-    def _prepare(self) -> Prepared:
-        """Returns the text, how it is split, and its tokens, which are written if missing."""
-        if self._prepared:
-            return self._prepared
+    def _prepare(self) -> Tokenised:
+        """Returns the tokens of the text, which are written if missing."""
+        if self._tokenised:
+            return self._tokenised
         given = self.hparams
         options = given["name"], given["text_column"], given["leave_out"] or []
         source = read_text(self.path, *options, streaming=given["streaming"])
-        rule = text_split.rule_of(given, source.splits, self._kept)
-        if self._kept and rule and rule.by_document:
+        self._rule = text_split.rule_of(given, source.splits, self._kept)
+        if self._kept and self._rule and self._rule.by_document:
             # A split that the checkpoint takes from "train" does not mix with one that is stored now.
             splits = {split: source.splits[split] for split in source.splits if split in self._kept["stored"]}
             extra = [f"the stored split {split}" for split in source.splits if split not in splits]
             source = replace(source, splits=splits, left_out=[*source.left_out, *extra])
-        self._prepared = Prepared(source, rule, self._tokenise(source, rule or text_split.UNDIVIDED))
-        return self._prepared
+        if source.left_out:
+            rank_zero_info(f"Left out of data.path: {', '.join(source.left_out[:5])} ({len(source.left_out)} in all)")
+        self._stored = list(source.splits)
+        self._tokenised = self._tokenise(source, self._rule or text_split.UNDIVIDED)
+        return self._tokenised
 
     def _tokenise(self, source: TextSource, rule: text_split.SplitRule) -> Tokenised:
         spec, max_tokens, cache = (self.hparams[key] for key in ("tokenizer", "max_tokens", "cache_dir"))
@@ -196,43 +159,65 @@ class TextDataModule(SplitDataModule):
         if tokenizer and not (made and made.tokenizer.to_json() == self._given):
             folder = folder_of(cache, label, [*key, tokenizer.to_json()])
 
-        def check(counts: dict[Split, int]) -> dict[Split, str]:
-            ranges = text_split.whole_ranges(counts) if self._kept else text_split.new_ranges(rule, counts)
-            text_split.check_sizes(ranges, counts, None if self._kept else self.context_length)
-            return stored["train"].digests if rule.by_document else {}
-
         def write(folder: Path) -> None:
             of_text = tokenizer or make_tokenizer(spec, stored, rule.ends[0], max_tokens)
-            write_tokens(folder, of_text, stored, dict.fromkeys([*stored, *rule.taken]), max_tokens, check)
+            sketch = stored["train"].sketch if rule.by_document else str
+            splits = dict.fromkeys([*stored, *rule.taken])
+            counts = write_tokens(folder, of_text, stored, splits, max_tokens, sketch)
+            ranges = text_split.whole_ranges(counts) if self._kept else text_split.new_ranges(rule, counts)
+            text_split.check_sizes(ranges, counts, None if self._kept else self.context_length)
 
         return cached_tokens(folder, write)
 
+    def setup(self, stage: str | None = None) -> None:
+        """Opens the tokens, once for all stages; ValueError if training would resume on another text."""
+        if self.tokens:
+            return
+        self.tokenizer, files, _ = self._prepare()
+        counts, rule, kept = {split: len(tokens) for split, tokens in files.items()}, self._rule, self._kept
+        found = None
+        if rule:
+            found = text_split.kept_ranges(kept, self.path, files) if kept else text_split.new_ranges(rule, counts)
+        self._is_another, fits = found is None, self.trainer is not None and self.trainer.state.fn == "fit"
+        self._ranges = found or text_split.whole_ranges(counts)
+        text_split.check_sizes(self._ranges, counts, None if kept else self.context_length)
+        if self._is_another:
+            if fits:
+                raise ValueError(f"Expected the training text of the checkpoint, but got another one in {self.path!r}")
+            rank_zero_info("data.path is not the text of the checkpoint, so all of it is predicted")
+        elif kept:
+            self._keep_settings(kept, fits)
+            if unused := counts["train"] - max(stop for file, _, stop in self._ranges.values() if file == "train"):
+                rank_zero_info(
+                    f"data.path has changed since training: the {unused:,} tokens at its end are in no split"
+                )
+        self.tokens = {split: files[file].part(start, stop) for split, (file, start, stop) in self._ranges.items()}
+
+    def _keep_settings(self, kept: dict[str, Any], fits: bool) -> None:
+        """Takes the settings of the split from a checkpoint of the same text; to resume, also those of the order."""
+        keys = [f"{split}_fraction" for split in ("val", "test") if split not in kept["stored"]]
+        for key in [*keys, *["split_seed"] * kept["by_document"], *["seed"] * fits]:
+            if kept[key] != self.hparams[key]:
+                rank_zero_info(f"Kept data.{key} {kept[key]} of the checkpoint, instead of {self.hparams[key]}")
+                self.hparams[key] = kept[key]
+
     @property
     def vocab_size(self) -> int:
-        """Number of tokens in the vocabulary, after setup."""
-        return self.tokenizer.vocab_size
+        """Number of tokens in the vocabulary."""
+        return self._prepare().tokenizer.vocab_size
 
     @property
     def context_length(self) -> int:
         """Number T of tokens in a window."""
         return self.hparams["context_length"]
 
-    def net_arguments(self, names: Collection[str]) -> dict[str, int]:
-        """Returns the sizes of the vocabulary and the context, if `names` ask for them."""
-        known = {"context_length": self.context_length}
-        if "vocab_size" in names:
-            known["vocab_size"] = self._prepare().tokenised.tokenizer.vocab_size
-        return {name: value for name, value in known.items() if name in names}
-
     def val_dataloader(self) -> DataLoader[Any]:
         """Returns the validation split; ValueError if a text new to the checkpoint would also be the test."""
         tested = self.trainer.state.fn if self.trainer else None
         split = self.predict_split if tested == "predict" else "test"
         if self._is_another and tested in ("predict", "test") and self._ranges["val"] == self._ranges[split]:
-            raise ValueError(
-                "Expected a validation split to learn from, but got another text in data.path than that of the "
-                "checkpoint: evaluate it as one of the sets, or predict it at given sites"
-            )
+            got = "another text in data.path: evaluate it as one of the sets, or predict it at given sites"
+            raise ValueError(f"Expected a validation split to learn from, but got {got}")
         return super().val_dataloader()
 
     def provenance(self, split: Split, limit_batches: float) -> dict[str, Any]:
@@ -241,7 +226,7 @@ class TextDataModule(SplitDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """Returns what a trained network relies on: its tokenizer, and which text was for training."""
-        given = self._prepared.tokenised.tokenizer.to_json() if self._prepared else self._given
+        given = self._tokenised.tokenizer.to_json() if self._tokenised else self._given
         if not given:
             return {}
         state = {"tokenizer": given, "spec": self.hparams["tokenizer"]}
@@ -250,38 +235,27 @@ class TextDataModule(SplitDataModule):
 
     def _facts(self) -> dict[str, Any]:
         """Returns how the text is split, for a checkpoint."""
-        source, rule, (_, _, digests) = self._prepare()
-        parts = {
-            split: {
-                "file": file,
-                "start": start,
-                "stop": stop,
-                "digest": digests.get(file) or self.tokens[split].digest,
-            }
-            for split, (file, start, stop) in self._ranges.items()
+        assert self._rule
+        parts: dict[str, Any] = {
+            split: {"file": file, "start": start, "stop": stop} for split, (file, start, stop) in self._ranges.items()
         }
-        facts = {"path": self.path, "stored": list(source.splits), "by_document": rule is not None and rule.by_document}
-        settings = {key: self.hparams[key] for key in ("val_fraction", "test_fraction", "split_seed", "seed")}
-        return facts | settings | {"parts": parts}
+        parts["train"]["digest"] = self._prepare().sketch or self.tokens["train"].digest
+        settings = {key: self.hparams[key] for key in ("path", "val_fraction", "test_fraction", "split_seed", "seed")}
+        return settings | {"stored": self._stored, "by_document": self._rule.by_document, "parts": parts}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes tokenizer and split from a checkpoint; ValueError for another kind of tokenizer."""
         spec = state_dict["spec"]
         if spec != self.hparams["tokenizer"]:
-            raise ValueError(
-                f"Expected data.tokenizer to be {spec!r}, as the checkpoint has, but got {self.hparams['tokenizer']!r}"
-            )
+            got = self.hparams["tokenizer"]
+            raise ValueError(f"Expected data.tokenizer to be {spec!r}, as the checkpoint has, but got {got!r}")
         if self.tokens and state_dict == self.state_dict():
             return
-        self._given, self._kept, self._prepared = state_dict["tokenizer"], state_dict.get("split"), None
+        self._given, self._kept, self._tokenised = state_dict["tokenizer"], state_dict.get("split"), None
         self.tokenizer = Tokenizer.from_json(self._given)
         if self.tokens:  # Lightning loads a checkpoint after setup
             self.tokens, self._distorted = {}, {}
             self.setup()
-
-    def num_examples(self, split: Split) -> int:
-        """Returns the number of windows in the evaluation of a split, after setup."""
-        return len(self.tested(split))
 
     def input_of(self, text: Any) -> Tensor:
         """Returns the tokens of a text, (t,) int64; ValueError unless it is a str of 1 to T known tokens."""
@@ -302,5 +276,5 @@ class TextDataModule(SplitDataModule):
         if self._distortion is None:
             return whole
         if split not in self._distorted:
-            self._distorted[split] = exchanged(self.tokens[split], self.tokenizer, self._distortion.severity)
+            self._distorted[split] = exchanged(self.tokens[split][:], self.tokenizer, self._distortion.severity)
         return replace(whole, tokens=self._distorted[split])

@@ -47,16 +47,14 @@ class TextFiles:
 
     def __iter__(self) -> Iterator[str]:
         for path in self.paths:
-            yield from _rows_in(path, self.column) if suffix(path) in ROWS else [_text_in(path)]
-
-
-def _rows_in(path: Path, column: str) -> Iterator[str]:
-    for number, row in enumerate(sources.rows_of(path, [column])):
-        if not isinstance(text := row.get(column), str):
-            raise ValueError(
-                f"Expected text in column {column!r} of data.path, but got {text!r} in row {number} of {path}"
-            )
-        yield text
+            if suffix(path) not in ROWS:
+                yield _text_in(path)
+                continue
+            for number, row in enumerate(sources.rows_of(path, [self.column])):
+                if not isinstance(text := row.get(self.column), str):
+                    got = f"{text!r} in row {number} of {path}"
+                    raise ValueError(f"Expected text in column {self.column!r} of data.path, but got {got}")
+                yield text
 
 
 def _text_in(path: Path) -> str:
@@ -118,16 +116,16 @@ def read_text(
     if not files:
         return _dataset(path, name, text_column, leave_out, streaming)
     rows = {split: [*islice(sources.rows_of(each[0]), 100)] for split, each in files.items() if suffix(each[0]) in ROWS}
-    cells = [(key, cell) for of_split in rows.values() for row in of_split for key, cell in row.items()]
-    marked = [key for key, cell in cells if key.lower() in sources.SPLIT_COLUMNS and sources.split_of(str(cell))]
-    if marked and len(files) == 1:
-        raise ValueError(f"Expected a file for each split in data.path, but got splits in the column {marked[0]!r}")
     if text_column and not rows:
         raise ValueError(f"Expected rows in data.path, as data.text_column is {text_column!r}, but got {path!r}")
-    strings = {
-        split: [key for row in rows[split] for key, cell in row.items() if isinstance(cell, str)] for split in rows
-    }
-    column = _text_column(strings, text_column) if rows else ""
+    strings: dict[Split, list[str]] = {split: [] for split in rows}
+    for split in rows:
+        for key, cell in (item for row in rows[split] for item in row.items()):
+            if len(files) == 1 and key.lower() in sources.SPLIT_COLUMNS and sources.split_of(str(cell)):
+                raise ValueError(f"Expected a file for each split in data.path, but got splits in the column {key!r}")
+            if isinstance(cell, str):
+                strings[split].append(key)
+    column = _text_column(strings, text_column)
     states = [(split, str(file.absolute()), file.stat()) for split, paths in files.items() for file in paths]
     # A copy or an archive cannot set a file's time of change (ctime).
     content = json.dumps([column, *((*named, state.st_size, state.st_ctime_ns) for *named, state in states)])
@@ -160,10 +158,8 @@ def _files(folder: Path, leave_out: Sequence[str]) -> tuple[dict[Split, list[Pat
     of_split = sources.files_by_split(used, folder)
     for paths in of_split.values():
         if len(kinds := {suffix(path) if suffix(path) in ROWS else "text" for path in paths}) > 1:
-            raise ValueError(
-                f"Expected files of one kind for each split in data.path, but got {sorted(kinds)}: name those that are "
-                "not to be used in data.leave_out, such as '*.csv'"
-            )
+            got = f"{sorted(kinds)}: leave some out (data.leave_out), such as '*.csv'"
+            raise ValueError(f"Expected files of one kind for each split in data.path, but got {got}")
     assigned, _ = sources.assign_splits(of_split)
     splits = {split: of_split[name] for split, name in assigned.items() if of_split[name]}
     return splits, [file for file in files if not any(file in paths for paths in splits.values())]
@@ -199,5 +195,4 @@ def _text_column(strings: Mapping[Split, Iterable[str]], given: str | None) -> s
     """Returns the given column, or "text", or the only one, if all splits have it among their columns of strings."""
     for found in (dict.fromkeys(of_split) for of_split in strings.values()):
         given = sources.column_of("text_column", found, given or ("text" if "text" in found else None), found)
-    assert given is not None
-    return given
+    return given or ""

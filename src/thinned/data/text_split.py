@@ -8,18 +8,17 @@ Stored splits are used unchanged. Missing ones are taken from the stored "train"
 """
 
 from bisect import insort
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self, get_args
+from typing import Any, get_args
 
-from thinned.data.content_split import content_hash
+from thinned.data.content_split import SKETCH, content_hash
 from thinned.data.order import Split
-from thinned.data.token_stream import Document, sure_to_fit
+from thinned.data.tokenisation import Document, sure_to_fit
 from thinned.data.tokens import Tokens
 
 ENOUGH = 10  # different documents: a split that expects so many is empty with a probability below 1e-4
-KEPT_HASHES = 64  # of a split, by which its documents are found in another set
 Range = tuple[Split, int, int]  # tokens of a file, from start to stop
 
 
@@ -31,12 +30,6 @@ class SplitRule:
     test: float
     seed: int  # of the hash of documents
     by_document: bool  # whether whole documents are taken, instead of the end of the text
-
-    @classmethod
-    def of(cls, settings: Mapping[str, Any], stored: Collection[Split], *, by_document: bool) -> Self:
-        """Returns the rule for these settings of the data and these stored splits."""
-        val, test = (0.0 if split in stored else settings[f"{split}_fraction"] for split in ("val", "test"))
-        return cls(val, test, settings["split_seed"], by_document)
 
     @property
     def ends(self) -> tuple[float, float]:
@@ -69,25 +62,22 @@ class SplitDocuments:
     stored: Split
     documents: Iterable[str]
     rule: SplitRule
-    smallest: dict[Split, list[int]] = field(default_factory=dict)  # hashes, in ascending order
+    smallest: list[int] = field(default_factory=list)  # hashes of documents for training, in ascending order
 
     def __iter__(self) -> Iterator[Document]:
         for text in self.documents:
-            if self.stored != "train" or not self.rule.by_document:
-                yield self.stored, text
-                continue
-            number = self.rule.hash(text)
-            split = self.rule.split_of(number)
-            smallest = self.smallest.setdefault(split, [])
-            if number not in smallest:
-                insort(smallest, number)
-                del smallest[KEPT_HASHES:]
+            split = self.stored
+            if split == "train" and self.rule.by_document:
+                number = self.rule.hash(text)
+                split = self.rule.split_of(number)
+                if split == "train" and number not in self.smallest:
+                    insort(self.smallest, number)
+                    del self.smallest[SKETCH:]
             yield split, text
 
-    @property
-    def digests(self) -> dict[Split, str]:
-        """Returns a hash of the set of documents in each split, whatever their order."""
-        return {split: "".join(f"{number:016x}" for number in self.smallest[split]) for split in self.smallest}
+    def sketch(self) -> str:
+        """Returns hashes by which the documents for training are recognised, whatever their order."""
+        return "".join(f"{number:016x}" for number in self.smallest)
 
 
 def rule_of(
@@ -101,29 +91,30 @@ def rule_of(
     Raises:
         ValueError: If there is no "train" to train on.
     """
+    given, names = (kept, kept["stored"]) if kept else (settings, stored)
+    val, test = (0.0 if split in names else given[f"{split}_fraction"] for split in ("val", "test"))
     if kept:
-        rule = SplitRule.of(kept, kept["stored"], by_document=kept["by_document"])
+        rule = SplitRule(val, test, kept["split_seed"], kept["by_document"])
         digest = kept["parts"]["train"]["digest"]
         known = {digest[i : i + 16] for i in range(0, len(digest), 16)}
         same = not rule.by_document or any(f"{rule.hash(text):016x}" in known for text in stored.get("train", ()))
         return rule if "train" in stored and same else None
     if "train" not in stored:
         raise ValueError(f"Expected data.path to have a split 'train', but got {[*stored]}")
-    rule, found = SplitRule.of(settings, stored, by_document=True), set[int]()
-    least = min((fraction for fraction in (rule.val, rule.test) if fraction), default=0)
+    found, least = set[int](), min((fraction for fraction in (val, test) if fraction), default=0)
     for _, text in sure_to_fit((("train", text) for text in stored["train"] if text), settings["max_tokens"]):
         found.add(hash(text))
         if not least or len(found) * least >= ENOUGH:
             break
-    return replace(rule, by_document=len(found) * least >= ENOUGH)
+    return SplitRule(val, test, settings["split_seed"], by_document=len(found) * least >= ENOUGH)
 
 
 def new_ranges(rule: SplitRule, counts: Mapping[Split, int]) -> dict[Split, Range]:
     """Returns the tokens of each split, given the number of tokens of each file."""
     train, val = (int(end * counts["train"]) for end in rule.ends)
-    ranges: dict[Split, Range] = {"train": ("train", 0, train)}
-    ranges["val"] = ("val", 0, counts["val"]) if "val" in counts else ("train", train, val)
-    ranges["test"] = ("test", 0, counts["test"]) if "test" in counts else ("train", val, counts["train"])
+    ranges: dict[Split, Range] = {"train": ("train", 0, train), "val": ("train", train, val)}
+    ranges["test"] = "train", val, counts["train"]
+    ranges |= {split: (split, 0, counts[split]) for split in counts if split != "train"}
     if "test" not in counts and not rule.test:
         ranges["test"] = ranges["val"]
     return ranges
@@ -155,10 +146,9 @@ def kept_ranges(kept: Mapping[str, Any], path: str, tokens: Mapping[Split, Token
         if Path(kept["path"]).expanduser().resolve() != Path(path).expanduser().resolve():
             return None
         if by_position:
-            raise ValueError(
-                f"Expected data.path to begin with the {stop:,} tokens that the checkpoint was trained on, but got a "
-                f"text that has changed before that in {path!r}; a text to predict needs a path of its own"
-            )
+            of = f"the {stop:,} tokens that the checkpoint was trained on"
+            got = f"a text that has changed before that in {path!r} (a text to predict needs a path of its own)"
+            raise ValueError(f"Expected data.path to begin with {of}, but got {got}")
     ranges: dict[Split, Range] = {}
     for split, part in parts.items():
         if (file := part["file"]) not in tokens:

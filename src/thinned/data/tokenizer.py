@@ -61,7 +61,7 @@ class Tokenizer:
         """Returns the tokenizer whose tokens are the characters of the documents, in Unicode order."""
         has_point = np.zeros(sys.maxunicode + 1, bool)
         for document in documents:
-            has_point[_code_points(document)] = True
+            has_point[code_points(document)] = True
         ids = {chr(point): index for index, point in enumerate(np.flatnonzero(has_point))}
         tokenizer = tokenizers.Tokenizer(models.WordLevel(ids))
         # In this syntax of regular expressions, a dot under (?m) also matches a newline.
@@ -97,9 +97,8 @@ class Tokenizer:
                 path = Path(_cached_or_downloaded(name))
             except Exception as error:  # the type differs between versions of the client
                 cause = f"{type(error).__name__}: {' '.join(str(error).split())}"
-                raise FileNotFoundError(
-                    f"Expected data.tokenizer to be {EXPECTED}, but got {name!r} ({cause})"
-                ) from None
+                got = f"{name!r} ({cause})"
+                raise FileNotFoundError(f"Expected data.tokenizer to be {EXPECTED}, but got {got}") from None
         return cls.from_json(path.read_text(encoding="utf-8", errors="replace"))
 
     @classmethod
@@ -108,9 +107,8 @@ class Tokenizer:
         try:
             return cls(tokenizers.Tokenizer.from_str(text))
         except Exception as error:  # the library raises bare Exceptions
-            raise ValueError(
-                f"Expected data.tokenizer to hold a tokenizer as JSON, but got {text[:40]!r} ({error})"
-            ) from None
+            got = f"{text[:40]!r} ({error})"
+            raise ValueError(f"Expected data.tokenizer to hold a tokenizer as JSON, but got {got}") from None
 
     def to_json(self) -> str:
         """Returns the whole tokenizer in the format of tokenizer.json."""
@@ -135,7 +133,7 @@ class Tokenizer:
         """Returns the ids of each document as integers, encoded in threads; ValueError as for `encode`."""
         if self.by_character:
             # A table of code points is forty times as fast as the library.
-            ids = [self._id_of_point.take(_code_points(document), mode="clip") for document in documents]
+            ids = [self._id_of_point.take(code_points(document), mode="clip") for document in documents]
             unknown: int | None = -1
         else:
             encodings = self._tokenizer.encode_batch_fast(documents, add_special_tokens=False)
@@ -143,12 +141,10 @@ class Tokenizer:
             unknown = self._unknown
         for document, of_document in zip(documents, ids, strict=True):
             if (outside := of_document == unknown).any():
-                characters = _code_points(document)[outside] if self.by_character else []
+                characters = code_points(document)[outside] if self.by_character else []
                 named = ", ".join(repr(chr(point)) for point in np.unique(characters)[:10])
-                raise ValueError(
-                    f"Expected text within the vocabulary of the tokenizer, which has {self.vocab_size} tokens, but "
-                    f"got {named or 'text of other tokens'}"
-                )
+                within = f"the vocabulary of the tokenizer, which has {self.vocab_size} tokens"
+                raise ValueError(f"Expected text within {within}, but got {named or 'text of other tokens'}")
         return ids
 
     @cached_property
@@ -209,5 +205,6 @@ def _cached_or_downloaded(name: str) -> str:
         return hf_hub_download(name, "tokenizer.json")
 
 
-def _code_points(text: str) -> np.ndarray:
+def code_points(text: str) -> np.ndarray:
+    """Returns the code point of each character of a text, (n,) uint32."""
     return np.frombuffer(text.encode("utf-32-le", errors="surrogatepass"), "<u4")

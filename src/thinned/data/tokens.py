@@ -19,7 +19,7 @@ NO_TARGET = -100  # cross_entropy ignores it
 
 
 class Tokens:
-    """Reads consecutive tokens of a file, which is memory-mapped, so that it stays readable when deleted.
+    """Reads slices of consecutive tokens of a file, which is memory-mapped, so that it stays readable when deleted.
 
     The workers of a data loader can read them too: unpickling opens the file again.
     """
@@ -42,23 +42,22 @@ class Tokens:
         assert 0 <= start <= stop <= len(self)
         return type(self)(self.path, self.dtype, self.start + start, self.start + stop, self._content)
 
-    def read(self, start: int, stop: int) -> np.ndarray:
-        """Returns the tokens from start to stop, int64 (stop - start,); ValueError if the file has become shorter."""
-        assert 0 <= start <= stop <= len(self)
+    def __getitem__(self, part: slice) -> np.ndarray:
+        """Returns consecutive tokens, int64 (n,); ValueError if the file has become shorter."""
+        start, stop, _ = part.indices(len(self))
         width = np.dtype(self.dtype).itemsize
         if self._content.size() < (self.start + stop) * width:  # reading it would kill the process with a bus error
-            raise ValueError(
-                f"Expected the tokens that were written to data.cache_dir, but got a shorter file {self.path}: start "
-                "again to make them again"
-            )
-        return np.frombuffer(self._content, self.dtype, stop - start, (self.start + start) * width).astype(np.int64)
+            got = f"a shorter file {self.path}: start again to make them again"
+            raise ValueError(f"Expected the tokens that were written to data.cache_dir, but got {got}")
+        count, offset = max(stop - start, 0), (self.start + start) * width
+        return np.frombuffer(self._content, self.dtype, count, offset).astype(np.int64)
 
     @cached_property
     def digest(self) -> str:
         """Returns a hash of the tokens and their number."""
         digest, step = blake2b(digest_size=16), 2**22
         for start in range(0, len(self), step):
-            digest.update(self.read(start, min(start + step, len(self))).astype("<u4").tobytes())
+            digest.update(self[start : start + step].astype("<u4").tobytes())
         return digest.hexdigest()
 
 
@@ -70,20 +69,6 @@ class TokenBatch(NamedTuple):
     index: Tensor  # type: ignore[assignment]  # (B,) int64, window of the split
 
 
-@dataclass(frozen=True)
-class HeldTokens:
-    """Reads tokens in memory, int64 (N,), as `Tokens` reads those of a file."""
-
-    ids: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def read(self, start: int, stop: int) -> np.ndarray:
-        """Returns the tokens from start to stop, (stop - start,)."""
-        return self.ids[start:stop]
-
-
 @dataclass
 class TokenBatches(Dataset[TokenBatch]):
     """Reads a split in batches: `split[epoch, indices]`.
@@ -93,7 +78,7 @@ class TokenBatches(Dataset[TokenBatch]):
     - Evaluation: window j begins at j T, and each token but the first is a target once; the last window is padded.
     """
 
-    tokens: Tokens | HeldTokens
+    tokens: Tokens | np.ndarray  # (N,)
     context_length: int
     seed: int
     training: bool
@@ -117,7 +102,7 @@ class TokenBatches(Dataset[TokenBatch]):
         targets = np.full((len(indices), length), NO_TARGET, np.int64)
         for row, index in enumerate(indices):
             start = offset + index * length
-            window = self.tokens.read(start, min(start + length + 1, len(self.tokens)))
+            window = self.tokens[start : start + length + 1]
             inputs[row, : len(window) - 1] = window[:-1]
             targets[row, : len(window) - 1] = window[1:]
         return TokenBatch(torch.from_numpy(inputs), torch.from_numpy(targets), torch.tensor(indices))
