@@ -156,6 +156,11 @@ class ImageDataModule(SplitDataModule):
         return self._statistics
 
     @property
+    def mean(self) -> list[float]:
+        """Mean of the training split per channel."""
+        return self.statistics.mean
+
+    @property
     def _pixels(self) -> Tensor | StoredImages:
         images = self._read().images
         return images.pixels if images.num_bytes <= self.hparams["cache_gib"] * 2**30 else images

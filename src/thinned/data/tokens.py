@@ -45,6 +45,10 @@ class Tokens:
     def __getitem__(self, part: slice) -> np.ndarray:
         """Returns consecutive tokens, int64 (n,); ValueError if the file has become shorter."""
         start, stop, _ = part.indices(len(self))
+        return self.read(start, stop)
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Returns the tokens from start to stop, as a slice does."""
         width = np.dtype(self.dtype).itemsize
         if self._content.size() < (self.start + stop) * width:  # reading it would kill the process with a bus error
             got = f"a shorter file {self.path}: start again to make them again"
