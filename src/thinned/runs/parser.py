@@ -39,8 +39,6 @@ class Parser(LightningArgumentParser):
         if not self.exit_on_error:  # the outer parser reports the error of an inner one
             super().error(message, ex)
         message = plain(message)
-        if wrong_path := re.match(r'Parser key "([\w.]+)": Expected a path but (.+?) either not accessible', message):
-            raise no_such_yaml(*wrong_path.groups()) from ex
         wrong_class = re.search(
             r"class_path '([\w.]+)': (?:module|No module)|Expected a dot import path string: ([\w.]+)", message
         )
@@ -55,6 +53,8 @@ class Parser(LightningArgumentParser):
             key = ".".join(re.findall(r'Parser key "([\w.]+)"', message))
             nearest = did_you_mean(path.rpartition(".")[2], classes)
             message = f"Expected {key} with the path of a class, but got {path}{nearest}"
+        elif wrong_path := re.match(r'Parser key "(\w+)": Expected a path but (.+?) either not accessible', message):
+            raise no_such_yaml(*wrong_path.groups()) from ex
         raise ValueError(message) from ex
 
 
