@@ -26,12 +26,12 @@ Evaluation = Mapping[str, Any]
 
 
 def print_evaluation(console: Console, evaluation: Evaluation) -> None:
-    """Prints the scores of each way, what they tell, its prediction sets, and the scores of further sets."""
+    """Prints the scores of each way, of its prediction sets and of further sets, and last what all of them tell."""
     console.print(*score_tables(evaluation, console.width), sep="\n")
-    console.print(*verdicts(evaluation), sep="\n", highlight=False, markup=False)
     if table := prediction_set_table(evaluation):
-        console.print(table, *missed_classes(evaluation), sep="\n", highlight=False, markup=False)
-    console.print(*further_set_tables(evaluation, console.width), sep="\n")
+        console.print(table)
+    console.print(*further_set_tables(evaluation, console.width), "", sep="\n")
+    console.print(*verdicts(evaluation), *missed_classes(evaluation), "", sep="\n", highlight=False, markup=False)
 
 
 def score_tables(evaluation: Evaluation, width: int = 80) -> list[Table]:
