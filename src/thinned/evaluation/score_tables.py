@@ -208,10 +208,10 @@ def further_set_tables(evaluation: Evaluation, width: int = 80) -> list[Table]:
 
 def missed_classes(evaluation: Evaluation) -> list[str]:
     """Returns a sentence for each way and kind of prediction sets that contain some class too rarely."""
-    sentences, level = [], evaluation["coverage"]
+    sentences = []
     for way in evaluation["ways"].values():
         for kind, of_classes in way["coverage"].items():
-            if missed := {name: c for name, c in of_classes.items() if c["high"] < level}:
+            if missed := {name: c for name, c in of_classes.items() if c["high"] < evaluation["coverage"]}:
                 shown = worst_first(missed)[:WORST_CLASSES]
                 more = f" and {len(missed) - len(shown)} more" * (len(missed) > len(shown))
                 listed = ", ".join(f"{name} in {missed[name]['value']:.2f} of {missed[name]['n']}" for name in shown)
