@@ -83,6 +83,15 @@ def test_small_sets_leave_nothing_behind(tmp_path: Path) -> None:
     assert not (tmp_path / "cache").exists()
 
 
+def test_errors_of_a_large_set_name_the_image_or_the_setting(tmp_path: Path, examined: list[int]) -> None:
+    paths = files(tmp_path / "set", [1, 2])
+    with pytest.raises(OSError, match=r"Expected data\.cache_dir to be a folder to write to, but got .*1\.bmp"):
+        in_files(paths).census(paths[0])
+    paths[1].write_text("no image")
+    with pytest.raises(OSError, match=r"^Expected images in data\.path that can be decoded, but got 2\.bmp"):
+        in_files(paths).census(tmp_path / "cache")
+
+
 def test_statistics_hold_few_images_as_float64_at_once() -> None:
     sizes: list[int] = []
 

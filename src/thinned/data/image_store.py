@@ -108,11 +108,15 @@ class StoredImages:
             states = ((path, os.stat(path)) for path in self._paths.to_pylist() if path)
             key = str([(path, state.st_size, state.st_mtime_ns) for path, state in states])
         kept = cache / f"census-{content_hash(key.encode()):016x}.npy"
-        cache.mkdir(parents=True, exist_ok=True)
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OSError(f"Expected data.cache_dir to be a folder to write to, but got {error}") from None
         with FileLock(kept.with_suffix(".lock")):  # one process computes it, others wait
             if not kept.exists():
+                examined = np.fromiter(self._examined(), CENSUS, len(self.stored))
                 with whole_file(kept) as temporary:
-                    np.save(temporary, np.fromiter(self._examined(), CENSUS, len(self.stored)))
+                    np.save(temporary, examined)
             census: np.ndarray = np.load(kept)
         return census
 
