@@ -7,11 +7,12 @@ from typing import Any
 import datasets
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from thinned.data import image_store
 from thinned.data.content_split import content_hash
-from thinned.data.image_store import StoredImages
+from thinned.data.image_store import StoredImages, channel_statistics
 
 
 @pytest.fixture
@@ -80,3 +81,25 @@ def test_a_dataset_is_known_by_its_fingerprint(tmp_path: Path, examined: list[in
 def test_small_sets_leave_nothing_behind(tmp_path: Path) -> None:
     in_files(files(tmp_path / "set", [1, 2])).census(tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
+
+
+def test_errors_of_a_large_set_name_the_image_or_the_setting(tmp_path: Path, examined: list[int]) -> None:
+    paths = files(tmp_path / "set", [1, 2])
+    with pytest.raises(OSError, match=r"Expected data\.cache_dir to be a folder to write to, but got .*1\.bmp"):
+        in_files(paths).census(paths[0])
+    paths[1].write_text("no image")
+    with pytest.raises(OSError, match=r"^Expected images in data\.path that can be decoded, but got 2\.bmp"):
+        in_files(paths).census(tmp_path / "cache")
+
+
+def test_statistics_hold_few_images_as_float64_at_once() -> None:
+    sizes: list[int] = []
+
+    class Images:
+        def __getitem__(self, rows: torch.Tensor) -> torch.Tensor:
+            sizes.append(len(rows))
+            return torch.full((len(rows), 2, 3, 3), 0.1)
+
+    statistics = channel_statistics(Images(), torch.arange(150))  # type: ignore[arg-type]
+    assert statistics.std == [0, 0]  # exactly: it would be divided by
+    assert (sum(sizes), max(sizes)) == (150, 64)

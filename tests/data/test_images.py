@@ -22,6 +22,7 @@ import thinned.data.images as images_module
 import thinned.data.sources as hub_module
 from thinned.data import Batch, ImageDataModule
 from thinned.data.image_batches import rotate_and_shift
+from thinned.data.image_store import StoredImages
 
 DIGITS = {"train": 1271, "val": 161, "test": 365}  # examples of each split
 MNIST = Path(__file__).parents[3] / "shared/data/mnist/mnist"
@@ -404,6 +405,15 @@ def test_lazy_batches_equal_cached_ones(folder: Callable[..., str], augmentation
             loaders = [getattr(data, f"{split}_dataloader")() for data in (cached, other)]
             for one, another in zip(*loaders, strict=True):
                 assert all(map(torch.equal, one, another))
+
+
+@pytest.mark.parametrize("distortion", [None, "blur:1"])
+def test_no_image_is_decoded_to_count_those_of_a_prediction(
+    folder: Callable[..., str], monkeypatch: pytest.MonkeyPatch, distortion: str | None
+) -> None:
+    data = ready(folder(train=table(noise(60, 5, 4), [0, 1] * 30)), distortion=distortion)
+    monkeypatch.setattr(StoredImages, "open", lambda *_: pytest.fail("decoded"))
+    assert data.provenance("test", 1.0)["examples"] == len(data.rows["test"])
 
 
 class TestAugmentation:

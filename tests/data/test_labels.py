@@ -1,5 +1,6 @@
 """Labels of any type become classes by name."""
 
+from datetime import date
 from typing import Any
 
 import datasets
@@ -34,6 +35,8 @@ ZERO_TO_TWO = [2, 0, 1, 2]
         ([None, 1, 5], Value("int64"), ["1", "5"], [-1, 0, 1]),
         ([float("nan"), 1.0, 5.0], Value("float64"), ["1", "5"], [-1, 0, 1]),
         (["", "b", None, "a"], Value("string"), ["a", "b"], [-1, 1, -1, 0]),
+        ([b"10", b"9", b"", b"10"], Value("binary"), ["9", "10"], [1, 0, -1, 1]),
+        ([date(2021, 5, 1), date(2020, 5, 1)], Value("date32"), ["2020-05-01", "2021-05-01"], [1, 0]),
         ([-1, -1], ClassLabel(names=["a", "b"]), ["a", "b"], [-1, -1]),
     ],
 )
@@ -42,6 +45,13 @@ def test_what_people_store_is_sorted_by_value(values: list[Any], feature: Any, n
     assert labels.names == names
     assert labels.codes.tolist() == codes
     assert labels.codes.dtype == np.int64
+
+
+@pytest.mark.parametrize("kind", ["numpy", "torch"])
+def test_a_dataset_that_was_saved_with_a_format_has_the_same_classes(kind: str) -> None:
+    stored = datasets.Dataset.from_dict({"label": [1.0, 0.0, 1.0]}).with_format(kind)
+    labels = read_labels(stored, "label", "train")
+    assert (labels.names, labels.codes.tolist()) == (["0", "1"], [1, 0, 1])
 
 
 @pytest.mark.parametrize(

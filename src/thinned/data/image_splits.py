@@ -74,7 +74,7 @@ def arrange(
     for split, examples in of_split.items():
         if trained is None and not len(examples):
             of = f"the {len(parts[stored[split]])} in split {stored[split]!r} of data.path"
-            raise ValueError(f"Expected examples for {split}, but got none of {of}: choose larger fractions")
+            raise ValueError(f"Expected examples for {split}, but got none of {of}: choose other fractions")
         if split not in ("train", *drawn) and (twice := int(np.isin(examples, of_split["train"]).sum())):
             rank_zero_info(f"{twice} of {len(examples)} examples for {split} are in the training split too")
     drawn_of = sketch(of_split["train"])

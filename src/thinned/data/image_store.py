@@ -108,11 +108,15 @@ class StoredImages:
             states = ((path, os.stat(path)) for path in self._paths.to_pylist() if path)
             key = str([(path, state.st_size, state.st_mtime_ns) for path, state in states])
         kept = cache / f"census-{content_hash(key.encode()):016x}.npy"
-        cache.mkdir(parents=True, exist_ok=True)
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OSError(f"Expected data.cache_dir to be a folder to write to, but got {error}") from None
         with FileLock(kept.with_suffix(".lock")):  # one process computes it, others wait
             if not kept.exists():
+                examined = np.fromiter(self._examined(), CENSUS, len(self.stored))
                 with whole_file(kept) as temporary:
-                    np.save(temporary, np.fromiter(self._examined(), CENSUS, len(self.stored)))
+                    np.save(temporary, examined)
             census: np.ndarray = np.load(kept)
         return census
 
@@ -167,9 +171,9 @@ def channel_statistics(images: Tensor | StoredImages, rows: Tensor) -> Statistic
     """
     number, mean, squares = 0, torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
     low, high = torch.tensor(math.inf), torch.tensor(-math.inf)
-    for part in torch.split(rows, 1024):
+    for part in torch.split(rows, 64):  # as float64 they take eight times the memory of 8 bits
         stored = images[part]
-        pixels = stored.transpose(0, 1).flatten(1).double()  # (C, n)
+        pixels = stored.double().transpose(0, 1).flatten(1)  # (C, n)
         n = pixels.shape[1]
         number += n
         variance, mean_of_part = torch.var_mean(pixels, 1, correction=0)

@@ -211,6 +211,10 @@ class ImageDataModule(SplitDataModule):
         if is_set_up:
             self.setup()
 
+    def num_examples(self, split: Split) -> int:
+        """Returns the number of images in a split, after setup, without decoding any."""
+        return len(self.rows[split])
+
     def batches(self, split: Split, *, training: bool) -> ImageBatches:
         """Returns a split as batches, augmented for training."""
         mean, std = self.statistics.standard(self._read().images.deep)

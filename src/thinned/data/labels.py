@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import datasets
 import numpy as np
+import pyarrow as pa
 
 from thinned.data.sources import column_of
 
@@ -44,7 +45,11 @@ def read_labels(stored: datasets.Dataset, column: str, split: str) -> Labels:
     where = f"in column {column!r} of split {split!r} of data.path"
     if column not in stored.column_names or not len(stored):
         raise ValueError(f"Expected labels {where}, but got {len(stored)} rows of {stored.column_names}")
-    values, feature = stored[column][:], stored.features[column]
+    stored_values, feature = stored.with_format("arrow", columns=[column])[:][column], stored.features[column]
+    kind = stored_values.type
+    if not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)):
+        stored_values = stored_values.cast(pa.string())  # bytes and dates too
+    values = stored_values.to_pylist()
     if isinstance(feature, datasets.ClassLabel):
         codes = np.array([UNKNOWN if value is None else value for value in values])
         if len(wrong := codes[(codes < UNKNOWN) | (codes >= feature.num_classes)]):
