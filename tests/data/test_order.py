@@ -121,6 +121,8 @@ def test_what_cannot_be_shared_is_an_error() -> None:
         EpochBatchSampler(3, 8, shuffle=True, world_size=4)
     with pytest.raises(ValueError, match=r"Expected 4 examples, one a process"):
         EpochBatchSampler(3, 8, shuffle=False, world_size=4)
+    with pytest.raises(ValueError, match=r"Expected data\.batch_size to be at least 1, but got 0"):
+        EpochBatchSampler(3, 0, shuffle=True)
 
 
 @pytest.mark.parametrize("done", [0, 1, 3, 5])

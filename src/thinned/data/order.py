@@ -59,6 +59,8 @@ class EpochBatchSampler(DistributedSampler[tuple[int, list[int]]]):
         position: Callable[[], tuple[int | None, int]] | None = None,
     ) -> None:
         super().__init__(range(num_examples), world_size, rank, shuffle, seed)  # type: ignore[arg-type]
+        if batch_size < 1:
+            raise ValueError(f"Expected data.batch_size to be at least 1, but got {batch_size}")
         if num_examples < world_size:
             raise ValueError(f"Expected {world_size} examples, one a process, in data.path, but got {num_examples}")
         if shuffle:
