@@ -178,3 +178,10 @@ def test_columns_are_read_one_at_a_time(tmp_path: Path) -> None:
     assert "lr" not in columns
     with pytest.raises(KeyError):
         columns["lr"]
+
+
+def test_columns_of_a_way_are_found_without_its_name(tmp_path: Path) -> None:
+    file = tmp_path / "rows.parquet"
+    pq.write_table(pa.table({"index": [0], "_mine_nll": [0.5]}), file)
+    assert list(Columns(Columns(file), "_mine")) == ["index", "nll"]
+    assert Columns(Columns(file), "_mine")["nll"].tolist() == [0.5]

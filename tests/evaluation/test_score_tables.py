@@ -91,15 +91,16 @@ def test_sentences_say_what_is_better_worse_and_unknown() -> None:
 
 
 def test_sentences_count_the_shifted_sets_that_a_way_is_better_on() -> None:
-    of_nll = [apart(-0.1), apart(-0.2), apart(0.1), apart(0.1, False)]
+    of_nll = [{"difference": apart(by)} for by in (-0.1, -0.2, 0.1)] + [{"difference": apart(0.1, False)}]
+    of_nll.append({})  # as of a single prediction
     sets = {
         f"spin_{i}": {"entry": "spin", "severity": i, "settings": {}}
-        | evaluation(way("one", nll=score(1.0)), way("other", nll=score(1.0, difference=difference)))
+        | evaluation(way("one", nll=score(1.0)), way("other", nll=score(1.0, **difference)))
         for i, difference in enumerate(of_nll)
     }
     whole = evaluation(way("one", nll=score(1.0)), way("other", nll=score(1.0, difference=apart(-0.1, False))))
     assert verdicts(whole | {"sets": sets}) == [
-        "other against one: the data cannot tell NLL apart; on 4 shifted sets, NLL is lower in 2 and higher in 1."
+        "other against one: the data cannot tell NLL apart; on 5 shifted sets, NLL is lower in 2 and higher in 1."
     ]
 
 

@@ -68,6 +68,7 @@ def test_resumed_run_takes_the_settings_that_it_is_given(
     (said,) = [message for message in caplog.messages if "other settings" in message]
     for change in ("lr 0.02 (was 0.4)", "momentum 0.5 (was 0.9)", "weight_decay 0.25 (was 0.5)"):
         assert change in said
+    assert said.count("(was 0.4)") == 1
 
 
 def test_resumed_run_with_the_same_settings_is_not_changed(

@@ -183,7 +183,7 @@ class Columns(Mapping[str, Tensor]):
     def __init__(self, rows: Path | Mapping[str, Tensor], way: str = "") -> None:
         self._rows = rows
         names = pq.read_schema(rows).names if isinstance(rows, Path) else rows
-        self._names = {name.removeprefix(f"{way}_"): name for name in names}
+        self._names = {name.removeprefix(way and f"{way}_"): name for name in names}
 
     def __getitem__(self, key: str) -> Tensor:
         name = self._names[key]

@@ -136,8 +136,8 @@ def verdicts(evaluation: Evaluation) -> list[str]:
         parts = [f"{word} {', '.join(names)}" for word, names in told.items() if names]
         if unknown:
             parts.append(f"the data cannot tell {', '.join(unknown)} apart")
-        differences = [of_set["ways"][key_of_way]["scores"]["nll"]["difference"] for of_set in shifted]
-        if nlls := [difference["value"] for difference in differences if difference["told_apart"]]:
+        differences = [of_set["ways"][key_of_way]["scores"]["nll"].get("difference", {}) for of_set in shifted]
+        if nlls := [difference["value"] for difference in differences if difference.get("told_apart")]:
             lower, higher = sum(nll < 0 for nll in nlls), sum(nll > 0 for nll in nlls)
             parts.append(f"on {len(shifted)} shifted sets, NLL is lower in {lower} and higher in {higher}")
         sentences.append(f"{way['label']} against {first}: {'; '.join(parts)}.")

@@ -19,8 +19,8 @@ class ResumedOptimizer(Callback):
         optimizers, schedulers = trainer.optimizers, [config.scheduler for config in trainer.lr_scheduler_configs]
         self._ours = len(optimizers) == 1 and len(schedulers) == 1 and isinstance(schedulers[0], LambdaLR)
         if self._ours:
-            groups = optimizers[0].param_groups
-            self._given = [{key: value for key, value in group.items() if key != "params"} for group in groups]
+            given = [group | {"lr": group["initial_lr"]} for group in optimizers[0].param_groups]
+            self._given = [{k: v for k, v in group.items() if k not in ("params", "initial_lr")} for group in given]
             optimizers[0].register_load_state_dict_pre_hook(_refuse_state_of_another_class)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -30,14 +30,13 @@ class ResumedOptimizer(Callback):
         changes: dict[str, str] = {}
         groups = trainer.optimizers[0].param_groups
         for group, given, fraction in zip(groups, self._given, scheduler.lr_lambdas, strict=True):
-            base = given["initial_lr"]
-            rate = base * fraction(scheduler.last_epoch)
+            rate = given["lr"] * fraction(scheduler.last_epoch)
             before = group | {"lr": group["initial_lr"], "learning rate of the next step": group["lr"]}
-            for key, now in (given | {"lr": base, "learning rate of the next step": rate}).items():
+            for key, now in (given | {"learning rate of the next step": rate}).items():
                 if before[key] != now:
                     changes.setdefault(key, f"{key} {now} (was {before[key]})")
-            group.update(given, lr=rate)
-        scheduler.base_lrs = [given["initial_lr"] for given in self._given]
+            group.update(given, lr=rate, initial_lr=given["lr"])
+        scheduler.base_lrs = [given["lr"] for given in self._given]
         if changes:
             rank_zero_info(f"The optimiser resumes with other settings: {', '.join(changes.values())}.")
 
