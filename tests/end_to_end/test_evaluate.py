@@ -303,6 +303,11 @@ def test_damaged_run_is_named(trained: Any, run_script: Script, tmp_path: Path) 
         assert str(run) in done.error
 
 
+def test_data_without_labels_cannot_be_learned_from(trained: Any, run_script: Script) -> None:
+    error = run_script("evaluate", "--ckpt_path", trained.run, "--data.path", "letters").error
+    assert "Expected a validation split with known targets to learn from, but got none" in error
+
+
 def test_runs_of_one_name_are_two_groups(trained: Any, other: Path, run_script: Script, tmp_path: Path) -> None:
     """And the interval over seeds stays where an accuracy can be."""
     runs = []

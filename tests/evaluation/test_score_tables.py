@@ -94,7 +94,7 @@ def test_sentences_count_the_shifted_sets_that_a_way_is_better_on() -> None:
     of_nll = [{"difference": apart(by)} for by in (-0.1, -0.2, 0.1)] + [{"difference": apart(0.1, False)}]
     of_nll.append({})  # as of a single prediction
     sets = {
-        f"spin_{i}": {"entry": "spin", "severity": i, "settings": {}}
+        f"spin_{i}": {"entry": "spin", "severity": i, "settings": {"distortion": f"rotation:{i}"}}
         | evaluation(way("one", nll=score(1.0)), way("other", nll=score(1.0, **difference)))
         for i, difference in enumerate(of_nll)
     }

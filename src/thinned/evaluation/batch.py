@@ -67,9 +67,9 @@ class Batch:
         assert self.targets is not None
         return self.targets if self.counted is None else self.targets[self.counted]
 
-    def logits(self, net: nn.Module) -> Logits:
-        """Returns what a net says of the N targets."""
-        return self._of_targets(logits_of(net, self.inputs))
+    def logits(self, net: nn.Module, inputs: Any = None) -> Logits:
+        """Returns what a net says of the N targets, given the batch's inputs or others of the same shape."""
+        return self._of_targets(logits_of(net, self.inputs if inputs is None else inputs))
 
     def output(self, net: nn.Module) -> Logits:
         """Returns what a net without dropout says of the N targets, from the test step if that has asked it."""
@@ -138,6 +138,8 @@ class Validation:
                 raise ValueError("Expected a data module, from whose validation split to learn, but got none")
             seen = 0
             for inputs, targets, *rest in loader():
+                if targets is None:
+                    raise ValueError("Expected a validation split with known targets to learn from, but got none")
                 index = rest[0] if rest else torch.arange(seen, seen + len(targets))  # seeds independent masks
                 seen += len(targets)
                 chosen = in_half(inputs, half).nonzero()[:, 0]

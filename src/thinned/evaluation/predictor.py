@@ -50,12 +50,13 @@ class Predictor:
     def from_checkpoint(
         cls, path: str | Path, evaluation: str | Path | None = None, device: str | torch.device = "cpu"
     ) -> "Predictor":
-        """Returns the predictor of a checkpoint; ValueError if there is none, or no evaluation of it.
+        """Returns the predictor of a checkpoint; ValueError if there is none, or `evaluation` is not of it.
 
         Args:
             path: A checkpoint of scripts/train.py, or the folder of its run, whose best one is taken.
-            evaluation: Folder of an evaluation of this checkpoint, or its evaluation.json, whose S, masks, sites, seed
-                and temperature are used. None takes the config's, without a temperature, and all sites for auto.
+            evaluation: Folder of an evaluation or a prediction of this checkpoint, or a file in it: its S, masks,
+                sites, seed and, of an evaluation, temperature are used. None takes the config's, without a temperature,
+                and all sites for auto.
             device: Where to compute.
         """
         path = checkpoint_file(path)

@@ -77,7 +77,7 @@ def differences(now: dict[str, Any], then: dict[str, Any], prefix: str = "") -> 
 def measured_settings(evaluation: Path, checkpoint: str) -> dict[str, dict[str, Any]]:
     """Returns the settings of each way of an evaluation, such as a temperature, by the name of the way.
 
-    `evaluation` is its folder or its evaluation.json; ValueError if there is none, or of another checkpoint.
+    `evaluation` is its folder or a file in it; ValueError if it has no rows, or those of another checkpoint.
     """
     file = (evaluation if evaluation.is_dir() else evaluation.parent) / "predictions.parquet"
     try:

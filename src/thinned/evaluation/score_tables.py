@@ -118,7 +118,8 @@ def verdicts(evaluation: Evaluation) -> list[str]:
             runs = nll.get("runs", [nll["value"]])
             few = "" if len(runs) >= ENOUGH_SEEDS else ": fewer than five seeds say little of other seeds"
             sentences.append(f"NLL of {way['label']}, by seed: {', '.join(f'{run:.4f}' for run in runs)}{few}.")
-    shifted = [of_set for rows in shifted_sets(evaluation).values() for _, of_set in rows[1:]]
+    with_targets = [of_set for rows in shifted_sets(evaluation).values() for _, of_set in rows[1:]]
+    shifted = [of_set for of_set in with_targets if of_set["settings"].get("distortion")]
     for key_of_way, way in list(ways.items())[1:]:
         told: dict[str, list[str]] = {"better": [], "worse": []}
         unknown = []

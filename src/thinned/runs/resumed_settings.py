@@ -33,12 +33,16 @@ class ResumedOptimizer(Callback):
             rate = given["lr"] * fraction(scheduler.last_epoch)
             before = group | {"lr": group["initial_lr"], "learning rate of the next step": group["lr"]}
             for key, now in (given | {"learning rate of the next step": rate}).items():
-                if before[key] != now:
+                if _as_lists(before[key]) != _as_lists(now):
                     changes.setdefault(key, f"{key} {now} (was {before[key]})")
             group.update(given, lr=rate, initial_lr=given["lr"])
         scheduler.base_lrs = [given["lr"] for given in self._given]
         if changes:
             rank_zero_info(f"The optimiser resumes with other settings: {', '.join(changes.values())}.")
+
+
+def _as_lists(setting: Any) -> Any:
+    return list(setting) if isinstance(setting, tuple) else setting  # a sharded optimiser keeps no tuples
 
 
 def _refuse_state_of_another_class(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
