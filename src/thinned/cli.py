@@ -10,7 +10,6 @@ from pathlib import Path
 from pydoc import locate
 from typing import Any, cast
 
-import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -29,15 +28,13 @@ from thinned.files import read_checkpoint
 from thinned.offers import Offers
 from thinned.runs import directory
 from thinned.runs.checkpoint_callback import Checkpoints
-from thinned.runs.checkpoint_io import AtomicCheckpointIO
-from thinned.runs.interruption import LostRanks
+from thinned.runs.checkpoint_io import AtomicCheckpointIO, checkpoint_to_resume
 from thinned.runs.launch import fill_in_from_launcher
 from thinned.runs.logger_settings import fill_in_loggers
 from thinned.runs.loggers import ResumableLogger
-from thinned.runs.own_callbacks import OwnCallbacks, prepare_own_callbacks
 from thinned.runs.parser import Parser, parse_or_help
 from thinned.runs.record import RunRecord
-from thinned.runs.resumed_settings import ResumedOptimizer, refuse_change_without_steps, refuse_other_data
+from thinned.runs.resuming import OwnCallbacks, ResumedOptimizer, prepare_own_callbacks, refuse_other_settings
 from thinned.tasks import DropoutMonitor, FiniteSteps, StepSeed, Throughput
 from thinned.tasks.task import Task
 
@@ -67,19 +64,12 @@ class ThinnedCLI(LightningCLI):
             subclass_mode_model=True,
             subclass_mode_data=True,
             parser_class=Parser,
-            save_config_callback=RunRecord,
+            save_config_callback=None,  # `RunRecord` does it
             auto_configure_optimizers=False,
             seed_everything_default=0,
             trainer_defaults={
                 "use_distributed_sampler": False,
-                "callbacks": [
-                    Throughput(),
-                    DropoutMonitor(),
-                    LearningCurves(),
-                    ResumedOptimizer(),
-                    OwnCallbacks(),
-                    LostRanks(),
-                ],
+                "callbacks": [Throughput(), DropoutMonitor(), LearningCurves(), ResumedOptimizer(), OwnCallbacks()],
             },
             args=list(sys.argv[1:] if args is None else args),
             run=False,
@@ -118,14 +108,13 @@ class ThinnedCLI(LightningCLI):
         self.run_dir, self.ckpt_path = directory.find_run(runs, config.run_id, config.resume, self.purpose)
         directory.enter_run(self.run_dir, new=config.resume is None)
         if config.resume and not (self.checkpoint or self.ckpt_path):
-            self.ckpt_path = directory.checkpoint_to_resume(self.run_dir)
+            self.ckpt_path = checkpoint_to_resume(self.run_dir)
         self._built_data = _fill_in_from_data(config)
         fill_in_from_launcher(config.trainer)
-        self._given_places = {key: config[key] for key in ("trainer.logger", *PLACES)}
-        trained = [directory.run_of_checkpoint(path) for path in self.checkpoints]
-        content = yaml.safe_load(self.parser.dump(config, skip_unset=False))
+        self.record = RunRecord(self.parser.dump(config, skip_unset=False))  # of the experiment, wherever it runs
+        self.trainer_defaults["callbacks"].append(self.record)
         config.trainer.logger = fill_in_loggers(
-            config.trainer.logger, self.run_dir, config.experiment, self.purpose, trained, content
+            config.trainer.logger, self.run_dir, config.experiment, self.purpose, self.checkpoints, self.record.content
         )
         for key, part in PLACES.items():
             if config[key] is not None:
@@ -156,17 +145,13 @@ class ThinnedCLI(LightningCLI):
                 self.config_init.mc_dropout.ways = evaluation_ways(self.config_init.mc_dropout.ways, self.checkpoints)
         if self.ckpt_path:
             checkpoint = read_checkpoint(str(self.ckpt_path), check=False)  # `find_run` has checked it
-            now = yaml.safe_load(self.parser.dump(self.config, skip_unset=False))
-            refuse_other_data(checkpoint["config"]["data"], now["data"])
-            refuse_change_without_steps(checkpoint, now["model"], self.trainer)
+            refuse_other_settings(checkpoint, self.record.content, self.trainer)
             self.restore(checkpoint)  # before the run is touched: the weights may not fit
             step = checkpoint["global_step"]
         if self.config.resume:
             for logger in self.trainer.loggers:
                 if isinstance(logger, ResumableLogger):
                     logger.resume_from(step)
-        for key, value in self._given_places.items():  # the record describes the experiment, wherever it runs
-            self.config[key] = value
 
     def data_of(self, each: EvaluationSet) -> LightningDataModule:
         """Builds the data of a set with the state of the first checkpoint; ValueError if a setting is wrong."""

@@ -11,7 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from thinned.runs.resumed_settings import ResumedOptimizer
+from thinned.runs.resuming import ResumedOptimizer
 from thinned.tasks.task import Task, warmup_cosine
 
 

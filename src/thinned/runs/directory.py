@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from filelock import FileLock, Timeout
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from lightning.pytorch.utilities import rank_zero_only
 
 from thinned.files import read_checkpoint
-from thinned.runs.checkpoint_io import newest_checkpoint
 
 CLAIM = ".claim"
 Purpose = Literal["", "predict", "evaluate"]  # empty for training
@@ -56,26 +55,6 @@ def find_run(directory: Path, run_id: str | None, resume: str | None, purpose: P
         if not any((run / part).exists() for part in ("config.yaml", "checkpoints")):
             raise ValueError(f"Expected resume to be latest, a run, or a checkpoint of one, but got {resume}")
     return run, None
-
-
-def checkpoint_to_resume(run: Path) -> Path | None:
-    """Returns the newest checkpoint of a run that this process has claimed; None if it has none yet.
-
-    Raises:
-        ValueError: All checkpoints are damaged.
-    """
-    checkpoint = newest_checkpoint(run / "checkpoints")
-    if checkpoint is None and any(run.glob("checkpoints/[!.]*.ckpt")):
-        raise ValueError(f"Expected a checkpoint to resume from, but got damaged ones alone: {run / 'checkpoints'}")
-    if checkpoint is None:
-        rank_zero_info(f"No checkpoint yet, so the run begins again: {run}")
-    return checkpoint
-
-
-def run_of_checkpoint(path: str) -> tuple[str, str] | None:
-    """Returns experiment and run id of a checkpoint in the directory of its run; None for another."""
-    folder = Path(path).absolute().parent
-    return (folder.parents[1].name, folder.parent.name) if folder.name == "checkpoints" else None
 
 
 def _latest(directory: Path, purpose: Purpose) -> Path:

@@ -4,7 +4,7 @@ import inspect
 import os
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from pathlib import Path
 from pydoc import locate
@@ -28,7 +28,7 @@ def fill_in_loggers(
     run: Path,
     experiment: str,
     purpose: str = "",
-    trained: Sequence[tuple[str, str] | None] = (),
+    checkpoints: Iterable[str] = (),
     config: Mapping[str, Any] | None = None,
 ) -> Any:
     """Fills in what loggers take from their run: the directory, W&B's name, id and group, and offline if need be.
@@ -38,7 +38,7 @@ def fill_in_loggers(
         run: Directory of the run.
         experiment: Its experiment.
         purpose: W&B's `job_type`; empty for train.
-        trained: Experiment and run id of each training whose checkpoints the run reads.
+        checkpoints: Paths of those that the run reads.
         config: Config of the run, for the first record of W&B's file.
 
     Raises:
@@ -62,7 +62,8 @@ def fill_in_loggers(
             page["config"] = {**config, **compared}
             page["tags"] = [compared[key] for key in ("net", "dataset") if key in compared]
         if purpose:
-            ids = [wandb_id(*each) for each in trained if each]
+            folders = [Path(path).absolute().parent for path in checkpoints]
+            ids = [wandb_id(f.parents[1].name, f.parent.name) for f in folders if f.name == "checkpoints"]
             page["config"]["trained"] = ids
             page["notes"] = f"{purpose} {', '.join(ids)}"
         logger.dict_kwargs = page | logger.get("dict_kwargs", {})

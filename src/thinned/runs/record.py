@@ -1,36 +1,30 @@
 """Records the config of a run in its files and loggers."""
 
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import yaml
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch import Callback, LightningModule, Trainer
 
 from thinned.files import whole_file
 from thinned.runs.directory import link_for_leet
 from thinned.runs.loggers import ResumableLogger
 
 
-class RunRecord(SaveConfigCallback):
-    """Writes the whole config to the run directory, to every checkpoint, and once to the loggers."""
+class RunRecord(Callback):
+    """Writes the whole config to the run directory, to every checkpoint, and once to the loggers.
 
-    @cached_property
-    def text(self) -> str:
-        return self.parser.dump(self.config, skip_unset=False)
+    It does so when the first stage starts, since the data may not fit the net; not with `fast_dev_run`.
+    """
 
-    @cached_property
-    def content(self) -> dict[str, Any]:
-        return yaml.safe_load(self.text)
+    def __init__(self, text: str) -> None:
+        self.text, self.content = text, yaml.safe_load(text)
+        self._is_written = False
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Writes nothing yet, since the data may not fit the net."""
-
-    def _record(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.already_saved or not trainer.is_global_zero:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._is_written or not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        self.already_saved = True
+        self._is_written = True
         with whole_file(Path(trainer.default_root_dir, "config.yaml")) as temporary:
             temporary.write_text(self.text, encoding="utf-8")
         parameters = sum(p.numel() for p in pl_module.parameters())
@@ -38,10 +32,8 @@ class RunRecord(SaveConfigCallback):
             logger.log_hyperparams(self.content | {"params": parameters})
         link_for_leet(Path(trainer.default_root_dir))
 
-    on_train_start = _record
-
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._record(trainer, pl_module)
+        self.on_train_start(trainer, pl_module)
         for logger in trainer.loggers:
             if isinstance(logger, ResumableLogger):
                 logger.has_curves = False
