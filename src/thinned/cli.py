@@ -6,7 +6,6 @@ runs/<experiment>/<run id>/  config.yaml  checkpoints/{best,last}.ckpt  metrics.
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from pydoc import locate
 from typing import Any, cast
 
@@ -26,19 +25,17 @@ from thinned.evaluation.score_tables import print_evaluation
 from thinned.evaluation.sets import EvaluationSet, sets_of
 from thinned.files import read_checkpoint
 from thinned.offers import Offers
-from thinned.runs import directory
 from thinned.runs.checkpoint_callback import Checkpoints
-from thinned.runs.checkpoint_io import AtomicCheckpointIO, checkpoint_to_resume
+from thinned.runs.checkpoint_io import AtomicCheckpointIO
+from thinned.runs.directory import Purpose, files_of_run, open_run
 from thinned.runs.launch import fill_in_from_launcher
-from thinned.runs.logger_settings import fill_in_loggers
+from thinned.runs.logger_settings import put_in_run
 from thinned.runs.loggers import ResumableLogger
 from thinned.runs.parser import Parser, parse_or_help
 from thinned.runs.record import RunRecord
 from thinned.runs.resuming import OwnCallbacks, ResumedOptimizer, prepare_own_callbacks, refuse_other_settings
 from thinned.tasks import DropoutMonitor, FiniteSteps, StepSeed, Throughput
 from thinned.tasks.task import Task
-
-PLACES = {"trainer.default_root_dir": ".", "checkpoint.dirpath": "checkpoints"}  # in the run's directory
 
 
 class ThinnedCLI(LightningCLI):
@@ -54,7 +51,7 @@ class ThinnedCLI(LightningCLI):
         self,
         args: Sequence[str] | None = None,
         checkpoints: dict[str, dict[str, Any]] | None = None,
-        purpose: directory.Purpose = "",
+        purpose: Purpose = "",
     ) -> None:
         self.checkpoints, self.purpose = checkpoints or {}, purpose
         self.checkpoint = next(iter(self.checkpoints.values()), None)
@@ -104,22 +101,12 @@ class ThinnedCLI(LightningCLI):
         self.sets = sets_of(entries)
         for each in self.sets:  # a wrong setting is known before the test is predicted
             self.data_of(each)
-        runs = Path(config.runs_dir, config.experiment)
-        self.run_dir, self.ckpt_path = directory.find_run(runs, config.run_id, config.resume, self.purpose)
-        directory.enter_run(self.run_dir, new=config.resume is None)
-        if config.resume and not (self.checkpoint or self.ckpt_path):
-            self.ckpt_path = checkpoint_to_resume(self.run_dir)
+        self.run_dir, self.ckpt_path = open_run(config, self.purpose)
         self._built_data = _fill_in_from_data(config)
         fill_in_from_launcher(config.trainer)
         self.record = RunRecord(self.parser.dump(config, skip_unset=False))  # of the experiment, wherever it runs
         self.trainer_defaults["callbacks"].append(self.record)
-        config.trainer.logger = fill_in_loggers(
-            config.trainer.logger, self.run_dir, config.experiment, self.purpose, self.checkpoints, self.record.content
-        )
-        for key, part in PLACES.items():
-            if config[key] is not None:
-                raise ValueError(f"Expected {key} to be left to runs_dir, experiment and run_id, but got {config[key]}")
-            config[key] = str(self.run_dir / part)
+        put_in_run(config, self.run_dir, self.purpose, self.checkpoints, self.record.content)
 
     def instantiate_classes(self) -> None:
         super().instantiate_classes()
@@ -197,7 +184,7 @@ class ThinnedCLI(LightningCLI):
                 write_html_report(self.trainer, self.run_dir, self.config_init.mc_dropout.directory, evaluation)
             except (OSError, ValueError) as error:  # the rest is kept
                 console.print(f"No report.html: {error}", soft_wrap=True, highlight=False, markup=False)
-        console.print(directory.files_of_run(self.run_dir), soft_wrap=True, highlight=False)
+        console.print(files_of_run(self.run_dir), soft_wrap=True, highlight=False)
 
 
 def _fill_in_from_data(config: Any) -> LightningDataModule | None:

@@ -15,13 +15,25 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from filelock import FileLock, Timeout
+from jsonargparse import Namespace
 from lightning.pytorch.utilities import rank_zero_only
 
 from thinned.files import read_checkpoint
+from thinned.runs.checkpoint_io import checkpoint_to_resume
 
 CLAIM = ".claim"
 Purpose = Literal["", "predict", "evaluate"]  # empty for training
 _held: dict[Path, FileLock] = {}  # claims of this process
+
+
+def open_run(config: Namespace, purpose: Purpose) -> tuple[Path, Path | None]:
+    """Finds and claims the directory of a run, and returns it and the checkpoint from which to resume training."""
+    directory = Path(config.runs_dir, config.experiment)
+    run, checkpoint = find_run(directory, config.run_id, config.resume, purpose)
+    enter_run(run, new=config.resume is None)
+    if config.resume and not (purpose or checkpoint):
+        checkpoint = checkpoint_to_resume(run)
+    return run, checkpoint
 
 
 def find_run(directory: Path, run_id: str | None, resume: str | None, purpose: Purpose) -> tuple[Path, Path | None]:

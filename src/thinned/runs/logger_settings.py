@@ -1,4 +1,4 @@
-"""Configures the loggers that the user chose, so that all their files are in the directory of the run."""
+"""Configures checkpoints and the loggers that the user chose, so that all their files are in the run's directory."""
 
 import inspect
 import os
@@ -21,6 +21,21 @@ from thinned.runs.loggers import CSVLogger, WandbLogger
 WRITTEN_AT_ONCE = {"x_transaction_log_flush_interval": 1.0}
 FINISH_SECONDS = 120  # for uploads at the end of a run; `wandb sync --no-skip-online` sends the rest
 PLACES = ("save_dir", "dir", "root_dir", "id", "version", "name")  # what a logger takes from its run
+
+
+def put_in_run(
+    config: Namespace, run: Path, purpose: str, checkpoints: Iterable[str], recorded: Mapping[str, Any]
+) -> None:
+    """Puts what a trainer, its checkpoints and its loggers write into the directory of a run.
+
+    `recorded` is the config as it was, for the first record of W&B's file. See `fill_in_loggers`.
+    """
+    given = config.trainer.logger
+    config.trainer.logger = fill_in_loggers(given, run, config.experiment, purpose, checkpoints, recorded)
+    for key, part in (("trainer.default_root_dir", "."), ("checkpoint.dirpath", "checkpoints")):
+        if config[key] is not None:
+            raise ValueError(f"Expected {key} to be left to runs_dir, experiment and run_id, but got {config[key]}")
+        config[key] = str(run / part)
 
 
 def fill_in_loggers(
