@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from thinned.runs.resuming import ResumedOptimizer
-from thinned.tasks.task import Task, warmup_cosine
+from thinned.tasks.optimisation import warmup_cosine
+from thinned.tasks.task import Task
 
 
 class Squares(Task):

@@ -108,7 +108,7 @@ def _subclasses(of: type[Any]) -> Iterator[type[Any]]:
 
 
 def _parameters(class_: type) -> set[str]:
-    """Names the parameters of a class, and those of the dataclasses among them."""
-    parameters = inspect.signature(class_).parameters
-    groups = [p.annotation for p in parameters.values() if is_dataclass(p.annotation)]
-    return {*parameters, *(field.name for group in groups for field in fields(group))}
+    """Names the parameters of a class and its bases, and those of the dataclasses among them."""
+    parameters = [p for each in class_.__mro__ for p in inspect.signature(each).parameters.values()]
+    groups = [p.annotation for p in parameters if is_dataclass(p.annotation)]
+    return {p.name for p in parameters} | {field.name for group in groups for field in fields(group)}
