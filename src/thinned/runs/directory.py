@@ -43,11 +43,8 @@ def find_run(directory: Path, run_id: str | None, resume: str | None, purpose: P
         directory: Folder of the experiment, runs/<experiment>.
         run_id: Name of the run below it; None for the time of day.
         resume: None for a new run; latest for the run that `run_id` names, or else the newest one; else a run or one
-            of its checkpoints.
+            of its checkpoints. ValueError if there is none.
         purpose: Last part of the run's name; empty for training.
-
-    Raises:
-        ValueError: There is no run to resume, or a new run has the name of an old one.
     """
     name = "-".join(filter(None, [run_id or f"{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}", purpose]))
     if run_id is not None and Path(name).name != name:
@@ -70,16 +67,13 @@ def find_run(directory: Path, run_id: str | None, resume: str | None, purpose: P
 
 
 def _latest(directory: Path, purpose: Purpose) -> Path:
-    def purpose_of(run: Path) -> str:
-        return next((p for p in get_args(Purpose) if p and run.name.endswith(f"-{p}")), "")
-
-    runs = [path for path in directory.glob("*/") if purpose_of(path) == purpose]
-    if not runs:
-        raise ValueError(f"Expected a run to resume, but got none in {directory}")
-
     def last_change(run: Path) -> tuple[int, str]:  # all files are written under a new name
         return max(path.stat().st_mtime_ns for path in (run, *run.glob("checkpoints/"))), run.name
 
+    others = tuple(f"-{other}" for other in get_args(Purpose) if other != purpose and other)
+    runs = [path for path in directory.glob(f"*-{purpose}/" if purpose else "*/") if not path.name.endswith(others)]
+    if not runs:
+        raise ValueError(f"Expected a run to resume, but got none in {directory}")
     return max(runs, key=last_change)
 
 

@@ -1,5 +1,6 @@
 """Watches what dropout drops in training: units per site, and rows of attention that lose everything."""
 
+from collections import defaultdict
 from contextlib import ExitStack, nullcontext
 from typing import Any
 
@@ -30,7 +31,7 @@ class DropoutMonitor(Callback):
 
     def __init__(self) -> None:
         self._watch = ExitStack()
-        self._counts: dict[str, Tensor] = {}  # numbers of units dropped and of all, by site; of rows, by name
+        self._counts: dict[str, Any] = defaultdict(int)  # units dropped and all, by site; rows, by name
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         net = task_offers(pl_module).net
@@ -40,7 +41,7 @@ class DropoutMonitor(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._watch.close()
-        self._counts = {}
+        self._counts.clear()
         step, every = trainer.global_step + 1, trainer.log_every_n_steps  # type: ignore[attr-defined]
         if not every or step % every or not any(module.p > 0 for module in self._dropouts.values()):
             return
@@ -55,10 +56,10 @@ class DropoutMonitor(Callback):
         self._watch.close()  # Checkpointed activations are computed again in the backward pass.
         self._log(trainer, pl_module)
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+    def on_exception(self, *_: Any) -> None:
         self._watch.close()
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_end(self, *_: Any) -> None:
         self._watch.close()
 
     @torch.no_grad()
@@ -72,16 +73,13 @@ class DropoutMonitor(Callback):
         assert isinstance(module, Dropout), "Expected a net that is no thinned one"
         before, after = before[:EXAMPLES], after[:EXAMPLES]
         possible, kept = before.count_nonzero(), after.count_nonzero()
-        self._add(module.site, torch.stack([possible - kept, possible]))
+        self._counts[module.site] += torch.stack([possible - kept, possible])
         if module.site == "attention":
-            self._add(f"rows of {name}", empty_rows(before, after, module.p))
-
-    def _add(self, name: str, counts: Tensor) -> None:
-        self._counts[name] = self._counts[name] + counts if name in self._counts else counts
+            self._counts[f"rows of {name}"] += empty_rows(before, after, module.p)
 
     def _log(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Logs the shares, summed over processes at once: Lightning would reduce each by itself."""
-        counts, self._counts = self._counts, {}
+        counts, self._counts = self._counts, defaultdict(int)
         if not counts:
             return
         flat = torch.cat([part.flatten() for part in counts.values()])
