@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from thinned.models.dropout import SITES, Dropout, derive_seed, sites_in, watched
 from thinned.offers import task_offers
+from thinned.ranks import of_all_ranks
 from thinned.uncertainty.acting_dropout import only_dropout_active, seeded
 
 EXAMPLES = 4  # of a batch are looked at; more cost more than they tell
@@ -78,16 +79,15 @@ class DropoutMonitor(Callback):
             self._counts[f"rows of {name}"] += empty_rows(before, after, module.p)
 
     def _log(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Logs the shares, summed over processes at once: Lightning would reduce each by itself."""
-        counts, self._counts = self._counts, defaultdict(int)
-        if not counts:
+        """Logs the shares of all processes together: Lightning would reduce each by itself."""
+        if not self._counts:
             return
-        flat = torch.cat([part.flatten() for part in counts.values()])
-        flat = trainer.strategy.reduce(flat, reduce_op="sum").cpu()
-        sums = dict(zip(counts, flat.split([part.numel() for part in counts.values()]), strict=True))
+        of_ranks = of_all_ranks({name: counts.cpu() for name, counts in self._counts.items()})
+        self._counts.clear()
+        sums = {name: torch.stack([of_rank[name] for of_rank in of_ranks]).sum(0) for name in of_ranks[0]}
         shares = {f"dropped/{site}": sums[site][0] / sums[site][1].clamp_min(1) for site in SITES if site in sums}
         layers = [f"rows of {name}" for name, module in self._dropouts.items() if module.site == "attention"]
-        if heads := {layer: sums[rows].view(-1, 3) for layer, rows in enumerate(layers) if rows in sums}:
+        if heads := {layer: sums[rows] for layer, rows in enumerate(layers) if rows in sums}:
             for layer, of_layer in heads.items():
                 for head, (empty, _, rows) in enumerate(of_layer):
                     shares[f"empty_rows/layer{layer}_head{head}"] = empty / rows
