@@ -27,12 +27,11 @@ from thinned.files import read_checkpoint
 from thinned.offers import Offers
 from thinned.runs.checkpoint_callback import Checkpoints
 from thinned.runs.checkpoint_io import AtomicCheckpointIO
-from thinned.runs.directory import Purpose, files_of_run, open_run
+from thinned.runs.directory import Purpose, RunRecord, files_of_run, open_run
 from thinned.runs.launch import fill_in_from_launcher
 from thinned.runs.logger_settings import put_in_run
 from thinned.runs.loggers import ResumableLogger
 from thinned.runs.parser import Parser, parse_or_help
-from thinned.runs.record import RunRecord
 from thinned.runs.resuming import OwnCallbacks, ResumedOptimizer, prepare_own_callbacks, refuse_other_settings
 from thinned.tasks import DropoutMonitor, FiniteSteps, StepSeed, Throughput
 from thinned.tasks.task import Task
