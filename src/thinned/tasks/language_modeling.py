@@ -34,6 +34,7 @@ class LanguageModelingTask(Task):
         self,
         net: nn.Module,
         optimizer: OptimizerCallable = torch.optim.AdamW,
+        *,
         final_lr_fraction: float = 0.1,
         init_from: str | None = None,
         **options: Any,
