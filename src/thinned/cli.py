@@ -7,7 +7,7 @@ runs/<experiment>/<run id>/  config.yaml  checkpoints/{best,last}.ckpt  metrics.
 import sys
 from collections.abc import Sequence
 from pydoc import locate
-from typing import Any, cast
+from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, Trainer
@@ -123,14 +123,14 @@ class ThinnedCLI(LightningCLI):
         return trainer
 
     def after_instantiate_classes(self) -> None:
-        step = 0
+        step, mc_dropout = 0, self.config_init.mc_dropout
         if self.checkpoint:
             self.restore(self.checkpoint)
-            self.config_init.mc_dropout.checkpoint = next(iter(self.checkpoints))
+            mc_dropout.checkpoint = next(iter(self.checkpoints))
             if self.purpose == "evaluate":
-                self.config_init.mc_dropout.ways = evaluation_ways(self.config_init.mc_dropout.ways, self.checkpoints)
+                mc_dropout.ways = evaluation_ways(mc_dropout.ways, self.checkpoints)
         if self.ckpt_path:
-            checkpoint = read_checkpoint(str(self.ckpt_path), check=False)  # `find_run` has checked it
+            checkpoint = read_checkpoint(str(self.ckpt_path), check=False)  # `open_run` has checked it
             refuse_other_settings(checkpoint, self.record.content, self.trainer)
             self.restore(checkpoint)  # before the run is touched: the weights may not fit
             step = checkpoint["global_step"]
@@ -188,13 +188,13 @@ class ThinnedCLI(LightningCLI):
 
 def _fill_in_from_data(config: Any) -> LightningDataModule | None:
     """Sets null arguments of the net, such as the number of classes, from the data; returns the data if it set any."""
-    data_class = cast(type[LightningDataModule], locate(config.data.class_path))
+    data_class: Any = locate(config.data.class_path)
     net = config.model.get("init_args.net.init_args")
     missing = [] if net is None else [key for key, value in vars(net).items() if value is None]
     if not missing or Offers(data_class, DataOffers).net_arguments is None:
         return None
     data = data_class(**config.data.init_args.as_dict())
-    known = cast(DataOffers, Offers(data, DataOffers)).net_arguments(missing)  # type: ignore[misc]
+    known = Offers(data, DataOffers).net_arguments(missing)
     for key, value in known.items():
         net[key] = value
     return data if known else None
