@@ -11,7 +11,7 @@ import pytest
 import thinned
 
 ROOT = Path(__file__).parents[1]
-GROUND = {"arguments", "files", "messages", "offers"}
+GROUND = {"arguments", "files", "messages", "offers", "ranks"}
 # A room may import from these, and from itself. cli.py and the scripts may import from all.
 MAY_IMPORT = {
     "arguments": set[str](),
@@ -19,6 +19,7 @@ MAY_IMPORT = {
     "messages": set[str](),
     "offers": {"files"},
     "quick_imports": set[str](),
+    "ranks": set[str](),
     "models": GROUND,
     "data": GROUND,
     "runs": GROUND,

@@ -6,11 +6,9 @@ runs/<experiment>/<run id>/  config.yaml  checkpoints/{best,last}.ckpt  metrics.
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from pydoc import locate
-from typing import Any, cast
+from typing import Any
 
-import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -27,21 +25,16 @@ from thinned.evaluation.score_tables import print_evaluation
 from thinned.evaluation.sets import EvaluationSet, sets_of
 from thinned.files import read_checkpoint
 from thinned.offers import Offers
-from thinned.runs import directory
 from thinned.runs.checkpoint_callback import Checkpoints
 from thinned.runs.checkpoint_io import AtomicCheckpointIO
-from thinned.runs.interruption import LostRanks
+from thinned.runs.directory import Purpose, RunRecord, files_of_run, open_run
 from thinned.runs.launch import fill_in_from_launcher
-from thinned.runs.logger_settings import fill_in_loggers
+from thinned.runs.logger_settings import put_in_run
 from thinned.runs.loggers import ResumableLogger
-from thinned.runs.own_callbacks import OwnCallbacks, prepare_own_callbacks
 from thinned.runs.parser import Parser, parse_or_help
-from thinned.runs.record import RunRecord
-from thinned.runs.resumed_settings import ResumedOptimizer, refuse_change_without_steps, refuse_other_data
+from thinned.runs.resuming import OwnCallbacks, ResumedOptimizer, prepare_own_callbacks, refuse_other_settings
 from thinned.tasks import DropoutMonitor, FiniteSteps, StepSeed, Throughput
 from thinned.tasks.task import Task
-
-PLACES = {"trainer.default_root_dir": ".", "checkpoint.dirpath": "checkpoints"}  # in the run's directory
 
 
 class ThinnedCLI(LightningCLI):
@@ -57,7 +50,7 @@ class ThinnedCLI(LightningCLI):
         self,
         args: Sequence[str] | None = None,
         checkpoints: dict[str, dict[str, Any]] | None = None,
-        purpose: directory.Purpose = "",
+        purpose: Purpose = "",
     ) -> None:
         self.checkpoints, self.purpose = checkpoints or {}, purpose
         self.checkpoint = next(iter(self.checkpoints.values()), None)
@@ -67,19 +60,12 @@ class ThinnedCLI(LightningCLI):
             subclass_mode_model=True,
             subclass_mode_data=True,
             parser_class=Parser,
-            save_config_callback=RunRecord,
+            save_config_callback=None,  # `RunRecord` does it
             auto_configure_optimizers=False,
             seed_everything_default=0,
             trainer_defaults={
                 "use_distributed_sampler": False,
-                "callbacks": [
-                    Throughput(),
-                    DropoutMonitor(),
-                    LearningCurves(),
-                    ResumedOptimizer(),
-                    OwnCallbacks(),
-                    LostRanks(),
-                ],
+                "callbacks": [Throughput(), DropoutMonitor(), LearningCurves(), ResumedOptimizer(), OwnCallbacks()],
             },
             args=list(sys.argv[1:] if args is None else args),
             run=False,
@@ -114,23 +100,12 @@ class ThinnedCLI(LightningCLI):
         self.sets = sets_of(entries)
         for each in self.sets:  # a wrong setting is known before the test is predicted
             self.data_of(each)
-        runs = Path(config.runs_dir, config.experiment)
-        self.run_dir, self.ckpt_path = directory.find_run(runs, config.run_id, config.resume, self.purpose)
-        directory.enter_run(self.run_dir, new=config.resume is None)
-        if config.resume and not (self.checkpoint or self.ckpt_path):
-            self.ckpt_path = directory.checkpoint_to_resume(self.run_dir)
+        self.run_dir, self.ckpt_path = open_run(config, self.purpose)
         self._built_data = _fill_in_from_data(config)
         fill_in_from_launcher(config.trainer)
-        self._given_places = {key: config[key] for key in ("trainer.logger", *PLACES)}
-        trained = [directory.run_of_checkpoint(path) for path in self.checkpoints]
-        content = yaml.safe_load(self.parser.dump(config, skip_unset=False))
-        config.trainer.logger = fill_in_loggers(
-            config.trainer.logger, self.run_dir, config.experiment, self.purpose, trained, content
-        )
-        for key, part in PLACES.items():
-            if config[key] is not None:
-                raise ValueError(f"Expected {key} to be left to runs_dir, experiment and run_id, but got {config[key]}")
-            config[key] = str(self.run_dir / part)
+        self.record = RunRecord(self.parser.dump(config, skip_unset=False))  # of the experiment, wherever it runs
+        self.trainer_defaults["callbacks"].append(self.record)
+        put_in_run(config, self.run_dir, self.purpose, self.checkpoints, self.record.content)
 
     def instantiate_classes(self) -> None:
         super().instantiate_classes()
@@ -148,25 +123,21 @@ class ThinnedCLI(LightningCLI):
         return trainer
 
     def after_instantiate_classes(self) -> None:
-        step = 0
+        step, mc_dropout = 0, self.config_init.mc_dropout
         if self.checkpoint:
             self.restore(self.checkpoint)
-            self.config_init.mc_dropout.checkpoint = next(iter(self.checkpoints))
+            mc_dropout.checkpoint = next(iter(self.checkpoints))
             if self.purpose == "evaluate":
-                self.config_init.mc_dropout.ways = evaluation_ways(self.config_init.mc_dropout.ways, self.checkpoints)
+                mc_dropout.ways = evaluation_ways(mc_dropout.ways, self.checkpoints)
         if self.ckpt_path:
-            checkpoint = read_checkpoint(str(self.ckpt_path), check=False)  # `find_run` has checked it
-            now = yaml.safe_load(self.parser.dump(self.config, skip_unset=False))
-            refuse_other_data(checkpoint["config"]["data"], now["data"])
-            refuse_change_without_steps(checkpoint, now["model"], self.trainer)
+            checkpoint = read_checkpoint(str(self.ckpt_path), check=False)  # `open_run` has checked it
+            refuse_other_settings(checkpoint, self.record.content, self.trainer)
             self.restore(checkpoint)  # before the run is touched: the weights may not fit
             step = checkpoint["global_step"]
         if self.config.resume:
             for logger in self.trainer.loggers:
                 if isinstance(logger, ResumableLogger):
                     logger.resume_from(step)
-        for key, value in self._given_places.items():  # the record describes the experiment, wherever it runs
-            self.config[key] = value
 
     def data_of(self, each: EvaluationSet) -> LightningDataModule:
         """Builds the data of a set with the state of the first checkpoint; ValueError if a setting is wrong."""
@@ -212,18 +183,18 @@ class ThinnedCLI(LightningCLI):
                 write_html_report(self.trainer, self.run_dir, self.config_init.mc_dropout.directory, evaluation)
             except (OSError, ValueError) as error:  # the rest is kept
                 console.print(f"No report.html: {error}", soft_wrap=True, highlight=False, markup=False)
-        console.print(directory.files_of_run(self.run_dir), soft_wrap=True, highlight=False)
+        console.print(files_of_run(self.run_dir), soft_wrap=True, highlight=False)
 
 
 def _fill_in_from_data(config: Any) -> LightningDataModule | None:
     """Sets null arguments of the net, such as the number of classes, from the data; returns the data if it set any."""
-    data_class = cast(type[LightningDataModule], locate(config.data.class_path))
+    data_class: Any = locate(config.data.class_path)
     net = config.model.get("init_args.net.init_args")
     missing = [] if net is None else [key for key, value in vars(net).items() if value is None]
     if not missing or Offers(data_class, DataOffers).net_arguments is None:
         return None
     data = data_class(**config.data.init_args.as_dict())
-    known = cast(DataOffers, Offers(data, DataOffers)).net_arguments(missing)  # type: ignore[misc]
+    known = Offers(data, DataOffers).net_arguments(missing)
     for key, value in known.items():
         net[key] = value
     return data if known else None

@@ -110,7 +110,9 @@ def _one_line(error: Exception) -> str:
         first = re.sub(r"^\[\S+\] ", "", str(error)).split(". ")[0]
         return ": ".join([f"Expected all ranks to answer, but got {first}", *notes])
     message = plain(str(error))
-    if _says_what_to_change(error, message):
+    of_settings = type(error).__name__ == "MisconfigurationException" or type(error).__module__.startswith("wandb.")
+    ours = isinstance(error, ValueError) and SAYS_WHAT_TO_CHANGE.match(message)
+    if isinstance(error, OSError) or of_settings or ours:
         return " ".join([message, *notes])
     if isinstance(cause := error.__cause__, Exception):  # such as an error while jsonargparse built an object
         frames = traceback.extract_tb(cause.__traceback__)
@@ -118,12 +120,6 @@ def _one_line(error: Exception) -> str:
         return " ".join([message, *notes]) if own else _one_line(cause)
     described = f"{type(error).__name__}: {message}" if message else type(error).__name__
     return " ".join([described, *notes, f"({_origin(error)}, THINNED_TRACEBACK=1 shows the traceback)"])
-
-
-def _says_what_to_change(error: Exception, message: str) -> bool:
-    of_settings = type(error).__name__ == "MisconfigurationException" or type(error).__module__.startswith("wandb.")
-    ours = isinstance(error, ValueError) and SAYS_WHAT_TO_CHANGE.match(message)
-    return isinstance(error, OSError) or of_settings or bool(ours)
 
 
 def _origin(error: BaseException) -> str:

@@ -30,4 +30,4 @@ def test_two_ranks(start_script: Callable[..., Any], tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"runs", "rank0.pt", "rank1.pt"}
     assert len(list(run.glob("wandb/offline-run-*/*.wandb"))) == 1
     assert torch.load(run / "checkpoints/last.ckpt", weights_only=True)["global_step"] == STEPS
-    assert pq.read_table(run / "predictions.parquet")["index"].to_pylist() == list(range(365))
+    assert pq.read_table(run / "predictions.parquet")["index"].to_pylist() == list(range(890))  # half of the digits

@@ -12,24 +12,28 @@ import torch
 
 import thinned.runs.checkpoint_io
 from thinned.files import read_checkpoint
-from thinned.runs.checkpoint_io import AtomicCheckpointIO, newest_checkpoint
+from thinned.runs.checkpoint_io import AtomicCheckpointIO, checkpoint_to_resume
 
 
 def test_newest_is_the_one_with_the_most_steps(tmp_path: Path, any_run: Any) -> None:
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
     checkpoint = torch.load(any_run.run / "checkpoints/last.ckpt", weights_only=True)
     for name, step in (("a", 5), ("b", 30), ("c", 4), ("last", 20)):
-        torch.save(checkpoint | {"global_step": step}, tmp_path / f"{name}.ckpt")
-    assert newest_checkpoint(tmp_path) == tmp_path / "b.ckpt"
-    torch.save(checkpoint | {"global_step": 30}, tmp_path / "last.ckpt")
-    assert newest_checkpoint(tmp_path) == tmp_path / "last.ckpt"
-    assert newest_checkpoint(tmp_path / "none") is None
+        torch.save(checkpoint | {"global_step": step}, folder / f"{name}.ckpt")
+    assert checkpoint_to_resume(tmp_path) == folder / "b.ckpt"
+    torch.save(checkpoint | {"global_step": 30}, folder / "last.ckpt")
+    assert checkpoint_to_resume(tmp_path) == folder / "last.ckpt"
+    assert checkpoint_to_resume(tmp_path / "none") is None
 
 
 @pytest.mark.parametrize("damage", ["truncated", "one bit"])
 def test_damaged_newest_is_passed_over(damage: str, tmp_path: Path, any_run: Any) -> None:
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
     for name in ("best", "last"):
-        shutil.copy(any_run.run / f"checkpoints/{name}.ckpt", tmp_path)
-    last = tmp_path / "last.ckpt"
+        shutil.copy(any_run.run / f"checkpoints/{name}.ckpt", folder)
+    last = folder / "last.ckpt"
     content = bytearray(last.read_bytes())
     if damage == "truncated":
         del content[len(content) // 2 :]
@@ -37,7 +41,7 @@ def test_damaged_newest_is_passed_over(damage: str, tmp_path: Path, any_run: Any
         content[len(content) // 2] ^= 1
     last.write_bytes(content)
     with pytest.warns(UserWarning, match=r"Passed over a damaged checkpoint: .*last\.ckpt"):
-        assert newest_checkpoint(tmp_path) == tmp_path / "best.ckpt"
+        assert checkpoint_to_resume(tmp_path) == folder / "best.ckpt"
     if damage == "one bit":  # which torch does not notice
         read_checkpoint(str(last), check=False)
 

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 from thinned.runs import directory as runs_directory
-from thinned.runs.directory import checkpoint_to_resume, enter_run, release
+from thinned.runs.checkpoint_io import checkpoint_to_resume
+from thinned.runs.directory import enter_run, release
 
 
 def find_run(directory: Path, run_id: str | None, resume: str | None, purpose: str) -> tuple[Path, Path | None]:

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from thinned.runs.checkpoint_callback import Checkpoints
-from thinned.runs.own_callbacks import OwnCallbacks, prepare_own_callbacks
+from thinned.runs.resuming import OwnCallbacks, prepare_own_callbacks
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),  # as cli.py does

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from thinned.models import GPT, DropoutRates
 from thinned.tasks import LanguageModelingTask, language_modeling
-from thinned.tasks.task import warmup_cosine
+from thinned.tasks.optimisation import warmup_cosine
 
 MakeTrainer = Callable[..., Trainer]
 SGD = partial(torch.optim.SGD, lr=0.1)

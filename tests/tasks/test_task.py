@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from thinned.models import MLP  # mlp only
-from thinned.tasks.task import (
-    Task,
+from thinned.tasks.optimisation import (
     decay_groups,  # mlp only
     warmup_cosine,
 )
+from thinned.tasks.task import Task
 
 QUARTER = 0.5 * (1 + math.cos(math.pi / 4))
 

@@ -17,6 +17,7 @@ from thinned.data.content_split import content_hash, uniform
 from thinned.data.module import data_offers
 from thinned.models.net import Logits, logits_of, net_offers
 from thinned.offers import task_offers
+from thinned.ranks import of_all_ranks
 from thinned.uncertainty.kept_networks import rows_at_once
 from thinned.uncertainty.statistics import MCStatistics, TokenStatistics
 
@@ -174,13 +175,4 @@ class Validation:
     def gather(self, values: Callable[[Batch], Tensor]) -> Tensor:
         """Returns what `values` gives for the N targets of each part, (N, ...), of all processes in any order."""
         own = [values(part)[: 0 if part.is_void else None].cpu() for parts in self._batches() for part in parts]
-        return of_all_processes(torch.cat(own))
-
-
-def of_all_processes(rows: Tensor) -> Tensor:
-    """Returns the rows that each process passes in, (N, ...) on the CPU, in the order of their ranks."""
-    if not torch.distributed.is_initialized():
-        return rows
-    of_ranks: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(of_ranks, rows)
-    return torch.cat(of_ranks)
+        return torch.cat(of_all_ranks(torch.cat(own)))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from thinned.data.module import DataOffers, data_offers
 from thinned.data.order import Split
-from thinned.evaluation.batch import Batch, Validation, of_all_processes, trained_net
+from thinned.evaluation.batch import Batch, Validation, trained_net
 from thinned.evaluation.prediction_sets import PredictionSets
 from thinned.evaluation.prediction_store import PredictionStore
 from thinned.evaluation.provenance import of_data, provenance
@@ -21,6 +21,7 @@ from thinned.evaluation.rows import predicted_rows
 from thinned.evaluation.ways import Sites, Way, learning_order, standard_ways
 from thinned.models.net import Logits
 from thinned.offers import task_offers
+from thinned.ranks import of_all_ranks
 from thinned.uncertainty.calibration import ece
 from thinned.uncertainty.monte_carlo import Masks
 
@@ -126,7 +127,7 @@ class MCDropout(Callback):
     def on_validation_epoch_end(self, trainer: Trainer, task: LightningModule) -> None:
         self._validations += _is_training(trainer)
         for prefix, parts in self._validated.items():
-            nll, confidence, correct, *information = of_all_processes(torch.cat(parts)).T.contiguous()
+            nll, confidence, correct, *information = torch.cat(of_all_ranks(torch.cat(parts))).T.contiguous()
             scores = {"nll": nll.double().mean(), "ece": ece(confidence, correct.bool())}
             if information:  # one distribution has none
                 scores["mutual_information"] = information[0].double().mean()

@@ -71,10 +71,8 @@ class Checkpoints(ModelCheckpoint):
             state_dict = of_best | {"last_model_path": state_dict["last_model_path"]}
         for key in ("monitor", "mode"):
             if (chosen := state_dict[key]) != (given := getattr(self, key)):
-                raise ValueError(
-                    f"Expected checkpoint.{key} {chosen}, by which the run that resumes has chosen its best "
-                    f"checkpoint, but got {given}"
-                )
+                expected = f"checkpoint.{key} {chosen}, by which the run that resumes has chosen its best checkpoint"
+                raise ValueError(f"Expected {expected}, but got {given}")
 
         def here(path: str) -> str:
             moved = path.replace(state_dict["dirpath"], str(self.dirpath), 1)
@@ -96,9 +94,8 @@ class Checkpoints(ModelCheckpoint):
         if stage == "fit":
             internals.save_best_after_validation(self, trainer)
             if self.save_top_k not in (0, 1) and "{" not in str(self.filename):  # each would replace the one before
-                raise ValueError(
-                    f"Expected checkpoint.filename to hold a number, as in best-{{step}}, but got {self.filename}"
-                )
+                expected = "checkpoint.filename to hold a number, as in best-{step}"
+                raise ValueError(f"Expected {expected}, but got {self.filename}")
             if (ckpt_path := trainer.strategy.broadcast(trainer.ckpt_path)) != trainer.ckpt_path:
                 raise ValueError(f"Expected all ranks to resume from {ckpt_path}, but got {trainer.ckpt_path}")
         self.interruption = Interruption(trainer, graceful=stage == "fit" and not trainer.fast_dev_run)  # type: ignore[attr-defined]
@@ -213,10 +210,8 @@ def _refuse_validation_within_a_step(trainer: Trainer) -> None:
     if not trainer.enable_validation or not isinstance(every, int) or every % batches == 0:
         return
     if every % of or (trainer.check_val_every_n_epoch is None and batches % of):  # None counts batches across epochs
-        raise ValueError(
-            f"Expected trainer.val_check_interval to come to a multiple of trainer.accumulate_grad_batches={of}, "
-            f"but got {every} batches (an epoch has {batches})"
-        )
+        expected = f"trainer.val_check_interval to come to a multiple of trainer.accumulate_grad_batches={of}"
+        raise ValueError(f"Expected {expected}, but got {every} batches (an epoch has {batches})")
 
 
 def _log_what_follows(trainer: Trainer) -> None:
@@ -228,7 +223,7 @@ def _log_what_follows(trainer: Trainer) -> None:
         metrics = internals.numbers_of_epoch(trainer)
     elif batch["processed"] > batch["completed"]:
         metrics = internals.numbers_of_step(trainer)
-    for logger in trainer.loggers if metrics else ():
-        if isinstance(logger, ResumableLogger):  # others would log it twice
+    for logger in trainer.loggers:
+        if metrics and isinstance(logger, ResumableLogger):  # others would log it twice
             logger.log_metrics(metrics | {"epoch": trainer.current_epoch}, step=trainer.global_step - 1)
             logger.save()

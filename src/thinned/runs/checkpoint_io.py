@@ -3,14 +3,14 @@
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import yaml
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from thinned.files import KEPT, checkpoint_file, read_checkpoint, whole_file
 
@@ -38,25 +38,32 @@ def checkpoint_arguments(
     return checkpoints, ["--config", yaml.safe_dump(config), *rest]
 
 
-def newest_checkpoint(directory: Path) -> Path | None:
-    """Returns the intact checkpoint with the most steps, `last.ckpt` if two tie; warns of damaged ones."""
-    steps = {}
-    for path in directory.glob("[!.]*.ckpt"):
+def checkpoint_to_resume(run: Path) -> Path | None:
+    """Returns the intact checkpoint of a run with the most steps, `last.ckpt` if two tie; None if it has none yet.
+
+    Raises:
+        ValueError: All checkpoints are damaged; a warning names each damaged one.
+    """
+    steps, damaged = {}, False
+    for path in run.glob("checkpoints/[!.]*.ckpt"):
         try:
             steps[path] = read_checkpoint(str(path))["global_step"]
         except ValueError as error:
+            damaged = True
             rank_zero_warn(f"Passed over a damaged checkpoint: {error}")
+    if damaged and not steps:
+        raise ValueError(f"Expected a checkpoint to resume from, but got damaged ones alone: {run / 'checkpoints'}")
+    if not steps:
+        rank_zero_info(f"No checkpoint yet, so the run begins again: {run}")
     return max(steps, key=lambda path: (steps[path], path.name == "last.ckpt"), default=None)
 
 
 def last_checkpoint(trainer: Trainer) -> str | Path | None:
     """Returns the path of this run's newest checkpoint, or else of the one that it resumed from."""
     # ModelCheckpoint does not know it: a test loads its state from the tested checkpoint.
-    checkpoints = trainer.checkpoint_callbacks[-1:]  # the user's own come first
-    dirpath = checkpoints[0].dirpath if checkpoints and isinstance(checkpoints[0], ModelCheckpoint) else None
-    folder = Path(dirpath or trainer.default_root_dir)
-    paths = sorted(folder.glob("[!.]*.ckpt"), key=lambda path: (path.stat().st_mtime_ns, path.name))
-    return paths[-1] if paths else trainer.ckpt_path
+    ours = cast(ModelCheckpoint, trainer.checkpoint_callbacks[-1])  # the user's own come first
+    paths = Path(str(ours.dirpath)).glob("[!.]*.ckpt")
+    return max(paths, key=lambda path: (path.stat().st_mtime_ns, path.name), default=trainer.ckpt_path)
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):

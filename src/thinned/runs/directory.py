@@ -1,4 +1,4 @@
-"""Finds and claims the directory of a new or resumed run, runs/<experiment>/<run id>.
+"""Finds and claims the directory of a new or resumed run, runs/<experiment>/<run id>, and records its config there.
 
 At most one process at a time writes to a folder: the one that holds its claim, a lock on the file `.claim` in it. The
 system releases it when the process ends, however that ends.
@@ -12,17 +12,31 @@ import shutil
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
+import yaml
 from filelock import FileLock, Timeout
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from jsonargparse import Namespace
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_only
 
-from thinned.files import read_checkpoint
-from thinned.runs.checkpoint_io import newest_checkpoint
+from thinned.files import read_checkpoint, whole_file
+from thinned.runs.checkpoint_io import checkpoint_to_resume
+from thinned.runs.loggers import ResumableLogger
 
 CLAIM = ".claim"
 Purpose = Literal["", "predict", "evaluate"]  # empty for training
 _held: dict[Path, FileLock] = {}  # claims of this process
+
+
+def open_run(config: Namespace, purpose: Purpose) -> tuple[Path, Path | None]:
+    """Finds and claims the directory of a run, and returns it and the checkpoint from which to resume training."""
+    directory = Path(config.runs_dir, config.experiment)
+    run, checkpoint = find_run(directory, config.run_id, config.resume, purpose)
+    enter_run(run, new=config.resume is None)
+    if config.resume and not (purpose or checkpoint):
+        checkpoint = checkpoint_to_resume(run)
+    return run, checkpoint
 
 
 def find_run(directory: Path, run_id: str | None, resume: str | None, purpose: Purpose) -> tuple[Path, Path | None]:
@@ -32,11 +46,8 @@ def find_run(directory: Path, run_id: str | None, resume: str | None, purpose: P
         directory: Folder of the experiment, runs/<experiment>.
         run_id: Name of the run below it; None for the time of day.
         resume: None for a new run; latest for the run that `run_id` names, or else the newest one; else a run or one
-            of its checkpoints.
+            of its checkpoints. ValueError if there is none.
         purpose: Last part of the run's name; empty for training.
-
-    Raises:
-        ValueError: There is no run to resume, or a new run has the name of an old one.
     """
     name = "-".join(filter(None, [run_id or f"{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}", purpose]))
     if run_id is not None and Path(name).name != name:
@@ -58,37 +69,14 @@ def find_run(directory: Path, run_id: str | None, resume: str | None, purpose: P
     return run, None
 
 
-def checkpoint_to_resume(run: Path) -> Path | None:
-    """Returns the newest checkpoint of a run that this process has claimed; None if it has none yet.
-
-    Raises:
-        ValueError: All checkpoints are damaged.
-    """
-    checkpoint = newest_checkpoint(run / "checkpoints")
-    if checkpoint is None and any(run.glob("checkpoints/[!.]*.ckpt")):
-        raise ValueError(f"Expected a checkpoint to resume from, but got damaged ones alone: {run / 'checkpoints'}")
-    if checkpoint is None:
-        rank_zero_info(f"No checkpoint yet, so the run begins again: {run}")
-    return checkpoint
-
-
-def run_of_checkpoint(path: str) -> tuple[str, str] | None:
-    """Returns experiment and run id of a checkpoint in the directory of its run; None for another."""
-    folder = Path(path).absolute().parent
-    return (folder.parents[1].name, folder.parent.name) if folder.name == "checkpoints" else None
-
-
 def _latest(directory: Path, purpose: Purpose) -> Path:
-    def purpose_of(run: Path) -> str:
-        return next((p for p in get_args(Purpose) if p and run.name.endswith(f"-{p}")), "")
-
-    runs = [path for path in directory.glob("*/") if purpose_of(path) == purpose]
-    if not runs:
-        raise ValueError(f"Expected a run to resume, but got none in {directory}")
-
     def last_change(run: Path) -> tuple[int, str]:  # all files are written under a new name
         return max(path.stat().st_mtime_ns for path in (run, *run.glob("checkpoints/"))), run.name
 
+    others = tuple(f"-{other}" for other in get_args(Purpose) if other != purpose and other)
+    runs = [path for path in directory.glob(f"*-{purpose}/" if purpose else "*/") if not path.name.endswith(others)]
+    if not runs:
+        raise ValueError(f"Expected a run to resume, but got none in {directory}")
     return max(runs, key=last_change)
 
 
@@ -123,6 +111,45 @@ def _leave(run: Path, made: bool, parents: list[Path]) -> None:
             for folder in parents:
                 folder.rmdir()
     release(run)
+
+
+class RunRecord(Callback):
+    """Writes the whole config to the run directory, to every checkpoint, and once to the loggers.
+
+    It does so when the first stage starts, since the data may not fit the net; not with `fast_dev_run`.
+    """
+
+    def __init__(self, text: str) -> None:
+        self.text, self.content = text, yaml.safe_load(text)
+        self._is_written = False
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._is_written or not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        self._is_written = True
+        with whole_file(Path(trainer.default_root_dir, "config.yaml")) as temporary:
+            temporary.write_text(self.text, encoding="utf-8")
+        parameters = sum(p.numel() for p in pl_module.parameters())
+        for logger in trainer.loggers:
+            logger.log_hyperparams(self.content | {"params": parameters})
+        link_for_leet(Path(trainer.default_root_dir))
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.on_train_start(trainer, pl_module)
+        for logger in trainer.loggers:
+            if isinstance(logger, ResumableLogger):
+                logger.has_curves = False
+
+    on_predict_start = on_test_start
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint["config"] = self.content
+        # The config describes what a task cannot: a net without `init_args`, or a function.
+        checkpoint["hyper_parameters"] |= self.content["model"].get("init_args", {})
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if isinstance(exception, OSError) and exception.errno and not exception.filename:  # such as a full disk
+            exception.add_note(f"in {trainer.default_root_dir}")
 
 
 def link_for_leet(run: Path) -> None:

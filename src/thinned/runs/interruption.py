@@ -9,7 +9,7 @@ from types import FrameType
 from typing import NoReturn
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Trainer
 
 from thinned.messages import EXIT_STATUS
 from thinned.runs.checkpoint_io import last_checkpoint
@@ -20,19 +20,24 @@ FINISH = 5  # least seconds from the checkpoint to the end of the process; `wand
 
 
 class Interruption:
-    """Handles SIGTERM and SIGINT for one stage of a trainer.
+    """Handles SIGTERM and SIGINT for one stage of a trainer, and the death of the process that has launched a rank.
 
     Args:
         trainer: The trainer; its teardown restores the earlier handlers.
         graceful: True: store the first signal until `told()` polls it. False: exit at once, running cleanup.
     """
 
+    _watches_launcher = False  # one thread does it, for all stages
     received: signal.Signals | None = None
     _deadline = 0.0  # of `time.monotonic()`
     _timer: threading.Timer | None = None
 
     def __init__(self, trainer: Trainer, graceful: bool) -> None:
         self._trainer, self.graceful = trainer, graceful
+        is_launched = trainer.world_size > 1 and ("TORCHELASTIC_RUN_ID" in os.environ or trainer.local_rank > 0)
+        if is_launched and not Interruption._watches_launcher:
+            Interruption._watches_launcher = True
+            threading.Thread(target=_end_with, args=(os.getppid(), trainer), daemon=True).start()
 
     def listen(self) -> None:
         """Replaces Lightning's handlers, which communicate between ranks. Call it once these are set."""
@@ -93,19 +98,8 @@ class Interruption:
         sys.exit(EXIT_STATUS + signum)
 
 
-class LostRanks(Callback):
-    """Ends a rank whose launcher has died and names the checkpoint to resume from; NCCL would wait for half an hour."""
-
-    _watched = False
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
-        if not self._watched and trainer.world_size > 1 and (by_torchrun or trainer.local_rank > 0):
-            self._watched = True
-            threading.Thread(target=_end_with, args=(os.getppid(), trainer), daemon=True).start()
-
-
 def _end_with(launcher: int, trainer: Trainer) -> None:
+    """Ends a rank whose launcher has died, and names the checkpoint to resume from; NCCL would wait for long."""
     while os.getppid() == launcher:
         time.sleep(INTERVAL)
     lost = f"Expected all ranks to answer, but got rank {trainer.global_rank} without the process that launched it"

@@ -24,10 +24,8 @@ def fill_in_from_launcher(trainer: Any) -> None:
         nodes = int(os.environ.get("SLURM_NNODES", 1))
         per_node = processes // nodes
     elif trainer.num_nodes > 1 and "MASTER_ADDR" not in os.environ:
-        raise ValueError(
-            f"Expected torchrun or srun, or MASTER_ADDR and NODE_RANK in the environment of each node, for "
-            f"trainer.num_nodes={trainer.num_nodes}, but got none of them"
-        )
+        expected = "torchrun or srun, or MASTER_ADDR and NODE_RANK in the environment of each node"
+        raise ValueError(f"Expected {expected}, for trainer.num_nodes={trainer.num_nodes}, but got none of them")
     else:
         return
     if nodes * per_node != processes:
@@ -37,10 +35,9 @@ def fill_in_from_launcher(trainer: Any) -> None:
         if given in unset:
             trainer[key] = started
         elif _count(given) != started:
-            raise ValueError(
-                f"Expected trainer.{key} to be {started}{' or auto' * (key == 'devices')}, as {launcher} has started "
-                f"{processes} processes on {nodes} nodes, but got {given}"
-            )
+            expected = f"trainer.{key} to be {started}{' or auto' * (key == 'devices')}"
+            what = f"{launcher} has started {processes} processes on {nodes} nodes"
+            raise ValueError(f"Expected {expected}, as {what}, but got {given}")
 
 
 def _count(devices: Any) -> int:

@@ -1,10 +1,10 @@
-"""Configures the loggers that the user chose, so that all their files are in the directory of the run."""
+"""Configures checkpoints and the loggers that the user chose, so that all their files are in the run's directory."""
 
 import inspect
 import os
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from pathlib import Path
 from pydoc import locate
@@ -23,12 +23,24 @@ FINISH_SECONDS = 120  # for uploads at the end of a run; `wandb sync --no-skip-o
 PLACES = ("save_dir", "dir", "root_dir", "id", "version", "name")  # what a logger takes from its run
 
 
+def put_in_run(
+    config: Namespace, run: Path, purpose: str, checkpoints: Iterable[str], recorded: Mapping[str, Any]
+) -> None:
+    """Puts what a trainer, its checkpoints and its loggers write into the directory of a run: see `fill_in_loggers`."""
+    given = config.trainer.logger
+    config.trainer.logger = fill_in_loggers(given, run, config.experiment, purpose, checkpoints, recorded)
+    for key, part in (("trainer.default_root_dir", "."), ("checkpoint.dirpath", "checkpoints")):
+        if config[key] is not None:
+            raise ValueError(f"Expected {key} to be left to runs_dir, experiment and run_id, but got {config[key]}")
+        config[key] = str(run / part)
+
+
 def fill_in_loggers(
     given: Any,
     run: Path,
     experiment: str,
     purpose: str = "",
-    trained: Sequence[tuple[str, str] | None] = (),
+    checkpoints: Iterable[str] = (),
     config: Mapping[str, Any] | None = None,
 ) -> Any:
     """Fills in what loggers take from their run: the directory, W&B's name, id and group, and offline if need be.
@@ -38,8 +50,8 @@ def fill_in_loggers(
         run: Directory of the run.
         experiment: Its experiment.
         purpose: W&B's `job_type`; empty for train.
-        trained: Experiment and run id of each training whose checkpoints the run reads.
-        config: Config of the run, for the first record of W&B's file.
+        checkpoints: Paths of those that the run reads.
+        config: Config of the run as it is recorded, for the first record of W&B's file.
 
     Raises:
         ValueError: A logger is given a place of its own, or two would write the same files.
@@ -62,7 +74,8 @@ def fill_in_loggers(
             page["config"] = {**config, **compared}
             page["tags"] = [compared[key] for key in ("net", "dataset") if key in compared]
         if purpose:
-            ids = [wandb_id(*each) for each in trained if each]
+            folders = [Path(path).absolute().parent for path in checkpoints]
+            ids = [wandb_id(f.parents[1].name, f.parent.name) for f in folders if f.name == "checkpoints"]
             page["config"]["trained"] = ids
             page["notes"] = f"{purpose} {', '.join(ids)}"
         logger.dict_kwargs = page | logger.get("dict_kwargs", {})
@@ -100,9 +113,8 @@ def _placed(logger: Namespace, run: Path, experiment: str) -> Namespace:
     for key in PLACES:
         default = parameters[key].default if key in parameters else None
         if given.get(key) not in (None, "", ".", default) and not (is_wandb and key == "name"):
-            raise ValueError(
-                f"Expected trainer.logger.{key} to be left to runs_dir, experiment and run_id, but got {given[key]!r}"
-            )
+            expected = f"trainer.logger.{key} to be left to runs_dir, experiment and run_id"
+            raise ValueError(f"Expected {expected}, but got {given[key]!r}")
     if "save_dir" in parameters:
         logger.init_args.save_dir = str(run)
     if is_wandb:
@@ -135,13 +147,10 @@ def wandb_offline_reason() -> str | None:
 
 def _set_offline_if_need_be(logger: Namespace, run: Path) -> None:
     """Sets a W&B logger to offline if its server cannot be reached, and says so."""
-    options = logger.get("dict_kwargs", {})
-    chosen = logger.init_args.get("offline") or "WANDB_MODE" in os.environ or "mode" in options
+    chosen = logger.init_args.get("offline") or "WANDB_MODE" in os.environ or "mode" in logger.dict_kwargs
     if chosen or getattr(rank_zero_only, "rank", 0) != 0 or not (reason := wandb_offline_reason()):
         return
-    logger.dict_kwargs = {**options, "mode": "offline"}
-    directory = shlex.quote(str(run / "wandb"))
-    rank_zero_info(
-        f"W&B: {reason}, so this run is logged offline. Look at it with "
-        f"`wandb leet {directory}`, send it with `wandb sync {directory}/offline-run-*`."
-    )
+    logger.dict_kwargs["mode"] = "offline"
+    folder = shlex.quote(str(run / "wandb"))
+    ways = f"Look at it with `wandb leet {folder}`, send it with `wandb sync {folder}/offline-run-*`."
+    rank_zero_info(f"W&B: {reason}, so this run is logged offline. {ways}")

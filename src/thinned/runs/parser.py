@@ -39,15 +39,13 @@ class Parser(LightningArgumentParser):
         if not self.exit_on_error:  # the outer parser reports the error of an inner one
             super().error(message, ex)
         message = plain(message)
-        wrong_class = re.search(
-            r"class_path '([\w.]+)': (?:module|No module)|Expected a dot import path string: ([\w.]+)", message
-        )
+        no_class = r"class_path '([\w.]+)': (?:module|No module)|Expected a dot import path string: ([\w.]+)"
         if unknown := re.search(r"(?:unrecognized arguments: --|[Oo]ption '|Key ')([\w.]+)", message):
             known = {name for option in re.findall(r"--([\w.]+)", self.format_help()) for name in option.split(".")}
             for class_path in re.findall(r"class_path '([\w.]+)'", message):
                 known |= _parameters(cast(type, locate(class_path)))
             message += "".join(did_you_mean(name, known) for name in unknown[1].split(".") if name not in known)
-        elif wrong_class:
+        elif wrong_class := re.search(no_class, message):
             path = wrong_class[1] or wrong_class[2]
             classes = {each.__name__ for base in CHOSEN for each in _subclasses(base)}
             key = ".".join(re.findall(r'Parser key "([\w.]+)"', message))
@@ -108,7 +106,7 @@ def _subclasses(of: type[Any]) -> Iterator[type[Any]]:
 
 
 def _parameters(class_: type) -> set[str]:
-    """Names the parameters of a class, and those of the dataclasses among them."""
-    parameters = inspect.signature(class_).parameters
-    groups = [p.annotation for p in parameters.values() if is_dataclass(p.annotation)]
-    return {*parameters, *(field.name for group in groups for field in fields(group))}
+    """Names the parameters of a class and its bases, and those of the dataclasses among them."""
+    parameters = [p for each in class_.__mro__ for p in inspect.signature(each).parameters.values()]
+    groups = [p.annotation for p in parameters if is_dataclass(p.annotation)]
+    return {p.name for p in parameters} | {field.name for group in groups for field in fields(group)}

@@ -3,7 +3,6 @@
 from typing import Any, ClassVar
 
 import torch
-from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -25,22 +24,14 @@ class ClassificationTask(Task):
 
     Args:
         net: Maps inputs to logits (B, K).
-        optimizer, warmup_steps, final_lr_fraction, compile: As in `Task`.
+        args, options: As in `Task`.
         label_smoothing: Share of the target's probability that is spread over all classes, in [0, 1).
     """
 
     test_scores: ClassVar[frozenset[str]] = frozenset({"accuracy", "balanced_accuracy", "nll", "brier", "ece"})
 
-    def __init__(
-        self,
-        net: nn.Module,
-        optimizer: OptimizerCallable = torch.optim.AdamW,
-        warmup_steps: int = 0,
-        final_lr_fraction: float = 0.0,
-        label_smoothing: float = 0.0,
-        compile: bool = False,
-    ) -> None:
-        super().__init__(net, optimizer, warmup_steps, final_lr_fraction, compile)
+    def __init__(self, net: nn.Module, *args: Any, label_smoothing: float = 0.0, **options: Any) -> None:
+        super().__init__(net, *args, **options)
         if not 0 <= label_smoothing < 1:
             raise ValueError(f"Expected model.label_smoothing in [0, 1), but got {label_smoothing}")
         self.hparams.update(label_smoothing=label_smoothing)

@@ -1,5 +1,6 @@
 """Watches what dropout drops in training: units per site, and rows of attention that lose everything."""
 
+from collections import defaultdict
 from contextlib import ExitStack, nullcontext
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from thinned.models.dropout import SITES, Dropout, derive_seed, sites_in, watched
 from thinned.offers import task_offers
+from thinned.ranks import of_all_ranks
 from thinned.uncertainty.acting_dropout import only_dropout_active, seeded
 
 EXAMPLES = 4  # of a batch are looked at; more cost more than they tell
@@ -30,7 +32,7 @@ class DropoutMonitor(Callback):
 
     def __init__(self) -> None:
         self._watch = ExitStack()
-        self._counts: dict[str, Tensor] = {}  # numbers of units dropped and of all, by site; of rows, by name
+        self._counts: dict[str, Any] = defaultdict(int)  # units dropped and all, by site; rows, by name
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         net = task_offers(pl_module).net
@@ -40,7 +42,7 @@ class DropoutMonitor(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._watch.close()
-        self._counts = {}
+        self._counts.clear()
         step, every = trainer.global_step + 1, trainer.log_every_n_steps  # type: ignore[attr-defined]
         if not every or step % every or not any(module.p > 0 for module in self._dropouts.values()):
             return
@@ -55,10 +57,10 @@ class DropoutMonitor(Callback):
         self._watch.close()  # Checkpointed activations are computed again in the backward pass.
         self._log(trainer, pl_module)
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+    def on_exception(self, *_: Any) -> None:
         self._watch.close()
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_end(self, *_: Any) -> None:
         self._watch.close()
 
     @torch.no_grad()
@@ -72,24 +74,20 @@ class DropoutMonitor(Callback):
         assert isinstance(module, Dropout), "Expected a net that is no thinned one"
         before, after = before[:EXAMPLES], after[:EXAMPLES]
         possible, kept = before.count_nonzero(), after.count_nonzero()
-        self._add(module.site, torch.stack([possible - kept, possible]))
+        self._counts[module.site] += torch.stack([possible - kept, possible])
         if module.site == "attention":
-            self._add(f"rows of {name}", empty_rows(before, after, module.p))
-
-    def _add(self, name: str, counts: Tensor) -> None:
-        self._counts[name] = self._counts[name] + counts if name in self._counts else counts
+            self._counts[f"rows of {name}"] += empty_rows(before, after, module.p)
 
     def _log(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Logs the shares, summed over processes at once: Lightning would reduce each by itself."""
-        counts, self._counts = self._counts, {}
-        if not counts:
+        """Logs the shares of all processes together: Lightning would reduce each by itself."""
+        if not self._counts:
             return
-        flat = torch.cat([part.flatten() for part in counts.values()])
-        flat = trainer.strategy.reduce(flat, reduce_op="sum").cpu()
-        sums = dict(zip(counts, flat.split([part.numel() for part in counts.values()]), strict=True))
+        of_ranks = of_all_ranks({name: counts.cpu() for name, counts in self._counts.items()})
+        self._counts.clear()
+        sums = {name: torch.stack([of_rank[name] for of_rank in of_ranks]).sum(0) for name in of_ranks[0]}
         shares = {f"dropped/{site}": sums[site][0] / sums[site][1].clamp_min(1) for site in SITES if site in sums}
         layers = [f"rows of {name}" for name, module in self._dropouts.items() if module.site == "attention"]
-        if heads := {layer: sums[rows].view(-1, 3) for layer, rows in enumerate(layers) if rows in sums}:
+        if heads := {layer: sums[rows] for layer, rows in enumerate(layers) if rows in sums}:
             for layer, of_layer in heads.items():
                 for head, (empty, _, rows) in enumerate(of_layer):
                     shares[f"empty_rows/layer{layer}_head{head}"] = empty / rows

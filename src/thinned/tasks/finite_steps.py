@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
-from thinned.tasks.task import of_all_ranks
+from thinned.ranks import of_all_ranks
 from thinned.tasks.throughput import is_logged
 
 

@@ -24,7 +24,7 @@ class LanguageModelingTask(Task):
 
     Args:
         net: Maps tokens (B, T) to logits (B, T, V), and tokens with targets to their losses (B, T).
-        optimizer, warmup_steps, final_lr_fraction, compile: As in `Task`.
+        optimizer, final_lr_fraction, options: As in `Task`.
         init_from: Hub id, such as gpt2, or folder of GPT-2 weights to start from. Dropout rates are the net's own.
     """
 
@@ -34,12 +34,12 @@ class LanguageModelingTask(Task):
         self,
         net: nn.Module,
         optimizer: OptimizerCallable = torch.optim.AdamW,
-        warmup_steps: int = 0,
+        *,
         final_lr_fraction: float = 0.1,
-        compile: bool = False,
         init_from: str | None = None,
+        **options: Any,
     ) -> None:
-        super().__init__(net, optimizer, warmup_steps, final_lr_fraction, compile)
+        super().__init__(net, optimizer, final_lr_fraction=final_lr_fraction, **options)
         self.hparams.update(init_from=init_from)
         self.init_from, self.token_bytes = init_from, None
 

@@ -1,15 +1,12 @@
 """Defines what all tasks share: net, optimiser with decay groups, learning rate by step, scores of whole splits."""
 
-import inspect
-import json
 import math
-import sys
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import BasePredictionWriter, GradientAccumulationScheduler
+from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
@@ -21,72 +18,11 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from thinned.data.module import data_offers
 from thinned.models.net import logits_in, net_offers
+from thinned.ranks import of_all_ranks
+from thinned.tasks.optimisation import class_spec, decay_groups, optimizer_spec, total_steps, warmup_cosine
 from thinned.tasks.throughput import is_logged
 
 FIT_SCORES = ("nll", "accuracy")  # logged for training examples too, to compare with validation
-
-
-def warmup_cosine(step: int, warmup_steps: int, total_steps: float, final_fraction: float) -> float:
-    """Returns the learning rate at a step, as a fraction of its peak.
-
-    It rises linearly from 1 / (warmup_steps + 1) at step 0 to 1 at step `warmup_steps`, falls by half a cosine
-    (Loshchilov and Hutter 2017) to `final_fraction` at `total_steps`, or never if that is inf, and stays there.
-    """
-    if step < warmup_steps:
-        return (step + 1) / (warmup_steps + 1)
-    progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
-    return final_fraction + (1 - final_fraction) * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def total_steps(trainer: Trainer) -> float:
-    """Returns the number of optimiser steps of a whole training; inf if it has no end."""
-    epochs, batches = trainer.max_epochs or 0, trainer.num_training_batches
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, GradientAccumulationScheduler) and epochs > 0 and batches < math.inf:
-            # Lightning 2.6.6 takes the accumulation of the current epoch for all epochs.
-            steps = sum(math.ceil(batches / callback.get_accumulate_grad_batches(epoch)) for epoch in range(epochs))
-            return steps if trainer.max_steps < 0 else min(steps, trainer.max_steps)
-    return trainer.estimated_stepping_batches
-
-
-def decay_groups(net: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """Returns the trainable parameters that decay (of two dimensions or more) and the others (gains and biases)."""
-    parameters = [p for p in net.parameters() if p.requires_grad]
-    return [p for p in parameters if p.dim() >= 2], [p for p in parameters if p.dim() < 2]
-
-
-def class_spec(cls: type, init_args: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Describes an object by the path of its class and by its arguments, as configs do.
-
-    Returns None if the class cannot be imported, or if the arguments are None or hold more than primitives:
-    `torch.load(weights_only=True)` would refuse them.
-
-    >>> class_spec(nn.ReLU, {"inplace": True})
-    {'class_path': 'torch.nn.modules.activation.ReLU', 'init_args': {'inplace': True}}
-    """
-    try:
-        json.dumps(init_args)
-    except TypeError:
-        return None
-    if init_args is None or getattr(sys.modules[cls.__module__], cls.__qualname__, None) is not cls:
-        return None
-    return {"class_path": f"{cls.__module__}.{cls.__qualname__}", "init_args": init_args}
-
-
-def optimizer_spec(optimizer: OptimizerCallable) -> dict[str, Any] | None:
-    """Describes the optimiser that a callable makes, with all its settings."""
-    made = optimizer([{"params": [nn.Parameter(torch.zeros(1, 1))]}])
-    names = inspect.signature(type(made)).parameters
-    return class_spec(type(made), {key: value for key, value in made.defaults.items() if key in names})
-
-
-def of_all_ranks(own: Any) -> list[Any]:
-    """Returns the values of all ranks, by rank."""
-    if not torch.distributed.is_initialized():
-        return [own]
-    objects: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(objects, own)
-    return objects
 
 
 class Task(LightningModule):
@@ -139,14 +75,60 @@ class Task(LightningModule):
         self._kept_of_fit: list[Tensor] = []
         self._fit_batches: Iterator[Any] = iter(())
 
+    def setup(self, stage: str) -> None:
+        self.kept, self._kept_of_fit = [], []  # drops what an interrupted validation has kept
+        if self.compile_net and stage == "fit" and self.device_mesh is None:
+            self.net.compile()
+
+    def configure_model(self) -> None:
+        """Shards the net over all processes (FSDP2) under a `ModelParallelStrategy`.
+
+        It gathers one of `net.blocks` at a time, or the whole net if it has none.
+        """
+        if self.device_mesh is None or isinstance(self.net, FSDPModule):
+            return
+        mesh = init_device_mesh(self.device_mesh.device_type, (torch.distributed.get_world_size(),))
+        for unit in (*net_offers(self.net).blocks, self.net):
+            if self.compile_net and unit is not self.net:  # FSDP's hooks break the graph of the whole net
+                unit.compile()
+            fully_shard(unit, mesh=mesh)
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        decay, no_decay = decay_groups(self.net)
+        sizes = [f"{len(group)} tensors with {sum(p.numel() for p in group):,}" for group in (decay, no_decay)]
+        rank_zero_info(f"Weight decay on {sizes[0]} weights, none on {sizes[1]}.")
+        optimizer = self.optimizer([{"params": decay}, {"params": no_decay, "weight_decay": 0.0}])
+        if (constrain := net_offers(self.net).constrain_max_norm_) is not None:
+            optimizer.register_step_post_hook(lambda *_: constrain())
+
+        if self.trainer.max_epochs == self.trainer.max_steps == -1:
+            rank_zero_info("Training has no last step: after the warm-up, the learning rate stays at its peak.")
+
+        def fraction(step: int) -> float:
+            # Asking for the total builds the data loader, whose workers fetch at once. At step 0 a resumed run does not
+            # know its position yet, and the total does not matter.
+            total = total_steps(self.trainer) if step else math.inf
+            return warmup_cosine(step, self.warmup_steps, total, self.final_lr_fraction)
+
+        scheduler = LambdaLR(optimizer, fraction)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def configure_gradient_clipping(
+        self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        # Lightning 2.6.6 refuses a fused optimiser in any mixed precision, though bf16 scales nothing.
+        fused = optimizer.defaults.get("fused") and self.trainer.precision == "bf16-mixed"
+        if fused and gradient_clip_val and gradient_clip_algorithm in (None, "norm"):
+            torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
+        else:
+            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        if is_logged(self.trainer, self.trainer.global_step + 1):
+            self.log("train/lr", optimizer.param_groups[0]["lr"], batch_size=1)
+
     def forward(self, inputs: Any) -> Tensor:
         return logits_in(self.net, inputs)
-
-    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Returns the logits of the deterministic network, or an empty tensor if nothing uses them."""
-        writers = any(isinstance(callback, BasePredictionWriter) for callback in self.trainer.callbacks)  # type: ignore[attr-defined]
-        inputs: Tensor = batch if isinstance(batch, Tensor) else batch[0]
-        return self(inputs) if writers or self.trainer.predict_loop.return_predictions else inputs.new_empty(0)
 
     def keep(self, batch: Any) -> Any:
         """Appends M numbers for each example of a batch to `kept`: a tensor (M, n). A subclass defines it."""
@@ -186,54 +168,8 @@ class Task(LightningModule):
             scores = {f"{stage}/{name}": float(values[name]) for name in names if name in values}
             self.log_dict(scores, prog_bar=stage == "val", sync_dist=True, batch_size=1)  # the ranks agree already
 
-    def setup(self, stage: str) -> None:
-        self.kept, self._kept_of_fit = [], []  # drops what an interrupted validation has kept
-        if self.compile_net and stage == "fit" and self.device_mesh is None:
-            self.net.compile()
-
-    def configure_model(self) -> None:
-        """Shards the net over all processes (FSDP2) under a `ModelParallelStrategy`.
-
-        It gathers one of `net.blocks` at a time, or the whole net if it has none.
-        """
-        if self.device_mesh is None or isinstance(self.net, FSDPModule):
-            return
-        mesh = init_device_mesh(self.device_mesh.device_type, (torch.distributed.get_world_size(),))
-        for unit in (*net_offers(self.net).blocks, self.net):
-            if self.compile_net and unit is not self.net:  # FSDP's hooks break the graph of the whole net
-                unit.compile()
-            fully_shard(unit, mesh=mesh)
-
-    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        if is_logged(self.trainer, self.trainer.global_step + 1):
-            self.log("train/lr", optimizer.param_groups[0]["lr"], batch_size=1)
-
-    def configure_gradient_clipping(
-        self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
-    ) -> None:
-        # Lightning 2.6.6 refuses a fused optimiser in any mixed precision, though bf16 scales nothing.
-        fused = optimizer.defaults.get("fused") and self.trainer.precision == "bf16-mixed"
-        if fused and gradient_clip_val and gradient_clip_algorithm in (None, "norm"):
-            torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
-        else:
-            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
-
-    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        decay, no_decay = decay_groups(self.net)
-        sizes = [f"{len(group)} tensors with {sum(p.numel() for p in group):,}" for group in (decay, no_decay)]
-        rank_zero_info(f"Weight decay on {sizes[0]} weights, none on {sizes[1]}.")
-        optimizer = self.optimizer([{"params": decay}, {"params": no_decay, "weight_decay": 0.0}])
-        if (constrain := net_offers(self.net).constrain_max_norm_) is not None:
-            optimizer.register_step_post_hook(lambda *_: constrain())
-
-        if self.trainer.max_epochs == self.trainer.max_steps == -1:
-            rank_zero_info("Training has no last step: after the warm-up, the learning rate stays at its peak.")
-
-        def fraction(step: int) -> float:
-            # Asking for the total builds the data loader, whose workers fetch at once. At step 0 a resumed run does not
-            # know its position yet, and the total does not matter.
-            total = total_steps(self.trainer) if step else math.inf
-            return warmup_cosine(step, self.warmup_steps, total, self.final_lr_fraction)
-
-        scheduler = LambdaLR(optimizer, fraction)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Returns the logits of the deterministic network, or an empty tensor if nothing uses them."""
+        writers = any(isinstance(callback, BasePredictionWriter) for callback in self.trainer.callbacks)  # type: ignore[attr-defined]
+        inputs: Tensor = batch if isinstance(batch, Tensor) else batch[0]
+        return self(inputs) if writers or self.trainer.predict_loop.return_predictions else inputs.new_empty(0)

@@ -11,8 +11,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from thinned.runs.resumed_settings import ResumedOptimizer
-from thinned.tasks.task import Task, warmup_cosine
+from thinned.runs.resuming import ResumedOptimizer
+from thinned.tasks.optimisation import warmup_cosine
+from thinned.tasks.task import Task
 
 
 class Squares(Task):

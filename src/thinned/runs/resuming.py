@@ -1,4 +1,4 @@
-"""Makes the user's own callbacks resume exactly, or refuses them before training."""
+"""Makes the user's own callbacks and settings resume exactly, or refuses them before training."""
 
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,8 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 from lightning.pytorch.utilities import rank_zero_info
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 
 from thinned.runs import internals
 from thinned.runs.checkpoint_callback import Checkpoints
@@ -26,6 +28,8 @@ REFUSED: dict[type[Callback], str] = {
     BatchSizeFinder: "the size that it finds is not the one in config.yaml: set data.batch_size",
     OnExceptionCheckpoint: "a new run would begin with what another one left there",
 }
+# Settings of the data that decide which examples come when.
+OF_THE_ORDER = ("batch_size", "seed", "split_seed", "val_fraction", "test_fraction", "leave_out")
 
 
 class OwnCallbacks(Callback):
@@ -59,18 +63,14 @@ class OwnCallbacks(Callback):
             if not monitor or monitor in logged or monitor.startswith("train"):
                 continue
             if not foreign or monitor.startswith(("val", "test")):
-                raise ValueError(
-                    f"Expected {_key(callback)}.monitor to be logged, as are {', '.join(logged)} and train/loss, but "
-                    f"got {monitor!r}"
-                )
+                expected = f"{_key(callback)}.monitor to be logged, as are {', '.join(logged)} and train/loss"
+                raise ValueError(f"Expected {expected}, but got {monitor!r}")
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         averages = any(isinstance(c, WeightAveraging) for c in trainer.callbacks)  # type: ignore[attr-defined]
         if trainer.state.fn == "fit" and "averaging_state" in checkpoint and not averages:
-            raise ValueError(
-                "Expected trainer.callbacks with the WeightAveraging of the run that resumes, but got none: the "
-                "weights in its checkpoints are averages"
-            )
+            expected = "trainer.callbacks with the WeightAveraging of the run that resumes"
+            raise ValueError(f"Expected {expected}, but got none: the weights in its checkpoints are averages")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._sanity_checked:
@@ -106,7 +106,7 @@ def _key(callback: Callback) -> str:
 
 
 def prepare_own_callbacks(trainer: Trainer, run: Path) -> None:
-    """Gives each callback its own files in the directory of the run.
+    """Gives each callback its own files in the directory of the run, before `OnExceptionCheckpoint` could write any.
 
     Raises:
         ValueError: The effect of a callback would be lost, or a mode does not fit what it monitors.
@@ -120,3 +120,71 @@ def prepare_own_callbacks(trainer: Trainer, run: Path) -> None:
             raise ValueError(f"Expected {_key(callback)}.mode max for {monitor}, but got min")
         if type(callback) is ModelCheckpoint and not callback.dirpath:  # else both may write last.ckpt
             callback.dirpath = str(run / "model_checkpoint")
+
+
+class ResumedOptimizer(Callback):
+    """Gives the optimiser of a run that resumes the settings of its config, and says which have changed.
+
+    Lightning takes those of the checkpoint in silence, as runs do here that lack one optimiser and one `LambdaLR`.
+    """
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Takes the settings before Lightning loads the checkpoint."""
+        optimizers, schedulers = trainer.optimizers, [config.scheduler for config in trainer.lr_scheduler_configs]
+        self._ours = len(optimizers) == 1 and len(schedulers) == 1 and isinstance(schedulers[0], LambdaLR)
+        if self._ours:
+            given = [group | {"lr": group["initial_lr"]} for group in optimizers[0].param_groups]
+            self._given = [{k: v for k, v in group.items() if k not in ("params", "initial_lr")} for group in given]
+            optimizers[0].register_load_state_dict_pre_hook(_refuse_state_of_another_class)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not (self._ours and trainer.ckpt_path):
+            return
+        scheduler: Any = trainer.lr_scheduler_configs[0].scheduler
+        changes: dict[str, str] = {}
+        groups = trainer.optimizers[0].param_groups
+        for group, given, fraction in zip(groups, self._given, scheduler.lr_lambdas, strict=True):
+            rate = given["lr"] * fraction(scheduler.last_epoch)
+            before = group | {"lr": group["initial_lr"], "learning rate of the next step": group["lr"]}
+            for key, now in (given | {"learning rate of the next step": rate}).items():
+                if _as_lists(before[key]) != _as_lists(now):
+                    changes.setdefault(key, f"{key} {now} (was {before[key]})")
+            group.update(given, lr=rate, initial_lr=given["lr"])
+        scheduler.base_lrs = [given["lr"] for given in self._given]
+        if changes:
+            rank_zero_info(f"The optimiser resumes with other settings: {', '.join(changes.values())}.")
+
+
+def _as_lists(setting: Any) -> Any:
+    return list(setting) if isinstance(setting, tuple) else setting  # a sharded optimiser keeps no tuples
+
+
+def _refuse_state_of_another_class(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+    if optimizer.param_groups[0].keys() ^ state_dict["param_groups"][0].keys():
+        expected = "model.optimizer of the class that the checkpoint was trained with"
+        raise ValueError(f"Expected {expected}, but got {type(optimizer).__name__}")
+
+
+def refuse_other_settings(checkpoint: dict[str, Any], config: dict[str, Any], trainer: Trainer) -> None:
+    """Raises a ValueError if a resumed run would see its examples in another order or split.
+
+    It also raises one if the run has ended and resumes with another model: no step would train it.
+    """
+    before = checkpoint["config"]
+    for key in OF_THE_ORDER:
+        then, now = (content["data"].get("init_args", {}).get(key) for content in (before, config))
+        if then != now:
+            raise ValueError(f"Expected data.{key} {then}, as in the run that resumes, but got {now}")
+    epochs, steps = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"], checkpoint["global_step"]
+    has_ended = 0 <= (trainer.max_epochs or 0) <= epochs or 0 <= trainer.max_steps <= steps
+    if has_ended and (changed := _differences(before["model"], config["model"], "model")):
+        expected, ended = f"steps left for another {', '.join(changed)}", f"epoch {epochs} and step {steps}"
+        raised = "raise trainer.max_epochs or trainer.max_steps"
+        raise ValueError(f"Expected {expected}, but got a run that has ended after {ended}: {raised}")
+
+
+def _differences(before: Any, now: Any, key: str) -> list[str]:
+    """Names the settings that differ, as options of the command line."""
+    if not (isinstance(before, dict) and isinstance(now, dict)):
+        return [] if before == now else [key.replace(".init_args", "")]
+    return [name for k in before | now for name in _differences(before.get(k), now.get(k), f"{key}.{k}")]
