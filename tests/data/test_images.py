@@ -105,7 +105,7 @@ class TestDigits:
         assert batch.index.tolist() == list(range(DIGITS["val"]))
         train = whole(data.train_dataloader())
         assert len(train.index) == DIGITS["train"] // 128 * 128
-        back = train.image * data.statistics.std[0] + data.statistics.mean[0]
+        back = train.image * data.statistics.std[0] + data.mean[0]
         assert torch.allclose(back, data.raw_images("train", train.index) / 255.0, atol=1e-6)
         assert torch.equal(train.target, data.target["train"][train.index])
         order = [next(iter(data.train_dataloader())).index.tolist() for _ in range(2)]

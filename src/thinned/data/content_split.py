@@ -50,7 +50,7 @@ def digest(hashes: np.ndarray) -> str:
 
 
 def sketch(hashes: np.ndarray) -> list[str]:
-    """Returns the smallest hashes of a set, a sample that does not depend on the order or names of its examples."""
+    """Returns the 64 smallest hashes of a set: a sample that stays the same if examples are reordered or renamed."""
     return [f"{value:016x}" for value in np.unique(hashes)[:SKETCH].tolist()]
 
 

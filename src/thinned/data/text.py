@@ -161,7 +161,7 @@ class TextDataModule(SplitDataModule):
 
         def write(folder: Path) -> None:
             of_text = tokenizer or make_tokenizer(spec, stored, rule.ends[0], max_tokens)
-            sketch = stored["train"].sketch if rule.by_document else str
+            sketch = stored["train"].sketch if rule.by_document else lambda: ""
             splits = dict.fromkeys([*stored, *rule.taken])
             counts = write_tokens(folder, of_text, stored, splits, max_tokens, sketch)
             ranges = text_split.whole_ranges(counts) if self._kept else text_split.new_ranges(rule, counts)

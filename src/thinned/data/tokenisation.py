@@ -197,7 +197,7 @@ def write_tokens(
     stored: Mapping[Split, Iterable[Document]],
     splits: Iterable[Split],
     max_tokens: int | None,
-    sketch: Callable[[], str] = str,
+    sketch: Callable[[], str] = lambda: "",
 ) -> dict[Split, int]:
     """Writes a file of tokens for each split, and returns their numbers; ValueError if a text cannot be encoded.
 

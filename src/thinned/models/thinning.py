@@ -20,8 +20,9 @@ def thin_modules(net: M, masks: dict[str, Tensor], **others: nn.Module) -> M:
     """Returns a copy of a net without dropout that computes what the net does under masks, by module name.
 
     A mask (C,) scales the rows of the linear layer before it, or the columns of the one behind it. Units that it drops
-    between two of them are cut out of both. Any other mask stays. Layers have to be registered in the order of a pass.
-    `others` replace modules too, by name. All else is shared.
+    between two of them are cut out of both. Any other mask stays. `others` replace modules too, by name. All else is
+    shared. Layers have to be registered in the order of a pass. If a mask scales columns, nothing but the layer behind
+    may read what the dropout returns: a skip connection around that layer would miss the mask.
     """
     weights = next(net.parameters())
     layers = [(name, module) for name, module in net.named_modules() if not any(True for _ in module.children())]

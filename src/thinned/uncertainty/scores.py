@@ -183,7 +183,7 @@ class Score:
 
     @property
     def resampled(self) -> bool:
-        """Whether its interval comes from resamples."""
+        """True if its interval is computed by resampling."""
         return self.kind in ("calibration", "resampled")
 
     @property

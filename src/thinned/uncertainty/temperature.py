@@ -35,7 +35,7 @@ def tempered(probs: Tensor, temperature: float) -> Tensor:
 def nll_at(probs: Tensor, targets: Tensor, temperatures: Sequence[float]) -> Tensor:
     """Returns - log q[target] of distributions (N, K) and targets (N,) at each temperature, in nats, (N, G).
 
-    No temperature changes a probability of 0: such a target counts as the smallest normal number, like in `nll`.
+    No temperature changes a probability of 0: it counts as the smallest normal number, as in `nll`.
 
     >>> nll_at(torch.tensor([[0.8, 0.2]]), torch.tensor([0]), [1, 0.5])
     tensor([[0.2231, 0.0606]])
